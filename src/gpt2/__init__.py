@@ -1,0 +1,52 @@
+"""GPT-2 in plain PyTorch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2.cache import KVCache
+    from gpt2.errors import UserError
+    from gpt2.generation.engine import generate, stream
+    from gpt2.model import GPT, GPTConfig
+    from gpt2.tokenizer import Tokenizer, get_tokenizer
+    from gpt2.weights import load, save
+
+_HOME_OF = {
+    "GPT": "gpt2.model",
+    "GPTConfig": "gpt2.model",
+    "KVCache": "gpt2.cache",
+    "Tokenizer": "gpt2.tokenizer",
+    "UserError": "gpt2.errors",
+    "generate": "gpt2.generation.engine",
+    "get_tokenizer": "gpt2.tokenizer",
+    "load": "gpt2.weights",
+    "save": "gpt2.weights",
+    "stream": "gpt2.generation.engine",
+}
+
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "KVCache",
+    "Tokenizer",
+    "UserError",
+    "generate",
+    "get_tokenizer",
+    "load",
+    "save",
+    "stream",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import gpt2` and `gpt2 --help` stay instant."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gpt2' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,108 @@
+"""Shards -> batches. A batch is a pure function of (data, seed, step).
+
+There is no iterator and no position to save. Whoever asks for step 1,000 gets the same rows: a run that was
+resumed, a run that never stopped, one rank of eight, or a micro-batch of the step.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2.errors import UserError
+
+IGNORED = -100  # the target that the loss does not count
+
+
+class Tokens(Protocol):
+    """A long sequence of token ids, such as `TokenShards`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class Loader:
+    """Training batches, epoch by epoch and without replacement.
+
+    An epoch cuts the data into windows of `block_size` tokens, beginning at an offset of its own, and visits
+    each once in an order of its own; both are drawn from (seed, epoch). The rows of all steps form one long
+    line: row r of step s is number s * batch_size + r, wherever the epochs end.
+
+    Raises `UserError` when the data is shorter than one window and the token after it.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, block_size: int, seed: int) -> None:
+        if len(tokens) < block_size + 1:
+            raise UserError(
+                f"the data has {len(tokens):,} tokens, and a block size of {block_size:,} needs"
+                f" {block_size + 1:,}: use more text or a smaller block size"
+            )
+        self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
+        # One window less than would fit leaves the offset at least block_size values to choose from.
+        self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
+        self._epoch, self._starts = -1, np.empty(0, np.int64)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Step `step`, counted from 0: (tokens, targets), both int64 of shape (batch_size, block_size).
+
+        Row by row, `targets` is `tokens` moved on by one.
+        """
+        return self.rows(step, 0, self.batch_size)
+
+    def rows(self, step: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows [start, stop) of `batch(step)`, which is all that a rank or a micro-batch has to read."""
+        if not 0 <= start <= stop <= self.batch_size:
+            raise ValueError(f"rows [{start}, {stop}) asked of a batch of {self.batch_size}")
+        first = step * self.batch_size
+        windows = np.empty((stop - start, self.block_size + 1), np.int64)
+        for window, row in zip(windows, range(first + start, first + stop), strict=True):
+            begin = self._start_of(row)
+            window[:] = self.tokens.read(begin, begin + self.block_size + 1)
+        return _inputs_and_targets(windows)
+
+    def _start_of(self, row: int) -> int:
+        """Where in the data the window of this row, counted over all steps, begins."""
+        epoch, index = divmod(row, self.windows_per_epoch)
+        if epoch != self._epoch:  # remembered for speed only: it follows from (seed, epoch)
+            random = np.random.Generator(np.random.Philox(key=[self.seed % (1 << 64), epoch]))
+            spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
+            offset = random.integers(spare, endpoint=True)
+            self._starts = offset + random.permutation(self.windows_per_epoch) * self.block_size
+            self._epoch = epoch
+        return int(self._starts[index])
+
+
+def evaluation_batches(
+    tokens: Tokens, batch_size: int, block_size: int, max_tokens: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A split in order, each token (but the first, which nothing precedes) the target exactly once.
+
+    Yields (tokens, targets), int64 of shape (B, T) with B <= `batch_size` and T <= `block_size`. Windows do
+    not overlap; the last is filled up with token 0 and target -100. `max_tokens` ends it after so many
+    targets.
+
+    Raises `UserError` when there is no token to predict.
+    """
+    total = len(tokens) - 1 if max_tokens is None else min(len(tokens) - 1, max_tokens)
+    if total < 1:
+        raise UserError(f"nothing to evaluate on: {len(tokens)} token(s) of data, and none to predict")
+    block_size = min(block_size, total)
+    starts = range(0, total, block_size)
+    for first in range(0, len(starts), batch_size):
+        some = starts[first : first + batch_size]
+        inputs = torch.zeros(len(some), block_size, dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORED)
+        for row, start in enumerate(some):
+            length = min(block_size, total - start)
+            window = torch.from_numpy(tokens.read(start, start + length + 1).astype(np.int64))
+            inputs[row, :length], targets[row, :length] = window[:-1], window[1:]
+        yield inputs, targets
+
+
+def _inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Windows (B, T + 1) of consecutive tokens -> inputs and the tokens that follow them, each (B, T)."""
+    together = torch.from_numpy(windows)
+    return together[:, :-1].contiguous(), together[:, 1:].contiguous()

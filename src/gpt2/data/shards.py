@@ -1,0 +1,295 @@
+"""Token files on disk: llm.c's format, written and read, with a `meta.json` that says what they hold.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros) and then the tokens as
+little-endian uint16. So llm.c and modded-nanogpt read ours and we read theirs; nanoGPT's `train.bin` and
+`val.bin`, which have no header, are read too.
+https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from gpt2.errors import UserError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+MAX_VOCAB_SIZE = 1 << 16
+SHARD_TOKENS = 100_000_000
+SPLITS = ("train", "val")
+META_NAME = "meta.json"
+_HEADERLESS_NAMES = tuple(f"{split}.bin" for split in SPLITS)
+_OPEN_FILES = 256  # a hundred billion tokens are a thousand shards, more than a process may hold open
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard: its file name, its tokens, and the sha256 of the whole file."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitMeta:
+    """What one split holds; `bytes` counts the text it was made from."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    files: tuple[ShardFile, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerMeta:
+    """The tokenizer that made the shards."""
+
+    name: str
+    vocab_size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ShardsMeta:
+    """`meta.json`: what a folder of shards was made from, and with which tokenizer."""
+
+    source: str
+    tokenizer: TokenizerMeta
+    splits: dict[str, SplitMeta] = field(default_factory=dict)
+    version: int = 1
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """The folder's `meta.json`; None when it has none. Raises `UserError` when it is not one of ours."""
+        path = folder / META_NAME
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} ({error})") from None
+        try:
+            if raw["version"] != 1:
+                raise UserError(f"{path} has version {raw['version']!r}; only 1 is read here")
+            splits = {
+                name: SplitMeta(**{**split, "files": tuple(ShardFile(**file) for file in split["files"])})
+                for name, split in raw["splits"].items()
+            }
+            return cls(raw["source"], TokenizerMeta(**raw["tokenizer"]), splits)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} does not describe token shards: move it away to do without it") from None
+
+    def save(self, folder: Path) -> None:
+        """Write `meta.json`, whole or not at all."""
+        partial = folder / f".{META_NAME}.{os.getpid()}.partial"
+        with partial.open("w", encoding="utf-8") as handle:
+            json.dump({"version": self.version, **asdict(self)}, handle, indent=2)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(folder / META_NAME)
+
+
+class ShardWriter:
+    """Writes one split as `train_000000.bin`, `train_000001.bin`, ... of `shard_tokens` tokens each.
+
+    A context manager. Until a shard is closed its header counts no tokens, so one that a crash left behind is
+    refused by every reader. A split that gets no tokens gets no file.
+    """
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int = SHARD_TOKENS) -> None:
+        if not 0 < shard_tokens < 1 << 31:
+            raise UserError(f"a shard holds between 1 and {(1 << 31) - 1:,} tokens, not {shard_tokens:,}")
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.files: list[ShardFile] = []  # the closed ones
+        self._handle: BinaryIO | None = None
+        self._tokens = 0  # in the open one
+
+    def write(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append token ids, each in [0, 65536)."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_VOCAB_SIZE:
+            raise ValueError(f"token ids must be in [0, {MAX_VOCAB_SIZE}) to fit in 16 bits")
+        while ids.size:
+            if self._handle is None:
+                self._handle = self._path().open("wb")
+                self._handle.write(_header(0))
+            taken = ids[: self.shard_tokens - self._tokens]
+            self._handle.write(taken.astype("<u2").tobytes())
+            self._tokens += taken.size
+            ids = ids[taken.size :]
+            if self._tokens == self.shard_tokens:
+                self._close_shard()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far, in all shards."""
+        return sum(file.tokens for file in self.files) + self._tokens
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}_{len(self.files):06d}.bin"
+
+    def _close_shard(self) -> None:
+        """Put the token count in the header, see the file to the disk, and take its checksum."""
+        assert self._handle is not None
+        with self._handle as handle:
+            handle.seek(0)
+            handle.write(_header(self._tokens))
+            handle.flush()
+            os.fsync(handle.fileno())
+        path = self._path()
+        self.files.append(ShardFile(path.name, self._tokens, _sha256(path)))
+        self._handle, self._tokens = None, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is None:
+            return
+        if kind is None:
+            self._close_shard()
+        else:
+            self._handle.close()
+
+
+class TokenShards:
+    """The tokens of one split, as one long sequence over all its files, mapped and not loaded.
+
+    `len(shards)` counts the tokens; `shards.read(start, stop)` gives a range of them. Every file is checked
+    when it is opened: magic, version, and a size that matches the count in the header.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        layout = [_check_shard(path) for path in self.paths]
+        self.counts = tuple(count for _, count in layout)
+        self._starts = np.cumsum((0, *self.counts))  # of each file, in tokens; the total last
+        self._header_bytes = [header for header, _ in layout]
+        self._map = lru_cache(maxsize=_OPEN_FILES)(self._map_file)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as uint16, across files where need be; `ValueError` outside the data."""
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"tokens [{start}, {stop}) asked of {len(self)}")
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts = []
+        for index in range(first, len(self.paths)):
+            begin = int(self._starts[index])
+            if begin >= stop:
+                break
+            parts.append(self._map(index)[max(start - begin, 0) : stop - begin])
+        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def _map_file(self, index: int) -> np.ndarray:
+        header, count = self._header_bytes[index], self.counts[index]
+        return np.memmap(self.paths[index], dtype="<u2", mode="r", offset=header, shape=(count,))
+
+
+def shard_files(path: Path, split: str) -> list[Path]:
+    """The files of one split: what `meta.json` lists, or else the `*train*.bin` (`*val*.bin`) by name.
+
+    A single file is a train split of its own.
+    """
+    if path.is_file():
+        return [path] if split == "train" else []
+    meta = ShardsMeta.load(path)
+    if meta is None:
+        return sorted(path.glob(f"*{split}*.bin"))
+    return [path / file.name for file in meta.splits[split].files] if split in meta.splits else []
+
+
+def open_shards(path: Path, split: str) -> TokenShards:
+    """One split ("train" or "val") of a folder of shards, or a single file as the train split.
+
+    Raises `UserError` when there are none, or when a file is missing, cut short, or of another kind.
+    """
+    files = shard_files(path, split)
+    if not files:
+        raise UserError(f"no {split} shards in {path}: their names match *{split}*.bin")
+    return TokenShards(files)
+
+
+def verify_shards(folder: Path) -> ShardsMeta:
+    """Read every shard of a folder again and compare it with `meta.json`.
+
+    Raises `UserError` naming the first file that differs.
+    """
+    meta = ShardsMeta.load(folder)
+    if meta is None:
+        raise UserError(f"no {META_NAME} in {folder}: nothing says what its shards should hold")
+    for split in meta.splits.values():
+        for file in split.files:
+            path = folder / file.name
+            _, count = _check_shard(path)
+            if (count, _sha256(path)) != (file.tokens, file.sha256):
+                raise UserError(f"{path} is not what {META_NAME} says (another sha256): make the shards anew")
+    return meta
+
+
+def holds_shards(path: Path) -> bool:
+    """Whether `path` is a token file, by its name, or a folder with some."""
+    if path.is_file():
+        return path.suffix == ".bin"
+    return any(True for split in SPLITS for _ in path.glob(f"*{split}*.bin"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _header(tokens: int) -> bytes:
+    return struct.pack("<3i", MAGIC, VERSION, tokens).ljust(HEADER_BYTES, b"\0")
+
+
+def _check_shard(path: Path) -> tuple[int, int]:
+    """(bytes of header, number of tokens) of a shard that is in order; `UserError` otherwise."""
+    try:
+        with path.open("rb") as handle:
+            header = handle.read(HEADER_BYTES)
+            size = handle.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    if size == 0:
+        raise UserError(f"{path} is empty")
+    if not header.startswith(struct.pack("<i", MAGIC)):
+        return _check_headerless(path, size)
+    if size < HEADER_BYTES:
+        raise UserError(f"{path} is cut short: {size:,} bytes, less than its header")
+    _, version, count = struct.unpack_from("<3i", header)
+    if version != VERSION:
+        raise UserError(f"{path} has version {version} of the token format; only {VERSION} is read here")
+    if size != HEADER_BYTES + 2 * count:
+        wanted = f"its header counts {count:,} tokens, which take {HEADER_BYTES + 2 * count:,}"
+        raise UserError(f"{path} is cut short or damaged: {size:,} bytes, where {wanted}")
+    if count == 0:
+        raise UserError(f"{path} holds no tokens")
+    return HEADER_BYTES, count
+
+
+def _check_headerless(path: Path, size: int) -> tuple[int, int]:
+    if path.name not in _HEADERLESS_NAMES:
+        names = " and ".join(_HEADERLESS_NAMES)
+        raise UserError(
+            f"{path} is not a token shard: without llm.c's header, only nanoGPT's {names} are read"
+        )
+    if size % 2:
+        raise UserError(f"{path} is cut short: {size:,} bytes, where tokens take two each")
+    return 0, size // 2

@@ -1,0 +1,229 @@
+"""GPT-2: the model of the paper, in one sitting.
+
+"Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): a decoder-only transformer with learned
+positions, layer norm before each sub-block and once more at the end, tanh-GELU, and the output head tied to the
+token embedding. Parameters bear the names of `transformers`, with every matrix as `nn.Linear` keeps it: (out, in).
+
+Shapes: B rows, T positions, S positions with those in the cache, C = n_embd, V = vocab_size, H heads of D = C / H.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2.cache import KVCache, LayerCache
+from gpt2.errors import UserError, did_you_mean
+from gpt2.loss import next_token_loss
+
+# OpenAI used the tanh approximation of GELU; the exact one gives other logits. The rest are for models of others.
+ACTIVATIONS = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. The defaults are OpenAI's 124M model.
+
+    Raises UserError when the numbers cannot make a model.
+    """
+
+    vocab_size: int = 50257
+    block_size: int = 1024  # the context: most positions the model can see (`n_positions` in transformers)
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None  # width of the MLP; None for 4 * n_embd
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
+    dropout: float = 0.0  # on embeddings, attention weights and residuals alike, in training only
+    attention: str = "sdpa"  # or "plain": the masked softmax written out
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
+        for name, choices in (("activation_function", ACTIVATIONS), ("attention", ATTENTIONS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(
+                    f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+                )
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention as the paper writes it: the reference for tests and the first rung of the speed ladder."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    scores = scores.masked_fill(~_causal_mask(q, k), -math.inf)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights @ v  # (B, H, T, D)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The same through torch's fused kernels (flash attention where the device has it)."""
+    whole = q.size(2) == k.size(2)  # nothing in the cache: the plain triangle
+    mask = None if whole or q.size(2) == 1 else _causal_mask(q, k)  # one token sees all that came before it
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole)
+
+
+def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """(T, S), True where position t may look at s: the triangle counted from the lower-right corner."""
+    T, S = q.size(2), k.size(2)
+    return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+
+
+ATTENTIONS = {"sdpa": sdpa_attention, "plain": plain_attention}
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.attend = ATTENTIONS[config.attention]
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Two matrices and a GELU, at every position alone."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.act = ACTIVATIONS[config.activation_function]
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(self.act(self.c_fc(x)))  # (B, T, C)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each added to what it was given; the layer norm stands before, off the main road."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+class Transformer(nn.Module):
+    """Tokens to hidden states: embeddings, blocks, the final layer norm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.dropout = config.dropout
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layers[i])
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """GPT-2 with its language-model head.
+
+        model = GPT(GPTConfig())                # fresh weights from torch's global random state
+        logits = model(tokens)                  # int64 (B, T) -> (B, T, vocab_size)
+        loss = model.loss(tokens, targets)      # mean next-token loss in nats
+
+    Source: Radford et al. 2019, section 2.3; initialization as in OpenAI's code (N(0, 0.02), zero biases) with the
+    residual projections scaled by 1/sqrt(2 * n_layer), so that the residual stream does not grow with depth.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(_init_weights)
+        for name, weight in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head the token embedding, if the config says so. Needed again after parameters were replaced."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head reads: int64 (B, T) -> (B, T, C).
+
+        With a cache the tokens continue what it holds, and are added to it.
+        Raises UserError when there are more positions than the context has.
+        """
+        length = tokens.size(1) + (cache.length if cache is not None else 0)
+        if length > self.config.block_size:
+            raise UserError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
+        return self.transformer(tokens, cache)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of the next token at every position: int64 (B, T) -> (B, T, vocab_size)."""
+        return self.lm_head(self.hidden_states(tokens, cache))
+
+    def loss(self, tokens: Tensor, targets: Tensor, divisor: Tensor | float | None = None) -> Tensor:
+        """Mean next-token loss in nats over `targets`, int64 (B, T); -100 is not counted. See `gpt2.loss`."""
+        return next_token_loss(self.hidden_states(tokens), self.lm_head.weight, targets, divisor)
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` positions (the whole context by default)."""
+        c, weight = self.config, self.transformer.wte.weight
+        shape = (batch_size, c.n_head, max_length or c.block_size, c.n_embd // c.n_head)
+        return KVCache.allocate(c.n_layer, shape, weight.device, weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.wte.weight.device
+
+    def num_parameters(self) -> int:
+        """How many numbers were learned; the tied head counts once (124,439,808 for GPT-2 small)."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,121 @@
+"""What the program runs on: device, dtype, seeds, and whether compiling pays."""
+
+import logging
+import os
+import shutil
+import time
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from gpt2.errors import UserError, did_you_mean
+
+log = logging.getLogger("gpt2")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "auto" (the best there is), "cpu", "cuda", "cuda:1" or "mps".
+
+    A device that this machine lacks becomes the CPU, with a warning. Raises UserError for a name that is no device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise UserError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N, mps")
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available[kind]:
+        log.warning("there is no %s device on this machine: running on the CPU", name)
+        return torch.device("cpu")
+    return torch.device(name)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16 or float16 by name. Raises UserError for any other."""
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}' is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_training_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
+    """The dtype matrix products run in while training: float32, bfloat16, or whichever is faster for "auto".
+
+    On a CPU "auto" measures: an MLP of `width` channels, forward and backward, in both (a second at most).
+    Raises UserError for float16, which would need a loss scaler, and for unknown names.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        if device.type == "cpu":
+            return torch.bfloat16 if _bfloat16_pays(width) else torch.float32
+        return torch.float32
+    dtype = parse_dtype(name)
+    if dtype == torch.float16:
+        raise UserError("training in float16 would need loss scaling: use bfloat16 or float32")
+    return dtype
+
+
+def _bfloat16_pays(width: int, rows: int = 512) -> bool:
+    """Is a training step of this width clearly faster in bfloat16 on this CPU? Best of five, alternating."""
+    mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+    x = torch.zeros(rows, width)
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(6):
+        for dtype in best:
+            start = time.perf_counter()
+            with autocast(torch.device("cpu"), dtype):
+                y = mlp(x).sum()
+            y.backward()
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Run matrix products in `dtype`, and all that needs it in float32. For float32 it does nothing."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Does this machine have what torch.compile needs: Triton for a GPU, a C++ compiler for the CPU?"""
+    if device.type == "cuda":
+        return torch.utils._triton.has_triton()  # torch has no public name for it
+    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def pick_compile(wanted: bool | None, device: torch.device, max_steps: int) -> bool:
+    """Should the blocks be compiled? None leaves it to us: yes on a GPU, for runs that outlast the compilation.
+
+    On a CPU it takes about 20 s and gains about 5% (docs/lab-notes.md), so there it is done only when asked for.
+    A machine that cannot compile says so and goes on without.
+    """
+    if wanted is None:
+        return device.type == "cuda" and max_steps >= 200 and can_compile(device)
+    if wanted and not can_compile(device):
+        log.warning("torch.compile needs a C++ compiler (CPU) or Triton (GPU), and there is none: not compiling")
+        return False
+    return wanted
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile each transformer block in place; the first one's code serves all, and no parameter is renamed."""
+    for block in blocks:
+        block.compile()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's global random state on every device."""
+    torch.manual_seed(seed)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

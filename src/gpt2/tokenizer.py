@@ -1,0 +1,527 @@
+"""Text to tokens and back: GPT-2's own vocabulary, one trained on your text, or plain bytes.
+
+All three are byte-level. A token is a piece of UTF-8, so there is no text that cannot be encoded, and to
+decode is nothing but to join bytes. They differ in the pieces they know:
+
+    gpt2     the 50,256 that OpenAI found in WebText (Radford et al. 2019, section 2.2)
+    bpe:N    those found in your own text by the same method, byte-pair encoding (Sennrich et al. 2016)
+    bytes    the 256 bytes themselves
+
+Each has one token more, which no text can spell: ``<|endoftext|>``, which stands between documents.
+"""
+
+import codecs
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from functools import cache, cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from gpt2.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 65536  # token shards are uint16
+
+# How GPT-2 cuts text into words, within which bytes are merged: the tail of a contraction; letters, digits or
+# other marks, each with the space before them; and other white space, less the space that goes with a word.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
+
+_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+_GPT2_FILES = {  # file name: sha256 of its contents
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+_CONNECT_AND_READ_SECONDS = (10, 30)
+_LONG_SPACE = 500_000  # tiktoken's regular expressions give up on a run of a million spaces
+_LONG_SPACE_PATTERN = re.compile(rf"\s{{{_LONG_SPACE}}}")
+
+_log = logging.getLogger("gpt2")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer."""
+
+    name: str
+    """``"gpt2"``, ``"bytes"`` or ``"bpe"``."""
+    vocab_size: int
+    """How many ids there are, end-of-text included."""
+    end_of_text: int
+    """The id of ``<|endoftext|>``."""
+
+    fingerprint: str
+    """SHA-256, in hex, of the bytes of every id in order: the same vocabulary, the same fingerprint."""
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The tokens of `text`, in which ``<|endoftext|>`` is 13 plain characters unless `allow_special`."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, in parallel threads where the library can."""
+        ...
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`, with U+FFFD for bytes that are not UTF-8; an unknown id is a `UserError`."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; an unknown id is a `UserError`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `load_tokenizer` and `transformers` read into an existing folder."""
+        ...
+
+
+class _Table(NamedTuple):
+    """A vocabulary: the bytes of each id, and the ids that are matched as a whole, never made by merging."""
+
+    tokens: list[bytes]
+    added: frozenset[int]
+
+
+class _ByteLevelTokenizer:
+    """What the three tokenizers share: all that follows from the table of bytes."""
+
+    name: str
+
+    def __init__(self, table: _Table) -> None:
+        self._table = table
+        self.fingerprint = _fingerprint(table)
+        self.vocab_size = len(table.tokens)
+        self.end_of_text = next(i for i in table.added if table.tokens[i] == END_OF_TEXT.encode())
+
+    @cached_property
+    def _backend(self) -> "tokenizers.Tokenizer":
+        """The same tokenizer as the `tokenizers` library has it, which is how it is saved."""
+        return _build_backend(self._table, _recover_merges(self._table))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        if not allow_special:
+            return self.encode_batch([text])[0]
+        first, *others = self.encode_batch(text.split(END_OF_TEXT))
+        return first + [token for piece in others for token in (self.end_of_text, *piece)]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        if not 0 <= token < self.vocab_size:
+            raise UserError(
+                f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}"
+            )
+        return self._table.tokens[token]
+
+    def save(self, folder: Path) -> None:
+        _write_files(self._backend, folder)
+
+
+class GPT2Tokenizer(_ByteLevelTokenizer):
+    """GPT-2's own vocabulary, encoded by tiktoken.
+
+    Without an argument it is the one that tiktoken has in its cache, or downloads into it; when that fails, a
+    `UserError` says what to put where by hand.
+    """
+
+    name = "gpt2"
+
+    def __init__(self, encoding: "tiktoken.Encoding | None" = None) -> None:
+        self._encoding = encoding or _gpt2_encoding()
+        tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self._encoding.n_vocab)]
+        super().__init__(_Table(tokens, frozenset({self._encoding.eot_token})))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if any(len(text) >= _LONG_SPACE and _LONG_SPACE_PATTERN.search(text) for text in texts):
+            return _encode_with_library(self._backend, texts)  # tiktoken would panic
+        if len(texts) == 1:
+            return [self._encoding.encode_ordinary(texts[0])]
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+
+class BPETokenizer(_ByteLevelTokenizer):
+    """A byte-level BPE run by the `tokenizers` library: made by `train_bpe`, or read from a `tokenizer.json`.
+
+    A `backend` that is no byte-level BPE, or lacks a byte or ``<|endoftext|>``, is a `ValueError`.
+    """
+
+    name = "bpe"
+
+    def __init__(self, backend: "tokenizers.Tokenizer") -> None:
+        super().__init__(_table_of_json(json.loads(backend.to_str())))
+        backend.no_padding()
+        backend.no_truncation()
+        backend.add_special_tokens([END_OF_TEXT])
+        backend.encode_special_tokens = True  # encode their text like any other text, that is
+        self._backend = backend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BPETokenizer, (self._backend,)  # pickling forgets encode_special_tokens
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return _encode_with_library(self._backend, texts)
+
+
+class ByteTokenizer(_ByteLevelTokenizer):
+    """The plainest vocabulary: ids 0 to 255 are the bytes, 256 is ``<|endoftext|>``."""
+
+    name = "bytes"
+
+    def __init__(self) -> None:
+        super().__init__(_Table([*(bytes([b]) for b in range(256)), END_OF_TEXT.encode()], frozenset({256})))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(_without_surrogates(text).encode()) for text in texts]
+
+
+class StreamDecoder:
+    """Tokens in, whole characters out: one whose bytes span two tokens waits for the second.
+
+    What all calls of `push` and a last `flush` return, joined, is `tokenizer.decode` of all the tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that became whole with `token`: often its own, sometimes none."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD when the last character never became whole, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Learn a byte-level BPE: again and again, the pair of tokens seen most often becomes a token.
+
+    `vocab_size` counts the 256 bytes, which come first, and ``<|endoftext|>``, which comes last; one outside
+    257 to 65,536 is a `UserError`. Only pairs seen twice are merged, so short texts give a smaller vocabulary
+    and a warning in the log. The same texts always give the same vocabulary.
+    """
+    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"a BPE vocabulary has 257 to {MAX_VOCAB_SIZE} tokens, not {vocab_size}")
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    learner = Backend(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(map(_without_surrogates, texts), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    tokens = [_unspell(letters) for letters in sorted(learned["vocab"], key=learned["vocab"].__getitem__)]
+    merges = [(_unspell(left), _unspell(right)) for left, right in learned["merges"]]
+    if len(tokens) + 1 < vocab_size:
+        _log.warning("the text is enough for a vocabulary of %d tokens, not %d", len(tokens) + 1, vocab_size)
+    table = _Table([*tokens, END_OF_TEXT.encode()], frozenset({len(tokens)}))
+    return BPETokenizer(_build_backend(table, merges))
+
+
+def get_tokenizer(ref: str | Path) -> Tokenizer:
+    """The tokenizer called ``gpt2`` or ``bytes``, or the one in a folder; anything else is a `UserError`."""
+    if ref == "gpt2":
+        return GPT2Tokenizer()
+    if ref == "bytes":
+        return ByteTokenizer()
+    if isinstance(ref, str) and ref.split(":")[0] == "bpe":
+        raise UserError(
+            f"tokenizer '{ref}' does not exist before it is trained on the data, which `gpt2 train` and "
+            "`gpt2 data prepare` do: afterwards, name the folder that holds it"
+        )
+    folder = Path(ref)
+    if not folder.is_dir():
+        hint = did_you_mean(str(ref), ["gpt2", "bytes", "bpe:N"])
+        raise UserError(
+            f"no tokenizer '{ref}'{hint}: there are gpt2, bytes, bpe:N, and folders with tokenizer files"
+        )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(
+            f"no tokenizer in {folder}: it has neither tokenizer.json nor vocab.json with merges.txt"
+        )
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer whose files lie in `folder`, or None when there are none.
+
+    `tokenizer.json` is read where there is one, else `vocab.json` with `merges.txt`. GPT-2's vocabulary and
+    the plain bytes are known by what they hold, and need no merges. A file that is broken, or no byte-level
+    BPE, is a `UserError` that names it.
+    """
+    for name, load in ("tokenizer.json", _load_tokenizer_json), ("vocab.json", _load_vocab_json):
+        path = folder / name
+        if path.is_file():
+            try:
+                return load(path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot use {path}: {error}") from error
+    return None
+
+
+def _load_tokenizer_json(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`, or a `ValueError` that says what is wrong with the file."""
+    import tokenizers
+
+    text = path.read_text(encoding="utf-8")
+    spec = json.loads(text)
+    table = _table_of_json(spec)
+    if _cuts_like_gpt2(spec) and (known := _known_tokenizer(table)):
+        return known
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(str(error)) from error
+    return BPETokenizer(backend)
+
+
+def _load_vocab_json(path: Path) -> Tokenizer:
+    """The tokenizer in a `vocab.json`, or a `ValueError`; a `UserError` when its `merges.txt` is at fault."""
+    table = _table_of_ids(json.loads(path.read_text(encoding="utf-8")), added={END_OF_TEXT})
+    if known := _known_tokenizer(table):
+        return known
+    merges_path = path.with_name("merges.txt")
+    try:
+        merges = _read_merges(merges_path)
+        made = {left + right for left, right in merges}
+        for i, token in enumerate(table.tokens):
+            if len(token) > 1 and token not in made and i not in table.added:
+                raise ValueError(f"no merge in it makes token {i} of vocab.json; is it cut short?")
+        return BPETokenizer(_build_backend(table, merges))
+    except FileNotFoundError:
+        raise UserError(f"no {merges_path}, without which vocab.json is of no use") from None
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(f"cannot use {merges_path}: {error}") from error
+
+
+def _read_merges(path: Path) -> list[tuple[bytes, bytes]]:
+    """The pairs in a `merges.txt`, one a line, first learned first."""
+    merges = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2:
+            raise ValueError(f"line {number} is not a pair of tokens")
+        merges.append((_unspell(pair[0]), _unspell(pair[1])))
+    return merges
+
+
+def _known_tokenizer(table: _Table) -> Tokenizer | None:
+    """GPT-2's tokenizer or the bytes, if that is what the table holds."""
+    fingerprint = _fingerprint(table)
+    if fingerprint == GPT2_FINGERPRINT:
+        return GPT2Tokenizer(_encoding_of(table))
+    plain = ByteTokenizer()
+    return plain if fingerprint == plain.fingerprint else None
+
+
+def _cuts_like_gpt2(spec: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` leaves the text as it is and cuts it into words by GPT-2's pattern."""
+    cut = spec["pre_tokenizer"]
+    by_pattern = cut["type"] == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
+    return by_pattern and not spec.get("normalizer")
+
+
+def _table_of_json(spec: Any) -> _Table:
+    """The table in a parsed `tokenizer.json`; a `ValueError` if that is not byte-level BPE."""
+    try:
+        cut = spec["pre_tokenizer"]
+        cuts = {part["type"] for part in cut.get("pretokenizers", [cut])}
+        if spec["model"].get("type", "BPE") != "BPE" or "ByteLevel" not in cuts:
+            raise ValueError("it is not byte-level BPE")
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        ids = {**spec["model"]["vocab"], **added}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("it is not byte-level BPE") from None
+    return _table_of_ids(ids, added.keys() | {END_OF_TEXT})
+
+
+def _table_of_ids(ids: Any, added: AbstractSet[str]) -> _Table:
+    """The table in a parsed `vocab.json`: each letter of a token is a byte, except in those `added`."""
+    if not isinstance(ids, dict) or END_OF_TEXT not in ids:
+        raise ValueError(f"it has no {END_OF_TEXT}")
+    numbers = list(ids.values())
+    if not all(type(i) is int for i in numbers) or sorted(numbers) != list(range(len(ids))):
+        raise ValueError(f"its ids are not 0 to {len(ids) - 1}, each once")
+    texts = sorted(ids, key=ids.__getitem__)
+    tokens = [text.encode() if text in added else _unspell(text) for text in texts]
+    missing = 256 - sum(len(token) == 1 for token in set(tokens))
+    if missing:
+        raise ValueError(f"it lacks {missing} of the 256 bytes, so there is text that it cannot encode")
+    return _Table(tokens, frozenset(ids[text] for text in added if text in ids))
+
+
+def _fingerprint(table: _Table) -> str:
+    """SHA-256 over the ids in order: of each, one byte for added or not, eight for its length, its bytes."""
+    digest = hashlib.sha256()
+    for i, token in enumerate(table.tokens):
+        digest.update(bytes([i in table.added]) + len(token).to_bytes(8, "big") + token)
+    return digest.hexdigest()
+
+
+@cache
+def _letters() -> list[str]:
+    """The letter that stands for each byte in vocabulary files, so that every token is a word without spaces.
+
+    A byte that Latin-1 prints is its own character. The others, in order, are the characters from U+0100 on,
+    which makes ``Ġ`` of the space and ``Ċ`` of the newline.
+    """
+    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
+
+
+@cache
+def _bytes_of_letters() -> dict[str, int]:
+    return {letter: byte for byte, letter in enumerate(_letters())}
+
+
+def _spell(token: bytes) -> str:
+    return "".join(_letters()[byte] for byte in token)
+
+
+def _unspell(text: str) -> bytes:
+    try:
+        return bytes(_bytes_of_letters()[letter] for letter in text)
+    except KeyError:
+        raise ValueError(f"its token {text!r} is not spelled in the letters that stand for bytes") from None
+
+
+def _without_surrogates(text: str) -> str:
+    """`text` with what UTF-8 has no bytes for, half a surrogate pair from careless JSON, made U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _encode_with_library(backend: "tokenizers.Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    whole = [_without_surrogates(text) for text in texts]
+    return [encoding.ids for encoding in backend.encode_batch_fast(whole, add_special_tokens=False)]
+
+
+def _build_backend(table: _Table, merges: Iterable[tuple[bytes, bytes]]) -> "tokenizers.Tokenizer":
+    """GPT-2's tokenizer with this vocabulary, in the form of the `tokenizers` library and `transformers`."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    ids = {token.decode() if i in table.added else _spell(token): i for i, token in enumerate(table.tokens)}
+    backend = Backend(models.BPE(ids, [(_spell(left), _spell(right)) for left, right in merges]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _write_files(backend: "tokenizers.Tokenizer", folder: Path) -> None:
+    """The four files of openai-community/gpt2: tokenizer.json, its contents as two, tokenizer_config.json."""
+    spec = json.loads(backend.to_str())
+    vocab = dict(sorted(backend.get_vocab().items(), key=lambda item: item[1]))
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in spec["model"]["merges"])]
+    config = {
+        "tokenizer_class": "GPT2Tokenizer" if _cuts_like_gpt2(spec) else "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer.json").write_bytes(backend.to_str(pretty=True).encode())
+    (folder / "vocab.json").write_bytes(json.dumps(vocab, ensure_ascii=False).encode())
+    (folder / "merges.txt").write_bytes("\n".join([*merges, ""]).encode())
+    (folder / "tokenizer_config.json").write_bytes(json.dumps(config, indent=2).encode())
+
+
+def _recover_merges(table: _Table) -> list[tuple[bytes, bytes]]:
+    """The pair that made each token of GPT-2's table, in the order in which they were learned.
+
+    The ids tell, because they follow that order: merge the bytes of a token as far as the tokens before it
+    go, the oldest pair first, and two parts remain. It takes half a second for the 50,000.
+    """
+    ranks = {token: i for i, token in enumerate(table.tokens) if i not in table.added}
+    merges = []
+    for token, rank in ranks.items():
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+            i = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _encoding_of(table: _Table) -> "tiktoken.Encoding":
+    """tiktoken's encoder for GPT-2's table, with no download."""
+    import tiktoken
+
+    ranks = {token: i for i, token in enumerate(table.tokens) if i not in table.added}
+    special = {table.tokens[i].decode(): i for i in table.added}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+@cache
+def _gpt2_encoding() -> "tiktoken.Encoding":
+    """tiktoken's own GPT-2 encoder, or a `UserError` that says what to put where.
+
+    The two files it is made of are fetched here, to where tiktoken looks for them, because tiktoken itself
+    would wait for a silent server without end.
+    """
+    import requests  # comes with tiktoken
+    import tiktoken
+
+    default = str(Path(tempfile.gettempdir(), "data-gym-cache"))
+    where = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    paths = {name: Path(where, hashlib.sha1((_GPT2_URL + name).encode()).hexdigest()) for name in _GPT2_FILES}
+    try:
+        for name, path in (
+            paths.items() if where else ()
+        ):  # an empty name is how to tell tiktoken to keep nothing
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _GPT2_FILES[name]:
+                _download(name, path)
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:
+        puts = " and ".join(f"put {_GPT2_URL}{name} at {path}" for name, path in paths.items())
+        mend = puts if where else "name a folder for it in TIKTOKEN_CACHE_DIR"
+        reason = type(error).__name__ if isinstance(error, requests.RequestException) else error
+        raise UserError(f"cannot get GPT-2's vocabulary ({reason}): {mend}") from error
+
+
+def _download(name: str, path: Path) -> None:
+    """Fetch and check one of GPT-2's files. A folder that cannot be written is left for tiktoken to judge."""
+    import requests
+
+    _log.info("downloading %s%s", _GPT2_URL, name)
+    response = requests.get(_GPT2_URL + name, timeout=_CONNECT_AND_READ_SECONDS)
+    response.raise_for_status()
+    if hashlib.sha256(response.content).hexdigest() != _GPT2_FILES[name]:
+        raise ValueError(f"{name} came damaged")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(response.content)
+        part.replace(path)

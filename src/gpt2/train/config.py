@@ -1,0 +1,237 @@
+"""TrainConfig: every knob of a run, flat and by name. A recipe is nothing but values for these."""
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from gpt2.errors import UserError, did_you_mean
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+FIXED_WHEN_RESUMED = (  # what makes a run this run
+    "data",
+    "tokenizer",
+    "init_from",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "batch_size",
+    "optimizer",
+    "seed",
+)
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the sentence that `gpt2 train --help` shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `check` says what is wrong with it; the command line offers each field as a flag."""
+
+    name: str | None = option(None, "the run's folder under --out-dir; by default the recipe's name, or recipe-2 ...")
+    out_dir: str = option("runs", "where run folders are made")
+    data: str = option("python-docs", "a corpus by name, a text file, a folder of them, or a folder of shards")
+    tokenizer: str | None = option(None, "gpt2, bytes, bpe:N or a folder; by default the data's own, else gpt2")
+    init_from: str | None = option(None, "start from this model's weights, shape and tokenizer")
+
+    n_layer: int = option(12, "blocks")
+    n_head: int = option(12, "attention heads")
+    n_embd: int = option(768, "width; a multiple of the heads")
+    block_size: int = option(1024, "context in tokens")
+    dropout: float = option(0.0, "on embeddings, attention and residuals")
+
+    batch_size: int = option(8, "sequences in a step, over all ranks")
+    micro_batch_size: int | None = option(None, "sequences on the device at once; by default the whole batch")
+    max_steps: int = option(1000, "optimizer steps in the whole run")
+    optimizer: str = option("adamw", "adamw or sgd")
+    lr: float = option(6e-4, "peak learning rate")
+    min_lr: float | None = option(None, "learning rate at the end; by default a tenth of --lr")
+    warmup_steps: int = option(100, "steps from zero to the peak")
+    schedule: str = option("cosine", "cosine, linear or constant, after the warm-up")
+    weight_decay: float = option(0.1, "on matrices and embeddings, never on biases and layer norms")
+    beta1: float = option(0.9, "AdamW's first moment; SGD's momentum")
+    beta2: float = option(0.95, "AdamW's second moment")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no clipping")
+
+    seed: int = option(1337, "of the weights, the dropout and the order of the data")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto for the faster here")
+    compile: bool | None = option(None, "torch.compile the blocks; by default where it pays")
+
+    eval_every: int = option(250, "steps between validations (with a sample); 0 for only at the end")
+    eval_tokens: int = option(2**20, "validation tokens read each time; 0 for all there are")
+    save_every: int = option(500, "steps between checkpoints; 0 for only at the end")
+    keep_checkpoints: int = option(2, "how many of the newest to keep")
+    sample_prompt: str = option("", "what samples during the run begin with")
+    sample_tokens: int = option(200, "length of those samples; 0 for none")
+    resume: str = option("never", "auto: go on with the run of this name; or the run folder to go on with")
+
+    def check(self) -> "TrainConfig":
+        """Returns the config itself. Raises UserError for the first value that cannot be."""
+        at_least = {
+            **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_steps"), 1),
+            **dict.fromkeys(("warmup_steps", "eval_every", "eval_tokens", "save_every", "sample_tokens"), 0),
+            **dict.fromkeys(("weight_decay", "grad_clip", "seed"), 0),
+            "keep_checkpoints": 1,
+        }
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"--lr must be over 0, not {self.lr}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"--min-lr must be between 0 and --lr ({self.lr}), not {self.min_lr}")
+        for name in ("dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(self, name)}")
+        if self.warmup_steps > self.max_steps:
+            raise UserError(f"--warmup-steps ({self.warmup_steps}) is more than --max-steps ({self.max_steps})")
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n-embd ({self.n_embd}) must be a multiple of --n-head ({self.n_head})")
+        if self.micro_batch_size is not None and (
+            self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
+        ):
+            raise UserError(f"--batch-size ({self.batch_size}) must be a multiple of --micro-batch-size")
+        for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            if value not in choices:
+                known = ", ".join(choices)
+                raise UserError(f"{_flag(name)} '{value}' is not one of {known}{did_you_mean(value, choices)}")
+        return self
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+RECIPES = {
+    # a small GPT-2 that learns to talk like the Python reference in two minutes on two cores, offline
+    "quickstart": TrainConfig(
+        data="python-docs",
+        tokenizer="bpe:1024",
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        block_size=128,
+        batch_size=16,
+        max_steps=1000,
+        lr=3e-3,
+        warmup_steps=50,
+        beta2=0.99,
+        eval_every=250,
+        save_every=500,
+    ),
+    # bytes, the size of nanoGPT's shakespeare_char
+    "shakespeare": TrainConfig(
+        data="shakespeare",
+        tokenizer="bytes",
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        block_size=256,
+        dropout=0.2,
+        batch_size=64,
+        max_steps=5000,
+        lr=1e-3,
+        beta2=0.99,
+    ),
+    # the same size, on a vocabulary of its own
+    "shakespeare-bpe": TrainConfig(
+        data="shakespeare",
+        tokenizer="bpe:2048",
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        block_size=128,
+        dropout=0.3,
+        batch_size=64,
+        max_steps=2000,
+        lr=1e-3,
+        beta2=0.99,
+    ),
+    # Karpathy's reproduction: 0.5M tokens a step, 10B tokens in all, GPT-3's schedule
+    "gpt2-124m": TrainConfig(
+        tokenizer="gpt2",
+        batch_size=512,
+        micro_batch_size=16,
+        max_steps=19073,
+        lr=6e-4,
+        warmup_steps=715,
+        eval_every=250,
+        save_every=1000,
+        sample_prompt="Hello, I'm a language model,",
+        sample_tokens=32,
+    ),
+}
+
+
+def recipe(ref: str) -> TrainConfig:
+    """The recipe called `ref`, or the one in the TOML file at that path."""
+    if ref in RECIPES:
+        return RECIPES[ref]
+    if ref.endswith(".toml"):
+        return read_toml(Path(ref))
+    known = ", ".join(RECIPES)
+    raise UserError(f"no recipe '{ref}'{did_you_mean(ref, RECIPES)}: there are {known}, or a file.toml")
+
+
+def run_name(out_dir: str, stem: str, *, resume: bool) -> str:
+    """A name for a run of recipe `stem`: to start, the first free of stem, stem-2, ...; to resume, the last taken."""
+    number = 1
+    while (Path(out_dir) / _numbered(stem, number)).exists():
+        number += 1
+    return _numbered(stem, max(1, number - 1) if resume else number)
+
+
+def _numbered(stem: str, number: int) -> str:
+    return stem if number == 1 else f"{stem}-{number}"
+
+
+def resumed(folder: Path, given: dict[str, Any]) -> TrainConfig:
+    """The config of the run in `folder`, with what a resumed run may change changed to the values `given`.
+
+    Raises UserError for a value that would make it another run.
+    """
+    stored = read_toml(folder / "config.toml")
+    for name, value in given.items():
+        if name in FIXED_WHEN_RESUMED and value != getattr(stored, name):
+            was = getattr(stored, name)
+            raise UserError(f"{folder} was begun with {_flag(name)} {was}: it cannot go on with {value}")
+    return with_values(stored, {**given, "name": folder.name, "out_dir": str(folder.parent)}, "the command line")
+
+
+def to_toml(config: TrainConfig) -> str:
+    """`config` as TOML, one line a value; what is None is left out."""
+    lines = []
+    for name, value in asdict(config).items():
+        if value is not None:  # a JSON string, number or boolean is a TOML one
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+def read_toml(path: Path) -> TrainConfig:
+    """The config in a TOML file; what it leaves out keeps its default. Raises UserError for what is not one."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as TOML: {error}") from error
+    return with_values(TrainConfig(), values, str(path))
+
+
+def with_values(config: TrainConfig, values: dict[str, Any], where: str) -> TrainConfig:
+    """`config` with `values` put in, each checked against its field's type."""
+    types = get_type_hints(TrainConfig)
+    names = [f.name for f in fields(TrainConfig)]
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(f"{where}: there is no setting '{name}'{did_you_mean(name, names)}")
+        if types[name] is float and type(value) is int:
+            values = {**values, name: float(value)}
+        elif not isinstance(value, types[name]) or (isinstance(value, bool) and "bool" not in str(types[name])):
+            raise UserError(f"{where}: {name} cannot be {value!r}")
+    return replace(config, **values)

@@ -1,0 +1,292 @@
+"""The model folder, the one currency: weights in and out in Hugging Face's form.
+
+A model folder holds `config.json`, `model.safetensors` (or shards with an index), tokenizer files and
+`generation_config.json`, as `transformers` writes and reads them. There the attention and MLP matrices are kept
+(in, out), a habit of OpenAI's TensorFlow code ("Conv1D"); in memory ours are `nn.Linear`'s (out, in).
+"""
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt2.errors import UserError
+from gpt2.model import GPT, GPTConfig
+from gpt2.runtime import DTYPE_NAMES
+from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+
+log = logging.getLogger("gpt2")
+
+HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB_FILES = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled copies, which nobody here needs
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+]
+GPT2_VOCABULARY = 50257
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+STALE_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry along
+SHARD_BYTES = 5 * 10**9
+
+
+def load(
+    ref: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> tuple[GPT, Tokenizer | None]:
+    """Load a model, in evaluation mode, and its tokenizer.
+
+    ref:   a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
+    dtype: what the weights become; None keeps what the file has.
+
+    The tokenizer is the folder's own; without tokenizer files it is GPT-2's for a vocabulary of 50,257, else None.
+    Raises UserError when nothing is found under `ref`, or a file is broken or does not fit its config.
+    """
+    folder = find_model(ref)
+    config = read_config(folder)
+    tensors = _read_tensors(folder, dtype)
+    if config.tie_word_embeddings and _has_own_head(tensors):
+        log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
+        config = replace(config, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = GPT(config)
+    _check_fit(model, tensors, folder)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return model.to(device).eval(), _tokenizer_of(folder, config)
+
+
+def save(
+    model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: torch.dtype | None = None
+) -> Path:
+    """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
+
+    dtype: what the weights become on disk; None keeps theirs.
+
+    The files are written beside `folder` first and moved in when they are whole.
+    Raises UserError when the folder cannot be written.
+    """
+    folder = Path(folder)
+    dtype = dtype or model.transformer.wte.weight.dtype
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            written = Path(temporary)
+            _write_tensors(model, written, dtype)
+            _write_json(written / "generation_config.json", {"_from_model_config": True, **_text_ends(tokenizer)})
+            if tokenizer is not None:
+                tokenizer.save(written)
+            _write_json(written / "config.json", hf_config(model.config, tokenizer, dtype))
+            _move_in(written, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the model folder {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def find_model(ref: str | Path) -> Path:
+    """The model folder `ref` stands for; a hub name is fetched into Hugging Face's cache if it is not there."""
+    path = Path(ref).expanduser()
+    for folder in (path, path / "model"):  # a model folder, a run folder
+        if (folder / "config.json").is_file():
+            return folder
+    if path.exists():
+        raise UserError(f"{path} is no model folder: it has no config.json (nor model/config.json, as a run has)")
+    name = str(ref)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no model folder {path}")
+    return _fetch(HUB_NAMES.get(name, name))
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The GPTConfig of a folder's `config.json`. Raises UserError for what is not a GPT-2."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(raw, dict) or raw.get("model_type", "gpt2") != "gpt2":
+        raise UserError(f"{path} does not describe a GPT-2 model")
+    unsupported = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    for key, usual in unsupported.items():
+        if raw.get(key, usual) != usual:
+            raise UserError(f"{path}: {key}={raw[key]} is not supported")
+    values = {
+        "vocab_size": raw.get("vocab_size"),
+        "block_size": raw.get("n_positions", raw.get("n_ctx")),
+        **{name: raw.get(name) for name in ("n_layer", "n_head", "n_embd")},
+    }
+    for key, value in values.items():
+        if not isinstance(value, int):
+            raise UserError(f"{path}: {'n_positions' if key == 'block_size' else key} is missing or no integer")
+    optional = {
+        key: raw[key]
+        for key in ("n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings")
+        if raw.get(key) is not None
+    }
+    return GPTConfig(**values, **optional, dropout=raw.get("resid_pdrop", 0.0))
+
+
+def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json` for `transformers`, and `n_ctx` for llama.cpp's converter."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": config.n_inner,
+        "activation_function": config.activation_function,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "initializer_range": 0.02,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": DTYPE_NAMES[dtype],
+        "torch_dtype": DTYPE_NAMES[dtype],  # what transformers before 5 called it
+        **_text_ends(tokenizer),
+    }
+
+
+def _text_ends(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    end = tokenizer.end_of_text if tokenizer is not None else None
+    return {"bos_token_id": end, "eos_token_id": end}
+
+
+def _fetch(repository: str) -> Path:
+    where = f"'{repository}' is no folder here and could not be fetched from the hub"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{where}: there is no such repository, or it is private") from error
+    except HFValidationError as error:
+        raise UserError(f"'{repository}' is neither a folder nor a name the hub could have") from error
+    except OSError as error:  # offline, timed out, refused, not in the cache
+        reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "no connection"
+        raise UserError(
+            f"{where} ({reason}): download config.json, model.safetensors, vocab.json and merges.txt from "
+            f"{huggingface_hub.constants.ENDPOINT}/{repository} into a folder and give that folder instead"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{where}: it has no config.json")
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of the index if it is sharded."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is broken: {error!r}") from error
+        files = [folder / Path(name).name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{folder} is not complete: {file.name} is named in {index.name} and missing")
+        return files
+    hint = "; pickled weights are not loaded" if list(folder.glob("*.bin")) else ""
+    raise UserError(f"{folder} has no model.safetensors{hint}")
+
+
+def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All weights under this program's names and layouts, copied out of the files."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if key.endswith(STALE_BUFFERS):
+                        continue
+                    name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+                    tensor = file.get_tensor(key)
+                    if name.endswith(TRANSPOSED) and tensor.dim() == 2:
+                        tensor = tensor.t()
+                    tensors[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no whole safetensors file: {error}") from error
+    return tensors
+
+
+def _has_own_head(tensors: dict[str, Tensor]) -> bool:
+    """Is there an output head that is not the token embedding?"""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
+    return head is not None and embedding is not None and not torch.equal(head, embedding)
+
+
+def _check_fit(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{folder}: the weights lack {name}, which config.json calls for")
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{folder}: {name} is {tuple(tensors[name].shape)} in the weights, {tuple(shape)} by config.json"
+            )
+    for name in tensors:
+        if name not in expected and name != "lm_head.weight":
+            raise UserError(f"{folder}: the weights hold {name}, which config.json does not call for")
+
+
+def _tokenizer_of(folder: Path, config: GPTConfig) -> Tokenizer | None:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None and config.vocab_size == GPT2_VOCABULARY:
+        return get_tokenizer("gpt2")
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _write_tensors(model: GPT, folder: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        name: (p.detach().t() if name.endswith(TRANSPOSED) else p.detach()).to("cpu", dtype).contiguous()
+        for name, p in model.named_parameters()
+    }
+    plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    for filename, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / filename, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _move_in(written: Path, folder: Path) -> None:
+    """Move whole files into place, config.json last, and take away weight files that no longer belong."""
+    folder.mkdir(exist_ok=True)
+    names = sorted((file.name for file in written.iterdir()), key=lambda name: (name == "config.json", name))
+    for name in names:
+        os.replace(written / name, folder / name)
+    for stale in folder.glob("model*.safetensors*"):
+        if stale.name not in names:
+            stale.unlink()
+

@@ -1,0 +1,337 @@
+"""Text comes whole, exact and in bounded pieces; what is wrong with it is said in one line."""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2.data.sources import (
+    SOURCES,
+    Document,
+    Source,
+    cache_home,
+    download,
+    open_source,
+    split_documents,
+)
+from gpt2.errors import UserError
+from gpt2.tokenizer import get_tokenizer, train_bpe
+
+CONTENT = b"the quick brown fox\n" * 10_000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def whole(document: Document, piece_bytes: int = 1 << 20) -> str:
+    return "".join(document.pieces(piece_bytes=piece_bytes))
+
+
+# Pieces
+
+
+# Text in which the rare case is the common one: every kind of space, characters of one to four bytes, contractions.
+texts = st.text(alphabet="ab1'! \n\r\t\x0b\x1c\x85\xa0\u2028\u3000é字😀", max_size=200)
+
+
+@given(text=texts, piece_bytes=st.integers(1, 40))
+def test_pieces_join_to_the_text(text: str, piece_bytes: int) -> None:
+    assert whole(Document("t", text.encode()), piece_bytes) == text
+
+
+@given(text=texts, cuts=st.lists(st.integers(0, 800), max_size=4), piece_bytes=st.integers(1, 40))
+def test_neighbouring_byte_ranges_neither_lose_nor_share_a_character(
+    text: str, cuts: list[int], piece_bytes: int
+) -> None:
+    document = Document("t", text.encode())
+    edges = [0, *sorted(min(cut, document.size) for cut in cuts), document.size]
+    ranges = [document.pieces(a, b, piece_bytes) for a, b in zip(edges, edges[1:], strict=False)]
+    assert "".join(piece for pieces in ranges for piece in pieces) == text
+
+
+@given(text=texts, piece_bytes=st.integers(1, 40))
+@settings(max_examples=300)
+def test_tokens_of_the_pieces_are_the_tokens_of_the_text(text: str, piece_bytes: int) -> None:
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR")
+    gpt2 = get_tokenizer("gpt2")
+    pieces = Document("t", text.encode()).pieces(piece_bytes=piece_bytes)
+    assert [token for piece in pieces for token in gpt2.encode(piece)] == gpt2.encode(text)
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+@pytest.mark.parametrize("piece_bytes", [50, 1000, 30_000])
+def test_tokens_of_the_pieces_of_shakespeare(shakespeare_file: Path, piece_bytes: int) -> None:
+    text = shakespeare_file.read_bytes()[:200_000]
+    for tokenizer in (get_tokenizer("gpt2"), train_bpe([text[:50_000].decode()], 600)):
+        for form in (text, text.replace(b"\n", b"\r\n"), text.replace(b"\n", b"  ")):
+            pieces = list(Document("t", form).pieces(piece_bytes=piece_bytes))
+            assert len(pieces) > len(form) / piece_bytes / 3
+            joined = [token for tokens in tokenizer.encode_batch(pieces) for token in tokens]
+            assert joined == tokenizer.encode(form.decode())
+
+
+def test_pieces_are_of_about_the_size_asked_for(shakespeare_file: Path) -> None:
+    for form in (lambda b: b, lambda b: b.replace(b"\n", b"\r\n"), lambda b: b.replace(b"\n", b" ")):
+        document = Document("t", form(shakespeare_file.read_bytes()))
+        assert max(map(len, document.pieces(piece_bytes=5000))) < 10_000
+
+
+def test_text_with_no_place_to_cut_comes_in_one_piece() -> None:
+    assert list(Document("t", "字".encode() * 10_000).pieces(piece_bytes=1000)) == ["字" * 10_000]
+
+
+def test_newlines_are_kept_and_a_leading_byte_order_mark_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    document = Document("windows", path)
+    assert document.size == 13
+    assert whole(document) == "one\r\ntwo\r\n"
+    assert whole(document, 1) == "one\r\ntwo\r\n"
+    assert "".join(document.pieces(0, 1)) == ""
+    assert "".join(document.pieces(1, 6)) == "one"
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
+@pytest.mark.parametrize(("bad", "offset"), [(b"\xff", 1234), (b"\xe2\x82", 1234), (b"\xed\xa0\x80", 1234)])
+def test_a_bad_byte_is_named_with_its_offset(bad: bytes, offset: int, piece_bytes: int, tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes((b"a bc\n" * 1000)[:offset] + bad + b" and on")
+    with pytest.raises(UserError, match=rf"latin\.txt is not UTF-8 text: bad byte at offset 1,234$"):
+        whole(Document(str(path), path), piece_bytes)
+
+
+def test_a_character_cut_off_at_the_end_is_an_error() -> None:
+    with pytest.raises(UserError, match="offset 5"):
+        whole(Document("t", "price€".encode()[:-1]))
+
+
+# Sources
+
+
+def test_names_are_listed_with_a_line_each() -> None:
+    assert {"shakespeare", "tiny_shakespear", "super_tiny_shakespear", "python-docs"} == set(SOURCES)
+    assert all(line and "\n" not in line for line in SOURCES.values())
+
+
+@pytest.fixture
+def shakespeare_by_hand(shakespeare_file: Path, gpt2_home: Path) -> Path:
+    path = gpt2_home / "tinyshakespeare" / "input.txt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(shakespeare_file.read_bytes())
+    return path
+
+
+def test_shakespeare_put_there_by_hand_splits_as_everyone_splits_it(shakespeare_by_hand: Path) -> None:
+    for name in ("shakespeare", "tiny_shakespear"):
+        source = open_source(name)
+        assert source.name == "shakespeare"
+        ((document, start, border),), (val,) = split_documents(source)
+        assert (start, border, document.size) == (0, 1_003_854, 1_115_394)
+        assert val == (document, 1_003_854, 1_115_394)
+    (document,) = open_source("super_tiny_shakespear").documents
+    assert whole(document) == shakespeare_by_hand.read_text()[:1000]
+
+
+def test_a_wrong_file_put_there_by_hand_is_named_and_left_alone(gpt2_home: Path) -> None:
+    path = gpt2_home / "tinyshakespeare" / "input.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("something dear to the user")
+    with pytest.raises(UserError, match=r"input\.txt is not the file from .*: remove it") as caught:
+        open_source("shakespeare")
+    assert hashlib.sha256(path.read_bytes()).hexdigest()[:12] in str(caught.value)
+    assert path.read_text() == "something dear to the user"
+
+
+def test_python_docs_need_nothing_and_repeat_nothing() -> None:
+    first, second = open_source("python-docs"), open_source("python-docs")
+    assert first == second
+    assert sum(document.size for document in first.documents) > 300_000
+    assert [d.name for d in first.documents] == sorted(d.name for d in first.documents)
+    for document in first.documents:
+        title, underline = whole(document).split("\n")[:2]
+        assert title
+        assert set(underline) == {"*"}
+    train, val = split_documents(first)
+    assert len(val) == len(first.documents) // 10 > 3
+    seen = {p for document, _, _ in train for p in whole(document).split("\n\n") if len(p) > 40}
+    held_out = [p for document, _, _ in val for p in whole(document).split("\n\n") if len(p) > 40]
+    assert sum(p in seen for p in held_out) < len(held_out) / 10
+
+
+def test_a_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "my notes.log"
+    path.write_text("hello\n")
+    source = open_source(str(path))
+    assert source.name == "my notes"
+    assert [whole(document) for document in source.documents] == ["hello\n"]
+
+
+def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.md", "sub/c.RST", "sub/d.text", ".hidden.txt", ".git/e.txt", "image.png", "empty.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("" if name == "empty.txt" else name)
+    source = open_source(str(tmp_path))
+    assert source.name == tmp_path.name
+    assert [whole(document) for document in source.documents] == ["a.md", "b.txt", "sub/c.RST", "sub/d.text"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no file, folder or corpus '.*': the corpora are shakespeare, "),
+        (lambda path: path.write_bytes(b""), "is empty$"),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"), "is not a text file: it has a zero byte at offset 8"),
+        (lambda path: path.mkdir(), r"no text files in .*: files ending in \.txt, "),
+        (lambda path: (path.mkdir(), (path / "a.txt").touch()), "every text file in .* is empty"),
+        (lambda path: (path.mkdir(), (path / "a.txt").write_bytes(b"a\0")), r"a\.txt is not a text file"),
+    ],
+)
+def test_what_is_no_text_is_refused(make, message: str, tmp_path: Path) -> None:
+    make(tmp_path / "thing")
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(str(tmp_path / "thing"))
+    assert str(tmp_path / "thing") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelled_name_gets_a_suggestion() -> None:
+    with pytest.raises(UserError, match=r"'shakespare' \(did you mean 'shakespeare'\?\)"):
+        open_source("shakespare")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "secret.txt"
+    path.write_text("secret")
+    path.chmod(0)
+    for ref in (path, tmp_path):
+        with pytest.raises(UserError, match=r"cannot read .*secret\.txt \(Permission denied\)"):
+            open_source(str(ref))
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    document = Document("gone", tmp_path / "gone.txt")
+    for use in (lambda: document.size, lambda: whole(document)):
+        with pytest.raises(UserError, match=r"cannot read .*gone\.txt \(No such file or directory\)"):
+            use()
+
+
+# Splits
+
+
+def documents(count: int) -> Source:
+    return Source("many", tuple(Document(str(i), b"0123456789" * (i + 1)) for i in range(count)))
+
+
+def test_ten_documents_or_more_are_held_out_whole() -> None:
+    train, val = split_documents(documents(25))
+    assert [part.document.name for part in val] == ["9", "19"]
+    assert sorted(train + val, key=lambda part: int(part.document.name)) == [
+        (document, 0, document.size) for document in documents(25).documents
+    ]
+
+
+def test_of_fewer_documents_the_last_tenth_of_each_is_held_out() -> None:
+    train, val = split_documents(documents(9))
+    assert [(start, stop) for _, start, stop in train] == [(0, 9 * n) for n in range(1, 10)]
+    assert [(start, stop) for _, start, stop in val] == [(9 * n, 10 * n) for n in range(1, 10)]
+
+
+def test_another_fraction_can_be_held_out() -> None:
+    assert [len(parts) for parts in split_documents(documents(8), 0.25)] == [6, 2]
+    assert [len(parts) for parts in split_documents(documents(8), 0)] == [8, 0]
+    assert split_documents(documents(1), 0.5)[0][0].stop == 5
+    for fraction in (-0.1, 0.6, float("nan")):
+        with pytest.raises(UserError, match="between 0 and 0.5"):
+            split_documents(documents(1), fraction)
+
+
+# Downloads
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/good is CONTENT; /short ends early; /hang sends a little and then nothing; anything else is not there."""
+
+    def do_GET(self) -> None:
+        if self.path not in ("/good", "/short", "/hang"):
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT if self.path == "/good" else CONTENT[:1000])
+        if self.path == "/hang":
+            self.wfile.flush()
+            time.sleep(3)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def test_a_download_arrives_whole_and_once(server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "file.txt"
+    assert download(f"{server}/good", path, SHA256) == path
+    assert path.read_bytes() == CONTENT
+    assert download("http://127.0.0.1:9/never-asked", path, SHA256) == path
+    assert list(path.parent.iterdir()) == [path]
+    assert capfd.readouterr() == ("", "")  # the bar is for terminals
+
+
+@pytest.mark.parametrize(
+    ("place", "sha256", "reason"),
+    [
+        ("/missing", SHA256, r"HTTP 404 Not Found"),
+        ("/short", SHA256, r"the connection ended after 1,000 of 200,000 bytes"),
+        ("/good", "0" * 64, rf"what came has sha256 {SHA256[:12]}…, not 000000000000…"),
+        ("/hang", SHA256, r"timed out"),
+    ],
+)
+def test_a_failed_download_says_what_where_and_how_to_do_without(
+    server: str, place: str, sha256: str, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.txt"
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        download(server + place, path, sha256, timeout=0.3)
+    assert time.monotonic() - began < 2
+    assert str(caught.value) == f"cannot download file.txt from {server}{place} ({reason}): put it at {path} by hand"
+    assert not list(tmp_path.glob(".*"))
+    assert not path.exists()
+
+
+def test_a_download_with_no_network_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot download file\.txt from .* \(.*refused\): put it at"):
+        download("http://127.0.0.1:9/file.txt", tmp_path / "file.txt", SHA256)
+
+
+def test_a_cache_that_cannot_be_written_is_named(gpt2_home: Path) -> None:
+    gpt2_home.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"cannot write .*gpt2-home.*: set GPT2_HOME to a folder that can be"):
+        open_source("shakespeare")
+
+
+def test_the_cache_is_where_gpt2_home_says(monkeypatch: pytest.MonkeyPatch, gpt2_home: Path) -> None:
+    assert cache_home() == gpt2_home
+    monkeypatch.delenv("GPT2_HOME")
+    assert cache_home() == Path.home() / ".cache" / "gpt2"
