@@ -36,9 +36,9 @@ from gpt2.tokenizer import (
 )
 
 SENTENCES = [
-    "The quick brown fox jumps over the lazy dog; it wasn't the first time, and they'll say it won't be the last",
-    "The lazy dog wasn't amused. It'd seen 1024 foxes and 2048 foxes, and by 1999 it had had enough of foxes!",
-    "So the dog said to the foxes: the first fox that jumps over this dog is going to be the last that jumps.",
+    "A quick brown fox jumps over the lazy dog; it wasn't the first time, and they'll say it isn't the last.",
+    "The lazy dog wasn't amused. It'd seen 1024 foxes and 2048 foxes, and in 1999 it'd had enough of foxes!",
+    "So the dog said to the foxes: the first fox that jumps over this dog will be the last that jumps.",
 ]
 HARD_TEXTS = [
     "",
@@ -116,7 +116,7 @@ def test_transformers_reads_what_we_save(
 ) -> None:
     from transformers import AutoTokenizer
     from transformers import GPT2Tokenizer as Reference
-    from transformers import GPT2TokenizerFast as FastReference
+    from transformers import GPT2TokenizerFast as FastReference  # pyright: ignore[reportAttributeAccessIssue]
 
     any_tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -353,13 +353,16 @@ def test_fingerprints_tell_the_kinds_apart(gpt2_vocabulary: None, small_bpe: BPE
 
 
 def test_gpt2_words_cut_another_way_are_not_gpt2(gpt2_vocabulary: None, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     gpt2().save(tmp_path)
-    edit_json(
-        tmp_path / "tokenizer.json", lambda spec: spec["pre_tokenizer"].update({"add_prefix_space": True})
-    )
+    edit_json(tmp_path / "tokenizer.json", lambda spec: spec["pre_tokenizer"].update({"add_prefix_space": True}))
     loaded = get_tokenizer(tmp_path)
     assert loaded.name == "bpe"
     assert loaded.encode("Hello") == gpt2().encode(" Hello")
+    loaded.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert AutoTokenizer.from_pretrained(tmp_path)("Hello")["input_ids"] == loaded.encode("Hello")
 
 
 def test_another_pre_tokenizer_is_kept(saved_bpe: Path, tmp_path: Path) -> None:
@@ -516,9 +519,7 @@ def test_without_network_the_error_says_what_to_put_where(tmp_path: Path) -> Non
             damaged.write_bytes(b"#version: 0.2\n")
         run = run_gpt2_tokenizer(tmp_path)
         message = run.stderr.strip().split("\n")[-1]
-        assert message.startswith("gpt2.errors.UserError: cannot get GPT-2's vocabulary (ProxyError)"), (
-            run.stderr
-        )
+        assert message.startswith("gpt2.errors.UserError: cannot get GPT-2's vocabulary (ProxyError)"), run.stderr
         for name in ("vocab.bpe", "encoder.json"):
             assert f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}" in message
         assert str(damaged) in message
@@ -557,9 +558,7 @@ def silent_server() -> Iterator[str]:
             connection.close()
 
 
-def test_a_silent_server_is_not_waited_for(
-    silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_server_is_not_waited_for(silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(tokenizer_module, "_GPT2_URL", silent_server)

@@ -30,12 +30,11 @@ class KVCache:
         cls, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
     ) -> "KVCache":
         """An empty cache; `shape` is (B, n_head, max_length, head_dim)."""
-        return cls(
-            [
-                LayerCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in ("keys", "values")))
-                for _ in range(n_layer)
-            ]
-        )
+
+        def buffer() -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        return cls([LayerCache(buffer(), buffer()) for _ in range(n_layer)])
 
     @property
     def length(self) -> int:
@@ -51,9 +50,7 @@ class KVCache:
         """A new cache with every row n times: one prompt read once, continued n ways."""
         return KVCache(
             [
-                LayerCache(
-                    layer.keys.repeat_interleave(n, 0), layer.values.repeat_interleave(n, 0), layer.length
-                )
+                LayerCache(layer.keys.repeat_interleave(n, 0), layer.values.repeat_interleave(n, 0), layer.length)
                 for layer in self.layers
             ]
         )

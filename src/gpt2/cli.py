@@ -43,9 +43,14 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `gpt2 VERB ...` and exit: 0 done, 2 a user's mistake in one line, 128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    exit_after(lambda: _run(arguments))
+
+
+def exit_after(program: Callable[[], int | None]) -> NoReturn:
+    """Run a program and exit with its code; what the user did wrong becomes one line on standard error and code 2."""
     logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING)
     try:
-        sys.exit(_run(arguments))
+        sys.exit(program() or 0)
     except UserError as error:
         print(f"gpt2: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,19 +61,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(141)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-        return 0
+        return None
     if arguments[0] == "--version":
         from gpt2 import __version__
 
         print(f"gpt2 {__version__}")
-        return 0
+        return None
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         raise UserError(f"there is no command '{verb}'{did_you_mean(verb, VERBS)}: see gpt2 --help")
-    return VERBS[verb][0](rest) or 0
+    return VERBS[verb][0](rest)
 
 
 def _overview() -> str:
@@ -149,7 +154,9 @@ def _add_training_flags(parser: Parser) -> None:
         if annotation == bool | None:
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
-            kind = next(kind for kind in (int, float, str) if kind in (annotation, *getattr(annotation, "__args__", ())))
+            kind = next(
+                kind for kind in (int, float, str) if kind in (annotation, *getattr(annotation, "__args__", ()))
+            )
             kwargs |= {"type": kind, "metavar": kind.__name__.upper()}
             if f.default is not None and f.default != "":
                 kwargs["help"] = f"{text} [{f.default}]"
@@ -158,7 +165,7 @@ def _add_training_flags(parser: Parser) -> None:
 
 def sample_command(argv: list[str]) -> None:
     """gpt2 sample MODEL --prompt TEXT"""
-    parser = Parser(prog="gpt2 sample", description="Continue a prompt; the text goes to standard output as it is made.")
+    parser = Parser(prog="gpt2 sample", description="Continue a prompt, on standard output.")
     parser.add_argument("model", metavar="MODEL", help="a run folder, a model folder, or a hub name")
     parser.flag("prompt", default="", help="what to continue; - reads it from standard input; empty starts a new text")
     parser.flag("num-samples", type=int, default=1, help="how many continuations [1]")
@@ -248,9 +255,12 @@ def data_command(argv: list[str]) -> None:
         for name, about in SOURCES.items():
             print(f"{name:24}{about}")
     elif args.verb == "prepare":
-        from gpt2.data.prepare import prepare_folder
+        from gpt2.data.prepare import prepare, tokenizer_for
+        from gpt2.data.sources import open_source
 
-        meta = prepare_folder(args.source, args.tokenizer, args.out, args.val_fraction)
+        source = open_source(args.source)
+        tokenizer = tokenizer_for(source, args.tokenizer, args.val_fraction)
+        meta = prepare(source, tokenizer, args.out, val_fraction=args.val_fraction)
         for split, counts in meta.splits.items():
             print(f"{split}: {counts.tokens:,} tokens of {counts.bytes:,} bytes in {counts.documents} document(s)")
     else:

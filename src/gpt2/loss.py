@@ -87,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scale,) = grad_outputs
         grad_hidden, grad_weight = (None if grad is None else grad * scale for grad in ctx.grads)
         return grad_hidden, grad_weight, None, None, None, None

@@ -58,9 +58,7 @@ class GPTConfig:
         for name, choices in (("activation_function", ACTIVATIONS), ("attention", ATTENTIONS)):
             value = getattr(self, name)
             if value not in choices:
-                raise UserError(
-                    f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
-                )
+                raise UserError(f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

@@ -1,10 +1,10 @@
 """What the program runs on: device, dtype, seeds, and whether compiling pays."""
 
+import importlib.util
 import logging
 import os
 import shutil
 import time
-from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def _bfloat16_pays(width: int, rows: int = 512) -> bool:
     return best[torch.bfloat16] < 0.8 * best[torch.float32]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Run matrix products in `dtype`, and all that needs it in float32. For float32 it does nothing."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -86,7 +86,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def can_compile(device: torch.device) -> bool:
     """Does this machine have what torch.compile needs: Triton for a GPU, a C++ compiler for the CPU?"""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()  # torch has no public name for it
+        return importlib.util.find_spec("triton") is not None
     return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 

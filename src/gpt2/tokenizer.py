@@ -17,21 +17,32 @@ import logging
 import os
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import cache, cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2.errors import UserError, did_you_mean
+from gpt2.vocabulary import (
+    END_OF_TEXT,
+    Table,
+    build_backend,
+    cuts_like_gpt2,
+    fingerprint_of,
+    read_merges,
+    recover_merges,
+    table_of_ids,
+    table_of_json,
+    unspell,
+    write_files,
+)
 
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
-END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 65536  # token shards are uint16
 
 # How GPT-2 cuts text into words, within which bytes are merged: the tail of a contraction; letters, digits or
@@ -85,31 +96,24 @@ class Tokenizer(Protocol):
         ...
 
 
-class _Table(NamedTuple):
-    """A vocabulary: the bytes of each id, and the ids that are matched as a whole, never made by merging."""
-
-    tokens: list[bytes]
-    added: frozenset[int]
-
-
-class _ByteLevelTokenizer:
+class _ByteLevelTokenizer(ABC):
     """What the three tokenizers share: all that follows from the table of bytes."""
 
     name: str
 
-    def __init__(self, table: _Table) -> None:
+    def __init__(self, table: Table) -> None:
         self._table = table
-        self.fingerprint = _fingerprint(table)
+        self.fingerprint = fingerprint_of(table)
         self.vocab_size = len(table.tokens)
         self.end_of_text = next(i for i in table.added if table.tokens[i] == END_OF_TEXT.encode())
 
     @cached_property
     def _backend(self) -> "tokenizers.Tokenizer":
         """The same tokenizer as the `tokenizers` library has it, which is how it is saved."""
-        return _build_backend(self._table, _recover_merges(self._table))
+        return build_backend(self._table, recover_merges(self._table))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         if not allow_special:
@@ -122,13 +126,11 @@ class _ByteLevelTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
-            raise UserError(
-                f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}"
-            )
+            raise UserError(f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}")
         return self._table.tokens[token]
 
     def save(self, folder: Path) -> None:
-        _write_files(self._backend, folder)
+        write_files(self._backend, folder)
 
 
 class GPT2Tokenizer(_ByteLevelTokenizer):
@@ -143,7 +145,7 @@ class GPT2Tokenizer(_ByteLevelTokenizer):
     def __init__(self, encoding: "tiktoken.Encoding | None" = None) -> None:
         self._encoding = encoding or _gpt2_encoding()
         tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self._encoding.n_vocab)]
-        super().__init__(_Table(tokens, frozenset({self._encoding.eot_token})))
+        super().__init__(Table(tokens, frozenset({self._encoding.eot_token})))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if any(len(text) >= _LONG_SPACE and _LONG_SPACE_PATTERN.search(text) for text in texts):
@@ -162,7 +164,7 @@ class BPETokenizer(_ByteLevelTokenizer):
     name = "bpe"
 
     def __init__(self, backend: "tokenizers.Tokenizer") -> None:
-        super().__init__(_table_of_json(json.loads(backend.to_str())))
+        super().__init__(table_of_json(json.loads(backend.to_str())))
         backend.no_padding()
         backend.no_truncation()
         backend.add_special_tokens([END_OF_TEXT])
@@ -182,7 +184,7 @@ class ByteTokenizer(_ByteLevelTokenizer):
     name = "bytes"
 
     def __init__(self) -> None:
-        super().__init__(_Table([*(bytes([b]) for b in range(256)), END_OF_TEXT.encode()], frozenset({256})))
+        super().__init__(Table([*(bytes([b]) for b in range(256)), END_OF_TEXT.encode()], frozenset({256})))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(_without_surrogates(text).encode()) for text in texts]
@@ -229,12 +231,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     learner.train_from_iterator(map(_without_surrogates, texts), trainer)
     learned = json.loads(learner.to_str())["model"]
-    tokens = [_unspell(letters) for letters in sorted(learned["vocab"], key=learned["vocab"].__getitem__)]
-    merges = [(_unspell(left), _unspell(right)) for left, right in learned["merges"]]
+    tokens = [unspell(letters) for letters in sorted(learned["vocab"], key=learned["vocab"].__getitem__)]
+    merges = [(unspell(left), unspell(right)) for left, right in learned["merges"]]
     if len(tokens) + 1 < vocab_size:
         _log.warning("the text is enough for a vocabulary of %d tokens, not %d", len(tokens) + 1, vocab_size)
-    table = _Table([*tokens, END_OF_TEXT.encode()], frozenset({len(tokens)}))
-    return BPETokenizer(_build_backend(table, merges))
+    table = Table([*tokens, END_OF_TEXT.encode()], frozenset({len(tokens)}))
+    return BPETokenizer(build_backend(table, merges))
 
 
 def get_tokenizer(ref: str | Path) -> Tokenizer:
@@ -251,14 +253,10 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
     folder = Path(ref)
     if not folder.is_dir():
         hint = did_you_mean(str(ref), ["gpt2", "bytes", "bpe:N"])
-        raise UserError(
-            f"no tokenizer '{ref}'{hint}: there are gpt2, bytes, bpe:N, and folders with tokenizer files"
-        )
+        raise UserError(f"no tokenizer '{ref}'{hint}: there are gpt2, bytes, bpe:N, and folders with tokenizer files")
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise UserError(
-            f"no tokenizer in {folder}: it has neither tokenizer.json nor vocab.json with merges.txt"
-        )
+        raise UserError(f"no tokenizer in {folder}: it has neither tokenizer.json nor vocab.json with merges.txt")
     return tokenizer
 
 
@@ -285,8 +283,8 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
-    table = _table_of_json(spec)
-    if _cuts_like_gpt2(spec) and (known := _known_tokenizer(table)):
+    table = table_of_json(spec)
+    if cuts_like_gpt2(spec) and (known := _known_tokenizer(table)):
         return known
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -297,115 +295,30 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
 def _load_vocab_json(path: Path) -> Tokenizer:
     """The tokenizer in a `vocab.json`, or a `ValueError`; a `UserError` when its `merges.txt` is at fault."""
-    table = _table_of_ids(json.loads(path.read_text(encoding="utf-8")), added={END_OF_TEXT})
+    table = table_of_ids(json.loads(path.read_text(encoding="utf-8")), added={END_OF_TEXT})
     if known := _known_tokenizer(table):
         return known
     merges_path = path.with_name("merges.txt")
     try:
-        merges = _read_merges(merges_path)
+        merges = read_merges(merges_path)
         made = {left + right for left, right in merges}
         for i, token in enumerate(table.tokens):
             if len(token) > 1 and token not in made and i not in table.added:
                 raise ValueError(f"no merge in it makes token {i} of vocab.json; is it cut short?")
-        return BPETokenizer(_build_backend(table, merges))
+        return BPETokenizer(build_backend(table, merges))
     except FileNotFoundError:
         raise UserError(f"no {merges_path}, without which vocab.json is of no use") from None
     except Exception as error:  # the library raises nothing more precise
         raise UserError(f"cannot use {merges_path}: {error}") from error
 
 
-def _read_merges(path: Path) -> list[tuple[bytes, bytes]]:
-    """The pairs in a `merges.txt`, one a line, first learned first."""
-    merges = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2:
-            raise ValueError(f"line {number} is not a pair of tokens")
-        merges.append((_unspell(pair[0]), _unspell(pair[1])))
-    return merges
-
-
-def _known_tokenizer(table: _Table) -> Tokenizer | None:
+def _known_tokenizer(table: Table) -> Tokenizer | None:
     """GPT-2's tokenizer or the bytes, if that is what the table holds."""
-    fingerprint = _fingerprint(table)
+    fingerprint = fingerprint_of(table)
     if fingerprint == GPT2_FINGERPRINT:
         return GPT2Tokenizer(_encoding_of(table))
     plain = ByteTokenizer()
     return plain if fingerprint == plain.fingerprint else None
-
-
-def _cuts_like_gpt2(spec: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` leaves the text as it is and cuts it into words by GPT-2's pattern."""
-    cut = spec["pre_tokenizer"]
-    by_pattern = cut["type"] == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
-    return by_pattern and not spec.get("normalizer")
-
-
-def _table_of_json(spec: Any) -> _Table:
-    """The table in a parsed `tokenizer.json`; a `ValueError` if that is not byte-level BPE."""
-    try:
-        cut = spec["pre_tokenizer"]
-        cuts = {part["type"] for part in cut.get("pretokenizers", [cut])}
-        if spec["model"].get("type", "BPE") != "BPE" or "ByteLevel" not in cuts:
-            raise ValueError("it is not byte-level BPE")
-        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        ids = {**spec["model"]["vocab"], **added}
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError("it is not byte-level BPE") from None
-    return _table_of_ids(ids, added.keys() | {END_OF_TEXT})
-
-
-def _table_of_ids(ids: Any, added: AbstractSet[str]) -> _Table:
-    """The table in a parsed `vocab.json`: each letter of a token is a byte, except in those `added`."""
-    if not isinstance(ids, dict) or END_OF_TEXT not in ids:
-        raise ValueError(f"it has no {END_OF_TEXT}")
-    numbers = list(ids.values())
-    if not all(type(i) is int for i in numbers) or sorted(numbers) != list(range(len(ids))):
-        raise ValueError(f"its ids are not 0 to {len(ids) - 1}, each once")
-    texts = sorted(ids, key=ids.__getitem__)
-    tokens = [text.encode() if text in added else _unspell(text) for text in texts]
-    missing = 256 - sum(len(token) == 1 for token in set(tokens))
-    if missing:
-        raise ValueError(f"it lacks {missing} of the 256 bytes, so there is text that it cannot encode")
-    return _Table(tokens, frozenset(ids[text] for text in added if text in ids))
-
-
-def _fingerprint(table: _Table) -> str:
-    """SHA-256 over the ids in order: of each, one byte for added or not, eight for its length, its bytes."""
-    digest = hashlib.sha256()
-    for i, token in enumerate(table.tokens):
-        digest.update(bytes([i in table.added]) + len(token).to_bytes(8, "big") + token)
-    return digest.hexdigest()
-
-
-@cache
-def _letters() -> list[str]:
-    """The letter that stands for each byte in vocabulary files, so that every token is a word without spaces.
-
-    A byte that Latin-1 prints is its own character. The others, in order, are the characters from U+0100 on,
-    which makes ``Ġ`` of the space and ``Ċ`` of the newline.
-    """
-    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
-
-
-@cache
-def _bytes_of_letters() -> dict[str, int]:
-    return {letter: byte for byte, letter in enumerate(_letters())}
-
-
-def _spell(token: bytes) -> str:
-    return "".join(_letters()[byte] for byte in token)
-
-
-def _unspell(text: str) -> bytes:
-    try:
-        return bytes(_bytes_of_letters()[letter] for letter in text)
-    except KeyError:
-        raise ValueError(f"its token {text!r} is not spelled in the letters that stand for bytes") from None
 
 
 def _without_surrogates(text: str) -> str:
@@ -422,60 +335,7 @@ def _encode_with_library(backend: "tokenizers.Tokenizer", texts: Sequence[str]) 
     return [encoding.ids for encoding in backend.encode_batch_fast(whole, add_special_tokens=False)]
 
 
-def _build_backend(table: _Table, merges: Iterable[tuple[bytes, bytes]]) -> "tokenizers.Tokenizer":
-    """GPT-2's tokenizer with this vocabulary, in the form of the `tokenizers` library and `transformers`."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, processors
-
-    ids = {token.decode() if i in table.added else _spell(token): i for i, token in enumerate(table.tokens)}
-    backend = Backend(models.BPE(ids, [(_spell(left), _spell(right)) for left, right in merges]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END_OF_TEXT])
-    backend.encode_special_tokens = True
-    return backend
-
-
-def _write_files(backend: "tokenizers.Tokenizer", folder: Path) -> None:
-    """The four files of openai-community/gpt2: tokenizer.json, its contents as two, tokenizer_config.json."""
-    spec = json.loads(backend.to_str())
-    vocab = dict(sorted(backend.get_vocab().items(), key=lambda item: item[1]))
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in spec["model"]["merges"])]
-    config = {
-        "tokenizer_class": "GPT2Tokenizer" if _cuts_like_gpt2(spec) else "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer.json").write_bytes(backend.to_str(pretty=True).encode())
-    (folder / "vocab.json").write_bytes(json.dumps(vocab, ensure_ascii=False).encode())
-    (folder / "merges.txt").write_bytes("\n".join([*merges, ""]).encode())
-    (folder / "tokenizer_config.json").write_bytes(json.dumps(config, indent=2).encode())
-
-
-def _recover_merges(table: _Table) -> list[tuple[bytes, bytes]]:
-    """The pair that made each token of GPT-2's table, in the order in which they were learned.
-
-    The ids tell, because they follow that order: merge the bytes of a token as far as the tokens before it
-    go, the oldest pair first, and two parts remain. It takes half a second for the 50,000.
-    """
-    ranks = {token: i for i, token in enumerate(table.tokens) if i not in table.added}
-    merges = []
-    for token, rank in ranks.items():
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pair_ranks = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-            i = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def _encoding_of(table: _Table) -> "tiktoken.Encoding":
+def _encoding_of(table: Table) -> "tiktoken.Encoding":
     """tiktoken's encoder for GPT-2's table, with no download."""
     import tiktoken
 
@@ -497,10 +357,9 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
     default = str(Path(tempfile.gettempdir(), "data-gym-cache"))
     where = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
     paths = {name: Path(where, hashlib.sha1((_GPT2_URL + name).encode()).hexdigest()) for name in _GPT2_FILES}
+    wanted = paths if where else {}  # an empty name tells tiktoken to keep nothing
     try:
-        for name, path in (
-            paths.items() if where else ()
-        ):  # an empty name is how to tell tiktoken to keep nothing
+        for name, path in wanted.items():
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _GPT2_FILES[name]:
                 _download(name, path)
         return tiktoken.get_encoding("gpt2")

@@ -7,7 +7,6 @@ A model folder holds `config.json`, `model.safetensors` (or shards with an index
 
 import json
 import logging
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -71,9 +70,7 @@ def load(
     return model.to(device).eval(), _tokenizer_of(folder, config)
 
 
-def save(
-    model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: torch.dtype | None = None
-) -> Path:
+def save(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
     dtype: what the weights become on disk; None keeps theirs.
@@ -257,9 +254,7 @@ def _tokenizer_of(folder: Path, config: GPTConfig) -> Tokenizer | None:
     if tokenizer is None and config.vocab_size == GPT2_VOCABULARY:
         return get_tokenizer("gpt2")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
-        )
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     return tokenizer
 
 
@@ -285,8 +280,7 @@ def _move_in(written: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     names = sorted((file.name for file in written.iterdir()), key=lambda name: (name == "config.json", name))
     for name in names:
-        os.replace(written / name, folder / name)
+        (written / name).replace(folder / name)
     for stale in folder.glob("model*.safetensors*"):
         if stale.name not in names:
             stale.unlink()
-

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
-
-IGNORED = -100  # the target that the loss does not count
+from gpt2.loss import IGNORE
 
 
 class Tokens(Protocol):
@@ -43,7 +42,7 @@ class Loader:
         self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
         # One window less than would fit leaves the offset at least block_size values to choose from.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        self._epoch, self._starts = -1, np.empty(0, np.int64)
+        self._latest = (-1, np.empty(0, np.int64))  # an epoch and where its windows begin, in order
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Step `step`, counted from 0: (tokens, targets), both int64 of shape (batch_size, block_size).
@@ -61,18 +60,21 @@ class Loader:
         for window, row in zip(windows, range(first + start, first + stop), strict=True):
             begin = self._start_of(row)
             window[:] = self.tokens.read(begin, begin + self.block_size + 1)
-        return _inputs_and_targets(windows)
+        tokens = torch.from_numpy(windows)  # (B, T + 1)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def _start_of(self, row: int) -> int:
         """Where in the data the window of this row, counted over all steps, begins."""
         epoch, index = divmod(row, self.windows_per_epoch)
-        if epoch != self._epoch:  # remembered for speed only: it follows from (seed, epoch)
-            random = np.random.Generator(np.random.Philox(key=[self.seed % (1 << 64), epoch]))
+        latest, starts = self._latest
+        if epoch != latest:  # remembered for speed only: it follows from (seed, epoch)
+            key = np.array([self.seed % (1 << 64), epoch], np.uint64)
+            random = np.random.Generator(np.random.Philox(key=key))
             spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
             offset = random.integers(spare, endpoint=True)
-            self._starts = offset + random.permutation(self.windows_per_epoch) * self.block_size
-            self._epoch = epoch
-        return int(self._starts[index])
+            starts = offset + random.permutation(self.windows_per_epoch) * self.block_size
+            self._latest = epoch, starts
+        return int(starts[index])
 
 
 def evaluation_batches(
@@ -81,8 +83,7 @@ def evaluation_batches(
     """A split in order, each token (but the first, which nothing precedes) the target exactly once.
 
     Yields (tokens, targets), int64 of shape (B, T) with B <= `batch_size` and T <= `block_size`. Windows do
-    not overlap; the last is filled up with token 0 and target -100. `max_tokens` ends it after so many
-    targets.
+    not overlap; the last is filled up with token 0 and target -100. `max_tokens` caps the targets.
 
     Raises `UserError` when there is no token to predict.
     """
@@ -94,15 +95,9 @@ def evaluation_batches(
     for first in range(0, len(starts), batch_size):
         some = starts[first : first + batch_size]
         inputs = torch.zeros(len(some), block_size, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORED)
+        targets = torch.full_like(inputs, IGNORE)
         for row, start in enumerate(some):
             length = min(block_size, total - start)
             window = torch.from_numpy(tokens.read(start, start + length + 1).astype(np.int64))
             inputs[row, :length], targets[row, :length] = window[:-1], window[1:]
         yield inputs, targets
-
-
-def _inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Windows (B, T + 1) of consecutive tokens -> inputs and the tokens that follow them, each (B, T)."""
-    together = torch.from_numpy(windows)
-    return together[:, :-1].contiguous(), together[:, 1:].contiguous()

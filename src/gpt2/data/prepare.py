@@ -24,6 +24,7 @@ from gpt2.data.shards import (
     holds_shards,
     open_shards,
     shard_files,
+    verify_shards,
 )
 from gpt2.data.sources import SOURCES, Part, Source, cache_home, open_source, split_documents, unwritable
 from gpt2.errors import UserError
@@ -61,8 +62,7 @@ def prepare(
     the splits does not, and a corpus of one document has none at all. `folder` appears whole, at the end, or
     not at all; it must hold nothing yet, unless that is the very same data.
 
-    Raises `UserError` when the text cannot be read, is too short to train on, or the folder cannot be
-    written.
+    Raises `UserError`: text that cannot be read or is too short, a folder that cannot be written.
     """
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
@@ -98,14 +98,44 @@ def open_data(ref: str, tokenizer: str | None = None) -> TokenData:
     if ref not in SOURCES and holds_shards(path):
         return _open_made(path, tokenizer, path.resolve().name.removesuffix(".bin"))
     source, spec = open_source(ref), tokenizer or "gpt2"
-    size = _bpe_size(spec)
-    known = get_tokenizer(spec) if size is None else None
-    key = _cache_key(source, known.fingerprint if known else spec)
+    identity = spec if _bpe_size(spec) else get_tokenizer(spec).fingerprint
+    key = _cache_key(source, identity)
     folder = cache_home() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{key}"
     if not folder.exists():
-        train, _ = split_documents(source)
-        prepare(source, known or train_bpe(_texts(train), size or 0), folder)
+        prepare(source, tokenizer_for(source, spec), folder)
     return _open_made(folder, None, source.name)
+
+
+def tokenizer_for(source: Source, spec: str, val_fraction: float = 0.1) -> Tokenizer:
+    """The tokenizer that `spec` names: "gpt2", "bytes", a folder, or "bpe:N", learned from the train split."""
+    size = _bpe_size(spec)
+    if size is None:
+        return get_tokenizer(spec)
+    train, _ = split_documents(source, val_fraction)
+    return train_bpe(_texts(train), size)
+
+
+def describe_shards(folder: Path, preview_tokens: int = 64) -> str:
+    """What a folder of shards holds, in a few lines for a person: counts, tokenizer, how each split begins.
+
+    Every file's checksum is compared first. Raises `UserError` for what `verify_shards` and `open_data` do.
+    """
+    if not holds_shards(folder):
+        raise UserError(f"{folder} holds no token shards")
+    if ShardsMeta.load(folder) is not None:
+        verify_shards(folder)
+    data = open_data(str(folder))
+    checked = "checksums hold" if data.meta is not None else "no meta.json, so nothing to check them against"
+    lines = [
+        f"source:    {data.meta.source if data.meta else 'unknown'}",
+        f"tokenizer: {data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids",
+    ]
+    for split, shards in (("train", data.train), ("val", data.val)):
+        if shards is not None:
+            start = data.tokenizer.decode(shards.read(0, min(preview_tokens, len(shards))).tolist())
+            lines.append(f"{split + ':':11}{len(shards):,} tokens in {len(shards.paths)} file(s); {checked}")
+            lines.append(f"           begins {start!r}")
+    return "\n".join(lines)
 
 
 def _open_made(path: Path, wanted: str | None, name: str) -> TokenData:
@@ -164,9 +194,7 @@ def _check_ids(path: Path, shards: TokenShards, tokenizer: Tokenizer) -> None:
         )
 
 
-def _write_split(
-    parts: list[Part], tokenizer: Tokenizer, writer: ShardWriter, ends_marked: bool
-) -> SplitMeta:
+def _write_split(parts: list[Part], tokenizer: Tokenizer, writer: ShardWriter, ends_marked: bool) -> SplitMeta:
     """Tokenize the parts in order; `ends_marked` puts an end of text where a document ends."""
     with writer:
         for batch in _batches(parts):
@@ -220,7 +248,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
             if ShardsMeta.load(folder) != ShardsMeta.load(partial):
                 raise UserError(f"{folder} has other shards in it: name a new folder for these") from None
     except OSError as error:
-        raise unwritable(folder.parent, error) from None
+        raise unwritable(folder, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

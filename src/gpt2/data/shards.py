@@ -287,9 +287,7 @@ def _check_shard(path: Path) -> tuple[int, int]:
 def _check_headerless(path: Path, size: int) -> tuple[int, int]:
     if path.name not in _HEADERLESS_NAMES:
         names = " and ".join(_HEADERLESS_NAMES)
-        raise UserError(
-            f"{path} is not a token shard: without llm.c's header, only nanoGPT's {names} are read"
-        )
+        raise UserError(f"{path} is not a token shard: without llm.c's header, only nanoGPT's {names} are read")
     if size % 2:
         raise UserError(f"{path} is cut short: {size:,} bytes, where tokens take two each")
     return 0, size // 2

@@ -1,8 +1,7 @@
 """Where text comes from: Shakespeare, the Python language reference, your own files and folders.
 
 `open_source` turns what a user types after `--data` into a `Source`: a name and its documents. A document
-knows its size and gives its text in pieces, so that a corpus of any size passes through a small amount of
-memory.
+knows its size and gives its text in pieces, so that a corpus of any size passes through little memory.
 """
 
 import codecs
@@ -50,9 +49,7 @@ class Document:
         except OSError as error:
             raise _unreadable(self.data, error) from None
 
-    def pieces(
-        self, start: int = 0, stop: int | None = None, piece_bytes: int = PIECE_BYTES
-    ) -> Iterator[str]:
+    def pieces(self, start: int = 0, stop: int | None = None, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
         """The text of bytes [start, stop), in pieces of about `piece_bytes`.
 
         Either end is moved forward to the next character, so neighbouring ranges neither lose nor share one.
@@ -81,7 +78,7 @@ class Document:
                 if cut:
                     yield text[:cut]
                     text = text[cut:]
-                searched = max(0, len(text) - 2)
+                searched = max(0, len(text) - 1)
             if text:
                 yield text
 
@@ -242,9 +239,7 @@ def _check_sha256(path: Path, sha256: str, url: str) -> None:
         raise _unreadable(path, error) from None
     if found != sha256:
         difference = f"sha256 {found[:12]}…, not {sha256[:12]}…"
-        raise UserError(
-            f"{path} is not the file from {url} ({difference}): remove it to have that one fetched"
-        )
+        raise UserError(f"{path} is not the file from {url} ({difference}): remove it to have that one fetched")
 
 
 def _shakespeare() -> Path:

@@ -93,9 +93,7 @@ class TrainConfig:
             raise UserError(f"--warmup-steps ({self.warmup_steps}) is more than --max-steps ({self.max_steps})")
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd ({self.n_embd}) must be a multiple of --n-head ({self.n_head})")
-        if self.micro_batch_size is not None and (
-            self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
-        ):
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise UserError(f"--batch-size ({self.batch_size}) must be a multiple of --micro-batch-size")
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             value = getattr(self, name)

@@ -156,8 +156,6 @@ def set_up(config: TrainConfig) -> Run:
     device = pick_device(config.device)
     init = find_model(config.init_from) if config.init_from else None
     data = open_data(config.data, _tokenizer_for(config, init))
-    if data.tokenizer is None:
-        raise UserError(f"{config.data}: whose tokens these are is not known: name the --tokenizer")
     seed_everything(config.seed)
     model = _fresh_model(config, data.tokenizer) if init is None else _given_model(config, init)
     model.to(device)
@@ -196,7 +194,7 @@ def describe(run: Run) -> str:
 def noted_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM only leave a note here, read at the end of a step; a second one does what it always did."""
     noted: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
@@ -277,7 +275,7 @@ def _save(run: Run) -> None:
 
 def _write_sample(run: Run, sampler: Sampler | None) -> None:
     config, tokenizer = run.config, run.data.tokenizer
-    if sampler is None or tokenizer is None or config.sample_tokens == 0:
+    if sampler is None or config.sample_tokens == 0:
         return
     run.model.eval()
     text = sampler(run.model, tokenizer, config.sample_prompt, config.sample_tokens)

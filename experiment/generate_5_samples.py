@@ -1,0 +1,50 @@
+"""Five continuations of "Hello, I'm a language model,": the original project's command, as written.
+
+    cd experiment
+    python generate_5_samples.py --hf_weight --no-train
+
+The random numbers are drawn as there: one `multinomial` over the top 50 probabilities of the whole batch a token.
+`gpt2 sample gpt2 --prompt "Hello, I'm a language model," --num-samples 5` is this program's own way.
+"""
+
+from argparse import ArgumentParser, BooleanOptionalAction
+
+import torch
+
+import gpt2
+from gpt2.cli import exit_after
+from gpt2.runtime import pick_device
+
+parser = ArgumentParser(description="Five continuations of a prefix.")
+parser.add_argument("--model_type", default="gpt2", help="a hub name or a model folder")
+parser.add_argument("--hf_weight", default=True, action=BooleanOptionalAction, help="OpenAI's weights, or fresh ones")
+parser.add_argument("--train", default=True, action=BooleanOptionalAction, help="training mode, with fresh weights")
+parser.add_argument("--prefix", default="Hello, I'm a language model,")
+parser.add_argument("--num_return_sequences", type=int, default=5)
+parser.add_argument("--max_length", type=int, default=30, help="tokens in all, the prefix included")
+parser.add_argument("--seed", type=int, default=1337)
+parser.add_argument("--device", default="cuda", help="cpu where there is no such device")
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.hf_weight and not args.train:
+        model, tokenizer = gpt2.load(args.model_type, device=device)
+    else:
+        model, tokenizer = gpt2.GPT(gpt2.GPTConfig()).to(device), gpt2.get_tokenizer("gpt2")
+    if tokenizer is None:
+        raise gpt2.UserError(f"{args.model_type} has no tokenizer")
+    model.train(args.train)
+    tokens = torch.tensor([tokenizer.encode(args.prefix)] * args.num_return_sequences, device=device)
+    torch.manual_seed(args.seed)
+    while tokens.size(1) < args.max_length:
+        probs, candidates = model(tokens)[:, -1].softmax(-1).topk(50)  # (B, 50) each
+        tokens = torch.cat((tokens, candidates.gather(-1, torch.multinomial(probs, 1))), 1)
+    for row in tokens[:, : args.max_length].tolist():
+        print(">> ", tokenizer.decode(row))
+
+
+if __name__ == "__main__":
+    exit_after(main)

@@ -1,0 +1,271 @@
+"""The commands, as a person types them: what they print, and what they say when it cannot be."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from reference import random_model
+from safetensors.torch import load_file
+
+import gpt2
+from gpt2.cli import main
+from gpt2.model import GPTConfig
+from gpt2.tokenizer import get_tokenizer
+from gpt2.train.config import RECIPES
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """`gpt2 ARGV` in this process: exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    code = stop.value.code
+    assert isinstance(code, int)
+    return code, out, err
+
+
+@pytest.fixture
+def talker(tmp_path: Path) -> str:
+    """A folder with a small model that speaks bytes."""
+    model = random_model(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16))
+    return str(gpt2.save(model, get_tokenizer("bytes"), tmp_path / "talker"))
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "gpt2", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+    assert all(verb in done.stdout for verb in ("train", "sample", "export", "data"))
+    heavy = "import sys, gpt2, gpt2.cli; print([m for m in ('torch', 'numpy', 'rich', 'tiktoken') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", heavy], text=True) == "[]\n"
+
+
+def test_every_module_imports_with_the_core_alone() -> None:
+    """The optional packages are hidden; every module of the program must import all the same."""
+    code = """
+import importlib, pkgutil, sys
+for name in ("matplotlib", "transformers", "fastapi", "uvicorn", "datasets", "pyarrow", "peft", "pytest", "hypothesis"):
+    sys.modules[name] = None
+import gpt2
+names = [m.name for m in pkgutil.walk_packages(gpt2.__path__, "gpt2.") if m.name != "gpt2.__main__"]
+for name in names:
+    importlib.import_module(name)
+for name in gpt2.__all__:
+    getattr(gpt2, name)
+print(len(names))
+"""
+    assert int(subprocess.check_output([sys.executable, "-c", code], text=True)) > 15
+
+
+def test_train_then_sample_then_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 100)
+    flags = "--tokenizer bpe:300 --n-layer 1 --n_head 2 --n-embd=16 --block-size 16 --batch_size 4 --max-steps 6"
+    more = f"--warmup-steps 2 --eval-every 3 --device cpu --dtype float32 --out-dir {tmp_path}/runs --sample-tokens 5"
+    code, out, err = run(
+        capsys, "train", "shakespeare", "--data", str(tmp_path / "text.txt"), *flags.split(), *more.split()
+    )
+    assert (code, out) == (0, f"{tmp_path}/runs/shakespeare\n"), err
+    assert "step 6/6" in err
+    assert "run folder" in err
+
+    code, first, _ = run(capsys, "sample", out.strip(), "--prompt", "To be", "--max-new-tokens", "12", "--seed", "3")
+    assert code == 0
+    assert first.startswith("To be")
+    assert run(capsys, "sample", out.strip(), "--prompt", "To be", "--max-new-tokens", "12", "--seed", "3")[1] == first
+    *_, both = run(capsys, "sample", out.strip(), "--prompt", "To be", "--num-samples", "3", "--seed", "3")[:2]
+    assert both.count("\n---\nTo be") == 2
+
+    code, exported, _ = run(capsys, "export", out.strip(), str(tmp_path / "out"), "--dtype", "float16")
+    assert (code, exported) == (0, f"{tmp_path}/out\n")
+    assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {"torch.float16"}
+    assert gpt2.load(tmp_path / "out")[1] is not None
+
+    again = run(capsys, "train", "shakespeare", "--resume", "auto", "--out-dir", f"{tmp_path}/runs", "--max-steps", "8")
+    assert again[:2] == (0, out)
+    assert "step 8/8" in again[2]
+
+
+def test_print_config_can_be_fed_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--lr", "1e-3", "--name", "x", "--no-compile", "--print-config"]
+    code, toml, _ = run(capsys, "train", "gpt2-124m", *flags)
+    assert code == 0
+    assert "compile = false" in toml
+    (tmp_path / "mine.toml").write_text(toml)
+    assert run(capsys, "train", str(tmp_path / "mine.toml"), "--print-config")[1] == toml
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "python-docs" in run(capsys, "data", "list")[1]
+    code, out, err = run(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
+    assert code == 0, err
+    assert "train: " in out
+    code, out, _ = run(capsys, "data", "inspect", str(tmp_path / "docs"))
+    assert code == 0
+    assert "bytes, 257 ids" in out
+    assert "checksums hold" in out
+    shard = next((tmp_path / "docs").glob("train*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    assert run(capsys, "data", "inspect", str(tmp_path / "docs"))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("trian", "there is no command 'trian' (did you mean 'train'?)"),
+        ("train quickstat", "no recipe 'quickstat' (did you mean 'quickstart'?)"),
+        ("train --batchsize 4", "there is no --batchsize (did you mean --batch-size?)"),
+        ("train --batch_sizes=4", "did you mean --batch-size?"),
+        ("train --lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("train --max-steps", "expected one argument"),
+        ("train --lr -1", "--lr must be over 0"),
+        ("train --optimizer muonn", "--optimizer 'muonn' is not one of adamw, sgd"),
+        ("train --data nowhere.txt", "nowhere.txt"),
+        ("train --data {empty}", "is empty"),
+        ("train --data {short} --tokenizer bytes", "use more text or a smaller block size"),
+        ("train --data {latin}", "is not UTF-8"),
+        ("train --data {shards} --tokenizer bpe:400", "were made with tokenizer bytes"),
+        ("train --tokenizer wordpiece", "wordpiece"),
+        ("train --device tpu", "device 'tpu' is not one of"),
+        ("train --dtype float16", "training in float16 would need loss scaling"),
+        ("train --out-dir {file}", "cannot write the run folder"),
+        ("train --resume {file}", "there is no run in that folder"),
+        ("train --name a/b", "a run needs a --name that can be a folder's"),
+        ("train nowhere.toml", "nowhere.toml cannot be read as TOML"),
+        ("sample", "the following arguments are required: MODEL"),
+        ("sample ./nowhere", "there is no model folder nowhere"),
+        ("sample {tmp}", "it has no config.json"),
+        ("sample {talker} --temperature -1", "temperature must be 0 or more"),
+        ("sample {talker} --top-p 0", "top-p must be over 0"),
+        ("sample {talker} --num-samples 0", "num_samples must be at least 1"),
+        ("sample {talker} --dtype int3", "dtype 'int3' is not one of"),
+        ("sample {talker} --prompt {long}", "70 tokens do not fit the model's context of 64"),
+        ("export {talker} {file}/x", "cannot write the model folder"),
+        ("export {talker} {tmp}", "has something else in it"),
+        ("export {talker} {tmp}/new --format onnx", "--format 'onnx' is not one of hf"),
+        ("data", "the following arguments are required"),
+        ("data inspect {tmp}", "holds no token shards"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    argv: str, message: str, tmp_path: Path, talker: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "latin.txt").write_bytes("Müller ".encode("latin-1") * 100)
+    (tmp_path / "file").write_text("in the way")
+    if "{shards}" in argv:
+        run(capsys, "data", "prepare", "python-docs", str(tmp_path / "shards"), "--tokenizer", "bytes")
+    places = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "short", "latin")}
+    places |= {"shards": str(tmp_path / "shards"), "file": str(tmp_path / "file"), "tmp": str(tmp_path)}
+    arguments = argv.format(**places, talker=talker, long="x" * 70).split()
+    if arguments[0] == "train" and "--out-dir" not in arguments:
+        arguments += ["--out-dir", str(tmp_path / "runs")]
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("gpt2: ")
+    assert out == ""
+    made = [p for p in tmp_path.rglob("*") if p not in before and "gpt2-home" not in p.parts]
+    assert not made, "a command that was refused left something behind"
+
+
+def test_a_cuda_device_that_is_not_there_is_said_and_the_cpu_used(
+    talker: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    code, out, _ = run(capsys, "sample", talker, "--device", "cuda", "--prompt", "x", "--max-new-tokens", "2")
+    assert code == 0
+    assert out.startswith("x")
+    assert "there is no cuda device on this machine: running on the CPU" in caplog.text
+
+
+def test_every_recipe_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0
+    assert all(name in out for name in RECIPES)
+    assert "--batch-size" in out
+    assert "--batch_size" not in out
+
+
+def test_a_reader_that_leaves_early_is_no_error(talker: str) -> None:
+    command = f"{sys.executable} -m gpt2 sample {talker} --num-samples 40 --max-new-tokens 300 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def script(folder: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *argv], cwd=ROOT / folder, capture_output=True, text=True, env=os.environ | env, timeout=300
+    )
+
+
+def test_the_original_generation_command(gpt2_vocabulary: None, tmp_path: Path) -> None:
+    """Through the hub's name `gpt2`, served on loopback with random weights; the texts are an independent loop's."""
+    import torch
+    from hub import serve_hub
+    from reference import transformers_twin
+
+    model = random_model(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16))
+    tokenizer = get_tokenizer("gpt2")
+    gpt2.save(model, tokenizer, tmp_path / "repo")
+    with serve_hub({"openai-community/gpt2": tmp_path / "repo"}) as (address, _):
+        command = ["generate_5_samples.py", "--hf_weight", "--no-train"]
+        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        done = script("experiment", *command, **env)
+        other = script("experiment", *command, "--seed", "7", "--num_return_sequences", "2", "--device", "cpu", **env)
+    assert done.returncode == 0, done.stderr
+
+    twin = transformers_twin(model)
+    tokens = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * 5)
+    torch.manual_seed(1337)
+    with torch.no_grad():
+        while tokens.size(1) < 30:
+            probs, ids = torch.softmax(twin(tokens).logits[:, -1, :], -1).topk(50, -1)
+            tokens = torch.cat((tokens, torch.gather(ids, -1, torch.multinomial(probs, 1))), 1)
+    assert done.stdout == "".join(f">>  {tokenizer.decode(row)}\n" for row in tokens.tolist())
+    assert other.stdout.count(">>  Hello, I'm a language model,") == 2
+
+
+def test_the_original_training_command_for_two_epochs(
+    gpt2_vocabulary: None, shakespeare_file: Path, gpt2_home: Path
+) -> None:
+    (gpt2_home / "tinyshakespeare").mkdir(parents=True)
+    (gpt2_home / "tinyshakespeare" / "input.txt").write_bytes(shakespeare_file.read_bytes())
+    flags = "--train --data_type super_tiny_shakespear --lr 3e-4 --optimizer adam --epochs 2 --device cuda"
+    done = script("train", "train_gpt2_test.py", *flags.split())
+    assert done.returncode == 0, done.stderr
+    untrained, first, second = done.stdout.splitlines()
+    assert float(untrained.split()[-1]) == pytest.approx(10.8249, abs=0.15)
+    assert first.startswith("epoch 1, loss: 10.")
+    assert second.startswith("epoch 2, loss: ")
+    assert second.endswith(" ms")
+
+
+@pytest.mark.slow
+def test_fifty_epochs_on_one_batch_end_where_the_original_did(
+    gpt2_vocabulary: None, shakespeare_file: Path, gpt2_home: Path
+) -> None:
+    (gpt2_home / "tinyshakespeare").mkdir(parents=True)
+    (gpt2_home / "tinyshakespeare" / "input.txt").write_bytes(shakespeare_file.read_bytes())
+    done = script("train", "train_gpt2_test.py", "--train", "--epochs", "50", "--device", "cpu", "--flash_attention")
+    losses = [float(line.split("loss: ")[1].split(",")[0]) for line in done.stdout.splitlines()[1:]]
+    assert len(losses) == 50
+    assert losses[20] == pytest.approx(0.013, abs=0.013)
+    assert losses[49] < 0.005

@@ -1,0 +1,200 @@
+"""Token files are llm.c's to the byte, and say so when they are damaged."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2.data.prepare import prepare
+from gpt2.data.shards import ShardWriter, TokenShards, open_shards, verify_shards
+from gpt2.data.sources import Document, Source
+from gpt2.errors import UserError
+from gpt2.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def llmc_file(path: Path, tokens: list[int], version: int = 1) -> Path:
+    """As llm.c's dev/data/data_common.py lays a shard out."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, version, len(tokens)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(header.tobytes() + np.array(tokens, dtype=np.uint16).tobytes())
+    return path
+
+
+def corpus(*texts: str) -> Source:
+    return Source("corpus", tuple(Document(str(i), text.encode()) for i, text in enumerate(texts)))
+
+
+def everything(shards: TokenShards) -> list[int]:
+    return shards.read(0, len(shards)).tolist()
+
+
+# Files
+
+
+def test_shards_are_llmc_files_to_the_byte(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train", shard_tokens=4) as writer:
+        writer.write([1, 2])
+        writer.write(np.array([65535, 4, 5, 6, 7, 8, 9], np.uint16))
+        assert writer.tokens == 9
+    names = ["train_000000.bin", "train_000001.bin", "train_000002.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name for file in writer.files] == names
+    for file, tokens in zip(writer.files, ([1, 2, 65535, 4], [5, 6, 7, 8], [9]), strict=True):
+        written = (tmp_path / file.name).read_bytes()
+        assert written == llmc_file(tmp_path / "expected", tokens).read_bytes()
+        assert (file.tokens, file.sha256) == (len(tokens), hashlib.sha256(written).hexdigest())
+
+
+@given(
+    tokens=st.lists(st.integers(0, 65535), min_size=1, max_size=60),
+    shard_tokens=st.integers(1, 20),
+    chunk=st.integers(1, 30),
+    data=st.data(),
+)
+def test_any_range_reads_the_same_across_files(
+    tokens: list[int],
+    shard_tokens: int,
+    chunk: int,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    with ShardWriter(folder, "val", shard_tokens) as writer:
+        for start in range(0, len(tokens), chunk):
+            writer.write(tokens[start : start + chunk])
+    shards = open_shards(folder, "val")
+    assert len(shards) == len(tokens)
+    start = data.draw(st.integers(0, len(tokens)))
+    stop = data.draw(st.integers(start, len(tokens)))
+    found = shards.read(start, stop)
+    assert found.dtype == np.uint16
+    assert found.tolist() == tokens[start:stop]
+    for bad in ((-1, 1), (0, len(tokens) + 1), (1, 0)):
+        with pytest.raises(ValueError, match="asked of"):
+            shards.read(*bad)
+
+
+@pytest.mark.parametrize("bad", [[-1], [65536]])
+def test_only_sixteen_bit_ids_are_written(bad: list[int], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="16 bits"), ShardWriter(tmp_path, "train") as writer:
+        writer.write(bad)
+    with pytest.raises(UserError, match="a shard holds between 1 and 2,147,483,647 tokens, not 0"):
+        ShardWriter(tmp_path, "train", 0)
+
+
+def test_an_interrupted_shard_is_refused(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, "train") as writer:
+            writer.write([7])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(UserError, match=r"train_000000\.bin is cut short or damaged"):
+        open_shards(tmp_path, "train")
+
+
+def test_shards_of_llmc_and_modded_nanogpt_are_read(tmp_path: Path) -> None:
+    llmc_file(tmp_path / "fineweb_train_000002.bin", [3, 4])
+    llmc_file(tmp_path / "fineweb_train_000001.bin", [1, 2])
+    llmc_file(tmp_path / "fineweb_val_000000.bin", [5])
+    assert everything(open_shards(tmp_path, "train")) == [1, 2, 3, 4]
+    assert everything(open_shards(tmp_path, "val")) == [5]
+    assert everything(open_shards(tmp_path / "fineweb_train_000002.bin", "train")) == [3, 4]
+
+
+def test_nanogpts_files_without_a_header_are_read(tmp_path: Path) -> None:
+    tokens = np.arange(2000, dtype=np.uint16)
+    tokens.tofile(tmp_path / "train.bin")
+    tokens[:1].tofile(tmp_path / "val.bin")
+    assert everything(open_shards(tmp_path, "train")) == tokens.tolist()
+    assert everything(open_shards(tmp_path, "val")) == [0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1]),
+            "cut short or damaged: 1,029 bytes.* 3 tokens.* 1,030",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "cut short or damaged"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:1000]),
+            "cut short: 1,000 bytes, less than its header",
+        ),
+        (lambda path: path.write_bytes(b""), "is empty$"),
+        (
+            lambda path: path.write_bytes(b"\1\2\3\4"),
+            r"not a token shard: .* nanoGPT's train\.bin and val\.bin are read",
+        ),
+        (lambda path: path.rename(path.with_name("train.bin")).write_bytes(b"abc"), "cut short: 3 bytes"),
+        (
+            lambda path: llmc_file(path, [1, 2], version=7),
+            "has version 7 of the token format; only 1 is read",
+        ),
+        (lambda path: llmc_file(path, []), "holds no tokens"),
+        (lambda path: path.unlink(), r"no train shards in .*: their names match \*train\*\.bin"),
+    ],
+)
+def test_a_damaged_shard_is_named(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    damage(llmc_file(tmp_path / "x_train.bin", [1, 2, 3]))
+    with pytest.raises(UserError, match=message) as caught:
+        open_shards(tmp_path, "train")
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Meta
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "val_000000.bin").unlink(), r"cannot read .*val_000000\.bin"),
+        (
+            lambda folder: llmc_file(folder / "train_000000.bin", [1] * 18),
+            r"train_000000\.bin is not what meta\.json",
+        ),
+        (lambda folder: (folder / "meta.json").unlink(), r"no meta\.json in"),
+        (lambda folder: (folder / "meta.json").write_text("{"), r"cannot read .*meta\.json"),
+        (
+            lambda folder: (folder / "meta.json").write_text('{"a": 1}'),
+            r"meta\.json does not describe token shards",
+        ),
+        (
+            lambda folder: (folder / "meta.json").write_text("[]"),
+            r"meta\.json does not describe token shards",
+        ),
+        (lambda folder: (folder / "meta.json").write_text('{"version": 2}'), "has version 2; only 1 is read"),
+    ],
+)
+def test_changed_shards_are_found(change: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    prepare(corpus("0123456789" * 2), BYTES, folder)
+    verify_shards(folder)
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        verify_shards(folder)
+
+
+def test_meta_json_reads_as_promised(tmp_path: Path) -> None:
+    meta = prepare(corpus("0123456789"), BYTES, tmp_path / "shards")
+    raw = json.loads((tmp_path / "shards" / "meta.json").read_text())
+    assert list(raw) == ["version", "source", "tokenizer", "splits"]
+    assert (raw["version"], raw["source"]) == (1, "corpus")
+    assert raw["tokenizer"] == {"name": "bytes", "vocab_size": 257, "fingerprint": BYTES.fingerprint}
+    (file,) = meta.splits["train"].files
+    assert raw["splits"]["train"] == {
+        "tokens": 9,
+        "documents": 1,
+        "bytes": 9,
+        "files": [{"name": "train_000000.bin", "tokens": 9, "sha256": file.sha256}],
+    }
