@@ -201,17 +201,15 @@ def sample_command(argv: list[str]) -> None:
 
 def _print_in_order(pieces: Any, prompt: str, num_samples: int) -> None:
     """Show the first sample as it grows and the others after it, with a line between them."""
-    later = [""] * num_samples
-    sys.stdout.write(prompt)
+    texts, shown = [prompt] * num_samples, 0
     for sample, piece in pieces:
+        texts[sample] += piece
         if sample == 0:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        else:
-            later[sample] += piece
-    print()
-    for text in later[1:]:
-        print(f"---\n{prompt}{text}")
+            print(texts[0][shown:], end="", flush=True)
+            shown = len(texts[0])
+    print(texts[0][shown:])
+    for text in texts[1:]:
+        print(f"---\n{text}")
 
 
 def export_command(argv: list[str]) -> None:
