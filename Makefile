@@ -8,10 +8,10 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 .PHONY: demo test test-all lint clean
 
 demo: $(VENV)/demo
-	@$(BIN)/python -m gpt2 train quickstart | tee $(VENV)/last-run
-	@run=$$(tail -n 1 $(VENV)/last-run); \
+	@$(BIN)/gpt2 train quickstart > $(VENV)/last-run
+	@run=$$(cat $(VENV)/last-run); \
 	echo "--- what it says now:"; \
-	$(BIN)/python -m gpt2 sample $$run --num-samples 3 --max-new-tokens 120 --temperature 0.8 --seed 1; \
+	$(BIN)/gpt2 sample $$run --num-samples 3 --max-new-tokens 120 --temperature 0.8 --seed 1; \
 	echo "--- the loss: $$run/loss.png; more talk: $(BIN)/gpt2 sample $$run"
 
 test: lint

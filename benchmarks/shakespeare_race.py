@@ -40,7 +40,7 @@ def run_nanogpt(checkout: Path, data: Path, folder: Path) -> dict[str, float]:
         [sys.executable, "train.py", *NANOGPT_FLAGS.split()], cwd=folder, check=True, capture_output=True, text=True
     )
     seconds = time.perf_counter() - began
-    own = [line for line in done.stdout.splitlines() if line.startswith("step 2000")][0]
+    own = next(line for line in done.stdout.splitlines() if line.startswith("step 2000"))
     return {"seconds": seconds, "own_estimate": float(own.split()[-1]), "val_loss": nanogpt_loss(folder)}
 
 

@@ -17,6 +17,7 @@ from reference import as_conv1d, transformers_twin
 from torch.nn import functional as F
 
 import gpt2
+from gpt2.data.loader import Loader
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE
@@ -25,7 +26,8 @@ from gpt2.train.checkpoint import newest_checkpoint
 from gpt2.train.config import RECIPES, TrainConfig, read_toml, recipe, resumed, run_name, to_toml, with_values
 from gpt2.train.optim import build_optimizer, learning_rate
 from gpt2.train.report import read_metrics
-from gpt2.train.trainer import Run, train, update, validate
+from gpt2.train.run import Run
+from gpt2.train.trainer import train, update, validate
 
 TEXT = "".join(f"The number {i} comes before the number {i + 1}, as everybody knows.\n" for i in range(400))
 
@@ -58,7 +60,8 @@ def tiny(tmp_path: Path) -> TrainConfig:
 
 def ready_run(config: TrainConfig, model: GPT) -> Run:
     data = open_data(config.data, config.tokenizer)
-    return Run(Path(), config, data, model, build_optimizer(model, config), torch.device("cpu"), torch.float32)
+    loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
+    return Run(Path(), config, data, loader, model, build_optimizer(model, config), torch.device("cpu"), torch.float32)
 
 
 def random_batches(count: int, shape: tuple[int, int], vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -192,19 +195,25 @@ def comparable(folder: Path) -> list[dict[str, Any]]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     assert comparable(one) == comparable(other)
+    assert [(p / "samples.txt").exists() for p in (one, other)] in ([True, True], [False, False])
+    if (one / "samples.txt").exists():
+        assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
     for name in ("model/model.safetensors", "model/config.json", "checkpoints/step-30/optimizer.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def test_resumed_is_never_stopped_bit_for_bit(tiny: TrainConfig) -> None:
-    whole = train(tiny)
-    parts = replace(tiny, name="parts", keep_checkpoints=9)
-    folder = train(parts)
+    def sampler(model: GPT, tokenizer: Any, prompt: str, length: int) -> str:
+        return gpt2.generate(model, tokenizer, prompt, max_new_tokens=length, seed=1)[0]
+
+    tiny = replace(tiny, sample_tokens=20)
+    whole = train(tiny, sampler)
+    folder = train(replace(tiny, name="parts", keep_checkpoints=9), sampler)
     for later in ("step-30", "step-20"):  # as if killed after step 20 was recorded and before it was saved
         (folder / "checkpoints" / later).rename(folder / later)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "loss": 1.')  # half a line
-    train(replace(resumed(folder, {}), resume="auto", keep_checkpoints=2))
+    train(resumed(folder, {"keep_checkpoints": 2}), sampler)
     assert_same_run(whole, folder)
 
 
@@ -219,7 +228,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(tiny: TrainConfig, caplog: py
     assert newest is not None
     assert newest.name == "step-20"
     assert "step-30 is broken (optimizer.safetensors)" in caplog.text
-    train(resumed(folder, {"resume": "auto"}))
+    train(resumed(folder, {}))
     assert_same_run(whole, folder)
 
 
@@ -251,11 +260,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -
 def test_init_from_takes_weights_shape_and_tokenizer(tiny: TrainConfig) -> None:
     first = train(tiny)
     second = train(
-        replace(tiny, name="second", init_from=str(first), tokenizer=None, n_layer=7, block_size=512, lr=1e-5)
+        replace(tiny, name="second", init_from=str(first), tokenizer="bpe:300", n_layer=7, block_size=512, lr=1e-5)
     )
     model, _ = gpt2.load(second)
     assert model.config.n_layer == 2
     assert read_toml(second / "config.toml").block_size == 32
+    (first / "model" / "config.json").rename(first / "model" / "moved")  # to go on does not need where it began
+    train(resumed(second, {"max_steps": 31}))
     start = read_metrics(second / "metrics.jsonl")[0]["loss"]
     assert start == pytest.approx(read_metrics(first / "metrics.jsonl")[-1]["val_loss"], abs=0.3)
 
@@ -359,9 +370,9 @@ def test_a_finished_or_foreign_folder_is_not_written_over(tiny: TrainConfig) -> 
     with pytest.raises(UserError, match="exists: --resume auto goes on with it"):
         train(tiny)
     with pytest.raises(UserError, match="was begun with --n-embd 32: it cannot go on with 64"):
-        resumed(folder, {"n_embd": 64})
+        train(resumed(folder, {"n_embd": 64}))
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    longer = train(resumed(folder, {"resume": "auto", "max_steps": 8}))
+    longer = train(resumed(folder, {"max_steps": 8}))
     assert [line["step"] for line in read_metrics(longer / "metrics.jsonl")] == list(range(1, 9))
 
 

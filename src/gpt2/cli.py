@@ -132,7 +132,7 @@ def training_config(base: str, given: dict[str, Any]) -> "TrainConfig":
         folder = Path(resume)
         if not (folder / "config.toml").is_file():
             raise UserError(f"--resume {folder}: there is no run in that folder")
-        return resumed(folder, {**given, "resume": "auto"})
+        return resumed(folder, given)
     config = with_values(recipe(base), given, "the command line")
     if config.name is None:
         stem = Path(base).stem

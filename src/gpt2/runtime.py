@@ -53,7 +53,7 @@ def pick_training_dtype(name: str, device: torch.device, width: int) -> torch.dt
     """
     if name == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         if device.type == "cpu":
             return torch.bfloat16 if _bfloat16_pays(width) else torch.float32
         return torch.float32

@@ -73,7 +73,8 @@ def random_stream(seed: int, sample: int) -> torch.Generator:
 
 def draw(probs: Tensor, streams: Sequence[torch.Generator]) -> Tensor:
     """One token a row, (B, V) -> (B,), each row by one number of its own stream (inverse transform sampling)."""
+    precise = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     u = torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in streams])  # (B,)
-    cdf = probs.double().cumsum(-1)  # (B, V)
-    at = (u.to(probs.device) * cdf[:, -1]).unsqueeze(1)
+    cdf = probs.to(precise).cumsum(-1)  # (B, V)
+    at = (u.to(probs.device, precise) * cdf[:, -1]).unsqueeze(1)
     return torch.searchsorted(cdf, at, right=True).clamp_(max=probs.size(-1) - 1).squeeze(1)

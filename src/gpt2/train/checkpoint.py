@@ -89,7 +89,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         state[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
     return state
 

@@ -191,16 +191,20 @@ def _numbered(stem: str, number: int) -> str:
 
 
 def resumed(folder: Path, given: dict[str, Any]) -> TrainConfig:
-    """The config of the run in `folder`, with what a resumed run may change changed to the values `given`.
-
-    Raises UserError for a value that would make it another run.
-    """
+    """The config of the run in `folder`, to be gone on with, under the values `given`."""
     stored = read_toml(folder / "config.toml")
-    for name, value in given.items():
-        if name in FIXED_WHEN_RESUMED and value != getattr(stored, name):
-            was = getattr(stored, name)
+    values = {**given, "name": folder.name, "out_dir": str(folder.parent), "resume": "auto"}
+    return with_values(stored, values, "the command line")
+
+
+def check_same_run(folder: Path, config: TrainConfig) -> None:
+    """Raises UserError when `config` differs from that of the run in `folder` in what makes a run this run."""
+    stored = read_toml(folder / "config.toml")
+    shape = ("n_layer", "n_head", "n_embd", "block_size")
+    for name in FIXED_WHEN_RESUMED:
+        was, value = getattr(stored, name), getattr(config, name)
+        if was != value and not (name in shape and config.init_from):  # there the given model's shape was stored
             raise UserError(f"{folder} was begun with {_flag(name)} {was}: it cannot go on with {value}")
-    return with_values(stored, {**given, "name": folder.name, "out_dir": str(folder.parent)}, "the command line")
 
 
 def to_toml(config: TrainConfig) -> str:
