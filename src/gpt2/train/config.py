@@ -108,21 +108,40 @@ def _flag(name: str) -> str:
 
 
 RECIPES = {
-    # a small GPT-2 that learns to talk like the Python reference in two minutes on two cores, offline
+    # a small GPT-2 that learns to talk like the Python reference in a minute or two on two cores, offline
     "quickstart": TrainConfig(
         data="python-docs",
         tokenizer="bpe:1024",
-        n_layer=4,
+        n_layer=3,
         n_head=4,
         n_embd=128,
-        block_size=128,
+        block_size=64,
         batch_size=16,
-        max_steps=1000,
-        lr=3e-3,
-        warmup_steps=50,
+        max_steps=2000,
+        lr=4e-3,
+        min_lr=0.0,
+        warmup_steps=100,
         beta2=0.99,
         eval_every=250,
         save_every=500,
+        sample_prompt="The ",
+    ),
+    # bytes, in a minute or so on two cores: what benchmarks/shakespeare_race.py runs
+    "shakespeare-cpu": TrainConfig(
+        data="shakespeare",
+        tokenizer="bytes",
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        block_size=64,
+        batch_size=16,
+        max_steps=2500,
+        lr=6e-3,
+        min_lr=0.0,
+        warmup_steps=100,
+        beta2=0.99,
+        eval_every=800,
+        save_every=0,
     ),
     # bytes, the size of nanoGPT's shakespeare_char
     "shakespeare": TrainConfig(
