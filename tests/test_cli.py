@@ -103,6 +103,16 @@ def test_print_config_can_be_fed_back(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "runs").exists()
 
 
+def test_shards_bring_their_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
+    flags = f"--data {tmp_path}/docs --max-steps 2 --warmup-steps 1 --n-embd 16 --n-layer 1 --out-dir {tmp_path}/runs"
+    code, out, err = run(capsys, "train", "quickstart", *flags.split())  # whose own tokenizer is bpe:1024
+    assert code == 0, err
+    _, tokenizer = gpt2.load(out.strip())
+    assert tokenizer is not None
+    assert tokenizer.name == "bytes"
+
+
 def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "python-docs" in run(capsys, "data", "list")[1]
     code, out, err = run(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")

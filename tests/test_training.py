@@ -271,6 +271,24 @@ def test_init_from_takes_weights_shape_and_tokenizer(tiny: TrainConfig) -> None:
     assert start == pytest.approx(read_metrics(first / "metrics.jsonl")[-1]["val_loss"], abs=0.3)
 
 
+def test_a_compiled_run_learns_as_an_eager_one_does(tiny: TrainConfig) -> None:
+    from gpt2.runtime import can_compile
+
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("no C++ compiler for torch.compile")
+
+    def sampler(model: GPT, tokenizer: Any, prompt: str, length: int) -> str:
+        return gpt2.generate(model, tokenizer, prompt, max_new_tokens=length, seed=1)[0]
+
+    losses = []
+    for compiled in (False, True):
+        config = replace(tiny, name=f"c{compiled}", compile=compiled, dropout=0.0, sample_tokens=5, eval_every=0)
+        folder = train(config, sampler)
+        losses.append([line["loss"] for line in read_metrics(folder / "metrics.jsonl")])
+        assert gpt2.load(folder)[0].config.n_layer == 2
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
 def test_bfloat16_learns_as_float32_does(tiny: TrainConfig) -> None:
     losses = {}
     for dtype in ("float32", "bfloat16"):

@@ -125,6 +125,7 @@ def train_command(argv: list[str]) -> int:
 
 def training_config(base: str, given: dict[str, Any]) -> "TrainConfig":
     """What `gpt2 train` should do: the recipe's values under the flags given, or a resumed run's."""
+    from gpt2.data.shards import holds_shards
     from gpt2.train.config import recipe, resumed, run_name, with_values
 
     resume = given.get("resume", "never")
@@ -133,6 +134,8 @@ def training_config(base: str, given: dict[str, Any]) -> "TrainConfig":
         if not (folder / "config.toml").is_file():
             raise UserError(f"--resume {folder}: there is no run in that folder")
         return resumed(folder, given)
+    if "data" in given and holds_shards(Path(given["data"])):
+        given = {"tokenizer": None, **given}  # shards know their own: a recipe's does not speak against it
     config = with_values(recipe(base), given, "the command line")
     if config.name is None:
         stem = Path(base).stem

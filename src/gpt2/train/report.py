@@ -124,10 +124,14 @@ def plot_loss(folder: Path, title: str, vocab_size: int) -> Path:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """An exponential average over about a fiftieth of the run, without the pull towards the first value."""
+    """An exponential average over about a fiftieth of the run, from both sides, so that it does not lag behind."""
     keep = 1 - 1 / max(1.0, len(values) / 50)
-    total, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        smooth.append(total / weight)
-    return smooth
+
+    def one_way(values: list[float]) -> list[float]:
+        total, weight, smooth = 0.0, 0.0, []
+        for value in values:
+            total, weight = keep * total + value, keep * weight + 1
+            smooth.append(total / weight)
+        return smooth
+
+    return [(a + b) / 2 for a, b in zip(one_way(values), one_way(values[::-1])[::-1], strict=True)]

@@ -156,7 +156,8 @@ def _write_sample(run: Run, sampler: Sampler | None) -> None:
     if sampler is None or config.sample_tokens == 0:
         return
     run.model.eval()
-    text = sampler(run.model, tokenizer, config.sample_prompt, config.sample_tokens)
+    with torch.compiler.set_stance("force_eager"):  # a prompt of every length would be compiled anew
+        text = sampler(run.model, tokenizer, config.sample_prompt, config.sample_tokens)
     with (run.folder / "samples.txt").open("a", encoding="utf-8") as file:
         file.write(f"--- step {run.step}\n{text}\n\n")
 
