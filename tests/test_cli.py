@@ -214,7 +214,7 @@ def test_every_recipe_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(talker: str) -> None:
-    command = f"{sys.executable} -m gpt2 sample {talker} --num-samples 40 --max-new-tokens 300 | head -c 1"
+    command = f"{sys.executable} -m gpt2 sample {talker} --num-samples 40 --max-new-tokens 300 | head -c 1 > /dev/null"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
