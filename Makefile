@@ -11,7 +11,7 @@ demo: $(VENV)/demo
 	@$(BIN)/gpt2 train quickstart > $(VENV)/last-run
 	@run=$$(cat $(VENV)/last-run); \
 	echo "--- what it says now:"; \
-	$(BIN)/gpt2 sample $$run --num-samples 3 --max-new-tokens 120 --temperature 0.8 --seed 1; \
+	$(BIN)/gpt2 sample $$run --num-samples 3 --max-new-tokens 120 --temperature 0.7 --seed 1; \
 	echo "--- the loss: $$run/loss.png; more talk: $(BIN)/gpt2 sample $$run"
 
 test: lint
