@@ -158,6 +158,12 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("sample {talker} --temperature -1", "temperature must be 0 or more"),
         ("sample {talker} --top-p 0", "top-p must be over 0"),
         ("sample {talker} --num-samples 0", "num_samples must be at least 1"),
+        ("sample {talker} --num-samples 1000000000", "num_samples must be at least 1 and at most 10,000"),
+        ("sample {talker} --prompt \udcff", "the prompt is not UTF-8 text"),
+        ("sample {endless}", "File name too long"),
+        ("train --name {endless}", "a run needs a --name that can be a folder's"),
+        ("train --tokenizer x\ny", "no tokenizer 'x y'"),
+        ("data prepare python-docs / --tokenizer bytes", "has something else in it"),
         ("sample {talker} --dtype int3", "dtype 'int3' is not one of"),
         ("sample {talker} --prompt {long}", "70 tokens do not fit the model's context of 64"),
         ("export {talker} {file}/x", "cannot write the model folder"),
@@ -178,7 +184,7 @@ def test_bad_input_is_one_line_and_code_2(
         run(capsys, "data", "prepare", "python-docs", str(tmp_path / "shards"), "--tokenizer", "bytes")
     places = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "short", "latin")}
     places |= {"shards": str(tmp_path / "shards"), "file": str(tmp_path / "file"), "tmp": str(tmp_path)}
-    arguments = argv.format(**places, talker=talker, long="x" * 70).split()
+    arguments = argv.format(**places, talker=talker, long="x" * 70, endless="x" * 300).split(" ")
     if arguments[0] == "train" and "--out-dir" not in arguments:
         arguments += ["--out-dir", str(tmp_path / "runs")]
     before = sorted(tmp_path.rglob("*"))

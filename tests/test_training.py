@@ -232,6 +232,33 @@ def test_a_broken_newest_checkpoint_is_passed_over(tiny: TrainConfig, caplog: py
     assert_same_run(whole, folder)
 
 
+@pytest.mark.parametrize(
+    "state", ["[]", "null", '{"step": 30, "sha256": []}', '{"sha256": {}}', '{"step": "x", "sha256": {"a": "b"}}', "{"]
+)
+def test_a_state_file_of_any_kind_makes_a_broken_checkpoint_and_no_more(tiny: TrainConfig, state: str) -> None:
+    folder = train(replace(tiny, max_steps=20))
+    (folder / "checkpoints" / "step-20" / "state.json").write_text(state)
+    (folder / "checkpoints" / "step-²").mkdir()
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step-10"
+
+
+def test_broken_metrics_and_samples_do_not_stop_a_resumed_run(
+    tiny: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = train(replace(tiny, max_steps=20))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'\0\0\0\xff\n[1]\n{"step": "x"}\n')
+    (folder / "samples.txt").write_bytes(b"\xff garbage\n--- step 10\nkept\n\n--- step 90\ndropped\n\n")
+    train(resumed(folder, {"max_steps": 30}))
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(1, 31))
+    assert "passed over 3 line(s)" in caplog.text
+    text = (folder / "samples.txt").read_text()
+    assert "kept" in text
+    assert "dropped" not in text
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -> None:
     """In a process of its own, through the real command, with the real signal."""
     whole = train(replace(tiny, name="whole", max_steps=30))
@@ -347,6 +374,9 @@ def test_toml_keeps_any_text(tmp_path: Path) -> None:
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"dropout": 1.5}, "--dropout must be in [0, 1)"),
         ({"n_head": 5}, "--n-embd (768) must be a multiple of --n-head (5)"),
+        ({"seed": 2**63}, "--seed must be below 2**63"),
+        ({"data": "\udcff.txt"}, "--data is not UTF-8 text"),
+        ({"weight_decay": math.nan}, "--weight-decay must be at least 0"),
         ({"keep_checkpoints": 0}, "--keep-checkpoints must be at least 1"),
     ],
 )

@@ -147,6 +147,9 @@ def test_shards_with_an_index_both_ways(tmp_path: Path, monkeypatch: pytest.Monk
     assert_same_model(gpt2.load(tmp_path / "ours")[0], model)
     load_with_transformers(tmp_path / "ours")
 
+    (theirs / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(UserError, match=r"index\.json is broken"):
+        gpt2.load(theirs)
     next((tmp_path / "ours").glob("model-00002-*")).unlink()
     with pytest.raises(UserError, match=r"model-00002-of-.* is named in model\.safetensors\.index\.json and missing"):
         gpt2.load(tmp_path / "ours")
@@ -190,8 +193,19 @@ def test_a_folder_without_tokenizer_files_has_gpt2s_when_the_vocabulary_is(
         (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda d: edit_config(d, model_type="llama"), "does not describe a GPT-2"),
-        (lambda d: edit_config(d, n_layer="two"), "n_layer is missing or no integer"),
+        (lambda d: edit_config(d, n_layer="two"), "n_layer is missing or no integer that a size can be"),
         (lambda d: edit_config(d, n_layer=2), "the weights lack transformer.h.1."),
+        (lambda d: edit_config(d, n_layer=10**9), "the weights lack transformer.h.999999999."),
+        (lambda d: edit_config(d, n_layer=10**30), "n_layer is missing or no integer that a size can be"),
+        (lambda d: edit_config(d, n_inner=-1), "n_inner is missing or no integer that a size can be"),
+        (lambda d: edit_config(d, n_embd=10**9, n_head=1), "(101, 40) in the weights, (101, 1000000000) by config"),
+        (lambda d: edit_config(d, activation_function=[]), "activation_function cannot be []"),
+        (lambda d: edit_config(d, layer_norm_epsilon="x"), "layer_norm_epsilon cannot be 'x'"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
+        (
+            lambda d: edit_tensors(d, lambda t: t | {"transformer.ln_f.bias": torch.zeros(40, dtype=torch.float64)}),
+            "transformer.ln_f.bias is torch.float64, which is not read here",
+        ),
         (lambda d: edit_config(d, n_embd=45), "(101, 40) in the weights, (101, 45) by config.json"),
         (lambda d: edit_config(d, n_positions=18), "wpe.weight is (17, 40) in the weights, (18, 40)"),
         (lambda d: edit_config(d, activation_function="tanh"), "activation_function 'tanh' is not one of"),

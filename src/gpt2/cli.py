@@ -52,13 +52,22 @@ def exit_after(program: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(program() or 0)
     except UserError as error:
-        print(f"gpt2: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except MemoryError:
+        _fail("this needs more memory than there is")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a name too long: the system says what is wrong, and with which file
+        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split("\n")).encode("utf-8", "backslashreplace").decode()
+    print(f"gpt2: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _run(arguments: list[str]) -> int | None:
@@ -180,7 +189,7 @@ def sample_command(argv: list[str]) -> None:
     parser.flag("device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     parser.flag("dtype", default="float32", help="float32, bfloat16 or float16 [float32]")
     args = parser.parse_args(argv)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _read_prompt(args.prompt)
 
     from gpt2.generation.engine import stream
     from gpt2.generation.sampling import Sampling
@@ -202,17 +211,27 @@ def sample_command(argv: list[str]) -> None:
     _print_in_order(pieces, prompt, args.num_samples)
 
 
+def _read_prompt(text: str) -> str:
+    """The prompt itself, or for "-" what stands on standard input."""
+    try:
+        if text == "-":
+            return sys.stdin.buffer.read().decode() if sys.stdin is not None else ""
+        return text.encode().decode()
+    except UnicodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+
+
 def _print_in_order(pieces: Any, prompt: str, num_samples: int) -> None:
     """Show the first sample as it grows and the others after it, with a line between them."""
-    texts, shown = [prompt] * num_samples, 0
+    texts, shown = {0: prompt}, 0
     for sample, piece in pieces:
-        texts[sample] += piece
+        texts[sample] = texts.get(sample, prompt) + piece
         if sample == 0:
             print(texts[0][shown:], end="", flush=True)
             shown = len(texts[0])
     print(texts[0][shown:])
-    for text in texts[1:]:
-        print(f"---\n{text}")
+    for sample in range(1, num_samples):
+        print(f"---\n{texts.get(sample, prompt)}")
 
 
 def export_command(argv: list[str]) -> None:

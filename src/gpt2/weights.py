@@ -62,9 +62,14 @@ def load(
     if config.tie_word_embeddings and _has_own_head(tensors):
         log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
         config = replace(config, tie_word_embeddings=False)
+    _check_shapes(_outer_shapes(config), tensors, folder)  # or a mistyped config would build a model of any size
     with torch.device("meta"):
         model = GPT(config)
-    _check_fit(model, tensors, folder)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    _check_shapes(expected, tensors, folder)
+    for name in tensors:
+        if name not in expected and name != "lm_head.weight":
+            raise UserError(f"{folder}: the weights hold {name}, which config.json does not call for")
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     return model.to(device).eval(), _tokenizer_of(folder, config)
@@ -114,7 +119,7 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict) or raw.get("model_type", "gpt2") != "gpt2":
         raise UserError(f"{path} does not describe a GPT-2 model")
@@ -126,20 +131,26 @@ def read_config(folder: Path) -> GPTConfig:
     for key, usual in unsupported.items():
         if raw.get(key, usual) != usual:
             raise UserError(f"{path}: {key}={raw[key]} is not supported")
-    values = {
+    sizes = {
         "vocab_size": raw.get("vocab_size"),
-        "block_size": raw.get("n_positions", raw.get("n_ctx")),
+        "n_positions": raw.get("n_positions", raw.get("n_ctx")),
         **{name: raw.get(name) for name in ("n_layer", "n_head", "n_embd")},
+        **({"n_inner": raw["n_inner"]} if raw.get("n_inner") is not None else {}),
     }
-    for key, value in values.items():
-        if not isinstance(value, int):
-            raise UserError(f"{path}: {'n_positions' if key == 'block_size' else key} is missing or no integer")
-    optional = {
-        key: raw[key]
-        for key in ("n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings")
-        if raw.get(key) is not None
+    for key, value in sizes.items():
+        if type(value) is not int or not 0 < value < 2**31:
+            raise UserError(f"{path}: {key} is missing or no integer that a size can be")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "activation_function": str,
+        "layer_norm_epsilon": (int, float),
+        "tie_word_embeddings": bool,
+        "resid_pdrop": (int, float),
     }
-    return GPTConfig(**values, **optional, dropout=raw.get("resid_pdrop", 0.0))
+    others = {key: raw[key] for key in kinds if raw.get(key) is not None}
+    for key, value in others.items():
+        if not isinstance(value, kinds[key]):
+            raise UserError(f"{path}: {key} cannot be {value!r}")
+    return GPTConfig(block_size=sizes.pop("n_positions"), dropout=others.pop("resid_pdrop", 0.0), **sizes, **others)
 
 
 def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -199,9 +210,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            files = [folder / Path(name).name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is broken: {error!r}") from error
-        files = [folder / Path(name).name for name in names]
         for file in files:
             if not file.is_file():
                 raise UserError(f"{folder} is not complete: {file.name} is named in {index.name} and missing")
@@ -221,6 +232,8 @@ def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
                         continue
                     name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
                     tensor = file.get_tensor(key)
+                    if tensor.dtype not in DTYPE_NAMES:
+                        raise UserError(f"{path}: {key} is {tensor.dtype}, which is not read here")
                     if name.endswith(TRANSPOSED) and tensor.dim() == 2:
                         tensor = tensor.t()
                     tensors[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
@@ -235,18 +248,21 @@ def _has_own_head(tensors: dict[str, Tensor]) -> bool:
     return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
-def _check_fit(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+def _outer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes from which all numbers of a config can be told."""
+    return {
+        "transformer.wte.weight": (config.vocab_size, config.n_embd),
+        "transformer.wpe.weight": (config.block_size, config.n_embd),
+        f"transformer.h.{config.n_layer - 1}.mlp.c_fc.weight": (config.n_inner or 4 * config.n_embd, config.n_embd),
+    }
+
+
+def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], folder: Path) -> None:
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{folder}: the weights lack {name}, which config.json calls for")
         if tensors[name].shape != shape:
-            raise UserError(
-                f"{folder}: {name} is {tuple(tensors[name].shape)} in the weights, {tuple(shape)} by config.json"
-            )
-    for name in tensors:
-        if name not in expected and name != "lm_head.weight":
-            raise UserError(f"{folder}: the weights hold {name}, which config.json does not call for")
+            raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)} in the weights, {shape} by config.json")
 
 
 def _tokenizer_of(folder: Path, config: GPTConfig) -> Tokenizer | None:

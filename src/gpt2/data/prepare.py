@@ -236,6 +236,9 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 
     Two processes may make the same data at once: the second finds the first one's, and leaves it be.
     """
+    folder = folder.absolute()
+    if not folder.name or folder.name == "..":
+        raise UserError(f"{folder} has something else in it: name a new folder for the shards")
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         if folder.exists() and any(folder.iterdir()) and ShardsMeta.load(folder) is None:

@@ -86,6 +86,10 @@ class ShardsMeta:
                 name: SplitMeta(**{**split, "files": tuple(ShardFile(**file) for file in split["files"])})
                 for name, split in raw["splits"].items()
             }
+            for split in splits.values():
+                for file in split.files:
+                    if Path(file.name).name != file.name:  # not a way to files elsewhere
+                        raise UserError(f"{path} names {file.name!r}, which is no file's name")
             return cls(raw["source"], TokenizerMeta(**raw["tokenizer"]), splits)
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path} does not describe token shards: move it away to do without it") from None

@@ -12,6 +12,8 @@ from gpt2.generation.sampling import Sampling, draw, probabilities, random_strea
 from gpt2.model import GPT
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
+MAX_SAMPLES = 10_000  # in one batch
+
 
 def generate(
     model: GPT,
@@ -32,13 +34,13 @@ def generate(
     A sample ends at the end-of-text token (not shown) or after `max_new_tokens`. Raises UserError for settings that
     make no sense and for a prompt that is longer than the context. See `Sampling` for the other settings.
     """
-    texts = [prompt] * num_samples
+    texts: dict[int, str] = {}
     sampling = Sampling(temperature, top_k, top_p)
     for sample, piece in stream(
         model, tokenizer, prompt, sampling, num_samples=num_samples, max_new_tokens=max_new_tokens, seed=seed
     ):
-        texts[sample] += piece
-    return texts
+        texts[sample] = texts.get(sample, prompt) + piece
+    return [texts.get(sample, prompt) for sample in range(num_samples)]
 
 
 def stream(
@@ -54,8 +56,8 @@ def stream(
     """`generate` as it happens: yields (sample, text) for every new piece of text, always whole characters."""
     if tokenizer is None:
         raise UserError("this model folder has no tokenizer: text needs one")
-    if num_samples < 1 or max_new_tokens < 0:
-        raise UserError("num_samples must be at least 1, max_new_tokens at least 0")
+    if not 1 <= num_samples <= MAX_SAMPLES or max_new_tokens < 0:
+        raise UserError(f"num_samples must be at least 1 and at most {MAX_SAMPLES:,}, max_new_tokens at least 0")
     ids = tokenizer.encode(prompt, allow_special=True) or [tokenizer.end_of_text]  # as if a text began
     seed = secrets.randbits(32) if seed is None else seed
     decoders = [StreamDecoder(tokenizer) for _ in range(num_samples)]

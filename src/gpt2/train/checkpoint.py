@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def load_checkpoint(path: Path, model: GPT, optimizer: torch.optim.Optimizer) ->
     torch.set_rng_state(random.pop("cpu"))
     for device, tensor in random.items():
         torch.cuda.set_rng_state(tensor, device)
-    return int(json.loads((path / "state.json").read_text())["step"])
+    return _read_state(path)[0]
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -95,15 +96,27 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _steps(folder: Path) -> list[int]:
-    names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
-    return [int(name) for name in names if name.isdigit()]
+    names = (re.fullmatch(r"step-([0-9]+)", path.name) for path in folder.glob("step-*"))
+    return [int(match[1]) for match in names if match]
+
+
+def _read_state(path: Path) -> tuple[int, dict[str, str]]:
+    """The step of a checkpoint and the checksums of its files; a ValueError when `state.json` is not whole."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        step, sums = state["step"], dict(state["sha256"])
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if type(step) is not int or path.name != f"step-{step}" or not sums:
+        raise ValueError("it is another checkpoint's")
+    return step, sums
 
 
 def _first_broken_file(path: Path) -> str | None:
     """The first file of a checkpoint that is missing or changed, None when it is whole."""
     try:
-        sums: dict[str, str] = json.loads((path / "state.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
+        _, sums = _read_state(path)
+    except ValueError:
         return "state.json"
     for name, expected in sums.items():
         if not (path / name).is_file() or _sha256(path / name) != expected:

@@ -73,34 +73,44 @@ class TrainConfig:
 
     def check(self) -> "TrainConfig":
         """Returns the config itself. Raises UserError for the first value that cannot be."""
-        at_least = {
-            **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_steps"), 1),
-            **dict.fromkeys(("warmup_steps", "eval_every", "eval_tokens", "save_every", "sample_tokens"), 0),
-            **dict.fromkeys(("weight_decay", "grad_clip", "seed"), 0),
-            "keep_checkpoints": 1,
-        }
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
-        if not 0 < self.lr < float("inf"):
-            raise UserError(f"--lr must be over 0, not {self.lr}")
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
-            raise UserError(f"--min-lr must be between 0 and --lr ({self.lr}), not {self.min_lr}")
-        for name in ("dropout", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(self, name)}")
+        _check_ranges(self)
         if self.warmup_steps > self.max_steps:
             raise UserError(f"--warmup-steps ({self.warmup_steps}) is more than --max-steps ({self.max_steps})")
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd ({self.n_embd}) must be a multiple of --n-head ({self.n_head})")
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"--batch-size ({self.batch_size}) must be a multiple of --micro-batch-size")
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             value = getattr(self, name)
             if value not in choices:
                 known = ", ".join(choices)
                 raise UserError(f"{_flag(name)} '{value}' is not one of {known}{did_you_mean(value, choices)}")
+        for name, value in asdict(self).items():
+            if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+                raise UserError(f"{_flag(name)} is not UTF-8 text")
         return self
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    at_least = {
+        **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_steps"), 1),
+        **dict.fromkeys(("warmup_steps", "eval_every", "eval_tokens", "save_every", "sample_tokens"), 0),
+        **dict.fromkeys(("weight_decay", "grad_clip", "seed"), 0),
+        "keep_checkpoints": 1,
+    }
+    for name, least in at_least.items():
+        if not getattr(config, name) >= least:
+            raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(config, name)}")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed must be below 2**63, not {config.seed}")
+    if not 0 < config.lr < float("inf"):
+        raise UserError(f"--lr must be over 0, not {config.lr}")
+    if config.min_lr is not None and not 0 <= config.min_lr <= config.lr:
+        raise UserError(f"--min-lr must be between 0 and --lr ({config.lr}), not {config.min_lr}")
+    for name in ("dropout", "beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(config, name)}")
 
 
 def _flag(name: str) -> str:

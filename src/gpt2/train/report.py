@@ -1,6 +1,7 @@
 """What a run says while it goes, and leaves behind: metrics.jsonl, a progress line, loss.png."""
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2.errors import missing_extra
+
+log = logging.getLogger("gpt2")
 
 PLAIN_SECONDS = 5.0  # between lines when standard error is no terminal
 
@@ -76,9 +79,17 @@ def _reopen(path: Path, last_step: int) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a kill does not count."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The records of a metrics file. Lines that a kill or a power cut left broken are passed over, with a warning."""
+    records, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            records.append({"step": int(record["step"]), "loss": float(record["loss"]), **record})
+        except (ValueError, TypeError, KeyError):
+            broken += 1
+    if broken:
+        log.warning("%s: passed over %d line(s) that cannot be read", path, broken)
+    return records
 
 
 def plot_loss(folder: Path, title: str, vocab_size: int) -> Path:

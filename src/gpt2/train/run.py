@@ -99,9 +99,10 @@ def save_run(run: Run) -> None:
 
 def _run_folder(config: TrainConfig) -> Path:
     """Where the run lives. Raises UserError for a folder that holds another run, or not the one to resume."""
-    if config.name is None or Path(config.name).name != config.name:
-        raise UserError(f"a run needs a --name that can be a folder's, not '{config.name or ''}'")
-    folder = Path(config.out_dir) / config.name
+    name = config.name or ""
+    if not name or Path(name).name != name or len(name.encode()) > 200:
+        raise UserError(f"a run needs a --name that can be a folder's, not '{name}'")
+    folder = Path(config.out_dir) / name
     if config.resume == "never" and folder.exists():
         raise UserError(f"{folder} exists: --resume auto goes on with it, another --name starts beside it")
     if (folder / "config.toml").is_file():
@@ -149,6 +150,8 @@ def _start_folder(run: Run) -> None:
 def _drop_samples_after(step: int, path: Path) -> None:
     """Take away what an interrupted run wrote after the checkpoint it goes on from: it will be written again."""
     if path.exists():
-        samples = re.split(r"^(?=--- step \d+$)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        kept = [sample for sample in samples if sample and int(sample.split("\n")[0].split()[-1]) <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for header in re.finditer(r"^--- step ([0-9]+)$", text, re.MULTILINE):
+            if int(header[1]) > step:
+                path.write_text(text[: header.start()], encoding="utf-8")
+                break
