@@ -73,20 +73,8 @@ def run_ours(data: Path, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "steps": last["step"], "val_loss": last["val_loss"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The Shakespeare race against nanoGPT on this machine.")
-    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--data", type=Path, required=True, help="tinyshakespeare's input.txt")
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    rounds: list[dict[str, Any]] = []
-    for number in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = run_nanogpt(args.nanogpt, args.data, Path(folder) / "nanoGPT")
-            ours = run_ours(args.data, Path(folder) / "runs")
-        rounds.append({"nanogpt": theirs, "ours": ours})
-        print(f"round {number + 1}: nanoGPT {theirs['val_loss']:.4f} in {theirs['seconds']:.1f} s, ", end="")
-        print(f"ours {ours['val_loss']:.4f} in {ours['seconds']:.1f} s", flush=True)
+def write_result(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Write the JSON of the rounds so far; returns the medians."""
     result = {
         "command": "python benchmarks/shakespeare_race.py --nanogpt PATH --data input.txt",
         "machine": describe_machine(),
@@ -101,7 +89,25 @@ def main() -> None:
     assert all(math.isfinite(r["ours"]["val_loss"]) for r in rounds)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["median"], indent=2))
+    return result["median"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The Shakespeare race against nanoGPT on this machine.")
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--data", type=Path, required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rounds: list[dict[str, Any]] = []
+    for number in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = run_nanogpt(args.nanogpt, args.data, Path(folder) / "nanoGPT")
+            ours = run_ours(args.data, Path(folder) / "runs")
+        rounds.append({"nanogpt": theirs, "ours": ours})
+        print(f"round {number + 1}: nanoGPT {theirs['val_loss']:.4f} in {theirs['seconds']:.1f} s, ", end="")
+        print(f"ours {ours['val_loss']:.4f} in {ours['seconds']:.1f} s", flush=True)
+        write_result(rounds)
+    print(json.dumps(write_result(rounds), indent=2))
 
 
 if __name__ == "__main__":
