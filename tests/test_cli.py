@@ -278,7 +278,7 @@ def test_the_original_training_command_for_two_epochs(
 def test_fifty_epochs_on_one_batch_know_it_by_heart(
     gpt2_vocabulary: None, shakespeare_file: Path, gpt2_home: Path
 ) -> None:
-    """The original's screenshot ends at 0.0027; docs/lab-notes.md says why the paper's initialization ends at 0.0145."""
+    """The original ends at 0.0027; docs/lab-notes.md says why the paper's initialization ends at 0.0145."""
     (gpt2_home / "tinyshakespeare").mkdir(parents=True)
     (gpt2_home / "tinyshakespeare" / "input.txt").write_bytes(shakespeare_file.read_bytes())
     done = script("train", "train_gpt2_test.py", "--train", "--epochs", "50", "--device", "cpu", "--flash_attention")
