@@ -244,6 +244,43 @@ def test_a_state_file_of_any_kind_makes_a_broken_checkpoint_and_no_more(tiny: Tr
     assert newest.name == "step-10"
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_its_model(tiny: TrainConfig) -> None:
+    folder = train(replace(tiny, max_steps=10))
+    (folder / "checkpoints" / "step-10" / "state.json").unlink()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="has no whole checkpoint to go on from: --init-from"):
+        train(resumed(folder, {"max_steps": 30}))
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_fewer_steps_than_are_done_and_folders_that_are_no_run(tiny: TrainConfig, tmp_path: Path) -> None:
+    folder = train(replace(tiny, max_steps=10))
+    stored = (folder / "config.toml").read_text()
+    with pytest.raises(UserError, match=r"has done 10 steps, more than --max-steps \(6\)"):
+        train(resumed(folder, {"max_steps": 6}))
+    assert (folder / "config.toml").read_text() == stored
+    (tmp_path / "runs" / "mine").mkdir()
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("my own")
+    with pytest.raises(UserError, match="has something else in it"):
+        train(replace(tiny, name="mine", resume="auto"))
+    with pytest.raises(UserError, match="a run needs a --name"):
+        train(replace(tiny, name="..", resume="auto"))
+    assert (tmp_path / "runs" / "mine" / "metrics.jsonl").read_text() == "my own"
+
+
+def test_retention_drops_broken_later_checkpoints_and_never_the_newest_good_one(tiny: TrainConfig) -> None:
+    folder = train(replace(tiny, max_steps=20))
+    (folder / "checkpoints" / "step-20" / "optimizer.safetensors").write_text("x")
+    train(resumed(folder, {"max_steps": 15, "keep_checkpoints": 1}))
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-15"]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_the_run(tiny: TrainConfig) -> None:
+    with pytest.raises(UserError, match="--sample-prompt has 40 tokens, more than the context of 32"):
+        train(replace(tiny, sample_prompt="x" * 40, sample_tokens=5))
+    assert not Path(tiny.out_dir).exists()
+
+
 def test_broken_metrics_and_samples_do_not_stop_a_resumed_run(
     tiny: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -425,6 +462,6 @@ def test_a_finished_or_foreign_folder_is_not_written_over(tiny: TrainConfig) -> 
 
 
 def test_with_values_takes_an_integer_for_a_float_only() -> None:
-    assert with_values(TrainConfig(), {"lr": 1}, "here").lr == 1.0
+    assert with_values(TrainConfig(), {"lr": 1, "min_lr": 0}, "here").lr == 1.0
     with pytest.raises(UserError, match=r"here: max_steps cannot be 1\.5"):
         with_values(TrainConfig(), {"max_steps": 1.5}, "here")

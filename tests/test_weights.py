@@ -170,6 +170,12 @@ def test_saving_again_leaves_no_stale_shard(tmp_path: Path, monkeypatch: pytest.
     assert_same_model(gpt2.load(tmp_path / "m")[0], other)
 
 
+def test_saving_without_a_tokenizer_leaves_no_older_one(tmp_path: Path) -> None:
+    gpt2.save(random_model(BYTES), get_tokenizer("bytes"), tmp_path / "m")
+    gpt2.save(random_model(BYTES), None, tmp_path / "m")
+    assert gpt2.load(tmp_path / "m")[1] is None
+
+
 def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
     model = random_model(SMALL)
     gpt2.save(model, None, tmp_path / "run" / "model")

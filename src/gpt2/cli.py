@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
@@ -50,7 +50,10 @@ def exit_after(program: Callable[[], int | None]) -> NoReturn:
     """Run a program and exit with its code; what the user did wrong becomes one line on standard error and code 2."""
     logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING)
     try:
-        sys.exit(program() or 0)
+        code = program() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         _fail(str(error))
     except MemoryError:
@@ -58,7 +61,7 @@ def exit_after(program: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except OSError as error:  # a full disk, a name too long: the system says what is wrong, and with which file
         _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
@@ -105,7 +108,8 @@ def train_command(argv: list[str]) -> int:
     parser = Parser(
         prog="gpt2 train",
         description="Train a GPT-2 and leave a run folder: weights, metrics, loss plot, samples, checkpoints.",
-        epilog=f"recipes: {', '.join(RECIPES)}; a recipe is nothing but values for these flags",
+        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. A recipe is nothing but values for these flags; "
+        "what stands in brackets above holds where a recipe says nothing (--print-config shows all).",
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
     parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
@@ -114,6 +118,7 @@ def train_command(argv: list[str]) -> int:
     base, print_only = given.pop("recipe"), given.pop("print_config")
     config = training_config(base, given).check()
     if print_only:
+        config = config if "name" in given else replace(config, name=None)
         print(to_toml(config), end="")
         return 0
 
@@ -146,6 +151,8 @@ def training_config(base: str, given: dict[str, Any]) -> "TrainConfig":
     if "data" in given and holds_shards(Path(given["data"])):
         given = {"tokenizer": None, **given}  # shards know their own: a recipe's does not speak against it
     config = with_values(recipe(base), given, "the command line")
+    if "warmup_steps" not in given and config.warmup_steps > config.max_steps:  # the recipe's, in a run cut short
+        config = replace(config, warmup_steps=config.max_steps // 10)
     if config.name is None:
         stem = Path(base).stem
         config = with_values(config, {"name": run_name(config.out_dir, stem, resume=resume == "auto")}, base)

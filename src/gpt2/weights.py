@@ -95,8 +95,8 @@ def save(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: 
                 tokenizer.save(written)
             _write_json(written / "config.json", hf_config(model.config, tokenizer, dtype))
             _move_in(written, folder)
-    except OSError as error:
-        raise UserError(f"cannot write the model folder {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the model folder {folder}: {error}") from error
     return folder
 
 
@@ -292,11 +292,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _move_in(written: Path, folder: Path) -> None:
-    """Move whole files into place, config.json last, and take away weight files that no longer belong."""
+    """Move whole files into place, config.json last, and take away an older model's files that no longer belong."""
     folder.mkdir(exist_ok=True)
     names = sorted((file.name for file in written.iterdir()), key=lambda name: (name == "config.json", name))
     for name in names:
         (written / name).replace(folder / name)
-    for stale in folder.glob("model*.safetensors*"):
+    words = [folder / name for name in HUB_FILES if name.startswith(("tokenizer", "special", "vocab", "merges"))]
+    for stale in [*folder.glob("model*.safetensors*"), *words]:
         if stale.name not in names:
-            stale.unlink()
+            stale.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,9 +45,11 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _sync([folder])
-    except OSError as error:
-        raise UserError(f"cannot write the checkpoint {final}: {error.strerror or error}") from error
-    for old in sorted(_steps(folder))[:-keep]:
+    except (OSError, SafetensorError, UserError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {final}: {error}") from error
+    later = [other for other in _steps(folder) if other > step]  # broken, or this run would have begun there
+    for old in later + sorted(other for other in _steps(folder) if other <= step)[:-keep]:
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return final
 

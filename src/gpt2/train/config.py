@@ -86,6 +86,11 @@ class TrainConfig:
             if value not in choices:
                 known = ", ".join(choices)
                 raise UserError(f"{_flag(name)} '{value}' is not one of {known}{did_you_mean(value, choices)}")
+        if self.resume not in ("never", "auto"):
+            raise UserError(f"resume must be never or auto, not '{self.resume}'")
+        for name in ("weight_decay", "grad_clip"):
+            if getattr(self, name) == float("inf"):
+                raise UserError(f"{_flag(name)} must be finite")
         for name, value in asdict(self).items():
             if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
                 raise UserError(f"{_flag(name)} is not UTF-8 text")
@@ -261,7 +266,7 @@ def with_values(config: TrainConfig, values: dict[str, Any], where: str) -> Trai
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{where}: there is no setting '{name}'{did_you_mean(name, names)}")
-        if types[name] is float and type(value) is int:
+        if types[name] in (float, float | None) and type(value) is int:
             values = {**values, name: float(value)}
         elif not isinstance(value, types[name]) or (isinstance(value, bool) and "bool" not in str(types[name])):
             raise UserError(f"{where}: {name} cannot be {value!r}")

@@ -46,6 +46,8 @@ def set_up(config: TrainConfig) -> Run:
     folder = _run_folder(config)
     device = pick_device(config.device)
     checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None and (folder / "model").exists():
+        raise UserError(f"{folder} has no whole checkpoint to go on from: --init-from {folder}, with another --name")
     start = checkpoint / "model" if checkpoint else find_model(config.init_from) if config.init_from else None
     data = open_data(config.data, config.tokenizer if config.init_from is None else _tokenizer_of(start, config))
     seed_everything(config.seed)
@@ -66,12 +68,17 @@ def set_up(config: TrainConfig) -> Run:
         dtype=DTYPE_NAMES[dtype],
         compile=pick_compile(config.compile, device, config.max_steps),
     )
+    prompt = data.tokenizer.encode(config.sample_prompt, allow_special=True)
+    if config.sample_tokens and len(prompt) > shape.block_size:
+        raise UserError(f"--sample-prompt has {len(prompt)} tokens, more than the context of {shape.block_size}")
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
     run = Run(folder, config, data, loader, model, build_optimizer(model, config), device, dtype)
-    _start_folder(run)
     if checkpoint is not None:
         run.step = load_checkpoint(checkpoint, run.model, run.optimizer)
-        _drop_samples_after(run.step, run.folder / "samples.txt")
+        if run.step > config.max_steps:
+            raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
+    _start_folder(run)
+    _drop_samples_after(run.step, run.folder / "samples.txt")
     if config.compile:
         compile_blocks(model.transformer.h)
     return run
@@ -100,13 +107,15 @@ def save_run(run: Run) -> None:
 def _run_folder(config: TrainConfig) -> Path:
     """Where the run lives. Raises UserError for a folder that holds another run, or not the one to resume."""
     name = config.name or ""
-    if not name or Path(name).name != name or len(name.encode()) > 200:
+    if name in ("", ".", "..") or Path(name).name != name or len(name.encode()) > 200:
         raise UserError(f"a run needs a --name that can be a folder's, not '{name}'")
     folder = Path(config.out_dir) / name
     if config.resume == "never" and folder.exists():
         raise UserError(f"{folder} exists: --resume auto goes on with it, another --name starts beside it")
     if (folder / "config.toml").is_file():
         check_same_run(folder, config)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} has something else in it: no run can be gone on with there")
     return folder
 
 

@@ -126,9 +126,10 @@ def validate(run: Run, tokens: TokenShards) -> float:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM only leave a note here, read at the end of a step; a second one does what it always did."""
+    """SIGINT, SIGTERM and SIGHUP only leave a note, read at the end of a step; a second one does what it always did."""
     noted: list[int] = []
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
