@@ -103,7 +103,7 @@ gpt2 COMMAND --help says more."""
 
 def train_command(argv: list[str]) -> int:
     """gpt2 train [RECIPE|FILE.toml] [--flags]"""
-    from gpt2.train.config import RECIPES, to_toml
+    from gpt2.train.config import RECIPES, recipe, to_toml
 
     parser = Parser(
         prog="gpt2 train",
@@ -118,7 +118,8 @@ def train_command(argv: list[str]) -> int:
     base, print_only = given.pop("recipe"), given.pop("print_config")
     config = training_config(base, given).check()
     if print_only:
-        config = config if "name" in given else replace(config, name=None)
+        if "name" not in given and recipe(base).name is None:  # one was only made up for a run that begins now
+            config = replace(config, name=None)
         print(to_toml(config), end="")
         return 0
 
