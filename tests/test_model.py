@@ -16,33 +16,23 @@ from gpt2.model import GPT, GPTConfig
 @pytest.mark.parametrize("attention", ["sdpa", "plain"])
 def test_logits_loss_and_gradients_equal_transformers(config: GPTConfig, attention: str) -> None:
     model = random_model(replace(config, attention=attention))
-    twin = transformers_twin(model)
-    tokens, targets = random_batch(config)
-
-    logits = model(tokens)
-    theirs = twin(tokens).logits
-    assert logits.shape == (3, config.block_size, config.vocab_size)
-    assert (logits - theirs).abs().max() < 1e-4
-
-    loss = model.loss(tokens, targets)
-    their_loss = F.cross_entropy(theirs.flatten(0, 1), targets.flatten())
-    assert abs(loss - their_loss) < 1e-5
-    loss.backward()
-    their_loss.backward()
-    their_gradients = {name: p.grad for name, p in twin.named_parameters()}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        assert relative_error(as_conv1d(name, parameter.grad), their_gradients[name]) < 1e-4, name
+    assert_equal_to_twin(model, *random_batch(config))
 
 
 def test_full_size_equals_transformers() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig())
-    twin = transformers_twin(model)
-    tokens, targets = random_batch(model.config, rows=1, length=48)
     assert model.num_parameters() == 124_439_808
-    theirs = twin(tokens).logits
-    assert (model(tokens) - theirs).abs().max() < 1e-4
+    assert_equal_to_twin(model, *random_batch(model.config, rows=1, length=48))
+
+
+def assert_equal_to_twin(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+    """Logits, loss and every gradient are those of transformers with the same weights."""
+    twin = transformers_twin(model)
+    logits, theirs = model(tokens), twin(tokens).logits
+    assert logits.shape == (*tokens.shape, model.config.vocab_size)
+    assert (logits - theirs).abs().max() < 1e-4
+
     loss, their_loss = model.loss(tokens, targets), F.cross_entropy(theirs.flatten(0, 1), targets.flatten())
     assert abs(loss - their_loss) < 1e-5
     loss.backward()
