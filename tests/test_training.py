@@ -24,7 +24,7 @@ from gpt2.loss import IGNORE
 from gpt2.model import GPT, GPTConfig
 from gpt2.train.checkpoint import newest_checkpoint
 from gpt2.train.config import RECIPES, TrainConfig, read_toml, recipe, resumed, run_name, to_toml, with_values
-from gpt2.train.optim import build_optimizer, learning_rate
+from gpt2.train.optim import build_optimizers, learning_rate
 from gpt2.train.report import read_metrics
 from gpt2.train.run import Run
 from gpt2.train.trainer import train, update, validate
@@ -61,7 +61,7 @@ def tiny(tmp_path: Path) -> TrainConfig:
 def ready_run(config: TrainConfig, model: GPT) -> Run:
     data = open_data(config.data, config.tokenizer)
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
-    return Run(Path(), config, data, loader, model, build_optimizer(model, config), torch.device("cpu"), torch.float32)
+    return Run(Path(), config, data, loader, model, build_optimizers(model, config), torch.device("cpu"), torch.float32)
 
 
 def random_batches(count: int, shape: tuple[int, int], vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -407,7 +407,7 @@ def test_toml_keeps_any_text(tmp_path: Path) -> None:
         ({"warmup_steps": 2000}, "--warmup-steps (2000) is more than --max-steps (1000)"),
         ({"batch_size": 8, "micro_batch_size": 3}, "--batch-size (8) must be a multiple"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"optimizer": "adamx"}, "--optimizer 'adamx' is not one of adamw, sgd (did you mean 'adamw'?)"),
+        ({"optimizer": "adamx"}, "--optimizer 'adamx' is not one of adamw, muon, sgd (did you mean 'adamw'?)"),
         ({"schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"dropout": 1.5}, "--dropout must be in [0, 1)"),
         ({"n_head": 5}, "--n-embd (768) must be a multiple of --n-head (5)"),

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gpt2.errors import UserError
 from gpt2.model import GPT
@@ -28,7 +30,7 @@ log = logging.getLogger("gpt2")
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: GPT, tokenizer: Tokenizer | None, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path, step: int, model: GPT, tokenizer: Tokenizer | None, optimizers: Sequence[Optimizer], keep: int
 ) -> Path:
     """Write the state after update `step` as `folder/step-N` and drop all but the newest `keep`."""
     final, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
@@ -36,7 +38,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save(model, tokenizer, unfinished / "model")
-        save_file(_optimizer_tensors(optimizer), unfinished / "optimizer.safetensors")
+        save_file(_optimizer_tensors(model, optimizers), unfinished / "optimizer.safetensors")
         save_file(_random_state(), unfinished / "random.safetensors")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         sums = {str(path.relative_to(unfinished)): _sha256(path) for path in files}
@@ -65,15 +67,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
-    """Put the state of a checkpoint into `model`, `optimizer` and torch's random state; returns its step."""
+def load_checkpoint(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> int:
+    """Put the state of a checkpoint into `model`, `optimizers` and torch's random state; returns its step."""
     weights, _ = load(path / "model", dtype=None)
     model.load_state_dict(weights.state_dict())
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        kind, name = key.split(".", 1)
+        state.setdefault(name, {})[kind] = tensor
+    for optimizer in optimizers:
+        names = _names(model, optimizer)
+        own = {index: state[name] for index, name in enumerate(names) if name in state}
+        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
     random = load_file(path / "random.safetensors")
     torch.set_rng_state(random.pop("cpu"))
     for device, tensor in random.items():
@@ -81,14 +86,22 @@ def load_checkpoint(path: Path, model: GPT, optimizer: torch.optim.Optimizer) ->
     return _read_state(path)[0]
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
+def _optimizer_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state under names like `exp_avg.transformer.wte.weight`."""
+    tensors: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+        for index, name in enumerate(_names(model, optimizer)):
+            for kind, value in state.get(index, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{kind}.{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _names(model: GPT, optimizer: Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, in the order of its state."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -8,8 +8,10 @@ from typing import Any, get_type_hints
 
 from gpt2.errors import UserError, did_you_mean
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "muon", "sgd")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+AUTO = -1  # a --batch-size that is to be found out
+CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "matmul_precision": ("highest", "high", "medium")}
 FIXED_WHEN_RESUMED = (  # what makes a run this run
     "data",
     "tokenizer",
@@ -24,9 +26,9 @@ FIXED_WHEN_RESUMED = (  # what makes a run this run
 )
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the sentence that `gpt2 train --help` shows for it."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, words: dict[str, Any] | None = None) -> Any:
+    """A dataclass field: its default, the sentence that `gpt2 train --help` shows, and words that stand for values."""
+    return field(default=default, metadata={"help": help, "words": words or {}})
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,28 @@ class TrainConfig:
     block_size: int = option(1024, "context in tokens")
     dropout: float = option(0.0, "on embeddings, attention and residuals")
 
-    batch_size: int = option(8, "sequences in a step, over all ranks")
+    batch_size: int = option(8, "sequences in a step, over all ranks; auto for what fits", {"auto": AUTO})
     micro_batch_size: int | None = option(None, "sequences on the device at once; by default the whole batch")
+    recompute: bool = option(False, "compute activations twice instead of keeping them: slower, in less memory")
     max_steps: int = option(1000, "optimizer steps in the whole run")
-    optimizer: str = option("adamw", "adamw or sgd")
+    max_minutes: float = option(0.0, "stop after so many minutes of this process, with all saved; 0 for no limit")
+    optimizer: str = option("adamw", "adamw, sgd, or muon (for the blocks' matrices, adamw for the rest)")
     lr: float = option(6e-4, "peak learning rate")
     min_lr: float | None = option(None, "learning rate at the end; by default a tenth of --lr")
     warmup_steps: int = option(100, "steps from zero to the peak")
-    schedule: str = option("cosine", "cosine, linear or constant, after the warm-up")
+    schedule: str = option("cosine", "after the warm-up: cosine, linear, constant, or wsd (constant, then a fall)")
+    decay_steps: int | None = option(None, "length of wsd's fall; by default a fifth of the run")
     weight_decay: float = option(0.1, "on matrices and embeddings, never on biases and layer norms")
-    beta1: float = option(0.9, "AdamW's first moment; SGD's momentum")
+    beta1: float = option(0.9, "AdamW's first moment; the momentum of SGD")
     beta2: float = option(0.95, "AdamW's second moment")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no clipping")
+    skip_spikes: float = option(0.0, "leave out a batch whose loss is so many deviations above the last; 0 for never")
 
     seed: int = option(1337, "of the weights, the dropout and the order of the data")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto for the faster here")
-    compile: bool | None = option(None, "torch.compile the blocks; by default where it pays")
+    matmul_precision: str = option("high", "of float32 products on a GPU: highest, high (TF32) or medium")
+    compile: bool | None = option(None, "torch.compile the blocks and the loss; by default where it pays")
 
     eval_every: int = option(250, "steps between validations (with a sample); 0 for only at the end")
     eval_tokens: int = option(2**20, "validation tokens read each time; 0 for all there are")
@@ -69,6 +76,9 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "how many of the newest to keep")
     sample_prompt: str = option("", "what samples during the run begin with")
     sample_tokens: int = option(200, "length of those samples; 0 for none")
+    tensorboard: bool = option(False, "write TensorBoard's files into the run folder too")
+    wandb: str | None = option(None, "log to this Weights & Biases project too; WANDB_MODE=offline is honoured")
+    profile: bool = option(False, "write a trace of a few early steps into the run folder")
     resume: str = option("never", "auto: go on with the run of this name; or the run folder to go on with")
 
     def check(self) -> "TrainConfig":
@@ -81,14 +91,16 @@ class TrainConfig:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"--batch-size ({self.batch_size}) must be a multiple of --micro-batch-size")
-        for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if self.decay_steps is not None and not 0 <= self.decay_steps <= self.max_steps - self.warmup_steps:
+            raise UserError(f"--decay-steps ({self.decay_steps}) and the warm-up do not fit in --max-steps")
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 known = ", ".join(choices)
                 raise UserError(f"{_flag(name)} '{value}' is not one of {known}{did_you_mean(value, choices)}")
         if self.resume not in ("never", "auto"):
             raise UserError(f"resume must be never or auto, not '{self.resume}'")
-        for name in ("weight_decay", "grad_clip"):
+        for name in ("weight_decay", "grad_clip", "skip_spikes", "max_minutes"):
             if getattr(self, name) == float("inf"):
                 raise UserError(f"{_flag(name)} must be finite")
         for name, value in asdict(self).items():
@@ -99,11 +111,12 @@ class TrainConfig:
 
 def _check_ranges(config: TrainConfig) -> None:
     at_least = {
-        **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_steps"), 1),
+        **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "max_steps", "keep_checkpoints"), 1),
         **dict.fromkeys(("warmup_steps", "eval_every", "eval_tokens", "save_every", "sample_tokens"), 0),
-        **dict.fromkeys(("weight_decay", "grad_clip", "seed"), 0),
-        "keep_checkpoints": 1,
+        **dict.fromkeys(("weight_decay", "grad_clip", "skip_spikes", "max_minutes", "seed"), 0),
     }
+    if config.batch_size != AUTO:
+        at_least["batch_size"] = 1
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(config, name)}")
@@ -244,9 +257,11 @@ def check_same_run(folder: Path, config: TrainConfig) -> None:
 def to_toml(config: TrainConfig) -> str:
     """`config` as TOML, one line a value; what is None is left out."""
     lines = []
-    for name, value in asdict(config).items():
+    for f in fields(config):
+        value = getattr(config, f.name)
+        value = next((word for word, meant in f.metadata["words"].items() if meant == value), value)
         if value is not None:  # a JSON string, number or boolean is a TOML one
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
 
 
@@ -263,9 +278,13 @@ def with_values(config: TrainConfig, values: dict[str, Any], where: str) -> Trai
     """`config` with `values` put in, each checked against its field's type."""
     types = get_type_hints(TrainConfig)
     names = [f.name for f in fields(TrainConfig)]
+    words = {f.name: f.metadata["words"] for f in fields(TrainConfig)}
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{where}: there is no setting '{name}'{did_you_mean(name, names)}")
+        if isinstance(value, str) and value in words[name]:
+            values = {**values, name: words[name][value]}
+            continue
         if types[name] in (float, float | None) and type(value) is int:
             values = {**values, name: float(value)}
         elif not isinstance(value, types[name]) or (isinstance(value, bool) and "bool" not in str(types[name])):

@@ -2,22 +2,45 @@
 
 import math
 
-import torch
 from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from gpt2.train.config import TrainConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of `config` over `model`, with weight decay on matrices and embeddings only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """The optimizers of `config` over `model`, with weight decay on matrices and embeddings only.
+
+    One, but for Muon, which is made for the matrices of the blocks; there AdamW takes all the rest.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for _, p in named if p.dim() >= 2]
+    vectors = [p for _, p in named if p.dim() < 2]
+    if config.optimizer == "muon":
+        hidden = [p for name, p in named if p.dim() == 2 and ".h." in name]
+        chosen = set(hidden)
+        embeddings = [p for p in matrices if p not in chosen]
+        return [_muon(hidden, config), _adamw(embeddings, vectors, config)]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        return [SGD(_groups(matrices, vectors, config), lr=config.lr, momentum=config.beta1)]
+    return [_adamw(matrices, vectors, config)]
+
+
+def _groups(matrices: list[nn.Parameter], vectors: list[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
+    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _adamw(matrices: list[nn.Parameter], vectors: list[nn.Parameter], config: TrainConfig) -> AdamW:
+    groups = _groups(matrices, vectors, config)
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> Muon:
+    """Muon (Jordan et al. 2024), its steps scaled to the size of AdamW's so that one --lr serves both.
+
+    The scaling is that of "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2.2.
+    """
+    return Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -30,6 +53,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    done = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    falling = config.max_steps - config.warmup_steps  # how many of the last steps the rate falls in
+    if config.schedule == "wsd":
+        falling = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
+        falling = min(falling, config.max_steps - config.warmup_steps)
+    left = min(1.0, (config.max_steps - step) / max(1, falling))
+    if config.schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
     return low + (config.lr - low) * left

@@ -21,7 +21,7 @@ from gpt2.runtime import (
 from gpt2.tokenizer import Tokenizer, load_tokenizer
 from gpt2.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from gpt2.train.config import TrainConfig, check_same_run, to_toml
-from gpt2.train.optim import build_optimizer
+from gpt2.train.optim import build_optimizers
 from gpt2.weights import find_model, load, save
 
 
@@ -34,7 +34,7 @@ class Run:
     data: TokenData
     loader: Loader
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
     step: int = 0  # updates done
@@ -72,9 +72,9 @@ def set_up(config: TrainConfig) -> Run:
     if config.sample_tokens and len(prompt) > shape.block_size:
         raise UserError(f"--sample-prompt has {len(prompt)} tokens, more than the context of {shape.block_size}")
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
-    run = Run(folder, config, data, loader, model, build_optimizer(model, config), device, dtype)
+    run = Run(folder, config, data, loader, model, build_optimizers(model, config), device, dtype)
     if checkpoint is not None:
-        run.step = load_checkpoint(checkpoint, run.model, run.optimizer)
+        run.step = load_checkpoint(checkpoint, run.model, run.optimizers)
         if run.step > config.max_steps:
             raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
     _start_folder(run)
@@ -100,7 +100,7 @@ def save_run(run: Run) -> None:
     """Write a checkpoint, and the weights as the run's model folder."""
     checkpoints = run.folder / "checkpoints"
     tokenizer = run.data.tokenizer
-    save_checkpoint(checkpoints, run.step, run.model, tokenizer, run.optimizer, run.config.keep_checkpoints)
+    save_checkpoint(checkpoints, run.step, run.model, tokenizer, run.optimizers, run.config.keep_checkpoints)
     save(run.model, tokenizer, run.folder / "model")
 
 

@@ -102,10 +102,11 @@ def update(run: Run, tokens: Tensor, targets: Tensor, rate: float) -> tuple[floa
         raise UserError(
             f"the loss or its gradient is not finite at step {run.step:,}: lower --lr, or lengthen --warmup-steps"
         )
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     synchronize(run.device)
     return loss.item(), norm.item()
 

@@ -1,0 +1,96 @@
+"""gpt2 train [RECIPE|FILE.toml] [--flags]"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from gpt2.cli import Parser
+from gpt2.data.shards import holds_shards
+from gpt2.errors import UserError
+from gpt2.generation.engine import generate
+from gpt2.train.config import RECIPES, TrainConfig, recipe, resumed, run_name, to_toml, with_values
+from gpt2.train.trainer import Interrupted, train
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        prog="gpt2 train",
+        description="Train a GPT-2 and leave a run folder: weights, metrics, loss plot, samples, checkpoints.",
+        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. A recipe is nothing but values for these flags; "
+        "what stands in brackets above holds where a recipe says nothing (--print-config shows all).",
+    )
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
+    parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
+    _add_training_flags(parser)
+    given = vars(parser.parse_args(argv))
+    base, print_only = given.pop("recipe"), given.pop("print_config")
+    config = training_config(base, given).check()
+    if print_only:
+        if "name" not in given and recipe(base).name is None:  # one was only made up for a run that begins now
+            config = replace(config, name=None)
+        print(to_toml(config), end="")
+        return 0
+
+    def sampler(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
+        return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
+
+    try:
+        folder = train(config, sampler)
+    except Interrupted as stop:
+        print(f"gpt2: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
+    print(folder)
+    return 0
+
+
+def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
+    """What `gpt2 train` should do: the recipe's values under the flags given, or a resumed run's."""
+    resume = given.get("resume", "never")
+    if resume not in ("never", "auto"):
+        folder = Path(resume)
+        if not (folder / "config.toml").is_file():
+            raise UserError(f"--resume {folder}: there is no run in that folder")
+        return resumed(folder, given)
+    if "data" in given and holds_shards(Path(given["data"])):
+        given = {"tokenizer": None, **given}  # shards know their own: a recipe's does not speak against it
+    config = with_values(recipe(base), given, "the command line")
+    if "warmup_steps" not in given and config.warmup_steps > config.max_steps:  # the recipe's, in a run cut short
+        config = replace(config, warmup_steps=config.max_steps // 10)
+    if config.name is None:
+        stem = Path(base).stem
+        config = with_values(config, {"name": run_name(config.out_dir, stem, resume=resume == "auto")}, base)
+    folder = Path(config.out_dir) / str(config.name)
+    if resume == "auto" and (folder / "config.toml").is_file():
+        return resumed(folder, given)
+    return config
+
+
+def _add_training_flags(parser: Parser) -> None:
+    """A flag for every field of TrainConfig; only those given end up in the parsed result."""
+    types = get_type_hints(TrainConfig)
+    for f in fields(TrainConfig):
+        text, annotation = f.metadata["help"], types[f.name]
+        kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if annotation in (bool, bool | None):
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kind = next(
+                kind for kind in (int, float, str) if kind in (annotation, *getattr(annotation, "__args__", ()))
+            )
+            kwargs |= {"type": _or_word(kind, f.metadata["words"]), "metavar": kind.__name__.upper()}
+            if f.default is not None and f.default != "":
+                kwargs["help"] = f"{text} [{f.default}]"
+        parser.flag(f.name.replace("_", "-"), **kwargs)
+
+
+def _or_word(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
+    """A parser of `kind` for argparse that takes the words that stand for a value, too."""
+
+    def parse(text: str) -> Any:
+        return words[text] if text in words else kind(text)
+
+    parse.__name__ = kind.__name__  # what argparse calls it in "invalid int value"
+    return parse
