@@ -139,7 +139,7 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("train --lr fast", "argument --lr: invalid float value: 'fast'"),
         ("train --max-steps", "expected one argument"),
         ("train --lr -1", "--lr must be over 0"),
-        ("train --optimizer muonn", "--optimizer 'muonn' is not one of adamw, sgd"),
+        ("train --optimizer muonn", "--optimizer 'muonn' is not one of adamw, muon, sgd"),
         ("train --data nowhere.txt", "nowhere.txt"),
         ("train --data {empty}", "is empty"),
         ("train --data {short} --tokenizer bytes", "use more text or a smaller block size"),
