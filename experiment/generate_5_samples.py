@@ -7,23 +7,23 @@ The random numbers are drawn as there: one `multinomial` over the top 50 probabi
 `gpt2 sample gpt2 --prompt "Hello, I'm a language model," --num-samples 5` is this program's own way.
 """
 
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 
 import torch
 
 import gpt2
-from gpt2.cli import exit_after
-from gpt2.runtime import pick_device
+from gpt2.cli import Parser, counting, exit_after
+from gpt2.runtime import pick_device, seed_everything
 
-parser = ArgumentParser(description="Five continuations of a prefix.")
-parser.add_argument("--model_type", default="gpt2", help="a hub name or a model folder")
-parser.add_argument("--hf_weight", default=True, action=BooleanOptionalAction, help="OpenAI's weights, or fresh ones")
-parser.add_argument("--train", default=True, action=BooleanOptionalAction, help="training mode, with fresh weights")
-parser.add_argument("--prefix", default="Hello, I'm a language model,")
-parser.add_argument("--num_return_sequences", type=int, default=5)
-parser.add_argument("--max_length", type=int, default=30, help="tokens in all, the prefix included")
-parser.add_argument("--seed", type=int, default=1337)
-parser.add_argument("--device", default="cuda", help="cpu where there is no such device")
+parser = Parser(description="Five continuations of a prefix.")
+parser.flag("model-type", default="gpt2", help="a hub name or a model folder")
+parser.flag("hf-weight", default=True, action=BooleanOptionalAction, help="OpenAI's weights, or fresh ones")
+parser.flag("train", default=True, action=BooleanOptionalAction, help="training mode, with fresh weights")
+parser.flag("prefix", default="Hello, I'm a language model,")
+parser.flag("num-return-sequences", type=counting, default=5)
+parser.flag("max-length", type=counting, default=30, help="tokens in all, the prefix included")
+parser.flag("seed", type=int, default=1337)
+parser.flag("device", default="cuda", help="cpu where there is no such device")
 
 
 @torch.no_grad()
@@ -37,10 +37,13 @@ def main() -> None:
     if tokenizer is None:
         raise gpt2.UserError(f"{args.model_type} has no tokenizer")
     model.train(args.train)
-    tokens = torch.tensor([tokenizer.encode(args.prefix)] * args.num_return_sequences, device=device)
-    torch.manual_seed(args.seed)
+    prefix = tokenizer.encode(args.prefix) or [tokenizer.end_of_text]
+    tokens = torch.tensor([prefix] * args.num_return_sequences, device=device)
+    seed_everything(args.seed)
     while tokens.size(1) < args.max_length:
-        probs, candidates = model(tokens)[:, -1].softmax(-1).topk(50)  # (B, 50) each
+        probs, candidates = model(tokens)[:, -1].softmax(-1).topk(min(50, model.config.vocab_size))  # (B, 50) each
+        if not probs.isfinite().all():
+            raise gpt2.UserError("the model gives nan or inf: its weights are damaged")
         tokens = torch.cat((tokens, candidates.gather(-1, torch.multinomial(probs, 1))), 1)
     for row in tokens[:, : args.max_length].tolist():
         print(">> ", tokenizer.decode(row))

@@ -1,6 +1,8 @@
 """The commands, as a person types them: what they print, and what they say when it cannot be."""
 
+import argparse
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from reference import random_model
 from safetensors.torch import load_file
 
 import gpt2
-from gpt2.cli import main
+from gpt2.cli import Parser, exit_after, main
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import get_tokenizer
 from gpt2.train.config import RECIPES
@@ -168,6 +170,18 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("sample {talker} --prompt {long}", "70 tokens do not fit the model's context of 64"),
         ("export {talker} {file}/x", "cannot write the model folder"),
         ("export {talker} {tmp}", "has something else in it"),
+        ("export {talker} {tmp}/app", "has something else in it"),
+        ("export {talker} {talker}", "talker is the model itself: name another folder"),
+        ("export {talker} {tmp}/talker/../talker", "is the model itself: name another folder"),
+        ("export {talker} {tmp}/run/model", "is in the run folder"),
+        ("export {talker} {tmp}/run/checkpoints/step-9/model", "is in the run folder"),
+        ("export {talker} {tmp}/run", "is in the run folder"),
+        ("export {talker} ~nobody-of-this-name/x", "~nobody-of-this-name/x cannot be found"),
+        ("data prepare python-docs ~nobody-of-this-name/x --tokenizer bytes", "~nobody-of-this-name/x cannot be found"),
+        ("data prepare {tmp}/run {tmp}/shards --tokenizer bytes", "is a run folder, and no text to train on"),
+        ("data prepare /dev/zero {tmp}/shards --tokenizer bytes", "/dev/zero is not a regular file"),
+        ("data inspect {file}", "holds no token shards"),
+        ("train --data {tmp}/\x1b[31m", "/\\x1b[31m'"),
         ("export {talker} {tmp}/new --format onnx", "--format 'onnx' is not one of hf"),
         ("data", "the following arguments are required"),
         ("data inspect {tmp}", "holds no token shards"),
@@ -180,6 +194,9 @@ def test_bad_input_is_one_line_and_code_2(
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "latin.txt").write_bytes("Müller ".encode("latin-1") * 100)
     (tmp_path / "file").write_text("in the way")
+    for name in ("run/config.toml", "run/metrics.jsonl", "run/model/config.json", "app/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"port": 8080}')
     if "{shards}" in argv:
         run(capsys, "data", "prepare", "python-docs", str(tmp_path / "shards"), "--tokenizer", "bytes")
     places = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "short", "latin")}
@@ -224,6 +241,131 @@ def test_a_reader_that_leaves_early_is_no_error(talker: str) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_an_earlier_export_is_written_over_and_home_is_written_out(
+    talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for dtype in ("float32", "float16"):
+        assert run(capsys, "export", talker, "~/out", "--dtype", dtype)[:2] == (0, f"{tmp_path}/out\n")
+    assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {"torch.float16"}
+    assert run(capsys, "data", "prepare", "python-docs", "~/docs", "--tokenizer", "bytes")[0] == 0
+    code, out, _ = run(capsys, "data", "inspect", "~/docs/train_000000.bin")
+    assert code == 0
+    assert "checksums hold" in out
+
+
+@pytest.mark.parametrize("spelling", ["--no-fast-mode", "--no_fast_mode", "--no-fast_mode", "--no_fast-mode"])
+def test_every_spelling_of_a_flag(spelling: str) -> None:
+    parser = Parser(prog="x")
+    parser.flag("compile", action=argparse.BooleanOptionalAction, default=None)
+    parser.flag("fast-mode", action=argparse.BooleanOptionalAction, default=None)
+    parser.flag("two-words", default="")
+    parser.add_argument("rest", nargs="*")
+    assert vars(parser.parse_args([spelling, "--no_compile", "--two_words=--a_b", "c_d"])) == {
+        "fast_mode": False,
+        "compile": False,
+        "two_words": "--a_b",
+        "rest": ["c_d"],
+    }
+    assert parser.parse_args(["--fast_mode", "--compile"]).fast_mode is True
+    assert "_" not in parser.format_help().replace("two_words", "").replace("TWO_WORDS", "")
+    with pytest.raises(gpt2.UserError, match=r"there is no --no_fast_node \(did you mean '--no-fast-mode'\?\)"):
+        parser.parse_args(["--no_fast_node"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "MemoryError()",
+        "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')",
+        "RuntimeError('CUDA error: out of memory')",
+        "None",
+    ],
+)
+def test_too_little_memory_is_one_line_with_the_mend(error: str) -> None:
+    """The last one is torch's own: two exabytes asked of the CPU's allocator."""
+    raises = f"raise {error}" if error != "None" else "torch.empty(2**61, dtype=torch.uint8)"
+    code = f"import torch\nfrom gpt2.cli import exit_after\ndef main():\n    {raises}\nexit_after(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gpt2: this needs more memory than there is: for training, lower --micro-batch-size")
+    assert done.stderr.count("\n") == 1
+
+
+def test_any_other_runtime_error_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        exit_after(lambda: (_ for _ in ()).throw(RuntimeError("a bug of ours")))
+
+
+OUTPUT = """
+import sys
+from gpt2.cli import exit_after
+def main():
+    print("déjà vu \N{GREEK SMALL LETTER ALPHA} \udcff")
+    print("naïve", file=sys.stderr)
+exit_after(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "out"),
+    [("ascii", rb"d\xe9j\xe0 vu \u03b1 \udcff"), ("latin-1", b"d\xe9j\xe0 vu " + rb"\u03b1 \udcff"), ("utf-8", None)],
+)
+def test_what_the_terminal_has_no_letters_for_is_escaped(encoding: str, out: bytes | None) -> None:
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", OUTPUT], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (out or "déjà vu α \\udcff".encode()) + b"\n"
+    assert done.stderr
+
+
+LOUD = """
+import logging, sys
+from gpt2.cli import exit_after
+from rich.console import Console
+def main():
+    sys.stdin.readline()
+    for i in range(3):
+        print("step", file=sys.stderr, flush=True)
+        logging.getLogger("gpt2").warning("talk")
+        Console(stderr=True).print("more talk")
+    open(sys.argv[1], "w").write("all done")
+exit_after(main)
+"""
+
+
+@pytest.mark.parametrize("nobody_reads", [True, False])
+def test_a_run_goes_on_when_nobody_listens_any_more(nobody_reads: bool, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOUD, str(tmp_path / "done")],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    if nobody_reads:
+        process.stderr.close()
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.close()
+        process.wait(60)
+    else:
+        _, said = process.communicate("go\n", timeout=60)
+        assert said == "step\ngpt2: talk\nmore talk\n" * 3
+    assert process.returncode == 0
+    assert (tmp_path / "done").read_text() == "all done"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_under_standard_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-m", "gpt2", "data", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "gpt2: No space left on device\n"
 
 
 def script(folder: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -272,6 +414,45 @@ def test_the_original_training_command_for_two_epochs(
     assert first.startswith("epoch 1, loss: 10.")
     assert second.startswith("epoch 2, loss: ")
     assert second.endswith(" ms")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("train/train_gpt2_test.py --epochs 0", "argument --epochs: must be a whole number of at least 1, not 0"),
+        ("train/train_gpt2_test.py --epochs=-3", "argument --epochs: must be a whole number of at least 1, not -3"),
+        ("train/train_gpt2_test.py --batch_size 0", "argument --batch-size: must be a whole number of at least 1"),
+        ("train/train_gpt2_test.py --token_size 1025", "--token-size 1,025 is more than the context of 1,024"),
+        ("train/train_gpt2_test.py --lr nan", "--lr must be over 0, not nan"),
+        ("train/train_gpt2_test.py --lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("train/train_gpt2_test.py --optimizer adan", "argument --optimizer: invalid choice: 'adan'"),
+        ("train/train_gpt2_test.py --seed 18446744073709551616", "the seed must lie between"),
+        ("train/train_gpt2_test.py --device tpu", "device 'tpu' is not one of"),
+        ("train/train_gpt2_test.py --epoch 3", "there is no --epoch (did you mean '--epochs'?)"),
+        (
+            "experiment/generate_5_samples.py --num_return_sequences 0",
+            "argument --num-return-sequences: must be a whole",
+        ),
+        ("experiment/generate_5_samples.py --max_length -1", "argument --max-length: must be a whole number of at"),
+        ("experiment/generate_5_samples.py --no_train --model_type ./nowhere", "there is no model folder nowhere"),
+        (
+            "experiment/generate_5_samples.py --no-train --hf_wait",
+            "there is no --hf_wait (did you mean '--hf-weight'?)",
+        ),
+    ],
+)
+def test_bad_flags_of_the_original_commands_are_one_line(
+    argv: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, because importing torch takes longer than all of them together."""
+    path, *flags = argv.split()
+    monkeypatch.setattr(sys, "argv", [path, *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -138,6 +138,21 @@ def test_temperature() -> None:
     assert probabilities(logits, Sampling(1e4))[0] == pytest.approx([1 / 3] * 3, abs=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-21])
+def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, -torch.inf, 2.999999], [-4e4, 2.0, 2.0, 1.0]])
+    assert torch.equal(probabilities(logits, Sampling(temperature)), probabilities(logits, GREEDY))
+    cold = Sampling(temperature, top_k=2, top_p=0.5)
+    assert torch.equal(probabilities(logits, cold), probabilities(logits, GREEDY))
+
+
+def test_cold_temperatures_are_distributions() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [3e4, 3e4, -3e4]])
+    for temperature in (1e-19, 1e-10, 1e-6):
+        probs = probabilities(logits, Sampling(temperature))
+        assert probs.tolist() == [[0, 1, 0], [0.5, 0.5, 0]]
+
+
 def test_draws_follow_the_probabilities() -> None:
     probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]])
     own = random_stream(1, 0)
@@ -218,3 +233,36 @@ def test_a_prompt_longer_than_the_context_and_a_model_without_words() -> None:
         gpt2.generate(model, None, "x")
     with pytest.raises(UserError, match="num_samples"):
         gpt2.generate(model, tokenizer, "x", num_samples=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=5, top_p=0.9)], ids=["greedy", "all", "some"])
+def test_a_model_that_gives_nan_is_called_broken(sampling: Sampling, value: float) -> None:
+    model = random_model(TALKER)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.bias[3] = value
+    with pytest.raises(UserError, match="the model gives nan or inf: its weights are damaged"):
+        first_tokens(model, [1, 2], 5, sampling)
+
+
+def test_a_token_that_is_ruled_out_is_no_damage() -> None:
+    model = always(65)
+    with torch.no_grad():
+        model.lm_head.weight[7] = -torch.inf
+    assert first_tokens(model, [1, 2], 3) == [[65, 65, 65]]
+
+
+def test_dropout_is_off_while_text_is_made_and_the_mode_stays() -> None:
+    model = random_model(replace(TALKER, dropout=0.5))
+    tokenizer = get_tokenizer("bytes")
+    quiet = gpt2.generate(model, tokenizer, "Hello", max_new_tokens=70, seed=1)
+    model.train()
+    model.transformer.h[0].eval()  # frozen by its owner
+    modes = [module.training for module in model.modules()]
+    assert gpt2.generate(model, tokenizer, "Hello", max_new_tokens=70, seed=1) == quiet
+    unfinished = stream(model, tokenizer, "Hello", max_new_tokens=70, seed=1)
+    next(unfinished)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(UserError, match="do not fit"):
+        gpt2.generate(model, tokenizer, "x" * 65)
+    assert [module.training for module in model.modules()] == modes

@@ -28,7 +28,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def test_loss_and_gradients_equal_float64(
     monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", rows_at_a_time * 53)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows_at_a_time * 53 * dtype.itemsize)
     hidden, weight, targets = inputs()
     expected = plain(hidden, weight, targets)
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
@@ -92,7 +92,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_all_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     n, c, v = 4096, 8, 1000
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 100 * v)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 100 * v * 4)
     hidden, weight, targets = inputs(n, c, v, torch.float32)
     with LargestTensor() as ours:
         next_token_loss(hidden, weight, targets).backward()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import gpt2.data.prepare as preparing
-from gpt2.data.prepare import open_data, prepare
+from gpt2.data.loader import Loader
+from gpt2.data.prepare import describe_shards, open_data, prepare
 from gpt2.data.shards import ShardsMeta, TokenShards, verify_shards
 from gpt2.data.sources import Document, Source, open_source
 from gpt2.errors import UserError
@@ -148,6 +149,7 @@ def test_a_killed_process_leaves_no_data(tmp_path: Path) -> None:
         open_data(str(folder))
     prepare(corpus("some text"), BYTES, folder)
     assert verify_shards(folder)
+    assert list(tmp_path.iterdir()) == [folder], "what the killed process left is swept away"
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_foreign_shards_that_do_not_fit_the_tokenizer_are_refused(tmp_path: Path
     llmc_file(folder / "x_train_1.bin", [1, 2, 256])
     assert everything(open_data(str(folder), "bytes").train) == [1, 2, 256]
     llmc_file(folder / "x_val_1.bin", [1, 257])
-    with pytest.raises(UserError, match="foreign has token 257, and tokenizer bytes has only 257: name the tokenizer"):
+    with pytest.raises(UserError, match=r"x_val_1\.bin has token 257 at position 1, and its tokenizer has only 257"):
         open_data(str(folder), "bytes")
     llmc_file(folder / "x_train_1.bin", [1])
     with pytest.raises(UserError, match="foreign is too short to train on"):
@@ -269,6 +271,57 @@ def test_foreign_shards_that_do_not_fit_the_tokenizer_are_refused(tmp_path: Path
     (folder / "x_train_1.bin").unlink()
     with pytest.raises(UserError, match="no train shards in"):
         open_data(str(folder), "bytes")
+
+
+def test_a_wrong_id_in_the_middle_of_foreign_shards_is_named_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_SAMPLE_TOKENS", 10)
+    llmc_file(tmp_path / "x_train_1.bin", [1] * 40)
+    llmc_file(tmp_path / "x_train_2.bin", [2] * 50 + [300] + [3] * 49)
+    data = open_data(str(tmp_path), "bytes")
+    assert len(data.train) == 140
+    with pytest.raises(UserError, match=r"x_train_2\.bin has token 300 at position 50, and its tokenizer has only 257"):
+        Loader(data.train, 1, 130, seed=0).batch(0)
+
+
+def test_shards_cut_short_while_in_use_are_named(tmp_path: Path) -> None:
+    path = llmc_file(tmp_path / "x_train_1.bin", [1] * 4000)
+    data = open_data(str(tmp_path), "bytes")
+    assert data.train.read(3990, 4000).tolist() == [1] * 10
+    os.truncate(path, 2000)  # to read its map there would be a bus error
+    with pytest.raises(UserError, match=r"was changed while it was in use: 2,000 bytes, where 9,024 were"):
+        data.train.read(3990, 4000)
+    path.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*x_train_1\.bin \(No such file"):
+        data.train.read(0, 10)
+
+
+def test_a_name_that_is_not_utf8_is_tokenized_and_found_again(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("some notes, " * 10)
+    first = open_data(str(folder), "bytes")
+    assert bytes(everything(first.train)).startswith(b"some notes")
+    assert open_data(str(folder), "bytes").folder == first.folder
+
+
+def test_a_single_file_can_be_described(tmp_path: Path) -> None:
+    prepare(corpus("some text, long enough"), BYTES, tmp_path / "made")
+    shard = tmp_path / "made" / "train_000000.bin"
+    said = describe_shards(shard)
+    assert "bytes, 257 ids" in said
+    assert "checksums hold" in said
+    assert "begins 'some text" in said
+    shard.rename(shard.with_name("other_train.bin"))
+    with pytest.raises(UserError, match=r"other_train\.bin is not among the shards that .*meta\.json lists"):
+        describe_shards(shard.with_name("other_train.bin"))
+
+
+def test_a_folder_of_shards_may_bear_the_name_of_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(corpus("some text, long enough"), BYTES, Path("python-docs"))
+    assert "source:    corpus" in describe_shards(Path("python-docs"))
 
 
 def test_a_cache_that_cannot_be_written_is_named(gpt2_home: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,3 +199,39 @@ def test_meta_json_reads_as_promised(tmp_path: Path) -> None:
         "bytes": 9,
         "files": [{"name": "train_000000.bin", "tokens": 9, "sha256": file.sha256}],
     }
+
+
+@pytest.mark.parametrize("name", ["meta.json", "x_train_1.bin"])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+        open_shards(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "",
+        "[]",
+        '{"version": 1, "source": "x", "splits": null, "tokenizer": {}}',
+        '{"version": 1, "source": "x", "splits": {"train": {"files": [{"name": 5}]}}, "tokenizer": {}}',
+    ],
+)
+def test_a_meta_json_of_any_kind_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(UserError, match=r"meta\.json") as caught:
+        open_shards(tmp_path, "train")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "", ".", "\ud800", "x" * 300])
+def test_a_meta_json_with_a_name_that_no_file_can_have_is_one_line(name: str, tmp_path: Path) -> None:
+    meta = prepare(corpus("some text"), BYTES, tmp_path / "made")
+    raw = json.loads((tmp_path / "made" / "meta.json").read_text())
+    raw["splits"]["train"]["files"][0]["name"] = name
+    (tmp_path / "made" / "meta.json").write_text(json.dumps(raw))
+    assert meta.splits["train"].tokens == 8
+    for use in (lambda: open_shards(tmp_path / "made", "train"), lambda: verify_shards(tmp_path / "made")):
+        with pytest.raises(UserError):
+            use()

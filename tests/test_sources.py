@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -218,6 +219,49 @@ def test_what_is_no_text_is_refused(make: Callable[[Path], object], message: str
     assert "\n" not in str(caught.value)
 
 
+def test_pipes_sockets_and_devices_are_refused_and_not_waited_for(tmp_path: Path, gpt2_home: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.txt"))
+        for ref in (tmp_path / "pipe.txt", tmp_path / "socket.txt", Path(os.devnull)):
+            with pytest.raises(UserError, match="is not a regular file"):
+                open_source(str(ref))
+    (gpt2_home / "tinyshakespeare").mkdir(parents=True)
+    os.mkfifo(gpt2_home / "tinyshakespeare" / "input.txt")
+    with pytest.raises(UserError, match=r"input\.txt is not a regular file"):
+        open_source("shakespeare")
+
+
+def test_a_folder_is_read_without_what_training_wrote_into_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    caplog.set_level("WARNING", "gpt2")
+    assert len(open_source(str(tmp_path)).documents) == 1
+    assert not caplog.text
+    for name in (
+        *("runs/one/config.toml", "runs/one/metrics.jsonl", "runs/one/samples.txt", "runs/one/model/merges.txt"),
+        *("out/config.json", "out/model.safetensors", "out/merges.txt"),
+        *("shards/meta.json", "shards/train_000000.bin", "shards/merges.txt"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("not mine")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "link.txt").symlink_to("notes.txt")
+    source = open_source(str(tmp_path))
+    assert [document.name for document in source.documents] == [str(tmp_path / n) for n in ("link.txt", "notes.txt")]
+    assert f"{tmp_path}: passed over {tmp_path}/loop.txt (not a regular file) and 4 more" in caplog.text
+    for name in ("runs/one", "out", "shards"):
+        with pytest.raises(UserError, match=f"{name} is a .*, and no text to train on"):
+            open_source(str(tmp_path / name))
+
+
+def test_an_unknown_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for use in (lambda: open_source("~nobody-of-this-name/x"), cache_home):
+        monkeypatch.setenv("GPT2_HOME", "~nobody-of-this-name")
+        with pytest.raises(UserError, match=r"~nobody-of-this-name\S* cannot be found: could not determine home"):
+            use()
+
+
 def test_a_misspelled_name_gets_a_suggestion() -> None:
     with pytest.raises(UserError, match=r"'shakespare' \(did you mean 'shakespeare'\?\)"):
         open_source("shakespare")
@@ -340,6 +384,14 @@ def test_a_failed_download_says_what_where_and_how_to_do_without(
 def test_a_download_with_no_network_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot download file\.txt from .* \(.*refused\): put it at"):
         download("http://127.0.0.1:9/file.txt", tmp_path / "file.txt", SHA256)
+
+
+def test_what_a_killed_download_left_is_swept_away(server: str, tmp_path: Path) -> None:
+    left = tmp_path / ".file.txt.0123abcd.partial"
+    left.mkdir()
+    (left / "file.txt").write_bytes(CONTENT[:100])
+    download(f"{server}/good", tmp_path / "file.txt", SHA256)
+    assert [path.name for path in tmp_path.glob("*file*")] == ["file.txt"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(gpt2_home: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pickle
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from gpt2.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from gpt2.vocabulary import cut_long_words
 
 SENTENCES = [
     "A quick brown fox jumps over the lazy dog; it wasn't the first time, and they'll say it isn't the last.",
@@ -574,3 +577,51 @@ def test_importing_is_light() -> None:
     heavy = "{'tiktoken', 'tokenizers', 'torch', 'requests'}"
     code = f"import sys, gpt2.tokenizer; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_file_nested_without_end_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=f"cannot use .*{name}: "):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec.update(pre_tokenizer={"pretokenizers": [{"type": "ByteLevel"}]}),
+        lambda spec: spec["added_tokens"][0].update(content=5),
+        lambda spec: spec["added_tokens"][0].update(content=float("inf")),
+        lambda spec: spec["model"].update(continuing_subword_prefix="##########"),
+        lambda spec: spec["model"].update(end_of_word_suffix="</w>"),
+    ],
+)
+def test_a_tokenizer_json_that_made_the_library_panic(saved_bpe: Path, change: Callable) -> None:
+    edit_json(saved_bpe / "tokenizer.json", change)
+    with pytest.raises(UserError, match=r"cannot use .*tokenizer\.json: ") as caught:
+        load_tokenizer(saved_bpe)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_endless_word_is_learned_from_in_time_that_grows_with_its_length() -> None:
+    def seconds(length: int) -> float:
+        rng = random.Random(0)
+        text = "".join(rng.choice("abcdefgh") for _ in range(length))
+        began = time.process_time()
+        assert train_bpe([text], 300).vocab_size == 300
+        return time.process_time() - began
+
+    assert seconds(200_000) < 10  # one word made of all would take minutes
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, " " * 5000, "_-" * 2500, "字" * 5000, "x " * 2000 + "1" * 3500 + " y\n"])
+def test_endless_words_are_cut_and_nothing_is_lost(text: str) -> None:
+    pieces = list(cut_long_words(text))
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert max(map(len, re.findall(r"\w+|\s+|(?:[^\w\s]|_)+", max(pieces, key=len)))) <= 1000
+
+
+@given(st.text(alphabet="ab1_-'! \n\t\u3000é字😀", max_size=300))
+def test_words_of_all_days_are_not_cut(text: str) -> None:
+    assert list(cut_long_words(text)) == [text]

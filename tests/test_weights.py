@@ -318,3 +318,53 @@ def test_layout_in_memory_is_linears(tmp_path: Path) -> None:
     assert torch.equal(
         as_conv1d("transformer.h.0.attn.c_attn.weight", c_attn), stored["transformer.h.0.attn.c_attn.weight"]
     )
+
+
+def test_what_a_killed_save_left_is_swept_away(tmp_path: Path) -> None:
+    left = tmp_path / ".m.0123abcd.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    gpt2.save(random_model(SMALL), None, tmp_path / "m")
+    assert [path.name for path in tmp_path.glob("*m*")] == ["m"]
+
+
+def test_home_is_written_out_and_an_unknown_one_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = random_model(SMALL)
+    assert gpt2.save(model, None, "~/m") == tmp_path / "m"
+    assert_same_model(gpt2.load("~/m")[0], model)
+    for use in (lambda: gpt2.load("~nobody-of-this-name/m"), lambda: gpt2.save(model, None, "~nobody-of-this-name/m")):
+        with pytest.raises(UserError, match=r"^~nobody-of-this-name/m cannot be found: "):
+            use()
+
+
+def test_saving_into_the_folder_one_stands_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    gpt2.save(random_model(SMALL), None, ".")
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", torch.device("cuda", 0), "auto"])
+def test_a_device_that_is_not_there_is_the_cpu(device: Any, tmp_path: Path) -> None:
+    gpt2.save(random_model(SMALL), None, tmp_path)
+    assert gpt2.load(tmp_path, device=device)[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cpu:0:0", "cuda:" + "9" * 5000])
+def test_what_is_no_device_is_one_line(device: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not one of auto, cpu, cuda"):
+        gpt2.load(tmp_path, device=device)
+
+
+def test_an_index_nested_without_end_is_one_line(tmp_path: Path) -> None:
+    folder = hf_folder(random_model(SMALL), tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"index\.json is broken"):
+        gpt2.load(folder)

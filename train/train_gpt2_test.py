@@ -8,42 +8,45 @@ The untrained loss must be near ln(50257) = 10.82. `gpt2 train` is this program'
 """
 
 import time
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 
 import torch
 
 import gpt2
-from gpt2.cli import exit_after
+from gpt2.cli import Parser, counting, exit_after
 from gpt2.data.sources import open_source
-from gpt2.runtime import autocast, compile_blocks, pick_device, synchronize
+from gpt2.runtime import autocast, compile_blocks, pick_device, seed_everything, synchronize
 
 AUTOCAST = {"f32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
-parser = ArgumentParser(description="Train a fresh 124M GPT-2 on one batch.")
-parser.add_argument("--train", default=True, action=BooleanOptionalAction, help="train, or only print the loss")
-parser.add_argument(
-    "--data_type", default="super_tiny_shakespear", choices=["super_tiny_shakespear", "tiny_shakespear"]
-)
-parser.add_argument("--lr", type=float, default=3e-4)
-parser.add_argument("--optimizer", default="adam", choices=OPTIMIZERS)
-parser.add_argument("--epochs", type=int, default=50)
-parser.add_argument("--device", default="cuda", help="cpu where there is no such device")
-parser.add_argument("--batch_size", type=int, default=4)
-parser.add_argument("--token_size", type=int, default=32)
-parser.add_argument("--seed", type=int, default=1337)
-parser.add_argument("--matmul_precision", default="highest", choices=["highest", "high", "medium"])
-parser.add_argument("--autocast_type", default="f32", choices=AUTOCAST)
-parser.add_argument("--compile_model", default=False, action=BooleanOptionalAction)
-parser.add_argument("--flash_attention", default=False, action=BooleanOptionalAction)
+parser = Parser(description="Train a fresh 124M GPT-2 on one batch.")
+parser.flag("train", default=True, action=BooleanOptionalAction, help="train, or only print the loss")
+parser.flag("data-type", default="super_tiny_shakespear", choices=["super_tiny_shakespear", "tiny_shakespear"])
+parser.flag("lr", type=float, default=3e-4)
+parser.flag("optimizer", default="adam", choices=OPTIMIZERS)
+parser.flag("epochs", type=counting, default=50)
+parser.flag("device", default="cuda", help="cpu where there is no such device")
+parser.flag("batch-size", type=counting, default=4)
+parser.flag("token-size", type=counting, default=32)
+parser.flag("seed", type=int, default=1337)
+parser.flag("matmul-precision", default="highest", choices=["highest", "high", "medium"])
+parser.flag("autocast-type", default="f32", choices=AUTOCAST)
+parser.flag("compile-model", default=False, action=BooleanOptionalAction)
+parser.flag("flash-attention", default=False, action=BooleanOptionalAction)
 
 
 def main() -> None:
     args = parser.parse_args()
+    if not 0 < args.lr < float("inf"):
+        raise gpt2.UserError(f"--lr must be over 0, not {args.lr:g}")
+    config = gpt2.GPTConfig(attention="sdpa" if args.flash_attention else "plain")
+    if args.token_size > config.block_size:
+        raise gpt2.UserError(f"--token-size {args.token_size:,} is more than the context of {config.block_size:,}")
     device = pick_device(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.manual_seed(args.seed)
-    model = gpt2.GPT(gpt2.GPTConfig(attention="sdpa" if args.flash_attention else "plain")).to(device)
+    seed_everything(args.seed)
+    model = gpt2.GPT(config).to(device)
     if args.compile_model:
         compile_blocks(model.transformer.h)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a target with this id is not counted, as in torch and transformers
-CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in float32
+CHUNK_BYTES = 2**27  # logits held at a time, in the dtype of the matrix products
+CACHE_ELEMENTS = 2**21  # of those, what the CPU works on at once in float32, so that it stays in the cache
 PAD_TO = 128  # tensor cores want dimensions in multiples of this; 50,257 is odd
 
 
@@ -52,36 +53,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         want_hidden, want_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        vocab_size = weight.size(0)
         head = _padded(weight, dtype)  # (V', C) with V' a multiple of 128 on a GPU
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_head = torch.zeros_like(head, dtype=exact) if want_weight else None
+        grad_weight: Tensor | None = None
 
-        rows_at_a_time = max(1, CHUNK_ELEMENTS // head.size(0))
+        rows_at_a_time = max(1, CHUNK_BYTES // (head.size(0) * head.element_size()))
         for start in range(0, hidden.size(0), rows_at_a_time):
             rows = slice(start, start + rows_at_a_time)
             h = hidden[rows].to(dtype)  # (n, C)
-            logits = (h @ head.T).to(exact)  # (n, V')
-            logits[:, vocab_size:] = -torch.inf  # the padding is in no one's vocabulary
+            logits = h @ head.T  # (n, V')
             counted = targets[rows] != IGNORE  # (n,)
-            target = targets[rows].where(counted, 0).unsqueeze(1)  # (n, 1)
-            log_norm = logits.logsumexp(1)  # (n,)
-            total += ((log_norm - logits.gather(1, target).squeeze(1)) * counted).sum()
-            if not (want_hidden or want_weight):
-                continue
-            # d loss / d logits = softmax - one_hot, and nothing in rows that are not counted
-            log_norm = log_norm.where(counted, torch.inf)
-            grad = logits.sub_(log_norm.unsqueeze(1)).exp_()  # (n, V')
-            grad.scatter_add_(1, target, -counted.unsqueeze(1).to(exact))
-            grad = grad.to(dtype)
+            target = targets[rows].where(counted, 0)
+            losses = _losses_and_gradient(logits, target, weight.size(0), exact, want_hidden or want_weight)
+            total += losses.where(counted, 0).sum()
+            grad, counted = logits, counted.unsqueeze(1)  # (n, V'), (n, 1)
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad @ head) / divisor
-            if grad_head is not None:
-                _add_product(grad_head, grad.T, h)
+                grad_hidden[rows] = ((grad @ head) / divisor).where(counted, 0)
+            if want_weight:
+                grad_weight = _plus_product(grad_weight, grad.T, h.where(counted, 0), exact)
+            del logits, grad
 
-        if grad_head is not None:
-            grad_head = grad_head[:vocab_size].div_(divisor).to(weight.dtype)
+        grad_head = None
+        if grad_weight is not None:
+            grad_head = grad_weight[: weight.size(0)].div_(divisor).to(weight.dtype)
         ctx.grads = grad_hidden, grad_head
         return total / divisor
 
@@ -89,8 +84,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scale,) = grad_outputs
+        if scale.device.type == "cpu" and scale == 1:  # as always in training: there is nothing to multiply
+            return *ctx.grads, None, None, None, None
         grad_hidden, grad_weight = (None if grad is None else grad * scale for grad in ctx.grads)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _losses_and_gradient(logits: Tensor, target: Tensor, vocab_size: int, exact: torch.dtype, want: bool) -> Tensor:
+    """The cross-entropy of each row, (n,); if wanted, `logits` (n, V') become its gradient, softmax - one_hot."""
+    n, width = logits.shape
+    block = max(1, CACHE_ELEMENTS // width) if logits.device.type == "cpu" else n
+    losses = torch.empty(n, dtype=exact, device=logits.device)
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        z, index = logits[rows].to(exact), target[rows].unsqueeze(1)  # (b, V'), (b, 1)
+        if width > vocab_size:
+            z[:, vocab_size:] = -torch.inf  # the padding is in no one's vocabulary
+        z = z.log_softmax(1)
+        losses[rows] = -z.gather(1, index).squeeze(1)
+        if want:
+            logits[rows] = z.exp_().scatter_add_(1, index, z.new_full(index.shape, -1.0))
+    return losses
 
 
 def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,9 +120,8 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, where the sum may be kept in a wider dtype than the factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
+    """``total + a @ b``, the sum kept in `exact`, which may be wider than the factors' dtype; None counts as zero."""
+    if total is None:
+        return (a @ b).to(exact)
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)

@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2.errors import UserError, did_you_mean
+from gpt2.files import path_of
 from gpt2.vocabulary import (
     END_OF_TEXT,
     Table,
     build_backend,
+    cut_long_words,
     cuts_like_gpt2,
     fingerprint_of,
     read_merges,
@@ -36,6 +38,7 @@ from gpt2.vocabulary import (
     table_of_ids,
     table_of_json,
     unspell,
+    without_surrogates,
     write_files,
 )
 
@@ -187,7 +190,7 @@ class ByteTokenizer(_ByteLevelTokenizer):
         super().__init__(Table([*(bytes([b]) for b in range(256)), END_OF_TEXT.encode()], frozenset({256})))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(_without_surrogates(text).encode()) for text in texts]
+        return [list(without_surrogates(text).encode()) for text in texts]
 
 
 class StreamDecoder:
@@ -214,7 +217,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
     `vocab_size` counts the 256 bytes, which come first, and ``<|endoftext|>``, which comes last; one outside
     257 to 65,536 is a `UserError`. Only pairs seen twice are merged, so short texts give a smaller vocabulary
-    and a warning in the log. The same texts always give the same vocabulary.
+    and a warning in the log. A word of more than 1,000 characters counts as several. The same texts always give
+    the same vocabulary.
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"a BPE vocabulary has 257 to {MAX_VOCAB_SIZE} tokens, not {vocab_size}")
@@ -229,7 +233,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator(map(_without_surrogates, texts), trainer)
+    pieces = (piece for text in texts for piece in cut_long_words(without_surrogates(text)))
+    learner.train_from_iterator(pieces, trainer)
     learned = json.loads(learner.to_str())["model"]
     tokens = [unspell(letters) for letters in sorted(learned["vocab"], key=learned["vocab"].__getitem__)]
     merges = [(unspell(left), unspell(right)) for left, right in learned["merges"]]
@@ -250,7 +255,7 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
             f"tokenizer '{ref}' does not exist before it is trained on the data, which `gpt2 train` and "
             "`gpt2 data prepare` do: afterwards, name the folder that holds it"
         )
-    folder = Path(ref)
+    folder = path_of(ref)
     if not folder.is_dir():
         hint = did_you_mean(str(ref), ["gpt2", "bytes", "bpe:N"])
         raise UserError(f"no tokenizer '{ref}'{hint}: there are gpt2, bytes, bpe:N, and folders with tokenizer files")
@@ -272,7 +277,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         if path.is_file():
             try:
                 return load(path)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise UserError(f"cannot use {path}: {error}") from error
     return None
 
@@ -321,17 +326,8 @@ def _known_tokenizer(table: Table) -> Tokenizer | None:
     return plain if fingerprint == plain.fingerprint else None
 
 
-def _without_surrogates(text: str) -> str:
-    """`text` with what UTF-8 has no bytes for, half a surrogate pair from careless JSON, made U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def _encode_with_library(backend: "tokenizers.Tokenizer", texts: Sequence[str]) -> list[list[int]]:
-    whole = [_without_surrogates(text) for text in texts]
+    whole = [without_surrogates(text) for text in texts]
     return [encoding.ids for encoding in backend.encode_batch_fast(whole, add_special_tokens=False)]
 
 

@@ -1,11 +1,12 @@
-"""The table behind a tokenizer, which bytes each id stands for, and the files that hold it.
+"""The table behind a tokenizer, which bytes each id stands for, the files that hold it, the text it is made from.
 
 Vocabulary files are text, but tokens are bytes and need not be UTF-8: so each byte has a letter (`_letters`).
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from functools import cache
 from itertools import pairwise
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+LONG_WORD = 1_000  # characters; what a merge costs `tokenizers` in training grows with the square of a word's length
+_RUNS = (r"\w", r"\s", r"(?:[^\w\s]|_)")  # GPT-2's words are runs of such: no word is longer than its run
+_LONG_SPACE = re.compile(rf"\s{{{LONG_WORD}}}")
+_LONG_RUN = re.compile("|".join(rf"(?<!{kind}){kind}{{{LONG_WORD},}}" for kind in _RUNS))
 
 
 class Table(NamedTuple):
@@ -28,7 +33,7 @@ class Table(NamedTuple):
 def cuts_like_gpt2(spec: dict[str, Any]) -> bool:
     """Whether a `tokenizer.json` leaves the text as it is and cuts it into words by GPT-2's pattern."""
     cut = spec["pre_tokenizer"]
-    by_pattern = cut["type"] == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
+    by_pattern = cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
     return by_pattern and not spec.get("normalizer")
 
 
@@ -37,10 +42,12 @@ def table_of_json(spec: Any) -> Table:
     try:
         cut = spec["pre_tokenizer"]
         cuts = {part["type"] for part in cut.get("pretokenizers", [cut])}
-        if spec["model"].get("type", "BPE") != "BPE" or "ByteLevel" not in cuts:
+        model = spec["model"]
+        marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")  # on tokens, for their place
+        if model.get("type", "BPE") != "BPE" or "ByteLevel" not in cuts or marks:
             raise ValueError("it is not byte-level BPE")
-        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        ids = {**spec["model"]["vocab"], **added}
+        added = {str(token["content"]): token["id"] for token in spec.get("added_tokens") or []}
+        ids = {**model["vocab"], **added}
     except (AttributeError, KeyError, TypeError):
         raise ValueError("it is not byte-level BPE") from None
     return table_of_ids(ids, added.keys() | {END_OF_TEXT})
@@ -108,6 +115,28 @@ def unspell(text: str) -> bytes:
         return bytes(_bytes_of_letters()[letter] for letter in text)
     except KeyError:
         raise ValueError(f"its token {text!r} is not spelled in the letters that stand for bytes") from None
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with what UTF-8 has no bytes for, half a surrogate pair from careless JSON, made U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """`text` as it is, or cut within words of more than `LONG_WORD` characters, such as a line without a space."""
+    begin = 0
+    if max(map(len, text.split()), default=0) < LONG_WORD and not _LONG_SPACE.search(text):
+        yield text  # nearly always, and sooner known than by the search below
+        return
+    for run in _LONG_RUN.finditer(text):
+        for cut in range(run.start() + LONG_WORD, run.end(), LONG_WORD):
+            yield text[begin:cut]
+            begin = cut
+    yield text[begin:]
 
 
 def build_backend(table: Table, merges: Iterable[tuple[bytes, bytes]]) -> "tokenizers.Tokenizer":

@@ -7,7 +7,6 @@ A model folder holds `config.json`, `model.safetensors` (or shards with an index
 
 import json
 import logging
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2.errors import UserError
+from gpt2.files import path_of, work_folder
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import DTYPE_NAMES
+from gpt2.runtime import DTYPE_NAMES, pick_device
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 log = logging.getLogger("gpt2")
@@ -50,12 +50,15 @@ def load(
 ) -> tuple[GPT, Tokenizer | None]:
     """Load a model, in evaluation mode, and its tokenizer.
 
-    ref:   a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
-    dtype: what the weights become; None keeps what the file has.
+    ref:    a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
+    device: a name that `pick_device` knows, so one that this machine lacks becomes the CPU, with a warning.
+    dtype:  what the weights become; None keeps what the file has.
 
     The tokenizer is the folder's own; without tokenizer files it is GPT-2's for a vocabulary of 50,257, else None.
     Raises UserError when nothing is found under `ref`, or a file is broken or does not fit its config.
     """
+    if isinstance(device, str) or device.type == "cuda":
+        device = pick_device(str(device))
     folder = find_model(ref)
     config = read_config(folder)
     tensors = _read_tensors(folder, dtype)
@@ -83,12 +86,10 @@ def save(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: 
     The files are written beside `folder` first and moved in when they are whole.
     Raises UserError when the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     dtype = dtype or model.transformer.wte.weight.dtype
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            written = Path(temporary)
+        with work_folder(folder.resolve()) as written:
             _write_tensors(model, written, dtype)
             _write_json(written / "generation_config.json", {"_from_model_config": True, **_text_ends(tokenizer)})
             if tokenizer is not None:
@@ -102,7 +103,7 @@ def save(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: 
 
 def find_model(ref: str | Path) -> Path:
     """The model folder `ref` stands for; a hub name is fetched into Hugging Face's cache if it is not there."""
-    path = Path(ref).expanduser()
+    path = path_of(ref)
     for folder in (path, path / "model"):  # a model folder, a run folder
         if (folder / "config.json").is_file():
             return folder
@@ -211,7 +212,7 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             files = [folder / Path(name).name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{index} is broken: {error!r}") from error
         for file in files:
             if not file.is_file():

@@ -1,10 +1,11 @@
-"""gpt2 data list | prepare SOURCE OUT | inspect FOLDER"""
+"""gpt2 data list | prepare SOURCE OUT | inspect SHARDS"""
 
 from pathlib import Path
 
 from gpt2.cli import Parser
 from gpt2.data.prepare import describe_shards, prepare, tokenizer_for
 from gpt2.data.sources import SOURCES, open_source
+from gpt2.files import path_of
 
 
 def main(argv: list[str]) -> None:
@@ -16,8 +17,8 @@ def main(argv: list[str]) -> None:
     prepare_parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     prepare_parser.flag("tokenizer", default="gpt2", help="gpt2, bytes, bpe:N or a folder [gpt2]")
     prepare_parser.flag("val-fraction", type=float, default=0.1, help="how much is held out [0.1]")
-    inspect_parser = verbs.add_parser("inspect", help="check a folder of shards and show how it begins")
-    inspect_parser.add_argument("folder", metavar="FOLDER", type=Path)
+    inspect_parser = verbs.add_parser("inspect", help="check token shards and show how they begin")
+    inspect_parser.add_argument("shards", metavar="SHARDS", type=Path, help="a folder of them, or one file")
     args = parser.parse_args(argv)
 
     if args.verb == "list":
@@ -26,8 +27,8 @@ def main(argv: list[str]) -> None:
     elif args.verb == "prepare":
         source = open_source(args.source)
         tokenizer = tokenizer_for(source, args.tokenizer, args.val_fraction)
-        meta = prepare(source, tokenizer, args.out, val_fraction=args.val_fraction)
+        meta = prepare(source, tokenizer, path_of(args.out), val_fraction=args.val_fraction)
         for split, counts in meta.splits.items():
             print(f"{split}: {counts.tokens:,} tokens of {counts.bytes:,} bytes in {counts.documents} document(s)")
     else:
-        print(describe_shards(args.folder))
+        print(describe_shards(path_of(args.shards)))

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from gpt2.cli import Parser
 from gpt2.errors import UserError
+from gpt2.files import RUN_FILES, made_by_program, path_of
 from gpt2.runtime import parse_dtype
-from gpt2.weights import load, save
+from gpt2.weights import find_model, load, read_config, save
 
 
 def main(argv: list[str]) -> None:
@@ -17,9 +18,27 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.format != "hf":
         raise UserError(f"--format '{args.format}' is not one of hf")
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "config.json").exists():
-        raise UserError(f"{args.out} has something else in it: name a new folder")
-
+    out = path_of(args.out)
     dtype = parse_dtype(args.dtype) if args.dtype else None
+    _check_place(out, find_model(args.model))
     model, tokenizer = load(args.model, dtype=dtype)
-    print(save(model, tokenizer, args.out))
+    print(save(model, tokenizer, out))
+
+
+def _check_place(out: Path, source: Path) -> None:
+    """Refuse to write over what is no earlier export."""
+    if out.resolve() == source.resolve():
+        raise UserError(f"{out} is the model itself: name another folder")
+    for folder in (out.resolve(), *out.resolve().parents):
+        if made_by_program([name for name in RUN_FILES if (folder / name).exists()]):
+            raise UserError(f"{out} is in the run folder {folder}, which training writes: name a folder elsewhere")
+    if out.is_dir() and any(out.iterdir()) and not _holds_gpt2(out):
+        raise UserError(f"{out} has something else in it: name a new folder")
+
+
+def _holds_gpt2(folder: Path) -> bool:
+    """Does its `config.json` describe a GPT-2, and not the settings of something else?"""
+    try:
+        return (folder / "config.json").is_file() and read_config(folder) is not None
+    except UserError:
+        return False

@@ -10,8 +10,10 @@ from typing import Any, get_type_hints
 from gpt2.cli import Parser
 from gpt2.data.shards import holds_shards
 from gpt2.errors import UserError
+from gpt2.files import path_of
 from gpt2.generation.engine import generate
 from gpt2.train.config import RECIPES, TrainConfig, recipe, resumed, run_name, to_toml, with_values
+from gpt2.train.guard import replay
 from gpt2.train.trainer import Interrupted, train
 
 
@@ -24,8 +26,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
     parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
+    parser.flag(
+        "replay", metavar="DUMP", help="compute a step of RUN/dumps/ again: what went bad first?"
+    )
     _add_training_flags(parser)
     given = vars(parser.parse_args(argv))
+    if (dump := given.pop("replay")) is not None:
+        print(replay(path_of(dump)))
+        return 0
     base, print_only = given.pop("recipe"), given.pop("print_config")
     config = training_config(base, given).check()
     if print_only:
@@ -41,7 +49,7 @@ def main(argv: list[str]) -> int:
         folder = train(config, sampler)
     except Interrupted as stop:
         print(f"gpt2: {stop}", file=sys.stderr)
-        return 128 + stop.signal_number
+        return stop.exit_code
     print(folder)
     return 0
 
@@ -50,7 +58,7 @@ def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
     """What `gpt2 train` should do: the recipe's values under the flags given, or a resumed run's."""
     resume = given.get("resume", "never")
     if resume not in ("never", "auto"):
-        folder = Path(resume)
+        folder = path_of(resume)
         if not (folder / "config.toml").is_file():
             raise UserError(f"--resume {folder}: there is no run in that folder")
         return resumed(folder, given)

@@ -5,9 +5,8 @@ nanoGPT's), or text that is tokenized on first use and kept in the cache.
 """
 
 import hashlib
+import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from gpt2.data.shards import (
 )
 from gpt2.data.sources import SOURCES, Part, Source, cache_home, open_source, split_documents, unwritable
 from gpt2.errors import UserError
+from gpt2.files import path_of, work_folder
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 
 _PIECE_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer busy
@@ -94,7 +94,7 @@ def open_data(ref: str, tokenizer: str | None = None) -> TokenData:
 
     Raises `UserError`: no such data, the wrong tokenizer, text too short, a cache that cannot be written.
     """
-    path = Path(ref).expanduser()
+    path = path_of(ref)
     if ref not in SOURCES and holds_shards(path):
         return _open_made(path, tokenizer, path.resolve().name.removesuffix(".bin"))
     source, spec = open_source(ref), tokenizer or "gpt2"
@@ -115,16 +115,16 @@ def tokenizer_for(source: Source, spec: str, val_fraction: float = 0.1) -> Token
     return train_bpe(_texts(train), size)
 
 
-def describe_shards(folder: Path, preview_tokens: int = 64) -> str:
-    """What a folder of shards holds, in a few lines for a person: counts, tokenizer, how each split begins.
+def describe_shards(path: Path, preview_tokens: int = 64) -> str:
+    """What a folder of shards, or one file, holds, in a few lines for a person: counts, tokenizer, how it begins.
 
     Every file's checksum is compared first. Raises `UserError` for what `verify_shards` and `open_data` do.
     """
-    if not holds_shards(folder):
-        raise UserError(f"{folder} holds no token shards")
-    if ShardsMeta.load(folder) is not None:
-        verify_shards(folder)
-    data = open_data(str(folder))
+    if not holds_shards(path):
+        raise UserError(f"{path} holds no token shards")
+    data = _open_made(path, None, path.name)
+    if data.meta is not None:
+        verify_shards(path)
     checked = "checksums hold" if data.meta is not None else "no meta.json, so nothing to check them against"
     lines = [
         f"source:    {data.meta.source if data.meta else 'unknown'}",
@@ -142,15 +142,15 @@ def _open_made(path: Path, wanted: str | None, name: str) -> TokenData:
     """Open shards that exist, with the tokenizer that made them."""
     folder = path if path.is_dir() else path.parent
     meta = ShardsMeta.load(folder)
-    train = open_shards(path, "train")
-    val = open_shards(path, "val") if shard_files(path, "val") else None
+    tokenizer = _tokenizer_of(folder, meta, wanted)
+    train = open_shards(path, "train", tokenizer.vocab_size)
+    val = open_shards(path, "val", tokenizer.vocab_size) if shard_files(path, "val") else None
     if len(train) < 2:
         raise UserError(f"{path} is too short to train on: {len(train)} token(s)")
-    tokenizer = _tokenizer_of(folder, meta, wanted)
     if meta is None:
-        _check_ids(path, train, tokenizer)
+        _look_at_both_ends(train)
         if val is not None:
-            _check_ids(path, val, tokenizer)
+            _look_at_both_ends(val)
     return TokenData(name, folder, train, val if val is not None and len(val) > 1 else None, tokenizer, meta)
 
 
@@ -182,16 +182,10 @@ def _bpe_size(spec: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _check_ids(path: Path, shards: TokenShards, tokenizer: Tokenizer) -> None:
-    """Look at both ends of shards that say nothing of their tokenizer for ids that it does not have."""
-    head = shards.read(0, min(_SAMPLE_TOKENS, len(shards)))
-    tail = shards.read(max(0, len(shards) - _SAMPLE_TOKENS), len(shards))
-    largest = int(max(head.max(), tail.max()))
-    if largest >= tokenizer.vocab_size:
-        raise UserError(
-            f"{path} has token {largest:,}, and tokenizer {tokenizer.name} has only {tokenizer.vocab_size:,}:"
-            " name the tokenizer that made these shards"
-        )
+def _look_at_both_ends(shards: TokenShards) -> None:
+    """Read some of shards that say nothing of their tokenizer, so that a wrong one shows before the run begins."""
+    shards.read(0, min(_SAMPLE_TOKENS, len(shards)))
+    shards.read(max(0, len(shards) - _SAMPLE_TOKENS), len(shards))
 
 
 def _write_split(parts: list[Part], tokenizer: Tokenizer, writer: ShardWriter, ends_marked: bool) -> SplitMeta:
@@ -239,21 +233,18 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     if not folder.name or folder.name == "..":
         raise UserError(f"{folder} has something else in it: name a new folder for the shards")
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         if folder.exists() and any(folder.iterdir()) and ShardsMeta.load(folder) is None:
             raise UserError(f"{folder} has something else in it: name a new folder for the shards")
-        partial.mkdir(parents=True)
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError:
-            if ShardsMeta.load(folder) != ShardsMeta.load(partial):
-                raise UserError(f"{folder} has other shards in it: name a new folder for these") from None
+        with work_folder(folder) as partial:
+            yield partial
+            try:
+                partial.rename(folder)
+            except OSError:
+                if ShardsMeta.load(folder) != ShardsMeta.load(partial):
+                    raise UserError(f"{folder} has other shards in it: name a new folder for these") from None
     except OSError as error:
         raise unwritable(folder, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _cache_key(source: Source, tokenizer: str) -> str:
@@ -265,5 +256,5 @@ def _cache_key(source: Source, tokenizer: str) -> str:
         else:
             stat = document.data.stat()
             identity = f"{document.data.absolute()}\n{stat.st_size} {stat.st_mtime_ns}"
-        digest.update(f"{identity}\n".encode())
+        digest.update(os.fsencode(f"{identity}\n"))  # a file's name need not be UTF-8
     return digest.hexdigest()[:16]

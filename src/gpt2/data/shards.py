@@ -20,6 +20,7 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from gpt2.errors import UserError
+from gpt2.files import check_regular
 
 MAGIC = 20240520
 VERSION = 1
@@ -73,11 +74,12 @@ class ShardsMeta:
     def load(cls, folder: Path) -> Self | None:
         """The folder's `meta.json`; None when it has none. Raises `UserError` when it is not one of ours."""
         path = folder / META_NAME
+        check_regular(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {path} ({error})") from None
         try:
             if raw["version"] != 1:
@@ -174,11 +176,12 @@ class TokenShards:
     """The tokens of one split, as one long sequence over all its files, mapped and not loaded.
 
     `len(shards)` counts the tokens; `shards.read(start, stop)` gives a range of them. Every file is checked
-    when it is opened: magic, version, and a size that matches the count in the header.
+    when it is opened: magic, version, and a size that matches the count in the header. What is read is checked
+    again, at next to no cost: the size of the file, and that its ids lie below `vocab_size`, where that is given.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
+    def __init__(self, paths: Sequence[Path], vocab_size: int = MAX_VOCAB_SIZE) -> None:
+        self.paths, self.vocab_size = tuple(paths), vocab_size
         layout = [_check_shard(path) for path in self.paths]
         self.counts = tuple(count for _, count in layout)
         self._starts = np.cumsum((0, *self.counts))  # of each file, in tokens; the total last
@@ -189,7 +192,10 @@ class TokenShards:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as uint16, across files where need be; `ValueError` outside the data."""
+        """Tokens [start, stop) as uint16, across files where need be; `ValueError` outside the data.
+
+        Raises `UserError` for a file that was cut short since it was opened, and for ids that the vocabulary lacks.
+        """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"tokens [{start}, {stop}) asked of {len(self)}")
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -198,8 +204,29 @@ class TokenShards:
             begin = int(self._starts[index])
             if begin >= stop:
                 break
+            self._check_size(index)
             parts.append(self._map(index)[max(start - begin, 0) : stop - begin])
+            self._check_ids(index, parts[-1], max(start - begin, 0))
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def _check_size(self, index: int) -> None:
+        """A file that became shorter must not be touched: the system would kill the process."""
+        path, size = self.paths[index], self._header_bytes[index] + 2 * self.counts[index]
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror})") from None
+        if found != size:
+            raise UserError(f"{path} was changed while it was in use: {found:,} bytes, where {size:,} were")
+
+    def _check_ids(self, index: int, tokens: np.ndarray, position: int) -> None:
+        largest = int(tokens.max(initial=0))
+        if largest >= self.vocab_size:
+            where = position + int(tokens.argmax())
+            raise UserError(
+                f"{self.paths[index]} has token {largest:,} at position {where:,}, and its tokenizer has only"
+                f" {self.vocab_size:,}: name the tokenizer that made these shards, or make them anew"
+            )
 
     def _map_file(self, index: int) -> np.ndarray:
         header, count = self._header_bytes[index], self.counts[index]
@@ -219,31 +246,35 @@ def shard_files(path: Path, split: str) -> list[Path]:
     return [path / file.name for file in meta.splits[split].files] if split in meta.splits else []
 
 
-def open_shards(path: Path, split: str) -> TokenShards:
+def open_shards(path: Path, split: str, vocab_size: int = MAX_VOCAB_SIZE) -> TokenShards:
     """One split ("train" or "val") of a folder of shards, or a single file as the train split.
+
+    vocab_size: what the ids read later must lie below.
 
     Raises `UserError` when there are none, or when a file is missing, cut short, or of another kind.
     """
     files = shard_files(path, split)
     if not files:
         raise UserError(f"no {split} shards in {path}: their names match *{split}*.bin")
-    return TokenShards(files)
+    return TokenShards(files, vocab_size)
 
 
-def verify_shards(folder: Path) -> ShardsMeta:
-    """Read every shard of a folder again and compare it with `meta.json`.
+def verify_shards(path: Path) -> ShardsMeta:
+    """Read every shard of a folder again, or one alone, and compare it with `meta.json`.
 
     Raises `UserError` naming the first file that differs.
     """
+    folder = path if path.is_dir() else path.parent
     meta = ShardsMeta.load(folder)
     if meta is None:
         raise UserError(f"no {META_NAME} in {folder}: nothing says what its shards should hold")
-    for split in meta.splits.values():
-        for file in split.files:
-            path = folder / file.name
-            _, count = _check_shard(path)
-            if (count, _sha256(path)) != (file.tokens, file.sha256):
-                raise UserError(f"{path} is not what {META_NAME} says (another sha256): make the shards anew")
+    files = {folder / file.name: file for split in meta.splits.values() for file in split.files}
+    if path != folder and path not in files:
+        raise UserError(f"{path} is not among the shards that {folder / META_NAME} lists")
+    for shard in files if path == folder else [path]:
+        _, count = _check_shard(shard)
+        if (count, _sha256(shard)) != (files[shard].tokens, files[shard].sha256):
+            raise UserError(f"{shard} is not what {META_NAME} says (another sha256): make the shards anew")
     return meta
 
 
@@ -265,12 +296,13 @@ def _header(tokens: int) -> bytes:
 
 def _check_shard(path: Path) -> tuple[int, int]:
     """(bytes of header, number of tokens) of a shard that is in order; `UserError` otherwise."""
+    check_regular(path)
     try:
         with path.open("rb") as handle:
             header = handle.read(HEADER_BYTES)
             size = handle.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # a ValueError for names that no file can have
+        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})") from None
     if size == 0:
         raise UserError(f"{path} is empty")
     if not header.startswith(struct.pack("<i", MAGIC)):

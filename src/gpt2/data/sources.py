@@ -7,16 +7,19 @@ knows its size and gives its text in pieces, so that a corpus of any size passes
 import codecs
 import hashlib
 import io
+import logging
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from gpt2.errors import UserError, did_you_mean
+from gpt2.files import check_regular, made_by_program, path_of, work_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -30,6 +33,8 @@ SOURCES = {
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
 PIECE_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_log = logging.getLogger("gpt2")
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,7 @@ class Source:
 
 def cache_home() -> Path:
     """Where downloads and prepared data are kept: $GPT2_HOME, or ~/.cache/gpt2."""
-    home = os.environ.get("GPT2_HOME")
-    return Path(home).expanduser() if home else Path.home() / ".cache" / "gpt2"
+    return path_of(os.environ.get("GPT2_HOME") or "~/.cache/gpt2")
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
@@ -123,7 +127,8 @@ def open_source(ref: str) -> Source:
     """The corpus that `ref` names: one of `SOURCES`, a text file, or a folder of text files.
 
     A name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, files ending in
-    .txt, .md, .text and .rst count, at any depth, in the order of their paths; hidden and empty ones do not.
+    .txt, .md, .text and .rst count, at any depth, in the order of their paths; hidden and empty ones do not, and
+    neither does what lies in a run folder, a model folder or a folder of shards.
 
     Raises `UserError` when there is no such thing, when it has no text, or when it is plainly not text.
     """
@@ -135,7 +140,7 @@ def open_source(ref: str) -> Source:
         return Source(ref, (Document(ref, head.encode()),))
     if ref == "python-docs":
         return Source(ref, _python_docs())
-    path = Path(ref).expanduser()
+    path = path_of(ref)
     if path.is_dir():
         return Source(path.resolve().name or "folder", _text_files(path))
     if not path.exists():
@@ -180,23 +185,20 @@ def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
     if path.exists():
         _check_sha256(path, sha256, url)
         return path
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = partial.open("wb")
-    except OSError as error:
-        raise unwritable(path.parent, error) from None
-    try:
-        with handle:
-            found = _fetch(url, handle, timeout)
-        if found != sha256:
-            raise OSError(f"what came has sha256 {found[:12]}…, not {sha256[:12]}…")
-        partial.replace(path)
-    except (OSError, HTTPException) as error:
-        failure = f"cannot download {path.name} from {url} ({_reason(error)})"
-        raise UserError(f"{failure}: put it at {path} by hand") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        try:
+            partial = stack.enter_context(work_folder(path)) / path.name
+        except OSError as error:
+            raise unwritable(path.parent, error) from None
+        try:
+            with partial.open("wb") as handle:
+                found = _fetch(url, handle, timeout)
+            if found != sha256:
+                raise OSError(f"what came has sha256 {found[:12]}…, not {sha256[:12]}…")
+            partial.replace(path)
+        except (OSError, HTTPException) as error:
+            failure = f"cannot download {path.name} from {url} ({_reason(error)})"
+            raise UserError(f"{failure}: put it at {path} by hand") from None
     return path
 
 
@@ -232,6 +234,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_sha256(path: Path, sha256: str, url: str) -> None:
+    check_regular(path)
     try:
         with path.open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -273,10 +276,24 @@ def _text_files(folder: Path) -> tuple[Document, ...]:
         raise _unreadable(Path(error.filename), error) from None
 
     files: list[Path] = []
+    passed_over: list[str] = []
     for parent, subfolders, names in os.walk(folder, onerror=refuse):
+        kind = made_by_program({*subfolders, *names})
+        if kind is not None and Path(parent) == folder:
+            raise UserError(f"{folder} is {kind}, and no text to train on")
+        if kind is not None:
+            passed_over.append(f"{parent} ({kind})")
+            subfolders.clear()
+            continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    files = sorted((file for file in files if file.suffix.lower() in TEXT_SUFFIXES), key=Path.as_posix)
+        found = [Path(parent, name) for name in names if not name.startswith(".")]
+        found = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
+        files += [file for file in found if file.is_file()]
+        passed_over += [f"{file} (not a regular file)" for file in found if not file.is_file()]
+    if passed_over:
+        others = f" and {len(passed_over) - 1:,} more" if len(passed_over) > 1 else ""
+        _log.warning("%s: passed over %s%s", folder, min(passed_over), others)
+    files.sort(key=Path.as_posix)
     if not files:
         raise UserError(f"no text files in {folder}: files ending in {', '.join(TEXT_SUFFIXES)} count")
     for file in files:
@@ -289,6 +306,7 @@ def _text_files(folder: Path) -> tuple[Document, ...]:
 
 def _check_is_text(path: Path) -> None:
     """Refuse what plainly is no text before hours go by; the rest shows when it is decoded."""
+    check_regular(path)
     try:
         with path.open("rb") as handle:
             head = handle.read(8192)

@@ -2,9 +2,10 @@
 
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2.cache import KVCache
 from gpt2.errors import UserError
@@ -31,8 +32,9 @@ def generate(
 
     seed: the same seed gives the same texts; None draws a new one. Sample i is the same for any `num_samples` > i.
 
-    A sample ends at the end-of-text token (not shown) or after `max_new_tokens`. Raises UserError for settings that
-    make no sense and for a prompt that is longer than the context. See `Sampling` for the other settings.
+    A sample ends at the end-of-text token (not shown) or after `max_new_tokens`. A model in training mode is asked
+    without its dropout, and stays in training mode. Raises UserError for settings that make no sense, for a prompt
+    that is longer than the context, and for a model that gives nan. See `Sampling` for the other settings.
     """
     texts: dict[int, str] = {}
     sampling = Sampling(temperature, top_k, top_p)
@@ -91,8 +93,12 @@ def continuations(
     logits = _next_logits(model, rows, cache).expand(num_samples, -1)  # (num_samples, V)
     rows, cache = rows.expand(num_samples, -1), cache.repeat(num_samples)
     for _ in range(max_new_tokens):
-        new = draw(probabilities(logits, sampling), streams).unsqueeze(1)  # (num_samples, 1)
-        yield new.flatten().tolist()
+        drawn = draw(probabilities(logits, sampling), streams)  # (num_samples,)
+        ids = drawn.where(logits.amax(-1).isfinite(), -1).tolist()  # one wait for the device, not two
+        if -1 in ids:
+            raise UserError("the model gives nan or inf: its weights are damaged, or too large for its dtype")
+        yield ids
+        new = drawn.unsqueeze(1)  # (num_samples, 1)
         rows = torch.cat((rows, new), 1)
         if cache.length == block_size:
             cache = model.make_cache(num_samples)
@@ -102,4 +108,18 @@ def continuations(
 
 def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Read `tokens` (B, T) after what the cache holds; the logits (B, V) of what comes next."""
-    return model.lm_head(model.hidden_states(tokens, cache)[:, -1])
+    with _evaluating(model):
+        return model.lm_head(model.hidden_states(tokens, cache)[:, -1])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout within, and each module's mode as it was afterwards."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

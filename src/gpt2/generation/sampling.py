@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gpt2.errors import UserError
 
+GREEDY_BELOW = 1e-20  # colder than this nothing but the most likely token has a chance, and a division could overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,7 +42,7 @@ class Sampling:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution a token is drawn from: logits (B, V) -> probabilities (B, V) in float32."""
     logits = logits.float()
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.size(-1):

@@ -2,7 +2,9 @@
 
 `step-N/` holds `model/` (a model folder like any other: `gpt2 sample RUN/checkpoints/step-N` works), the optimizer's
 state and the random state in safetensors, and `state.json`, which is written last and knows every file's checksum.
-All of it is written to a hidden folder, synced to disk, and renamed into place.
+All of it is written to a hidden folder, synced to disk, read back and compared, and renamed into place.
+
+`CheckpointWriter` does so while the training goes on: only the copy of the state into memory of its own holds it up.
 """
 
 import hashlib
@@ -11,49 +13,139 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt2.errors import UserError
-from gpt2.model import GPT
+from gpt2.model import GPT, GPTConfig
+from gpt2.runtime import synchronize
 from gpt2.tokenizer import Tokenizer
-from gpt2.weights import load, save
+from gpt2.weights import TRANSPOSED, load, save
 
 log = logging.getLogger("gpt2")
 
+_SAME_SIZE_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint is made of. The tensors of `optimizer` bear names like `exp_avg.transformer.wte.weight`."""
+
+    step: int
+    model: GPT
+    tokenizer: Tokenizer | None
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    facts: dict[str, Any]  # what a resumed run is compared with; anything JSON can hold
+
 
 def save_checkpoint(
-    folder: Path, step: int, model: GPT, tokenizer: Tokenizer | None, optimizers: Sequence[Optimizer], keep: int
+    folder: Path,
+    step: int,
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    optimizers: Sequence[Optimizer],
+    keep: int,
+    facts: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the state after update `step` as `folder/step-N` and drop all but the newest `keep`."""
-    final, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save(model, tokenizer, unfinished / "model")
-        save_file(_optimizer_tensors(model, optimizers), unfinished / "optimizer.safetensors")
-        save_file(_random_state(), unfinished / "random.safetensors")
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(unfinished)): _sha256(path) for path in files}
-        (unfinished / "state.json").write_text(json.dumps({"step": step, "sha256": sums}, indent=2) + "\n")
-        _sync([*files, unfinished / "state.json", unfinished / "model", unfinished])
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        _sync([folder])
-    except (OSError, SafetensorError, UserError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"cannot write the checkpoint {final}: {error}") from error
-    later = [other for other in _steps(folder) if other > step]  # broken, or this run would have begun there
-    for old in later + sorted(other for other in _steps(folder) if other <= step)[:-keep]:
-        shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
-    return final
+    """Write the state after update `step` as `folder/step-N` and drop all but the newest `keep`.
+
+    Raises UserError when it cannot be written; what was there before is still there then, and no half of this one.
+    """
+    tensors = {name: value.cpu().contiguous() for name, value in _optimizer_tensors(model, optimizers).items()}
+    return _write(folder, State(step, model, tokenizer, tensors, _random_state(), facts or {}), keep)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, and after each the run's `model/`, in a thread beside the training.
+
+    with CheckpointWriter(folder, keep=2, facts=facts) as writer:
+        ...
+        writer.save(step, model, tokenizer, optimizers)
+
+    `save` returns as soon as the state is copied: weights and optimizer state once more in CPU memory (12 bytes a
+    parameter with AdamW, 8 with Muon's matrices), kept for the next save, and while it is written the weights a third
+    time. A save that finds the one before still being written waits for it. What goes wrong in the thread is raised
+    as a UserError by the next `save` or `check`, or at the end of the block, which waits for the last write. Where
+    the block ends with another error the write is finished too, and its own error is only logged.
+
+    stall_seconds: how long the last `save` held up the training.
+    write_seconds: how long the last finished write took beside it.
+    """
+
+    def __init__(self, run_folder: Path, keep: int, facts: dict[str, Any] | None = None) -> None:
+        self.stall_seconds = self.write_seconds = 0.0
+        self._folder, self._keep, self._facts = run_folder, keep, facts or {}
+        self._buffers: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[float] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._thread.shutdown()  # waits
+        if kind is None:
+            self.wait()
+        elif self._writing is not None and self._writing.exception() is not None:
+            log.warning("%s", self._writing.exception())
+
+    def save(self, step: int, model: GPT, tokenizer: Tokenizer | None, optimizers: Sequence[Optimizer]) -> None:
+        """Copy the state after update `step`, and have it written."""
+        began = time.perf_counter()
+        self.wait()
+        samples = self._folder / "samples.txt"
+        facts = {**self._facts, "samples_bytes": samples.stat().st_size if samples.exists() else 0}
+        weights = {name: self._copied(f"weight.{name}", p.detach()) for name, p in model.named_parameters()}
+        tensors = {name: self._copied(name, value) for name, value in _optimizer_tensors(model, optimizers).items()}
+        synchronize(model.device)
+        random = _random_state()
+        self._writing = self._thread.submit(
+            lambda: self._write(State(step, _model_of(model.config, weights), tokenizer, tensors, random, facts))
+        )
+        self.stall_seconds = time.perf_counter() - began
+
+    def check(self) -> None:
+        """Raise what went wrong in the last write, if it is over. Waits for nothing."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write under way, and raise what went wrong in it: for who is about to say that all is saved."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.write_seconds = writing.result()
+
+    def _copied(self, name: str, value: Tensor) -> Tensor:
+        """`value` in memory of our own, the same one at every save; page-locked for a GPU's, which then goes fast."""
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(value, non_blocking=value.is_cuda)
+
+    def _write(self, state: State) -> float:
+        """In the thread: the checkpoint, then `model/`; returns the seconds it took."""
+        began = time.perf_counter()
+        told = [self._folder / name for name in ("metrics.jsonl", "samples.txt")]
+        try:
+            sync(path for path in told if path.exists())  # no checkpoint is ahead of what the run says of itself
+            _write(self._folder / "checkpoints", state, self._keep)
+            save(state.model, state.tokenizer, self._folder / "model")
+            sync((self._folder / "model").iterdir())
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self._folder}: {error.strerror or error}") from error
+        return time.perf_counter() - began
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -68,7 +160,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> int:
-    """Put the state of a checkpoint into `model`, `optimizers` and torch's random state; returns its step."""
+    """Put the state of a checkpoint into `model`, `optimizers` and torch's random state; returns its step.
+
+    Raises UserError when the checkpoint holds the state of another kind of optimizer.
+    """
     weights, _ = load(path / "model", dtype=None)
     model.load_state_dict(weights.state_dict())
     state: dict[str, dict[str, Tensor]] = {}
@@ -77,24 +172,88 @@ def load_checkpoint(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> 
         state.setdefault(name, {})[kind] = tensor
     for optimizer in optimizers:
         names = _names(model, optimizer)
-        own = {index: state[name] for index, name in enumerate(names) if name in state}
+        own = {index: state.pop(name) for index, name in enumerate(names) if name in state}
         optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+    if state:
+        raise UserError(f"{path} has optimizer state for {next(iter(state))}, which this run does not train")
     random = load_file(path / "random.safetensors")
     torch.set_rng_state(random.pop("cpu"))
     for device, tensor in random.items():
-        torch.cuda.set_rng_state(tensor, device)
-    return _read_state(path)[0]
+        if torch.device(device).index < torch.cuda.device_count():  # a run may go on where there are fewer
+            torch.cuda.set_rng_state(tensor, device)
+    return int(_read_state(path)["step"])
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """The facts that a whole checkpoint was saved with."""
+    return dict(_read_state(path)["facts"])
+
+
+def is_model_of(path: Path, model_folder: Path) -> bool:
+    """Are the files of the checkpoint's model in `model_folder`, as they are in the checkpoint at `path`?"""
+    sums = {Path(name).name: sum for name, sum in _read_state(path)["sha256"].items() if name.startswith("model/")}
+    return all((model_folder / name).is_file() and _sha256(model_folder / name) == sum for name, sum in sums.items())
+
+
+def sweep_checkpoints(folder: Path) -> None:
+    """Take away what kills left of checkpoints that were being written or removed."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(folder: Path, state: State, keep: int) -> Path:
+    final, unfinished = folder / f"step-{state.step}", folder / f".step-{state.step}.unfinished"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save(state.model, state.tokenizer, unfinished / "model")
+        save_file(state.optimizer, unfinished / "optimizer.safetensors")
+        save_file(state.random, unfinished / "random.safetensors")
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        sync(files)
+        _check_written(unfinished, state)
+        sums = {path.relative_to(unfinished).as_posix(): _sha256(path) for path in files}
+        (unfinished / "state.json").write_bytes(_state_text(state.step, state.facts, sums))
+        sync([unfinished / "state.json", unfinished / "model", unfinished])
+        _remove(final)
+        unfinished.rename(final)
+        sync([folder, folder.parent])
+    except (OSError, SafetensorError, UserError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {final}: {error}") from error
+    later = [other for other in _steps(folder) if other > state.step]  # broken, or this run would have begun there
+    for old in later + sorted(other for other in _steps(folder) if other <= state.step)[:-keep]:
+        _remove(folder / f"step-{old}")
+    return final
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away; a kill on the way leaves it whole under its name, or hidden."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if path.exists():
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model whose parameters are these very tensors. Draws no random numbers: there are none on `meta`."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model
 
 
 def _optimizer_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state under names like `exp_avg.transformer.wte.weight`."""
+    """The optimizers' state, where it is, under names like `exp_avg.transformer.wte.weight`."""
     tensors: dict[str, Tensor] = {}
     for optimizer in optimizers:
         state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
         for index, name in enumerate(_names(model, optimizer)):
             for kind, value in state.get(index, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"{kind}.{name}"] = value.detach().cpu().contiguous()
+                    tensors[f"{kind}.{name}"] = value.detach()
     return tensors
 
 
@@ -116,22 +275,30 @@ def _steps(folder: Path) -> list[int]:
     return [int(match[1]) for match in names if match]
 
 
-def _read_state(path: Path) -> tuple[int, dict[str, str]]:
-    """The step of a checkpoint and the checksums of its files; a ValueError when `state.json` is not whole."""
+def _state_text(step: int, facts: dict[str, Any], sums: dict[str, str]) -> bytes:
+    """`state.json`, with a checksum of its own in its last line."""
+    state = {"step": step, "facts": facts, "sha256": sums}
+    seal = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    return (json.dumps({**state, "seal": seal}, indent=2) + "\n").encode()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`; a ValueError unless it is, byte for byte, as it was written."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        step, sums = state["step"], dict(state["sha256"])
-    except (OSError, KeyError, TypeError) as error:
+        text = (path / "state.json").read_bytes()
+        state = json.loads(text)
+        written = _state_text(state["step"], dict(state["facts"]), dict(state["sha256"]))
+    except (OSError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    if type(step) is not int or path.name != f"step-{step}" or not sums:
-        raise ValueError("it is another checkpoint's")
-    return step, sums
+    if text != written or path.name != f"step-{state['step']}":
+        raise ValueError("it is damaged, or another checkpoint's")
+    return state
 
 
 def _first_broken_file(path: Path) -> str | None:
     """The first file of a checkpoint that is missing or changed, None when it is whole."""
     try:
-        _, sums = _read_state(path)
+        sums = _read_state(path)["sha256"]
     except ValueError:
         return "state.json"
     for name, expected in sums.items():
@@ -140,12 +307,45 @@ def _first_broken_file(path: Path) -> str | None:
     return None
 
 
+def _check_written(folder: Path, state: State) -> None:
+    """Read the tensors back from the disk; an OSError when they are not, bit for bit, what was to be written."""
+    weights = {name: p.detach().cpu() for name, p in state.model.named_parameters()}
+    weights = {name: p.t() if name.endswith(TRANSPOSED) else p for name, p in weights.items()}
+    for pattern, meant in (
+        ("model/*.safetensors", weights),
+        ("optimizer.safetensors", state.optimizer),
+        ("random.safetensors", state.random),
+    ):
+        left = dict(meant)
+        for path in folder.glob(pattern):
+            _forget(path)
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name not in left or not _same_bits(file.get_tensor(name), left.pop(name)):
+                        raise OSError(f"{name} reads back from {path} otherwise than it was written")
+        if left:
+            raise OSError(f"{next(iter(left))} is missing in {folder / pattern}")
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit, so that a NaN equals itself and 0.0 is not -0.0."""
+    bits = _SAME_SIZE_INTEGERS[one.element_size()]
+    return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))
+
+
+def _forget(path: Path) -> None:
+    """Ask the system to drop what it remembers of a synced file, where it can, so that a read comes from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(paths: list[Path]) -> None:
+def sync(paths: Iterable[Path]) -> None:
     """Ask the disk to keep what was written to these files and folders."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)

@@ -10,11 +10,13 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpt2.errors import missing_extra
+from gpt2.errors import UserError, missing_extra
 
 log = logging.getLogger("gpt2")
 
 PLAIN_SECONDS = 5.0  # between lines when standard error is no terminal
+BAND_STEPS = 2000  # runs of more steps than this are drawn as a band
+BLUE, RED = "#1f77b4", "#d62728"  # training and validation
 
 
 class Report:
@@ -92,57 +94,120 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_loss(folder: Path, title: str, vocab_size: int) -> Path:
-    """Draw `loss.png` from a run's metrics: training and validation loss, and where a model that knows nothing is.
+def plot_loss(folder: Path, title: str, vocab_size: int, unigram_entropy: float | None = None) -> Path:
+    """Draw `loss.png` (960 x 540) from a run's metrics: training and validation loss in nats per token, and as
+    lines of reference the loss of a model that knows nothing, ln(vocab_size), and of one that knows only how
+    frequent every token is, `unigram_entropy`, where that is given.
 
-    Raises UserError when matplotlib is not installed.
+    Steps that were left out as spikes are crosses, and no part of the curve. A long run's single steps are drawn
+    as the band they lie in.
+
+    Raises UserError when matplotlib is not installed, and when there is no step to draw.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise missing_extra("matplotlib", "plot", "loss.png") from error
-    records = read_metrics(folder / "metrics.jsonl")
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    measured = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if math.isfinite(r["loss"])]
+    taken = [r for r in records if not r.get("skipped")]
+    if not taken:
+        raise UserError(f"{folder / 'metrics.jsonl'} has no step to draw")
+    smooth = _smoothed([r["loss"] for r in taken])
+    measured = [(r["step"], r["val_loss"]) for r in records if math.isfinite(r.get("val_loss", math.nan))]
     ignorant = math.log(vocab_size)
+    shown = [ignorant, *smooth, *(value for _, value in measured)]  # a spike may stick out, these may not
+    top = 1.08 * max(shown)
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(ignorant, color="0.55", linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"knows nothing: ln {vocab_size:,} = {ignorant:.2f}",
-        (0.995, ignorant),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color="0.4",
-        fontsize=9,
-    )
-    axes.plot(steps, losses, color="#1f77b4", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smoothed(losses), color="#1f77b4", linewidth=1.6, label=f"training {losses[-1]:.3f}")
+    texts = {ignorant: f"knows nothing: ln {vocab_size:,} = {ignorant:.2f}"}
+    if unigram_entropy is not None:
+        texts[unigram_entropy] = f"knows only how frequent each token is: {unigram_entropy:.2f}"
+    _draw_references(axes, texts, label_height=0.08 * top)
+    _draw_steps(axes, [r["step"] for r in taken], [r["loss"] for r in taken])
+    axes.plot([r["step"] for r in taken], smooth, color=BLUE, linewidth=1.6, label=f"training {smooth[-1]:.3f}")
+    if len(taken) == 1:
+        axes.lines[-1].set_marker("o")
     if measured:
-        val_steps, val_losses = zip(*measured, strict=True)
-        axes.plot(val_steps, val_losses, "o-", color="#d62728", markersize=4, linewidth=1.2)
-        axes.lines[-1].set_label(f"validation {val_losses[-1]:.3f}")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)", xlim=(0, steps[-1] * 1.01), ylim=(0, None))
+        _draw_validation(axes, measured)
+    skipped = [r["step"] for r in records if r.get("skipped")]
+    if skipped:
+        label = f"left out: {len(skipped):,} step{'s' * (len(skipped) > 1)}"
+        axes.plot(skipped, [0.02 * top] * len(skipped), "x", color="0.35", markersize=5, label=label)
+    title = title if len(title) <= 76 else f"{title[:36]} ... {title[-35:]}"
+    axes.set_title(title, pad=24, parse_math=False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=3)  # where no curve can be
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, top), xlim=(0, records[-1]["step"] * 1.01))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
     path = folder / "loss.png"
     figure.savefig(path)
     return path
 
 
+def _draw_references(axes: Any, texts: dict[float, str], label_height: float) -> None:
+    """A dashed line at each value with its text above it, at the right; texts that would overlap share one place."""
+    for value in texts:
+        axes.axhline(value, color="0.55", linewidth=1, linestyle=(0, (4, 3)))
+    if max(texts) - min(texts) < label_height:
+        texts = {max(texts): "; ".join(texts.values())}
+    for value, text in texts.items():
+        axes.annotate(
+            text,
+            (0.995, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color="0.4",
+            fontsize=9,
+        )
+
+
+def _draw_steps(axes: Any, steps: list[int], losses: list[float]) -> None:
+    """The loss of every step, pale; from `BAND_STEPS` on as the lowest and highest of as many neighbours as need be."""
+    if len(steps) <= BAND_STEPS:
+        axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+        return
+    width = math.ceil(len(steps) / (BAND_STEPS // 4))
+    groups = [losses[i : i + width] for i in range(0, len(losses), width)]
+    axes.fill_between(
+        steps[::width], [min(g) for g in groups], [max(g) for g in groups], color=BLUE, alpha=0.2, linewidth=0
+    )
+
+
+def _draw_validation(axes: Any, measured: list[tuple[int, float]]) -> None:
+    """The validation losses as (step, loss), with a ring around the best when it is not the last."""
+    steps, losses = zip(*measured, strict=True)
+    best = min(range(len(losses)), key=losses.__getitem__)
+    label = f"validation {losses[-1]:.3f}"
+    if losses[best] < losses[-1]:
+        label += f" (best {losses[best]:.3f} at step {steps[best]:,})"
+    axes.plot(steps, losses, "o-" if len(steps) <= 60 else "-", color=RED, markersize=4, linewidth=1.2, label=label)
+    if losses[best] < losses[-1]:
+        axes.plot(steps[best], losses[best], "o", color=RED, markersize=9, markerfacecolor="none")
+
+
 def _smoothed(values: list[float]) -> list[float]:
-    """An exponential average over about a fiftieth of the run, from both sides, so that it does not lag behind."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
+    """An exponential average from both sides, so that it does not lag behind.
 
-    def one_way(values: list[float]) -> list[float]:
-        total, weight, smooth = 0.0, 0.0, []
-        for value in values:
+    It reaches over about a fiftieth of the run, and over less near the beginning, where the loss falls fast.
+    """
+    reach = [max(1.0, min(len(values) / 50, i / 8)) for i in range(len(values))]
+
+    def one_way(values: list[float], reach: list[float]) -> list[tuple[float, float]]:
+        total, weight, sums = 0.0, 0.0, []
+        for value, near in zip(values, reach, strict=True):
+            keep = 1 - 1 / near
             total, weight = keep * total + value, keep * weight + 1
-            smooth.append(total / weight)
-        return smooth
+            sums.append((total, weight))
+        return sums
 
-    return [(a + b) / 2 for a, b in zip(one_way(values), one_way(values[::-1])[::-1], strict=True)]
+    before, after = one_way(values, reach), one_way(values[::-1], reach[::-1])[::-1]
+    return [
+        (total + total_after - value) / (weight + weight_after - 1)  # the value itself is in both
+        for value, (total, weight), (total_after, weight_after) in zip(values, before, after, strict=True)
+    ]

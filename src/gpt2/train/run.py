@@ -1,28 +1,41 @@
 """A run: its folder, its parts, and how it is set up, fresh or from where a checkpoint left off."""
 
-import re
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from gpt2.costs import flops_per_token
 from gpt2.data.loader import Loader
 from gpt2.data.prepare import TokenData, open_data
 from gpt2.errors import UserError
+from gpt2.hardware import device_name, measure_matmul, peak_memory
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import (
     DTYPE_NAMES,
     compile_blocks,
+    keep_freed_memory,
     pick_compile,
     pick_device,
     pick_training_dtype,
+    recompute_blocks,
     seed_everything,
 )
 from gpt2.tokenizer import Tokenizer, load_tokenizer
-from gpt2.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from gpt2.train.config import TrainConfig, check_same_run, to_toml
+from gpt2.train.checkpoint import load_checkpoint, newest_checkpoint
+from gpt2.train.config import AUTO, TrainConfig
+from gpt2.train.findings import RunFacts
+from gpt2.train.folder import check_facts, run_facts
 from gpt2.train.optim import build_optimizers
-from gpt2.weights import find_model, load, save
+from gpt2.train.plan import largest_batch
+from gpt2.train.report import plot_loss, read_metrics
+from gpt2.train.spikes import SpikeGuard
+from gpt2.train.summary import unigram_entropy, write_report
+from gpt2.weights import find_model, load
+
+log = logging.getLogger("gpt2")
 
 
 @dataclass
@@ -38,13 +51,25 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     step: int = 0  # updates done
+    checkpoint: Path | None = None  # the one that the run goes on from
+    facts: dict[str, Any] = field(default_factory=dict)  # what every checkpoint carries: see `run_facts`
+    spikes: SpikeGuard = field(default_factory=lambda: SpikeGuard(0.0))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.block_size
 
 
-def set_up(config: TrainConfig) -> Run:
-    """From a config to a run that is ready for its next step: fresh, or where a checkpoint left off."""
-    config.check()
-    folder = _run_folder(config)
+def set_up(config: TrainConfig, folder: Path) -> Run:
+    """From a config to a run that is ready for its next step: fresh, or where a checkpoint in `folder` left off.
+
+    Writes nothing. Raises UserError for data, models and settings that do not go together.
+    """
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.set_float32_matmul_precision(config.matmul_precision)
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if checkpoint is None and (folder / "model").exists():
         raise UserError(f"{folder} has no whole checkpoint to go on from: --init-from {folder}, with another --name")
@@ -52,11 +77,29 @@ def set_up(config: TrainConfig) -> Run:
     data = open_data(config.data, config.tokenizer if config.init_from is None else _tokenizer_of(start, config))
     seed_everything(config.seed)
     model = _fresh_model(config, data.tokenizer) if start is None else _given_model(config, start)
-    if data.tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{config.data} has {data.tokenizer.vocab_size:,} token ids, the model {model.config.vocab_size:,}"
-        )
+    config, dtype = _resolved(config, model, device)
+    _check_fit(config, model, data)
     model.to(device)
+    facts = run_facts(config, data)
+    loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
+    optimizers = build_optimizers(model, config)
+    run = Run(folder, config, data, loader, model, optimizers, device, dtype, checkpoint=checkpoint, facts=facts)
+    if checkpoint is not None:
+        check_facts(checkpoint, facts)
+        run.step = load_checkpoint(checkpoint, model, optimizers)
+        if run.step > config.max_steps:
+            raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
+    if config.skip_spikes:
+        run.spikes = SpikeGuard(config.skip_spikes, _records_until(run.step, folder))
+    if config.recompute:
+        recompute_blocks(model.transformer.h)
+    if config.compile:
+        compile_blocks(model.transformer.h)
+    return run
+
+
+def _resolved(config: TrainConfig, model: GPT, device: torch.device) -> tuple[TrainConfig, torch.dtype]:
+    """The config with all that was left to us chosen, and the dtype of matrix products."""
     shape, dtype = model.config, pick_training_dtype(config.dtype, device, model.config.n_embd)
     config = replace(
         config,
@@ -68,20 +111,26 @@ def set_up(config: TrainConfig) -> Run:
         dtype=DTYPE_NAMES[dtype],
         compile=pick_compile(config.compile, device, config.max_steps),
     )
+    if config.batch_size == AUTO:
+        config = replace(config, batch_size=largest_batch(config, shape, device, dtype), micro_batch_size=None)
+    return config, dtype
+
+
+def _check_fit(config: TrainConfig, model: GPT, data: TokenData) -> None:
+    """Raises UserError when the data's tokens are not the model's, or the sample's prompt is longer than it can see."""
+    if data.tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{config.data} has {data.tokenizer.vocab_size:,} token ids, the model {model.config.vocab_size:,}"
+        )
     prompt = data.tokenizer.encode(config.sample_prompt, allow_special=True)
-    if config.sample_tokens and len(prompt) > shape.block_size:
-        raise UserError(f"--sample-prompt has {len(prompt)} tokens, more than the context of {shape.block_size}")
-    loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
-    run = Run(folder, config, data, loader, model, build_optimizers(model, config), device, dtype)
-    if checkpoint is not None:
-        run.step = load_checkpoint(checkpoint, run.model, run.optimizers)
-        if run.step > config.max_steps:
-            raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
-    _start_folder(run)
-    _drop_samples_after(run.step, run.folder / "samples.txt")
-    if config.compile:
-        compile_blocks(model.transformer.h)
-    return run
+    if config.sample_tokens and len(prompt) > model.config.block_size:
+        context = model.config.block_size
+        raise UserError(f"--sample-prompt has {len(prompt)} tokens, more than the context of {context}")
+
+
+def _records_until(step: int, folder: Path) -> list[dict[str, Any]]:
+    metrics = folder / "metrics.jsonl"
+    return [record for record in read_metrics(metrics) if record["step"] <= step] if metrics.exists() else []
 
 
 def describe(run: Run) -> str:
@@ -96,27 +145,38 @@ def describe(run: Run) -> str:
     )
 
 
-def save_run(run: Run) -> None:
-    """Write a checkpoint, and the weights as the run's model folder."""
-    checkpoints = run.folder / "checkpoints"
-    tokenizer = run.data.tokenizer
-    save_checkpoint(checkpoints, run.step, run.model, tokenizer, run.optimizers, run.config.keep_checkpoints)
-    save(run.model, tokenizer, run.folder / "model")
+def explain(run: Run, why_stopped: str) -> None:
+    """Leave the picture and the report of a run that ends here; `why_stopped` is empty for one that is done."""
+    vocab_size = run.data.tokenizer.vocab_size
+    peak = peak_memory(run.device)  # before anything is measured here
+    entropy = unigram_entropy(run.data.train, vocab_size)
+    title = f"{run.config.name}: {run.model.num_parameters() / 1e6:.1f}M parameters on {run.data.name}"
+    try:
+        plot_loss(run.folder, title, vocab_size, entropy)
+    except UserError as error:  # matplotlib is optional, and the run is worth as much without the picture
+        log.warning("%s", error)
+    write_report(run.folder, _facts(run, entropy, peak, why_stopped))
 
 
-def _run_folder(config: TrainConfig) -> Path:
-    """Where the run lives. Raises UserError for a folder that holds another run, or not the one to resume."""
-    name = config.name or ""
-    if name in ("", ".", "..") or Path(name).name != name or len(name.encode()) > 200:
-        raise UserError(f"a run needs a --name that can be a folder's, not '{name}'")
-    folder = Path(config.out_dir) / name
-    if config.resume == "never" and folder.exists():
-        raise UserError(f"{folder} exists: --resume auto goes on with it, another --name starts beside it")
-    if (folder / "config.toml").is_file():
-        check_same_run(folder, config)
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} has something else in it: no run can be gone on with there")
-    return folder
+def _facts(run: Run, entropy: float, peak: int, why_stopped: str) -> RunFacts:
+    config, data = run.config, run.data
+    val = data.meta.splits.get("val") if data.meta else None
+    return RunFacts(
+        parameters=run.model.num_parameters(),
+        vocab_size=data.tokenizer.vocab_size,
+        tokenizer=data.tokenizer.name,
+        device=device_name(run.device),
+        data=data.name,
+        train_tokens=len(data.train),
+        val_tokens=len(data.val) if data.val is not None else None,
+        flops_per_token=flops_per_token(run.model.config, config.block_size),
+        matmul_flops=None if why_stopped else measure_matmul(run.device, run.dtype),
+        peak_memory_bytes=peak or None,
+        unigram_entropy=entropy,
+        bytes_per_token=val.bytes / val.tokens if val and val.tokens else None,
+        finished=not why_stopped,
+        why_stopped=why_stopped,
+    )
 
 
 def _tokenizer_of(model_folder: Path | None, config: TrainConfig) -> str | None:
@@ -144,23 +204,3 @@ def _given_model(config: TrainConfig, folder: Path) -> GPT:
     model = GPT(replace(given.config, dropout=config.dropout))
     model.load_state_dict(given.state_dict())
     return model
-
-
-def _start_folder(run: Run) -> None:
-    """Make the run folder, and write the config with all that was chosen for it."""
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        text = to_toml(replace(run.config, resume="never"))
-        (run.folder / "config.toml").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {run.folder}: {error.strerror or error}") from error
-
-
-def _drop_samples_after(step: int, path: Path) -> None:
-    """Take away what an interrupted run wrote after the checkpoint it goes on from: it will be written again."""
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for header in re.finditer(r"^--- step ([0-9]+)$", text, re.MULTILINE):
-            if int(header[1]) > step:
-                path.write_text(text[: header.start()], encoding="utf-8")
-                break

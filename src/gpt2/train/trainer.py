@@ -1,39 +1,50 @@
 """The training loop, short enough to read aloud."""
 
-import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpt2.data.loader import evaluation_batches
+from gpt2.data.loader import evaluation_batches, prefetched
 from gpt2.data.shards import TokenShards
-from gpt2.errors import UserError
 from gpt2.loss import IGNORE
 from gpt2.model import GPT
 from gpt2.runtime import autocast, synchronize
 from gpt2.tokenizer import Tokenizer
+from gpt2.train.checkpoint import CheckpointWriter
 from gpt2.train.config import TrainConfig
+from gpt2.train.culprit import Attempt, random_state
+from gpt2.train.folder import RunFolder
+from gpt2.train.guard import diagnose, excerpt
 from gpt2.train.optim import learning_rate
-from gpt2.train.report import Report, plot_loss
-from gpt2.train.run import Run, describe, save_run, set_up
-
-log = logging.getLogger("gpt2")
+from gpt2.train.profile import StepProfiler
+from gpt2.train.report import Report
+from gpt2.train.run import Run, describe, explain, set_up
+from gpt2.train.spikes import skipped_line, worst_row
+from gpt2.train.trackers import open_trackers
 
 Sampler = Callable[[GPT, Tokenizer, str, int], str]  # (model, tokenizer, prompt, number of tokens) -> text
 
+OUT_OF_TIME = 75  # the exit code of a run that --max-minutes stopped: EX_TEMPFAIL of sysexits.h, "try again"
+
 
 class Interrupted(Exception):
-    """The run was asked to stop, has saved its state, and can go on later. `folder` is the run's."""
+    """The run was asked to stop, has saved its state, and can go on later: `folder`, after `step` updates.
 
-    def __init__(self, folder: Path, step: int, signal_number: int) -> None:
-        super().__init__(f"stopped after step {step:,}, everything saved; go on with: gpt2 train --resume {folder}")
-        self.folder, self.step, self.signal_number = folder, step, signal_number
+    exit_code: 128 + n after signal n, 75 when its time was over.
+    """
+
+    def __init__(self, folder: Path, step: int, why: str, exit_code: int) -> None:
+        super().__init__(
+            f"stopped by {why} after step {step:,}, everything saved; go on with: gpt2 train --resume {folder}"
+        )
+        self.folder, self.step, self.exit_code = folder, step, exit_code
 
 
 def train(config: TrainConfig, sampler: Sampler | None = None) -> Path:
@@ -41,74 +52,128 @@ def train(config: TrainConfig, sampler: Sampler | None = None) -> Path:
 
     sampler: writes a text with the model as it is; asked at every validation.
 
-    Raises UserError for what the user can mend, and Interrupted after a SIGINT or SIGTERM was obeyed.
+    Raises UserError for what the user can mend, and Interrupted when a signal or --max-minutes stopped the run.
     """
-    run = set_up(config)
-    config = run.config
-    tokens_per_step = config.batch_size * config.block_size
-    with Report(run.folder, run.step, config.max_steps) as report, noted_signals() as signals:
-        report.say(f"{describe(run)}\nrun folder: {run.folder}")
-        if run.step == config.max_steps:
-            report.say(f"nothing to do: all {config.max_steps:,} steps were done")
-        while run.step < config.max_steps:
-            began = time.perf_counter()
-            tokens, targets = run.loader.batch(run.step)
-            run.step += 1
-            rate = learning_rate(run.step, config)
-            loss, grad_norm = update(run, tokens, targets, rate)
-            seconds = time.perf_counter() - began
-            record = {
-                "step": run.step,
-                "loss": loss,
-                "lr": rate,
-                "grad_norm": grad_norm,
-                "tokens": run.step * tokens_per_step,
-                "seconds": round(seconds, 6),
-                "tokens_per_second": round(tokens_per_step / seconds, 1),
-            }
-            last, stop = run.step == config.max_steps, bool(signals)
-            if last or _due(run.step, config.eval_every):
-                if run.data.val is not None:
-                    record["val_loss"] = validate(run, run.data.val)
-                _write_sample(run, sampler)
-            report.step(record)
-            if last or stop or _due(run.step, config.save_every):
-                save_run(run)
-            if stop and not last:
-                raise Interrupted(run.folder, run.step, signals[0])
-    _plot(run)
+    with RunFolder(config.check()) as folder, noted_signals() as signals:
+        run = set_up(config, folder.path)
+        folder.begin(run.config, run.checkpoint)
+        stop = Stop(signals, time.monotonic() + 60 * config.max_minutes if config.max_minutes else None)
+        train_steps(run, sampler, stop)
+        finished = run.step == run.config.max_steps
+        explain(run, "" if finished else stop.why())
+    if not finished:
+        raise Interrupted(run.folder, run.step, stop.why(), 128 + signals[0] if signals else OUT_OF_TIME)
     return run.folder
 
 
-def update(run: Run, tokens: Tensor, targets: Tensor, rate: float) -> tuple[float, float]:
-    """One optimizer step on a global batch, (B, T) each; returns its mean loss and the norm of its gradient.
+class Stop(NamedTuple):
+    """What may end a run before its last step: signals that came, and a time on the monotonic clock."""
+
+    signals: list[int]
+    deadline: float | None
+
+    def due(self) -> bool:
+        return bool(self.signals) or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def why(self) -> str:
+        return signal.Signals(self.signals[0]).name if self.signals else "--max-minutes"
+
+
+def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
+    """From the step a run is at to its last one, or to where `stop` is due; what is left is a saved run."""
+    config = run.config
+    with ExitStack() as stack:
+        report = stack.enter_context(Report(run.folder, run.step, config.max_steps))
+        writer = stack.enter_context(CheckpointWriter(run.folder, config.keep_checkpoints, run.facts))
+        profiler = stack.enter_context(
+            StepProfiler(run.folder, run.device, config.max_steps - run.step, enabled=config.profile)
+        )
+        trackers = open_trackers(config, run.folder, run.step)
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        report.say(f"{describe(run)}\nrun folder: {run.folder}")
+        if run.step == config.max_steps:
+            report.say(f"nothing to do: all {config.max_steps:,} steps were done")
+        stall = 0.0
+        began = time.perf_counter()
+        for tokens, targets in prefetched(run.loader, run.step, config.max_steps, run.device):
+            record: dict[str, Any] = {"step": run.step + 1, "data_seconds": time.perf_counter() - began}
+            record |= one_step(run, tokens, targets, report)
+            last = run.step == config.max_steps
+            if last or _due(run.step, config.eval_every):
+                record |= _look(run, sampler)
+            writer.check()
+            record["save_seconds"], seconds = stall, time.perf_counter() - began
+            record |= {"seconds": seconds, "tokens_per_second": run.tokens_per_step / record["update_seconds"]}
+            report.step(record)  # before the save: no checkpoint is ahead of its metrics
+            for tracker in trackers:
+                tracker.log(record)
+            profiler.step()
+            began, stall = time.perf_counter(), 0.0
+            if last or stop.due() or _due(run.step, config.save_every):
+                writer.save(run.step, run.model, run.data.tokenizer, run.optimizers)
+                stall = writer.stall_seconds
+                if stop.due():
+                    break
+
+
+def one_step(run: Run, tokens: Tensor, targets: Tensor, report: Report) -> dict[str, Any]:
+    """The update of one batch, and its part of the step's record; a batch whose loss stands out is left out."""
+    began = time.perf_counter()
+    run.step += 1
+    rate = learning_rate(run.step, run.config)
+    loss, norm, score = update(run, tokens, targets, rate)
+    record: dict[str, Any] = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": run.step * run.tokens_per_step}
+    if score is not None:
+        row = worst_row(run.model, tokens, targets, run.dtype)
+        report.say(skipped_line(run.step, loss, score, row, excerpt(run.data.tokenizer, tokens[row])))
+        record["skipped"] = True
+    return {**record, "update_seconds": time.perf_counter() - began}
+
+
+class Update(NamedTuple):
+    """What came of a batch: its mean loss, the norm of its gradient, and how far it stood out if it was left out."""
+
+    loss: float
+    grad_norm: float
+    spike: float | None
+
+
+def update(run: Run, tokens: Tensor, targets: Tensor, rate: float) -> Update:
+    """One optimizer step on a global batch, (B, T) each, on the CPU.
 
     The micro-batches' losses are sums divided by the whole batch's number of targets, so their gradients add up to
-    the gradient of the whole, however it is cut.
+    the gradient of the whole, however it is cut. Raises UserError, with all there is to know, before a loss or a
+    gradient that is not finite could reach the weights.
     """
     run.model.train()
-    config = run.config
+    config, random = run.config, random_state(run.device)
     divisor = float((targets != IGNORE).sum())
     rows = config.micro_batch_size or config.batch_size
-    loss = torch.zeros((), device=run.device)
+    total = torch.zeros((), device=run.device)
     for part, part_targets in zip(tokens.split(rows), targets.split(rows), strict=True):
-        part, part_targets = part.to(run.device), part_targets.to(run.device)
+        part, part_targets = (t.to(run.device, non_blocking=True) for t in (part, part_targets))
         with autocast(run.device, run.dtype):
             part_loss = run.model.loss(part, part_targets, divisor)
         part_loss.backward()
-        loss += part_loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or torch.inf)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise UserError(
-            f"the loss or its gradient is not finite at step {run.step:,}: lower --lr, or lengthen --warmup-steps"
+        total += part_loss.detach()
+    total_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or torch.inf)
+    loss, norm = torch.stack((total, total_norm)).tolist()
+    if not (abs(loss) < torch.inf and norm < torch.inf):
+        attempt = Attempt(
+            run.step, tokens, targets, rows, divisor, run.dtype, rate, random, loss, norm, config.recompute
         )
+        raise diagnose(run.folder, run.model, run.data.tokenizer, attempt)
+    spike = run.spikes.spike(loss)
+    run.spikes.note(loss, skipped=spike is not None)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        if spike is None:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     synchronize(run.device)
-    return loss.item(), norm.item()
+    return Update(loss, norm, spike)
 
 
 @torch.no_grad()
@@ -153,21 +218,19 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _write_sample(run: Run, sampler: Sampler | None) -> None:
+def _look(run: Run, sampler: Sampler | None) -> dict[str, float]:
+    """Validate and let the model talk; what both say of this step."""
+    record, began = {}, time.perf_counter()
+    if run.data.val is not None:
+        record["val_loss"] = validate(run, run.data.val)
+        record["eval_seconds"] = time.perf_counter() - began
+        began = time.perf_counter()
     config, tokenizer = run.config, run.data.tokenizer
-    if sampler is None or config.sample_tokens == 0:
-        return
-    run.model.eval()
-    with torch.compiler.set_stance("force_eager"):  # a prompt of every length would be compiled anew
-        text = sampler(run.model, tokenizer, config.sample_prompt, config.sample_tokens)
-    with (run.folder / "samples.txt").open("a", encoding="utf-8") as file:
-        file.write(f"--- step {run.step}\n{text}\n\n")
-
-
-def _plot(run: Run) -> None:
-    config = run.config
-    title = f"{config.name}: {run.model.num_parameters() / 1e6:.1f}M parameters on {run.data.name}"
-    try:
-        plot_loss(run.folder, title, run.model.config.vocab_size)
-    except UserError as error:  # matplotlib is optional, and the run is worth as much without the picture
-        log.warning("%s", error)
+    if sampler is not None and config.sample_tokens:
+        run.model.eval()
+        with torch.compiler.set_stance("force_eager"):  # a prompt of every length would be compiled anew
+            text = sampler(run.model, tokenizer, config.sample_prompt, config.sample_tokens)
+        with (run.folder / "samples.txt").open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- step {run.step}\n{text}\n\n")
+        record["sample_seconds"] = time.perf_counter() - began
+    return record

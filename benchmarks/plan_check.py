@@ -1,0 +1,99 @@
+"""Does `gpt2 plan` tell the truth? Predicted memory and time against those of short real runs.
+
+    python benchmarks/plan_check.py [--only NAME ...]
+
+Each shape is planned, and then trained for a few steps, in processes of their own. On a CPU the memory is the peak of
+the whole process (VmHWM), on a GPU what torch's tensors took. The time is the median of the steps after the first few.
+It goes to benchmarks/results/plan_check.json; run it on a machine that does nothing else.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import describe_machine
+
+RESULT = Path(__file__).parent / "results" / "plan_check.json"
+MID = "--n-layer 6 --n-head 6 --n-embd 384 --block-size 256 --batch-size 16 --tokenizer bpe:1024"
+SMALL_GPT2 = "--n-layer 12 --n-head 12 --n-embd 768 --block-size 256 --batch-size 4 --tokenizer gpt2"
+SHAPES = {
+    "quickstart": "quickstart",
+    "6x384 float32": f"quickstart {MID} --dtype float32",
+    "6x384 bfloat16": f"quickstart {MID} --dtype bfloat16",
+    "6x384 float32, recompute": f"quickstart {MID} --dtype float32 --recompute",
+    "6x384 float32, muon, 4 micro-batches": f"quickstart {MID} --dtype float32 --optimizer muon --micro-batch-size 4",
+    "12x768 float32": f"quickstart {SMALL_GPT2} --dtype float32",
+    "12x768 bfloat16": f"quickstart {SMALL_GPT2} --dtype bfloat16",
+    "12x768 bfloat16, recompute": f"quickstart {SMALL_GPT2} --dtype bfloat16 --recompute",
+}
+# no validation, samples or checkpoints on the way: their time is not that of a step
+QUIET = "--no-compile --max-steps {steps} --warmup-steps 2 --eval-every 0 --eval-tokens 1024 --sample-tokens 0"
+TRAIN = """
+import sys
+import torch
+from gpt2.commands.train import main
+from gpt2.hardware import peak_memory
+from gpt2.runtime import pick_device
+
+code = main(sys.argv[1:])
+print(peak_memory(pick_device()))
+sys.exit(code)
+"""
+
+
+def compare(flags: str, folder: Path) -> dict[str, float]:
+    """Plan a run, do the run, and set what was predicted beside what was seen."""
+    steps = 40 if flags == "quickstart" else 8
+    words = [*flags.split(), *QUIET.format(steps=steps).split(), "--save-every", "0"]
+    planned = subprocess.run(
+        [sys.executable, "-m", "gpt2", "plan", *words, "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    made = json.loads(planned.stdout)
+    # the first run may have to tokenize the text, which is not training: its tokens are kept for this one
+    for name in ("first", "second"):
+        run = [*words, "--name", name, "--out-dir", str(folder)]
+        trained = subprocess.run([sys.executable, "-c", TRAIN, *run], stdout=subprocess.PIPE, text=True, check=True)
+        if name == "first" and flags != "quickstart":
+            break
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    seconds = statistics.median(line["data_seconds"] + line["update_seconds"] for line in lines[3:])
+    peak = int(trained.stdout.split()[-1])
+    return {
+        "predicted_memory": made["memory"]["peak"],
+        "seen_memory": peak,
+        "memory_ratio": made["memory"]["peak"] / peak,
+        "predicted_seconds": made["seconds_per_step"],
+        "seen_seconds": seconds,
+        "time_ratio": made["seconds_per_step"] / seconds,
+        "memory": made["memory"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    results = {}
+    print(f"{'':38} {'memory, MiB':>24} {'ms a step':>24}\n{'':38}" + f" {'said':>8} {'seen':>8} ratio " * 2)
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            seen = results[name] = compare(SHAPES[name], Path(folder))
+        print(
+            f"{name:38} {seen['predicted_memory'] / 2**20:8,.0f} {seen['seen_memory'] / 2**20:8,.0f}"
+            f" {seen['memory_ratio']:5.2f}  {1000 * seen['predicted_seconds']:8,.1f}"
+            f" {1000 * seen['seen_seconds']:8,.1f} {seen['time_ratio']:5.2f}",
+            flush=True,
+        )
+    args.out.parent.mkdir(exist_ok=True)
+    command = "python benchmarks/plan_check.py"
+    args.out.write_text(json.dumps({"command": command, **describe_machine(), "runs": results}, indent=2) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The soak: a run that is killed again and again must end as the run that never was.
+
+    python benchmarks/soak.py --kills 50
+
+A tiny training is run once undisturbed, through the real command. Then it is run anew, and its process killed with
+SIGKILL: at random moments while it starts, while it trains, and while a checkpoint is being written; each time it is
+resumed, until it is done, and then every file it leaves is compared with the first run's, byte for byte (in
+metrics.jsonl all but what the clock says). New runs are begun until there were enough kills. The summary is written
+to benchmarks/results/soak.json; the exit code is 1 if anything differed.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+from gpt2.train.config import TrainConfig, to_toml
+from gpt2.train.report import read_metrics
+
+RESULT = Path(__file__).parent / "results" / "soak.json"
+MOMENTS = ("starting", "training", "saving", "saving")  # when to kill; saving is what this is about
+CLOCKED = ("second", "mfu", "memory")  # what no two runs have alike
+NOT_COMPARED = (".png", ".md", ".jsonl")  # pictures and words with times in them; metrics.jsonl is compared by line
+TIMEOUT = 600.0  # seconds that one process may take
+
+CONFIG = TrainConfig(
+    name="soak",
+    data="numbers.txt",
+    tokenizer="bytes",
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    block_size=32,
+    dropout=0.1,
+    batch_size=8,
+    max_steps=120,
+    lr=3e-3,
+    warmup_steps=10,
+    device="cpu",
+    dtype="float32",
+    eval_every=7,
+    eval_tokens=2048,
+    save_every=3,
+    sample_prompt="The number",
+    sample_tokens=30,
+)
+TEXT = "".join(f"The number {i} comes before the number {i + 1},\r\nas everybody knows.\n" for i in range(2000))
+
+
+@dataclass
+class Tally:
+    """What happened to one run on its way."""
+
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(dict.fromkeys(MOMENTS), 0))
+    mid_save: int = 0  # kills that left a half-written checkpoint or model folder behind
+    before_first_checkpoint: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+class Home:
+    """A working directory with the data and the config of a run, which lives in `runs/soak` there."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "numbers.txt").write_bytes(TEXT.encode())
+        (folder / "soak.toml").write_text(to_toml(CONFIG), encoding="utf-8")
+        self.folder, self.run = folder, folder / "runs" / "soak"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the run, or go on with it."""
+        begun = (self.run / "config.toml").exists()
+        what = ["--resume", "runs/soak"] if begun else ["soak.toml"]
+        with (self.folder / "said.txt").open("wb") as said:
+            command = [sys.executable, "-m", "gpt2", "train", *what]
+            return subprocess.Popen(command, cwd=self.folder, stdout=said, stderr=said)
+
+    def finish(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for a process that nobody disturbs, or that ended by itself."""
+        if process.wait(TIMEOUT) != 0:
+            raise RuntimeError(f"the training failed: {(self.folder / 'said.txt').read_text(errors='replace')}")
+
+    def steps_recorded(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def unfinished(self) -> set[tuple[str, int]]:
+        """The hidden folders that are there while a checkpoint or the model folder is being written."""
+        found = set()
+        for path in [*self.run.glob("checkpoints/.step-*"), *self.run.glob(".model*")]:
+            with suppress(FileNotFoundError):  # it has just become a checkpoint
+                found.add((path.name, path.stat().st_ctime_ns))
+        return found
+
+
+def kill(home: Home, process: subprocess.Popen[bytes], moment: str, chance: random.Random) -> bool:
+    """Wait for the moment and kill the process; False when it was done before that."""
+    if moment == "starting":
+        wait_until(process, lambda: False, chance.uniform(0.0, 4.0))
+    else:
+        before = home.steps_recorded()  # of the life before, to be cut back when this one begins
+        wait_until(process, lambda: home.steps_recorded() != before)
+        wait_until(process, lambda: False, chance.random() ** 3)  # mostly soon, a second at most
+        if moment == "saving":
+            wait_until(process, lambda: bool(home.unfinished()))
+            wait_until(process, lambda: False, chance.uniform(0.0, 0.03))
+    if process.poll() is not None:
+        return False
+    process.kill()
+    process.wait()
+    return True
+
+
+def wait_until(process: subprocess.Popen[bytes], happened: Callable[[], bool], seconds: float = TIMEOUT) -> None:
+    """Wait for something, for the end of the process, or for so many seconds, whatever is first."""
+    end = time.monotonic() + seconds
+    while not happened() and process.poll() is None and (left := end - time.monotonic()) > 0:
+        time.sleep(min(0.0005, left))
+
+
+def disturbed_run(home: Home, chance: random.Random, kills: int) -> Tally:
+    """One run that is killed, at most so many times, and resumed until it is done."""
+    tally = Tally()
+    while True:
+        left_before = home.unfinished()
+        process, moment = home.start(), chance.choice(MOMENTS)
+        try:
+            killed = sum(tally.kills.values()) < kills and kill(home, process, moment, chance)
+            if not killed:
+                home.finish(process)
+                return tally
+        finally:
+            process.kill()
+            process.wait()
+        tally.kills[moment] += 1
+        tally.mid_save += bool(home.unfinished() - left_before)
+        tally.before_first_checkpoint += not any(home.run.glob("checkpoints/step-*"))
+
+
+def differences(whole: Path, cut: Path) -> list[str]:
+    """The files of two run folders that are not the same."""
+    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*")} for folder in (whole, cut)]
+    found = sorted(names[0] ^ names[1])
+    for name in sorted(names[0] & names[1]):
+        one, other = whole / name, cut / name
+        if one.is_file() and not name.endswith(NOT_COMPARED) and one.read_bytes() != other.read_bytes():
+            found.append(name)
+    if timeless(whole) != timeless(cut):
+        found.append("metrics.jsonl")
+    return found
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics without what the clock says."""
+    records = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if not any(word in k for word in CLOCKED)} for record in records]
+
+
+def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Begin, kill and resume runs in `folder` until so many kills happened; returns what came of it."""
+    chance = random.Random(seed)
+    whole = Home(folder / "undisturbed")
+    whole.finish(whole.start())
+    tallies: list[Tally] = []
+    while (left := kills - sum(sum(tally.kills.values()) for tally in tallies)) > 0:
+        home = Home(folder / f"run-{len(tallies) + 1}")
+        tally = disturbed_run(home, chance, left)
+        tally.differences = differences(whole.run, home.run)
+        tallies.append(tally)
+        say(
+            f"run {len(tallies)}: killed {sum(tally.kills.values())} times, {tally.mid_save} in the middle of a save: "
+            + (f"differs in {', '.join(tally.differences)}" if tally.differences else "no difference")
+        )
+    return {
+        "kills": sum(sum(tally.kills.values()) for tally in tallies),
+        "kills_aimed_at": {moment: sum(t.kills[moment] for t in tallies) for moment in dict.fromkeys(MOMENTS)},
+        "kills_mid_save": sum(tally.mid_save for tally in tallies),
+        "kills_before_the_first_checkpoint": sum(tally.before_first_checkpoint for tally in tallies),
+        "runs": len(tallies),
+        "steps_in_a_run": CONFIG.max_steps,
+        "checkpoints_in_a_run": CONFIG.max_steps // CONFIG.save_every,
+        "differences": [name for tally in tallies for name in tally.differences],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill a training at random moments, resume it, compare.")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(args.kills, args.seed, Path(folder), lambda line: print(line, flush=True))
+    result = {
+        "command": f"python benchmarks/soak.py --kills {args.kills} --seed {args.seed}",
+        "machine": describe_machine(),
+        "seconds": round(time.monotonic() - began),
+        **found,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    return 1 if found["differences"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

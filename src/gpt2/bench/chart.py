@@ -1,0 +1,147 @@
+"""The speed ladder as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from gpt2.errors import UserError, missing_extra
+
+FORMATS = (".png", ".svg", ".pdf")
+BLUE, ORANGE, GREY, RED = "#1f77b4", "#ff7f0e", "0.55", "#d62728"
+
+# ms per step of the original project on one A40 at this shape: what this ladder began with
+A40 = {"float32": 1250, "tf32": 870, "bfloat16": 675}
+A40_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "batch_size": 16, "block_size": 1024}
+OURS = "gpt2"
+
+
+def check_can_draw(path: Path) -> None:
+    """Raise UserError, before anything was measured, where no chart could be written to `path`."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("matplotlib", "plot", "the chart") from error
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{path}: a chart is one of {', '.join(FORMATS)}")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw a result of `gpt2 bench train`: ms per step by rung, devices side by side; below it the peers.
+
+    With two devices the axis is logarithmic. The original project's times stand beside a CUDA device's where the
+    shape is theirs. Raises UserError without matplotlib, or when nothing was measured.
+    """
+    check_can_draw(path)
+    from matplotlib.figure import Figure
+
+    ladders = [device for device in result["devices"] if any("ms" in rung for rung in device["rungs"])]
+    races = [device for device in result["devices"] if _fastest_first(device)]
+    if not ladders and not races:
+        raise UserError(f"nothing was measured: there is no chart to draw in {path}")
+    rungs = _rung_names(ladders)
+    heights = [len(rungs) * (0.34 + 0.22 * len(ladders))] if ladders else []
+    heights += [0.45 * len(_fastest_first(device)) + 0.2 for device in races]
+    figure = Figure(figsize=(9.5, sum(heights) + 0.9 * len(heights) + 0.5), dpi=120, layout="constrained")
+    panels = list(figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0])
+    figure.suptitle(_title(result), fontsize=11)
+    if ladders:
+        _draw_ladder(panels.pop(0), ladders, rungs)
+    for device, axes in zip(races, panels, strict=True):
+        _draw_race(axes, device)
+    figure.savefig(path)
+
+
+def _draw_ladder(axes: Any, ladders: list[dict[str, Any]], rungs: list[str]) -> None:
+    thickness = 0.8 / len(ladders)
+    longest = max(rung["ms"]["high"] for device in ladders for rung in device["rungs"] if "ms" in rung)
+    for number, device in enumerate(ladders):
+        offset = (number - (len(ladders) - 1) / 2) * thickness
+        colour = (BLUE, ORANGE, GREY)[number % 3]
+        found = {rung["name"]: rung for rung in device["rungs"]}
+        for place, name in enumerate(rungs):
+            rung = found.get(name)
+            if rung is not None:
+                _draw_rung(axes, rung, place + offset, thickness, colour)
+        axes.barh([-9], [0], color=colour, label=f"{device['name']} ({device['device']})")  # out of sight, for the key
+        if _is_the_a40_shape(device):
+            for name, ms in A40.items():
+                if name in rungs:
+                    place = rungs.index(name) + offset
+                    axes.plot([ms, ms], [place - thickness / 2, place + thickness / 2], color="black", linewidth=2)
+                    _label(axes, ms, place, f"{ms:,} ms")
+            axes.plot([], [], color="black", linewidth=2, label="the original project, on an A40")
+            longest = max(longest, *A40.values())
+    axes.set_yticks(range(len(rungs)), rungs)
+    axes.set_ylim(len(rungs) - 0.45, -0.55)
+    axes.set_xlabel("ms per training step (shorter is faster); the line is the middle half of the steps", fontsize=9)
+    if len(ladders) > 1:
+        shortest = min(rung["ms"]["low"] for device in ladders for rung in device["rungs"] if "ms" in rung)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlim(shortest / 2, longest * (longest / shortest) ** 0.6 * 2)
+    else:
+        axes.set_xlim(0, longest * 1.6)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_rung(axes: Any, rung: dict[str, Any], place: float, thickness: float, colour: str) -> None:
+    if "ms" not in rung:
+        text = rung["reason"] if len(rung["reason"]) < 80 else rung["reason"][:77] + "..."
+        axes.annotate(f" {text}", (0, place), xycoords=("axes fraction", "data"), va="center", color=GREY, fontsize=8)
+        return
+    ms = rung["ms"]
+    axes.barh([place], [ms["median"]], thickness * 0.92, color=RED if rung["wrong"] else colour)
+    axes.plot([ms["low"], ms["high"]], [place, place], color="0.2", linewidth=1)
+    label = f"{_ms(ms['median'])} ms · {rung['tokens_per_second']:,.0f} tok/s · MFU {rung['mfu']:.0%}"
+    if rung["wrong"]:
+        label += " · WRONG LOSS"
+    _label(axes, ms["high"], place, label)
+
+
+def _draw_race(axes: Any, device: dict[str, Any]) -> None:
+    contestants = _fastest_first(device)
+    for place, (name, one) in enumerate(contestants):
+        axes.barh([place], [one["ms"]["median"]], 0.7, color=BLUE if name == OURS else GREY)
+        axes.plot([one["ms"]["low"], one["ms"]["high"]], [place, place], color="0.2", linewidth=1)
+        label = f"{_ms(one['ms']['median'])} ms · MFU {one['mfu']:.0%}"
+        if "speed_ratio" in one:
+            label += f" · {one['speed_ratio']:.2f}x our time"
+        if "memory_ratio" in one:
+            label += f" · {1 / one['memory_ratio']:.2f}x our memory"
+        _label(axes, one["ms"]["high"], place, label)
+    axes.set_yticks(range(len(contestants)), [f"{name}\n({one['best']})" for name, one in contestants], fontsize=9)
+    axes.set_ylim(len(contestants) - 0.4, -0.6)
+    axes.set_xlim(0, 1.8 * max(one["ms"]["high"] for _, one in contestants))
+    axes.set_xlabel(f"ms per training step on {device['name']}, in turns, bfloat16, best mode of each", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(axes: Any, x: float, y: float, text: str) -> None:
+    axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _title(result: dict[str, Any]) -> str:
+    w = result["workload"]
+    shape = f"{w['n_layer']} layers of {w['n_embd']}, {w['batch_size']} x {w['block_size']:,} tokens"
+    return f"Training GPT-2: {shape}\ntorch {result['torch']}, {result['date'][:10]}" + (
+        f", {result['commit']}" if result["commit"] else ""
+    )
+
+
+def _rung_names(ladders: list[dict[str, Any]]) -> list[str]:
+    """All rungs in the order of the ladder; a device may have been asked for, or have, only some."""
+    return list(dict.fromkeys(rung["name"] for device in ladders for rung in device["rungs"]))
+
+
+def _fastest_first(device: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    race = device.get("peers") or {"contestants": {}}
+    ran = [(name, one) for name, one in race["contestants"].items() if "ms" in one]
+    return sorted(ran, key=lambda item: item[1]["ms"]["median"])
+
+
+def _is_the_a40_shape(device: dict[str, Any]) -> bool:
+    return device["device"].startswith("cuda") and all(device["workload"].get(k) == v for k, v in A40_SHAPE.items())

@@ -1,0 +1,175 @@
+"""gpt2 plan [RECIPE|FILE.toml] [--flags of train] [--on DEVICE] [--gpus N] [--tokens 10B] [--price-per-hour 24]"""
+
+import argparse
+import json
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gpt2.cli import Parser
+from gpt2.commands.train import _add_training_flags, training_config
+from gpt2.hardware import KNOWN
+from gpt2.train.config import RECIPES, TrainConfig
+from gpt2.train.plan import ASSUMED_MFU, FULL, Plan, plan
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        prog="gpt2 plan",
+        description="What a run would take, before it begins: memory by part, time and cost. No file is made, and no "
+        "data is read.",
+        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. --on takes {', '.join(KNOWN)}. "
+        "The flags below --json are those of gpt2 train.",
+    )
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
+    parser.flag("on", default="here", metavar="DEVICE", help="here (measured), or a GPU by name (estimated) [here]")
+    parser.flag("gpus", type=_count, default=1, metavar="N", help="how many share the batch [1]")
+    parser.flag("tokens", type=_count, metavar="N", help="a budget such as 500M or 10B; by default that of --max-steps")
+    parser.flag("price-per-hour", type=_price, metavar="PRICE", help="of the whole machine, in any currency")
+    parser.flag("json", action="store_true", help="print the plan as JSON")
+    _add_training_flags(parser)
+    given = vars(parser.parse_args(argv))
+    asked = {name: given.pop(name) for name in ("recipe", "on", "gpus", "tokens", "price_per_hour", "json")}
+    config = _config(asked["recipe"], given)
+    made = plan(
+        config, on=asked["on"], devices=asked["gpus"], tokens=asked["tokens"], price_per_hour=asked["price_per_hour"]
+    )
+    if asked["json"]:
+        print(json.dumps(made.as_dict(), indent=2))
+    else:
+        show(made, Console())
+    return 0
+
+
+def _config(base: str, given: dict[str, Any]) -> TrainConfig:
+    """What `gpt2 train` would do, without a look at the folder it would do it in: a plan has no name."""
+    if given.get("resume") in ("never", "auto"):
+        del given["resume"]
+    return training_config(base, {"name": "plan", **given}).check()
+
+
+def _count(text: str) -> int:
+    """ "10B", "500M", "2.5k" or "1e9" as a whole number of at least 1."""
+    parts = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmbt]?)", text.lower().replace(",", "").replace("_", ""))
+    try:
+        number = int(float(parts[1]) * SUFFIXES[parts[2]]) if parts else 0
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of at least 1, such as 500M or 10B")
+    return number
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no price")
+    return price
+
+
+def show(made: Plan, console: Console) -> None:
+    """The plan as a table: a name, a value and a remark in each line."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for title, rows in (("Model", _model_rows(made)), ("Memory", _memory_rows(made)), ("Time", _time_rows(made))):
+        table.add_row(f"[bold]{title}[/bold]", "", "")
+        for name, value, remark in rows:
+            table.add_row(f"  {name}", value, remark)
+    console.print(table)
+
+
+def _model_rows(made: Plan) -> list[tuple[str, str, str]]:
+    parts = made.batch_size // made.devices // made.micro_batch_size
+    cut = f"{parts} micro-batches of {made.micro_batch_size}" if parts > 1 else "at once"
+    shared = f"on each of {made.devices} devices " if made.devices > 1 else ""
+    return [
+        ("parameters", f"{made.parameters:,}", f"with a vocabulary of {made.vocab_size:,}"),
+        ("tokens per step", f"{made.tokens_per_step:,}", f"{made.batch_size:,} sequences, {shared}{cut}"),
+        ("steps", f"{made.steps:,}", f"{_short(made.tokens)} tokens"),
+        ("FLOPs per token", f"{made.flops_per_token:.3g}", "6 per weight of a matrix, 12 * layers * width * context"),
+        ("FLOPs per step", f"{made.flops_per_step:.3g}", ""),
+        ("FLOPs of the run", f"{made.flops:.3g}", ""),
+    ]
+
+
+REMARKS = {
+    "program": "Python and torch, measured",
+    "weights": "float32",
+    "gradients": "float32",
+    "optimizer": "what it remembers of each parameter",
+    "casts": "the matrices in the dtype of the products",
+    "activations": "what the backward pass needs",
+    "logits": "a chunk of them, and the head's gradient",
+    "working": "inside one operation",
+    "allocator": "holes in the heap, an estimate",
+    "snapshot": "in the host's memory, while a checkpoint is written",
+}
+
+
+def _memory_rows(made: Plan) -> list[tuple[str, str, str]]:
+    rows = [(name, _bytes(size), REMARKS[name]) for name, size in made.memory.parts().items() if size]
+    share = made.memory.peak / made.device_memory
+    verdict = "fits" if made.fits else f"does not fit: {FULL:.0%} may be filled"
+    rows.append(("a step", _bytes(made.memory.step), "at most: not all parts are at their largest at once"))
+    if made.memory.peak > made.memory.step:
+        rows.append(("the run", _bytes(made.memory.peak), "at most, with the checkpoints"))
+    rows.append(("device", _bytes(made.device_memory), f"{made.device}: {share:.0%} used, {verdict}"))
+    if made.suggestion is None:
+        rows.append(("suggestion", "none", "not even one row fits, recomputed or not: a smaller model, or more memory"))
+    else:
+        flags = f"--micro-batch-size {made.suggestion['micro_batch_size']}"
+        rows.append(("largest that fits", flags, "with --recompute" if made.suggestion["recompute"] else ""))
+    return rows
+
+
+def _time_rows(made: Plan) -> list[tuple[str, str, str]]:
+    if made.measured:
+        source = "from passes of some layers, timed here just now"
+        of_rate = f"of the {made.matmul_rate / 1e12:.3g} TFLOP/s that matrix products reach here"
+    else:
+        source = f"an estimate: {ASSUMED_MFU:.0%} of the datasheet's rate is assumed"
+        of_rate = f"of the datasheet's {made.matmul_rate / 1e12:.4g} TFLOP/s{' each' if made.devices > 1 else ''}"
+    if made.devices > 1 and made.measured:
+        source += "; the devices' talk is not counted"
+    compiled = ", compiled" if made.compile else ""
+    rows = [
+        ("per step", _seconds(made.seconds_per_step), source),
+        ("tokens per second", f"{made.tokens_per_second:,.0f}", f"in {made.dtype}{compiled}"),
+        ("utilization", f"{made.utilization:.0%}", of_rate),
+        ("the run", _seconds(made.seconds), "training alone, without validation, samples and checkpoints"),
+    ]
+    if made.cost is not None:
+        rows.append(("cost", f"{made.cost:,.2f}", "at the price given for the whole machine"))
+    return rows
+
+
+def _short(number: float) -> str:
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
+
+
+def _bytes(size: float) -> str:
+    for unit, letter in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.4g} {letter}"
+    return f"{size:.0f} B"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.3g} s"

@@ -1,0 +1,225 @@
+"""What a GPT-2 costs to train, by arithmetic alone: parameters, FLOPs, and bytes by part. Nothing is run here.
+
+The bytes follow what `gpt2.model` and `gpt2.loss` really keep; tests/test_plan.py holds them against torch.
+Shapes in the comments: x = rows * length positions, C = n_embd, I = width of the MLP, V = vocab_size, H heads.
+"""
+
+import platform
+from dataclasses import asdict, dataclass
+
+import torch
+
+from gpt2.loss import CACHE_ELEMENTS, CHUNK_BYTES, PAD_TO
+from gpt2.model import GPTConfig
+
+FLOAT = 4  # bytes of a float32: weights, gradients, the optimizer's moments and the residual stream
+HEAP_WASTE = 0.28  # of what comes and goes in each step, lost in holes of glibc's heap (measured: 0.23 to 0.34)
+
+
+def num_parameters(config: GPTConfig) -> int:
+    """How many numbers are learned, as `GPT(config).num_parameters()` counts them: the tied head once."""
+    C, V, inner = config.n_embd, config.vocab_size, config.n_inner or 4 * config.n_embd
+    biases_and_norms = (3 * C + C) + (inner + C) + 4 * C
+    block = _block_matrices(config) + biases_and_norms
+    head = 0 if config.tie_word_embeddings else V * C
+    return V * C + config.block_size * C + config.n_layer * block + 2 * C + head
+
+
+def _block_matrices(config: GPTConfig) -> int:
+    C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
+    return 4 * C * C + 2 * C * inner
+
+
+def flops_per_token(config: GPTConfig, length: int, *, backward: bool = True) -> float:
+    """Floating-point operations per token of rows of `length` tokens: forward and backward, or forward alone.
+
+    The convention of PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT: 6 for every weight of a matrix product
+    (2 forward, 4 backward), with the head as one and the look-ups of the embeddings as none, and 12 * n_layer * n_embd
+    * length for attention, as if every position saw the whole row. A causal kernel does half of that half-empty square,
+    and recomputed activations are done twice; neither changes the count, so rates and MFU compare across programs.
+    """
+    weights = config.n_layer * _block_matrices(config) + config.vocab_size * config.n_embd
+    forward = 2 * weights + 4 * config.n_layer * config.n_embd * length
+    return 3.0 * forward if backward else float(forward)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a step is done on one device, as far as memory depends on it."""
+
+    rows: int  # sequences at once: the micro-batch
+    length: int  # tokens in each
+    micro_batches: int = 1  # how many make a step
+    dtype: torch.dtype = torch.float32  # of matrix products; weights are float32 always
+    recompute: bool = False
+    optimizer: str = "adamw"
+    device: str = "cpu"  # the kind: "cpu", "cuda" or "mps"
+    saves_midway: bool = True  # do steps go on while a checkpoint is written?
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the dtype of the matrix products."""
+        return FLOAT if self.dtype == torch.float32 else 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device while training, by part, each at its largest; they are not all so at once.
+
+    program:     Python, torch and their libraries (on a CPU; a GPU's context is not counted, as torch does not).
+    weights, gradients, optimizer: of the parameters, in float32.
+    casts:       the matrices' copies in autocast's dtype.
+    activations: what the forward pass keeps for the backward pass.
+    logits:      the head and the loss: a chunk of logits, the head's cast and its gradient.
+    working:     what only one operation needs.
+    allocator:   what glibc's heap loses in holes: an estimate (on a CPU).
+    snapshot:    copies of weights and optimizer in the host's memory while a checkpoint is written, and the
+                 file that is read back to check it.
+    step:        the most at any moment of a step.
+    peak:        the most in the whole run: on a CPU with the snapshot, on a GPU that of a step.
+    """
+
+    program: int
+    weights: int
+    gradients: int
+    optimizer: int
+    casts: int
+    activations: int
+    logits: int
+    working: int
+    allocator: int
+    snapshot: int
+    step: int
+    peak: int
+
+    def parts(self) -> dict[str, int]:
+        """The parts by name, without what they come to."""
+        return {name: value for name, value in asdict(self).items() if name not in ("step", "peak")}
+
+
+def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory:
+    """The memory of training steps, by part and at its peak: the largest of four moments.
+
+    They are: the loss, with all activations there; the backward pass of the last block; the end of the backward pass,
+    with all gradients there; the optimizer's step.
+    """
+    parameters, half = num_parameters(config), setup.dtype != torch.float32
+    x, C, e = setup.rows * setup.length, config.n_embd, setup.width
+    weights = gradients = FLOAT * parameters
+    optimizer = optimizer_bytes(config, setup.optimizer)
+    casts = e * config.n_layer * _block_matrices(config) if half else 0
+    block = block_activations(config, setup)
+    stream = block["input"]  # one state of the residual stream
+    kept = stream if setup.recompute else sum(block.values())
+    outside = 2 * stream + 16 * x + 8 * x  # what ln_f reads and gives, its statistics, the tokens with their targets
+    activations = config.n_layer * kept + outside
+    logits, from_loss = _loss_bytes(config, setup)
+    again = sum(block.values()) - stream if setup.recompute else 0  # the block whose backward pass it is
+    working = again + 2 * stream + block["gelu"] + (e * x * C if half else 0)  # and the gradients inside it
+    if setup.device != "cpu":
+        working += from_loss  # multiplied by what came from above, which on a CPU is known to be one
+    embedding = FLOAT * config.vocab_size * C
+    gathered = gradients + from_loss if setup.micro_batches > 1 else 0  # from the micro-batches before
+    always = weights + optimizer
+    moments = (
+        always + gathered + casts + activations + logits,
+        always + gathered + (casts // config.n_layer if setup.recompute else casts) + activations + working + from_loss,
+        always + gradients + from_loss + (2 if setup.micro_batches > 1 else 1) * embedding,
+        always + gradients + from_loss + _update_bytes(config, setup),
+    )
+    allocator = 0
+    if setup.device == "cpu" and platform.libc_ver()[0] == "glibc":  # see runtime.keep_freed_memory
+        allocator = int(HEAP_WASTE * (activations + gradients + logits + working))
+    step = program + max(moments) + allocator
+    copies, read_back = weights + optimizer, optimizer  # by the checkpoint's writer, see `train.checkpoint`
+    peak = step
+    if setup.device == "cpu":  # there the host's memory is the device's
+        at_the_end = max(step, program + always + copies) + read_back  # the heap has kept what the steps freed
+        peak = step + copies + read_back if setup.saves_midway else at_the_end
+    return Memory(
+        program=program if setup.device == "cpu" else 0,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        casts=casts,
+        activations=activations,
+        logits=logits,
+        working=working,
+        allocator=allocator,
+        snapshot=copies + read_back,
+        step=step,
+        peak=peak,
+    )
+
+
+def optimizer_bytes(config: GPTConfig, optimizer: str) -> int:
+    """What the optimizer remembers: AdamW two numbers a parameter, SGD one, Muon one of the blocks' matrices."""
+    parameters = num_parameters(config)
+    if optimizer == "sgd":
+        return FLOAT * parameters
+    of_muon = config.n_layer * _block_matrices(config) if optimizer == "muon" else 0
+    return 2 * FLOAT * parameters - FLOAT * of_muon
+
+
+def block_activations(config: GPTConfig, setup: Setup) -> dict[str, int]:
+    """Bytes of the tensors one block keeps for its backward pass, its input among them, by name.
+
+    Compiled blocks keep about as much: they leave out one or two of (x, C) and gain nothing on the large ones.
+    """
+    x, C, inner = setup.rows * setup.length, config.n_embd, config.n_inner or 4 * config.n_embd
+    e = setup.width
+    kept = {
+        "input": FLOAT * x * C,
+        "statistics": 4 * FLOAT * x,  # mean and deviation, twice
+        "ln_1": e * x * C,
+        **_attention_activations(config, setup),
+        "residual": FLOAT * x * C,  # what ln_2 reads
+        "ln_2": e * x * C,
+        "c_fc": e * x * inner,
+        "gelu": e * x * inner,
+    }
+    if config.dropout:
+        mask = 1 if setup.device == "cuda" else e
+        kept |= {"attn_dropout": mask * x * C, "mlp_dropout": mask * x * C}
+    return kept
+
+
+def _attention_activations(config: GPTConfig, setup: Setup) -> dict[str, int]:
+    rows, T, C, H = setup.rows, setup.length, config.n_embd, config.n_head
+    x = rows * T
+    e = setup.width
+    square = rows * H * T * T
+    if config.attention == "plain":
+        scores = square * (3 if config.dropout else 1)  # weights; with dropout also the mask and the product
+        return {"q": e * x * C, "k": e * x * C, "v": e * x * C, "scores": e * scores + T * T, "attention": e * x * C}
+    if config.dropout and setup.device != "cuda":  # torch has no fused kernel for it there: plain, in float32
+        one = FLOAT * x * C
+        return {"q": one, "k": one, "v": one, "scores": 3 * FLOAT * square, "attention": e * x * C}
+    if setup.device == "cpu" and e < FLOAT:  # in float32 there, as bfloat16 is slow: see model.sdpa_attention
+        return {"qkv": 12 * x * C, "logsumexp": FLOAT * x * H, "attention": FLOAT * x * C, "to_bfloat16": e * x * C}
+    return {"qkv": 3 * e * x * C, "logsumexp": FLOAT * x * H, "attention": e * x * C}
+
+
+def _loss_bytes(config: GPTConfig, setup: Setup) -> tuple[int, int]:
+    """Bytes of head and loss, as `gpt2.loss` does them: at their height, and what stays until the step ends."""
+    x, C, V = setup.rows * setup.length, config.n_embd, config.vocab_size
+    if setup.device == "cuda":
+        V += -V % PAD_TO
+    e = setup.width
+    rows = min(x, max(1, CHUNK_BYTES // (V * e)))  # whose logits are held at a time
+    in_float = min(rows * V, max(V, CACHE_ELEMENTS)) if setup.device == "cpu" else rows * V
+    softmax = FLOAT * in_float * (1 if e == FLOAT else 2)  # in float32: its result, and a copy of what it is given
+    of_head, of_hidden = FLOAT * V * C, FLOAT * x * C  # gradients
+    product = e * V * C if e < FLOAT else 0  # one chunk's part of the head's gradient, before it is added
+    at_once = of_head + max(softmax, product) if rows < x else max(softmax, of_head + product)
+    cast = e * V * C if e < FLOAT else 0
+    return of_hidden + cast + rows * V * e + at_once, of_head + of_hidden
+
+
+def _update_bytes(config: GPTConfig, setup: Setup) -> int:
+    """Bytes that the optimizer's own arithmetic needs: nothing for the fused AdamW."""
+    if setup.optimizer == "sgd" and setup.device == "cuda":
+        return FLOAT * num_parameters(config)  # gradients with the weight decay added
+    if setup.optimizer == "muon":
+        return 16 * config.n_embd * (config.n_inner or 4 * config.n_embd)  # Newton-Schulz on the largest matrix
+    return 0

@@ -1,0 +1,91 @@
+"""Where the time of a step goes, operator by operator: a trace to look at, and a table to read."""
+
+import gzip
+import logging
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+log = logging.getLogger("gpt2")
+
+SKIPPED_STEPS = 3  # they compile and warm up
+RECORDED_STEPS = 3
+COMPRESSED_FROM = 64 * 2**20  # bytes; smaller traces stay plain JSON
+
+
+class StepProfiler:
+    """Profiles a few early steps of a loop: `step()` is to be called at the end of each.
+
+    Leaves `trace.json` (or `trace.json.gz`, when it is big; https://ui.perfetto.dev opens both) and `profile.txt`,
+    the operators that took most time by themselves. After the last recorded step, or when it is off, it does nothing.
+    A context manager; a loop that ends early leaves what was recorded until then.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, steps: int, *, enabled: bool = True) -> None:
+        """steps: how many the loop will do; in a short one the first are not all skipped."""
+        self.folder, self.device = folder, device
+        self._skipped = max(0, min(SKIPPED_STEPS, steps - 1))
+        self._recorded = max(1, min(RECORDED_STEPS, steps - self._skipped))
+        self._done = 0
+        self._profile: profile | None = None
+        self._enabled = enabled and steps > 0
+
+    def __enter__(self) -> Self:
+        if self._enabled:
+            activities = [ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            plan = None  # all there is
+            if self._skipped:  # the profiler starts in the last of them, so as not to show itself
+                plan = schedule(wait=self._skipped - 1, warmup=1, active=self._recorded, repeat=1)
+            self._profile = profile(activities=activities, schedule=plan, acc_events=True)
+            self._profile.start()
+        return self
+
+    def step(self) -> None:
+        """Say that a step has ended."""
+        if self._profile is None:
+            return
+        self._done += 1
+        if self._done == self._skipped + self._recorded:
+            self._finish()
+        else:
+            self._profile.step()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profile is not None:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Stop recording, and write what was recorded; a run goes on when that cannot be done."""
+        finished, self._profile = self._profile, None
+        assert finished is not None
+        finished.stop()
+        if self._done <= self._skipped:
+            log.warning("--profile: the run ended before the steps that were to be recorded")
+            return
+        try:
+            self._write(finished)
+        except (OSError, RuntimeError) as error:
+            log.warning("cannot write the profile in %s: %s", self.folder, error)
+
+    def _write(self, finished: profile) -> None:
+        path = self.folder / "trace.json"
+        packed = path.with_suffix(".json.gz")
+        packed.unlink(missing_ok=True)
+        finished.export_chrome_trace(str(path))
+        if path.stat().st_size >= COMPRESSED_FROM:
+            with path.open("rb") as plain, gzip.open(packed, "wb") as file:
+                shutil.copyfileobj(plain, file)
+            path.unlink()
+        kind = "device" if self.device.type == "cuda" else "cpu"
+        table = finished.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=25, max_name_column_width=70)
+        steps = f"{self._done - self._skipped} steps after the first {self._skipped}, on {self.device}"
+        (self.folder / "profile.txt").write_text(f"{steps}\n\n{table}\n", encoding="utf-8")
+        log.info("profile: %s", self.folder / "profile.txt")

@@ -1,0 +1,60 @@
+"""A model of a few thousand parameters with its optimizers, for the tests of checkpoints and run folders."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gpt2.model import GPT, GPTConfig
+from gpt2.tokenizer import get_tokenizer
+from gpt2.train.checkpoint import load_checkpoint, save_checkpoint
+from gpt2.train.config import TrainConfig
+from gpt2.train.optim import build_optimizers
+
+TOKENIZER = get_tokenizer("bytes")
+SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
+
+
+class Learner:
+    """A small model with its optimizers, and a step that changes all of their state."""
+
+    def __init__(self, optimizer: str = "adamw", shape: GPTConfig = SHAPE) -> None:
+        torch.manual_seed(len(optimizer))
+        self.model = GPT(shape)
+        self.optimizers: list[Optimizer] = build_optimizers(self.model, TrainConfig(optimizer=optimizer))
+
+    def step(self) -> None:
+        tokens = torch.randint(257, (2, 17))
+        self.model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint must bring back, copied."""
+        found = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                found |= {f"{number}.{index}.{kind}": value.clone() for kind, value in state.items()}
+        return {**found, "random": torch.get_rng_state()}
+
+    def save(self, folder: Path, step: int, keep: int = 9) -> Path:
+        return save_checkpoint(folder, step, self.model, TOKENIZER, self.optimizers, keep)
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def loaded(path: Path, optimizer: str = "adamw") -> dict[str, Tensor]:
+    learner = Learner(optimizer)
+    torch.manual_seed(99)
+    load_checkpoint(path, learner.model, learner.optimizers)
+    return learner.state()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

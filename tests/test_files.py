@@ -1,0 +1,108 @@
+"""Work folders: gone when their owner is, safe while it is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpt2.errors import UserError
+from gpt2.files import check_regular, made_by_program, path_of, work_folder
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from gpt2.files import work_folder
+with work_folder(Path(sys.argv[1])) as folder:
+    (folder / "half.bin").write_bytes(b"half")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_work_folder_is_gone_afterwards_and_may_be_moved_away(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "thing"
+    with work_folder(target) as folder:
+        (folder / "file").write_text("x")
+    assert not list(target.parent.iterdir())
+    with work_folder(target) as folder:
+        (folder / "file").write_text("x")
+        folder.rename(target)
+    assert [path.name for path in target.parent.rglob("*")] == ["thing", "file"]
+
+
+def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -> None:
+    target = tmp_path / "a[b]*"
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(target)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    theirs = Path(process.stdout.readline().strip())
+    try:
+        with work_folder(target) as ours:
+            assert ours != theirs
+        assert (theirs / "half.bin").exists()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert (theirs / "half.bin").exists()
+    with work_folder(tmp_path / "a"):
+        assert theirs.exists(), "another target's"
+    with work_folder(target) as ours:
+        assert list(tmp_path.iterdir()) == [ours]
+
+
+def test_many_at_once_never_lose_a_file(tmp_path: Path) -> None:
+    lost: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(30):
+            with work_folder(tmp_path / "thing") as folder:
+                (folder / "file").write_text(str(number))
+                if (folder / "file").read_text() != str(number):
+                    lost.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not lost
+    assert not list(tmp_path.glob(".thing*"))
+
+
+def test_paths_as_people_type_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_of("~/x") == tmp_path / "x"
+    assert path_of("a/~") == Path("a/~")
+    with pytest.raises(UserError, match="nobody-of-this-name/x cannot be found: could not determine home"):
+        path_of("~nobody-of-this-name/x")
+
+
+def test_only_regular_files_are_regular(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    check_regular(tmp_path / "file")
+    check_regular(tmp_path / "not there, which is another error")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path(os.devnull)):
+        with pytest.raises(UserError, match="is not a regular file"):
+            check_regular(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        ("config.toml metrics.jsonl", "a run folder"),
+        ("config.toml checkpoints", "a run folder"),
+        ("config.json model-00001-of-00002.safetensors", "a model folder"),
+        ("meta.json fineweb_val_000000.bin", "a folder of token shards"),
+        ("config.toml notes.txt", None),
+        ("config.json notes.txt", None),
+        ("meta.json picture.bin", None),
+        ("", None),
+    ],
+)
+def test_what_programs_make_is_known_by_its_files(names: str, kind: str | None) -> None:
+    assert made_by_program(names.split()) == kind
