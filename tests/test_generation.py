@@ -240,7 +240,7 @@ def test_a_prompt_longer_than_the_context_and_a_model_without_words() -> None:
 def test_a_model_that_gives_nan_is_called_broken(sampling: Sampling, value: float) -> None:
     model = random_model(TALKER)
     with torch.no_grad():
-        model.transformer.h[1].mlp.c_proj.bias[3] = value
+        dict(model.named_parameters())["transformer.h.1.mlp.c_proj.bias"][3] = value
     with pytest.raises(UserError, match="the model gives nan or inf: its weights are damaged"):
         first_tokens(model, [1, 2], 5, sampling)
 

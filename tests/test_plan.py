@@ -310,12 +310,13 @@ def test_what_does_not_fit_gets_a_suggestion_and_needs_the_less_memory_the_more_
 
 
 def test_recomputing_is_suggested_only_where_nothing_else_helps() -> None:
-    setup = Setup(rows=1, length=1024, dtype=torch.bfloat16, device="cuda", saves_midway=False)
-    xl, without = OPENAI["gpt2-xl"], training_memory(OPENAI["gpt2-xl"], setup)
+    setup = Setup(rows=1, length=8192, dtype=torch.bfloat16, device="cuda")
+    shape = replace(OPENAI["gpt2"], block_size=8192)
+    without = training_memory(shape, setup)
     tight = Place("a GPU", "cuda", None, None, without.peak, 0)
-    assert suggest(xl, setup, tight, 1) == {"micro_batch_size": 1, "recompute": True}
+    assert suggest(shape, setup, tight, 1) == {"micro_batch_size": 1, "recompute": True}
     roomy = replace(tight, memory=2 * without.peak)
-    assert suggest(xl, setup, roomy, 1) == {"micro_batch_size": 1, "recompute": False}
+    assert suggest(shape, setup, roomy, 1) == {"micro_batch_size": 1, "recompute": False}
 
 
 def test_a_batch_found_for_you_fits_and_twice_as_many_rows_would_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def _flag(name: str) -> str:
 
 
 RECIPES = {
-    # a small GPT-2 that learns to talk like the Python reference in a minute or two on two cores, offline
+    # a small GPT-2 that learns to talk like the Python reference in about half a minute on two cores, offline
     "quickstart": TrainConfig(
         data="python-docs",
         tokenizer="bpe:1024",
@@ -144,14 +144,16 @@ RECIPES = {
         n_head=4,
         n_embd=128,
         block_size=64,
-        batch_size=16,
-        max_steps=1500,
-        lr=4e-3,
+        batch_size=32,
+        max_steps=300,
+        optimizer="muon",
+        lr=0.01,
         min_lr=0.0,
-        warmup_steps=100,
+        warmup_steps=50,
+        schedule="linear",
         beta2=0.99,
-        eval_every=250,
-        save_every=500,
+        eval_every=100,
+        save_every=100,
         sample_prompt="The ",
     ),
     # bytes, in a minute or so on two cores: what benchmarks/shakespeare_race.py runs
@@ -162,13 +164,15 @@ RECIPES = {
         n_head=4,
         n_embd=128,
         block_size=64,
-        batch_size=16,
-        max_steps=2000,
-        lr=6e-3,
+        batch_size=48,
+        max_steps=1000,
+        optimizer="muon",
+        lr=0.014,
         min_lr=0.0,
         warmup_steps=100,
+        schedule="linear",
         beta2=0.99,
-        eval_every=800,
+        eval_every=0,
         save_every=0,
     ),
     # bytes, the size of nanoGPT's shakespeare_char
