@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def learn(optimizer: str, rate: float, steps: int, data: Path, folder: Path) -> 
 def reached(run: dict[str, Any], loss: float) -> dict[str, float] | None:
     """Where a run's validation loss first falls to `loss`, between two measurements by a straight line."""
     curve = run["curve"]
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if after["val_loss"] <= loss < before["val_loss"]:
             part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
             return {key: round(before[key] + part * (after[key] - before[key]), 1) for key in ("step", "seconds")}

@@ -29,8 +29,17 @@ from gpt2.bench.ladder import (
     run_rung,
     unsteadiness,
 )
-from gpt2.bench.peers import build, compete, parse_peers, peak_of, race, rank
-from gpt2.bench.timing import Failed, Workload, in_fresh_process, in_this_process, milliseconds, read_result, silent
+from gpt2.bench.peers import Lane, build, compete, parse_peers, race, rank
+from gpt2.bench.timing import (
+    Failed,
+    Here,
+    Workload,
+    in_fresh_process,
+    in_this_process,
+    milliseconds,
+    read_result,
+    silent,
+)
 from gpt2.commands import bench
 from gpt2.costs import flops_per_token
 from gpt2.errors import UserError
@@ -97,6 +106,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def here(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
     """The commands measure in this process, without compiling."""
     monkeypatch.setattr(bench, "in_fresh_process", in_this_process)
+    monkeypatch.setattr(bench, "Elsewhere", Here)
 
 
 @pytest.fixture
@@ -164,7 +174,7 @@ def test_all_rungs_give_the_same_loss() -> None:
     assert found["tf32"]["reason"].startswith("not applicable")
     assert found["tf32"]["runs"] == []
     ran = [record for record in records if record["runs"]]
-    assert len(ran) == 6
+    assert len(ran) == 7
     for record in ran:
         assert record["reason"] is None
         assert not record["wrong"]
@@ -172,7 +182,7 @@ def test_all_rungs_give_the_same_loss() -> None:
         assert record["loss"] < 5.68 < record["runs"][0]["losses"][0] < 5.75  # ln 301 = 5.707, and it learns
         assert record["peak_memory"] > 2**20
         assert record["matmul"] > 0
-    assert [record["arithmetic"] for record in ran] == ["float32"] + 5 * ["bfloat16"]
+    assert [record["arithmetic"] for record in ran] == ["float32"] + 6 * ["bfloat16"]
 
 
 def test_the_foot_of_the_ladder_is_plain_training() -> None:
@@ -318,7 +328,7 @@ def test_peers_begin_with_our_weights_and_give_our_loss(nanogpt: str) -> None:
 
 def test_a_race_in_turns(nanogpt: str, no_compiler: None, capsys: pytest.CaptureFixture[str]) -> None:
     peers = {"nanogpt": nanogpt, "transformers": None}
-    result = compete(WORK, peers, run=in_this_process, say=silent)
+    result = compete(WORK, peers, host=Here, say=silent)
     found = result["contestants"]
     assert list(found) == ["gpt2", "nanogpt", "transformers"]
     for one in found.values():
@@ -366,7 +376,7 @@ def test_ratios_are_of_the_best_modes() -> None:
 
 def test_a_peer_that_cannot_run_is_listed(tmp_path: Path, no_compiler: None) -> None:
     (tmp_path / "model.py").write_text("GPTConfig = dict\nclass GPT:\n    pass\n".replace("class GPT", "class Other"))
-    result = compete(WORK, {"nanogpt": str(tmp_path)}, run=in_this_process)
+    result = compete(WORK, {"nanogpt": str(tmp_path)}, host=Here)
     assert "is not nanoGPT's" in result["contestants"]["nanogpt"]["reason"]
     assert result["contestants"]["gpt2"]["ms"]["median"] > 0
 
@@ -374,12 +384,13 @@ def test_a_peer_that_cannot_run_is_listed(tmp_path: Path, no_compiler: None) -> 
 def test_a_race_that_breaks_off_keeps_what_the_ladder_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, nanogpt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(work: Any, *arguments: Any) -> Any:
-        if work is race:
-            raise Failed("out of memory: the system killed the process (SIGKILL)", out_of_memory=True)
-        return in_this_process(work, *arguments)
+    class Killed(Here):
+        def call(self, method: str, *arguments: Any) -> Any:
+            if (method, arguments) == ("step", ("eager", WORK.warmup + 1)):
+                raise Failed("out of memory: the system killed the process (SIGKILL)", out_of_memory=True)
+            return super().call(method, *arguments)
 
-    monkeypatch.setattr(bench, "in_fresh_process", killed)
+    monkeypatch.setattr(bench, "Elsewhere", Killed)
     flags = ["--rungs", "float32", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
     code, out, _ = run(capsys, *TRAIN, *flags)
     assert code == 1
@@ -583,9 +594,9 @@ def test_the_ladder_on_a_gpu() -> None:
         assert 0 < record.get("mfu", 0.5) < 1
     peaks = [run_rung(settings, work)["peak_memory"] for settings in _first_and_last(work)]
     assert peaks[1] < peaks[0]
-    found = race(work, {}, silent)["contestants"]["gpt2"]["modes"]
+    found = race(work, {}, Here, silent)["gpt2"]["modes"]
     assert len(found["eager"]["seconds"]) == 5
-    assert peak_of(work, "gpt2", None, "eager") > 2**20
+    assert Lane("gpt2", None, work).peak("eager") > 2**20
 
 
 def _first_and_last(work: Workload) -> list[Any]:

@@ -345,7 +345,21 @@ def test_a_plan_for_here_in_json_and_no_file_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main(["quickstart", *SMALL, "--device", "cpu", "--tokens", "1M", "--price-per-hour", "2", "--json"])
+    main(
+        [
+            "quickstart",
+            *SMALL,
+            "--batch-size",
+            "16",
+            "--device",
+            "cpu",
+            "--tokens",
+            "1M",
+            "--price-per-hour",
+            "2",
+            "--json",
+        ]
+    )
     made = json.loads(capsys.readouterr().out)
     assert set(made) == {
         *("device", "devices", "measured", "dtype", "compile", "parameters", "vocab_size", "batch_size"),

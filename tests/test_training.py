@@ -61,7 +61,8 @@ def tiny(tmp_path: Path) -> TrainConfig:
 def ready_run(config: TrainConfig, model: GPT) -> Run:
     data = open_data(config.data, config.tokenizer)
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
-    return Run(Path(config.out_dir) / "ready", config, data, loader, model, build_optimizers(model, config), torch.device("cpu"), torch.float32)
+    folder, cpu = Path(config.out_dir) / "ready", torch.device("cpu")
+    return Run(folder, config, data, loader, model, build_optimizers(model, config), cpu, torch.float32)
 
 
 def random_batches(count: int, shape: tuple[int, int], vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -14,6 +14,7 @@ from gpt2.model import GPTConfig
 
 FLOAT = 4  # bytes of a float32: weights, gradients, the optimizer's moments and the residual stream
 HEAP_WASTE = 0.28  # of what comes and goes in each step, lost in holes of glibc's heap (measured: 0.23 to 0.34)
+RECOMPUTE_WASTE = 0.75  # of what each block drops in its forward pass: its output stays behind, and holds the hole open
 
 
 def num_parameters(config: GPTConfig) -> int:
@@ -130,6 +131,8 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
     allocator = 0
     if setup.device == "cpu" and platform.libc_ver()[0] == "glibc":  # see runtime.keep_freed_memory
         allocator = int(HEAP_WASTE * (activations + gradients + logits + working))
+        if setup.recompute:
+            allocator = int(RECOMPUTE_WASTE * config.n_layer * again)
     step = program + max(moments) + allocator
     copies, read_back = weights + optimizer, optimizer  # by the checkpoint's writer, see `train.checkpoint`
     peak = step

@@ -5,6 +5,7 @@ weights and the same batches, so that its losses are those of the first rung. Wh
 arithmetic rounds, the rung is wrong, however fast.
 """
 
+import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from gpt2.costs import flops_per_token
 from gpt2.errors import UserError, did_you_mean
 from gpt2.hardware import Accelerator, device_name, known_accelerator, measure_matmul, peak_memory, reset_peak_memory
 from gpt2.model import GPT
-from gpt2.runtime import autocast, can_compile, compile_blocks
+from gpt2.runtime import autocast, can_compile, compile_blocks, keep_freed_memory
 
 PAD_TO = 128  # 50,257 becomes 50,304
 
@@ -69,6 +70,7 @@ class Settings:
     compiled: bool = False  # the blocks
     kernels: dict[str, bool] = field(default_factory=lambda: {"fused": False, "foreach": False})  # of the optimizer
     loss: Callable[[GPT, Tensor, Tensor], Tensor] = full_loss
+    keeps_memory: bool = False  # see `keep_freed_memory`
 
     @property
     def arithmetic(self) -> str:
@@ -100,6 +102,12 @@ def needs_compiler(device: torch.device) -> str | None:
     return None if can_compile(device) else "torch.compile needs a C++ compiler (CPU) or Triton (GPU): none here"
 
 
+def needs_glibc_s_memory(device: torch.device) -> str | None:
+    """What stands against telling the C library to keep memory, for work on `device`, if anything."""
+    has_it = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
+    return None if has_it else "not applicable: it is for CPUs and the GNU C library; torch keeps a GPU's memory anyway"
+
+
 @dataclass(frozen=True)
 class Rung:
     """One step up: what it sets, on top of the rungs below, and what stands against it on a device."""
@@ -119,6 +127,7 @@ RUNGS = (
     Rung("padded-vocabulary", "50,257 -> 50,304 rows in the head", {"loss": padded_loss}),
     Rung("fused-adamw", "AdamW in one kernel", {"kernels": {"fused": True}}),
     Rung("chunked-loss", "head and cross-entropy in chunks, never all logits", {"loss": chunked_loss}),
+    Rung("kept-memory", "freed memory is kept, not given back", {"keeps_memory": True}, needs_glibc_s_memory),
 )
 
 
@@ -143,6 +152,8 @@ def run_rung(settings: Settings, workload: Workload) -> dict[str, Any]:
     """
     device = torch.device(workload.device)
     torch.set_float32_matmul_precision(settings.matmul_precision)
+    if settings.keeps_memory:
+        keep_freed_memory()
     torch.manual_seed(workload.seed)
     model = GPT(replace(workload.config, attention=settings.attention)).to(device)
     if settings.compiled:

@@ -1,4 +1,4 @@
-"""Our training step beside those of others: same shapes, same first weights, same batches, one process, in turns."""
+"""Our training step beside those of others: same shapes, weights and batches, in turns, each in its own process."""
 
 import contextlib
 import copy
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from gpt2.bench.ladder import TOLERANCE
 from gpt2.bench.timing import (
-    Batch,
+    Elsewhere,
     Failed,
-    Run,
+    Here,
     Say,
     Workload,
     adamw,
-    in_fresh_process,
-    in_this_process,
     milliseconds,
     silent,
     timed,
@@ -34,7 +32,7 @@ from gpt2.costs import flops_per_token
 from gpt2.errors import UserError, did_you_mean
 from gpt2.hardware import measure_matmul, peak_memory, reset_peak_memory
 from gpt2.model import GPT
-from gpt2.runtime import autocast, can_compile, compile_blocks
+from gpt2.runtime import autocast, can_compile, compile_blocks, keep_freed_memory
 from gpt2.weights import TRANSPOSED
 
 OURS = "gpt2"  # this program's name among the contestants
@@ -159,93 +157,112 @@ def _copy_weights(model: nn.Module, weights: Mapping[str, Tensor], who: str) -> 
         raise UserError(f"the parameters of {who} are not GPT-2's as this program knows them: {names}")
 
 
-def _stepper(contestant: Contestant, workload: Workload) -> Callable[[str, Batch], Tensor]:
-    """A function that does one training step in a mode on a batch: bfloat16 autocast, clipping, fused AdamW."""
-    device = torch.device(workload.device)
-    optimizer = adamw(contestant.model, workload.lr, fused=True)
+class Lane:
+    """A contestant in training: bfloat16 autocast, gradients clipped to 1.0, fused AdamW.
 
-    def step(mode: str, batch: Batch) -> Tensor:
-        with autocast(device, torch.bfloat16):
-            loss = contestant.modes[mode](*batch)
-        return update(loss, contestant.model, optimizer)
+    It is meant to run in a process of its own, where our trainer's settings for the process help no one else.
+    """
 
-    return step
+    def __init__(self, name: str, path: str | None, workload: Workload) -> None:
+        self._device = torch.device(workload.device)
+        if name == OURS and self._device.type == "cpu":
+            keep_freed_memory()
+        torch.set_float32_matmul_precision("high")
+        self._contestant = build(name, path, workload)
+        self._optimizer = adamw(self._contestant.model, workload.lr, fused=True)
+        self._batches = workload.batches()
+
+    def about(self) -> tuple[str | None, list[str]]:
+        """Its version and its modes."""
+        return self._contestant.version, list(self._contestant.modes)
+
+    def step(self, mode: str, number: int) -> tuple[float, float]:
+        """Learn from batch `number` in a mode; the seconds it took, and the loss."""
+        batch = self._batches[number]
+
+        def work() -> Tensor:
+            with autocast(self._device, torch.bfloat16):
+                loss = self._contestant.modes[mode](*batch)
+            return update(loss, self._contestant.model, self._optimizer)
+
+        seconds, loss = timed(work, self._device)
+        return seconds, loss.item()
+
+    def peak(self, mode: str) -> int:
+        """Bytes at the peak of three steps, after one that builds all that stays."""
+        for number in range(1 + MEMORY_STEPS):
+            if number == 1:
+                reset_peak_memory(self._device)
+            self.step(mode, number)
+        return peak_memory(self._device)
 
 
-def race(workload: Workload, peers: Peers, say: Say) -> dict[str, Any]:
+def race(workload: Workload, peers: Peers, host: type[Here], say: Say) -> dict[str, Any]:
     """Time every contestant in every mode, in turns, so that whatever else the machine does hits all alike.
 
-    Returns the raw seconds by contestant and mode, the first loss of each (from equal weights, on the same batch), and
-    FLOP/s of bfloat16 matmuls measured at the end.
+    Returns, by contestant, its version, the raw seconds by mode, and its first loss (from equal weights, on the same
+    batch); or the reason why it could not run.
     """
-    device = torch.device(workload.device)
-    torch.set_float32_matmul_precision("high")
-    batches = workload.batches()
     found: dict[str, dict[str, Any]] = {}
-    lanes: list[tuple[str, str, Callable[[str, Batch], Tensor]]] = []
-    for name, path in {OURS: None, **peers}.items():
-        found[name] = {"reason": None, "modes": {}}
-        try:
-            contestant = in_this_process(build, name, path, workload)
-        except Failed as failure:
-            found[name]["reason"] = str(failure)
-            continue
-        found[name]["version"] = contestant.version
-        step = _stepper(contestant, workload)
-        for mode in contestant.modes:
-            say(f"{workload.device}: {name}, {mode}: warm-up")
+    with contextlib.ExitStack() as stack:
+        lanes: list[tuple[str, str, Here]] = []
+        for name, path in {OURS: None, **peers}.items():
+            found[name] = {"reason": None, "modes": {}}
             try:
-                first = [in_this_process(step, mode, batch).item() for batch in batches[: workload.warmup]]
+                lane = stack.enter_context(host(Lane, name, path, workload))
+                found[name]["version"], modes = lane.call("about")
             except Failed as failure:
-                found[name]["modes"][mode] = {"reason": str(failure)}
+                found[name]["reason"] = str(failure)
                 continue
-            found[name].setdefault("first_loss", first[0] if math.isfinite(first[0]) else None)
-            found[name]["modes"][mode] = {"seconds": []}
-            lanes.append((name, mode, step))
-    say(f"{workload.device}: {workload.steps} rounds of {len(lanes)} steps in turns")
-    said = time.monotonic()
-    for number, batch in enumerate(batches[workload.warmup :]):
-        if time.monotonic() - said > 15:
-            said = time.monotonic()
-            say(f"{workload.device}: round {number + 1} of {workload.steps}")
-        for name, mode, step in lanes:
-            took, _ = timed(lambda step=step, mode=mode, batch=batch: step(mode, batch), device)
-            found[name]["modes"][mode]["seconds"].append(took)
-    return {"contestants": found, "matmul": measure_matmul(device, torch.bfloat16, 1.0), "reason": None}
+            lanes += [(name, mode, lane) for mode in modes if _warmed_up(found[name], mode, lane, workload, say)]
+        say(f"{workload.device}: {workload.steps} rounds of {len(lanes)} steps in turns")
+        said = time.monotonic()
+        for number in range(workload.steps):
+            if time.monotonic() - said > 15:
+                said = time.monotonic()
+                say(f"{workload.device}: round {number + 1} of {workload.steps}")
+            for name, mode, lane in lanes:
+                seconds, _ = lane.call("step", mode, workload.warmup + number)
+                found[name]["modes"][mode]["seconds"].append(seconds)
+    return found
 
 
-def peak_of(workload: Workload, name: str, path: str | None, mode: str) -> int:
-    """Bytes at the peak of a contestant's training, alone: three steps, after one that builds all that stays."""
-    device = torch.device(workload.device)
-    torch.set_float32_matmul_precision("high")
-    step = _stepper(build(name, path, workload), workload)
-    for number, batch in enumerate(replace(workload, warmup=1, steps=MEMORY_STEPS).batches()):
-        if number == 1:
-            reset_peak_memory(device)
-        step(mode, batch).item()
-    return peak_memory(device)
+def _warmed_up(one: dict[str, Any], mode: str, lane: Here, workload: Workload, say: Say) -> bool:
+    """Do a mode's warm-up steps, and note the contestant's first loss; whether it runs at all."""
+    say(f"{workload.device}: {one['version'] or OURS}, {mode}: warm-up")
+    try:
+        first = [lane.call("step", mode, number)[1] for number in range(workload.warmup)]
+    except Failed as failure:
+        one["modes"][mode] = {"reason": str(failure)}
+        return False
+    one.setdefault("first_loss", first[0] if math.isfinite(first[0]) else None)
+    one["modes"][mode] = {"seconds": []}
+    return True
 
 
-def compete(workload: Workload, peers: Peers, run: Run = in_fresh_process, say: Say = silent) -> dict[str, Any]:
-    """The race, and the peak memory of each in its best mode, each in a process of its own. See `rank`.
+def compete(workload: Workload, peers: Peers, host: type[Here] = Elsewhere, say: Say = silent) -> dict[str, Any]:
+    """The race, and the peak memory of each in its best mode, each alone in a process of its own. See `rank`.
 
     A race that broke off, for want of memory say, has no contestants, and the `reason`.
     """
     try:
-        raw = run(race, workload, peers, say)
+        contestants = race(workload, peers, host, say)
     except Failed as failure:
         return {"contestants": {}, "matmul": None, "reason": str(failure)}
-    for name, one in raw["contestants"].items():
+    for name, one in contestants.items():
         best = best_mode(one["modes"])
         if best is None:
             one["reason"] = one["reason"] or next(mode["reason"] for mode in one["modes"].values())
             continue
         say(f"{workload.device}: {name}, {best}: peak memory")
         try:
-            one["peak_memory"] = run(peak_of, workload, name, peers.get(name), best)
+            alone = replace(workload, warmup=1, steps=MEMORY_STEPS)
+            with host(Lane, name, peers.get(name), alone) as lane:
+                one["peak_memory"] = lane.call("peak", best)
         except Failed as failure:
             one["peak_memory_reason"] = str(failure)
-    return rank(raw, workload)
+    rate = measure_matmul(torch.device(workload.device), torch.bfloat16, 1.0)
+    return rank({"contestants": contestants, "matmul": rate, "reason": None}, workload)
 
 
 def best_mode(modes: Mapping[str, dict[str, Any]]) -> str | None:

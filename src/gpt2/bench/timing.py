@@ -1,5 +1,6 @@
 """What every benchmark shares: the work that is timed, the clock, a process of its own, and where it ran."""
 
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -131,40 +132,92 @@ def in_this_process(work: Callable[..., T], *arguments: Any) -> T:
         raise Failed(f"out of memory: {text}" if no_memory else text[:200], no_memory) from error
 
 
-def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
-    """``work(*arguments)`` in a new Python, so that memory, compiled code and settings are its own.
+class Here:
+    """What ``make(*arguments)`` gives, called by the names of its methods, as in `Elsewhere`, but in this process."""
 
-    `work` has to be a function of a module, and everything that goes in or comes out picklable.
-    Raises Failed with the reason when it could not be done, also when the process was killed.
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self._object = in_this_process(make, *arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        pass
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The method's result. Raises Failed with the reason when there is none."""
+        return in_this_process(getattr(self._object, method), *arguments)
+
+
+class Elsewhere(Here):
+    """The same in a new Python, so that memory, compiled code and settings are its own.
+
+    `make` has to be a function or class of a module, and everything that goes in or comes out picklable.
+    Raises Failed with the reason when something could not be done, also when the process was killed.
     """
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_answer, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    try:
-        answer = receiver.recv()
-        process.join(10)
-    except EOFError:
-        process.join()
-        raise Failed(*_end_of(process.exitcode or 0)) from None
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-    if isinstance(answer, Failed):
-        raise answer
-    return answer
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_host, args=(theirs, make, arguments))
+        self._process.start()
+        theirs.close()
+        try:
+            self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *rest: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        with contextlib.suppress(OSError):  # the process is gone: the answer says why
+            self._pipe.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise Failed(*_end_of(self._process.exitcode or 0)) from None
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
 
 
-def _answer(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _host(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In the new process: make the object, and answer the calls of its methods until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both: the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        answer = in_this_process(work, *arguments)
+        made = Here(make, *arguments)
     except Failed as failure:
-        answer = failure
-    sender.send(answer)
+        pipe.send(failure)
+        return
+    pipe.send(None)
+    with contextlib.suppress(EOFError):
+        while True:
+            method, given = pipe.recv()
+            try:
+                answer = made.call(method, *given)
+            except Failed as failure:
+                answer = failure
+            pipe.send(answer)
+
+
+class _Work:
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self.do = work
+
+
+def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
+    """``work(*arguments)`` in a new Python: see `Elsewhere`."""
+    with Elsewhere(_Work, work) as other:
+        return other.call("do", *arguments)
 
 
 def _end_with_parent() -> None:

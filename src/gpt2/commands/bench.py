@@ -15,7 +15,7 @@ from rich.text import Text
 from gpt2.bench import chart
 from gpt2.bench.ladder import choose, climb, unsteadiness
 from gpt2.bench.peers import OURS, compete, parse_peers
-from gpt2.bench.timing import CONTEXT, Workload, environment, in_fresh_process, read_result
+from gpt2.bench.timing import CONTEXT, Elsewhere, Workload, environment, in_fresh_process, read_result
 from gpt2.cli import Parser
 from gpt2.errors import UserError, did_you_mean
 from gpt2.hardware import GiB, device_name
@@ -81,7 +81,7 @@ def train(argv: list[str]) -> int:
         if not args.peers_only:
             device["rungs"] = climb(workload, chosen, args.rounds, run=in_fresh_process, say=say)
         if peers:
-            device["peers"] = compete(workload, peers, run=in_fresh_process, say=say)
+            device["peers"] = compete(workload, peers, host=Elsewhere, say=say)
         _write(args.json, result)  # after each device: what is measured is not lost
         _show(device)
     if args.chart is not None:

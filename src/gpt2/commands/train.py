@@ -26,9 +26,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
     parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
-    parser.flag(
-        "replay", metavar="DUMP", help="compute a step of RUN/dumps/ again: what went bad first?"
-    )
+    parser.flag("replay", metavar="DUMP", help="compute a step of RUN/dumps/ again: what went bad first?")
     _add_training_flags(parser)
     given = vars(parser.parse_args(argv))
     if (dump := given.pop("replay")) is not None:
@@ -62,7 +60,7 @@ def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
         if not (folder / "config.toml").is_file():
             raise UserError(f"--resume {folder}: there is no run in that folder")
         return resumed(folder, given)
-    if "data" in given and holds_shards(Path(given["data"])):
+    if "data" in given and holds_shards(path_of(given["data"])):
         given = {"tokenizer": None, **given}  # shards know their own: a recipe's does not speak against it
     config = with_values(recipe(base), given, "the command line")
     if "warmup_steps" not in given and config.warmup_steps > config.max_steps:  # the recipe's, in a run cut short
@@ -70,7 +68,7 @@ def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
     if config.name is None:
         stem = Path(base).stem
         config = with_values(config, {"name": run_name(config.out_dir, stem, resume=resume == "auto")}, base)
-    folder = Path(config.out_dir) / str(config.name)
+    folder = path_of(config.out_dir) / str(config.name)
     if resume == "auto" and (folder / "config.toml").is_file():
         return resumed(folder, given)
     return config

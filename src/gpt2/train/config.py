@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gpt2.errors import UserError, did_you_mean
+from gpt2.files import path_of
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -232,7 +233,7 @@ def recipe(ref: str) -> TrainConfig:
 def run_name(out_dir: str, stem: str, *, resume: bool) -> str:
     """A name for a run of recipe `stem`: to start, the first free of stem, stem-2, ...; to resume, the last taken."""
     number = 1
-    while (Path(out_dir) / _numbered(stem, number)).exists():
+    while (path_of(out_dir) / _numbered(stem, number)).exists():
         number += 1
     return _numbered(stem, max(1, number - 1) if resume else number)
 
@@ -244,6 +245,7 @@ def _numbered(stem: str, number: int) -> str:
 def resumed(folder: Path, given: dict[str, Any]) -> TrainConfig:
     """The config of the run in `folder`, to be gone on with, under the values `given`."""
     stored = read_toml(folder / "config.toml")
+    given = {name: value for name, value in given.items() if (name, value) != ("batch_size", AUTO)}  # it was found
     values = {**given, "name": folder.name, "out_dir": str(folder.parent), "resume": "auto"}
     return with_values(stored, values, "the command line")
 

@@ -78,14 +78,17 @@ def set_up(config: TrainConfig, folder: Path) -> Run:
     seed_everything(config.seed)
     model = _fresh_model(config, data.tokenizer) if start is None else _given_model(config, start)
     config, dtype = _resolved(config, model, device)
+    facts = run_facts(config, data)
+    if checkpoint is not None:
+        check_facts(checkpoint, facts)
     _check_fit(config, model, data)
     model.to(device)
-    facts = run_facts(config, data)
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
     optimizers = build_optimizers(model, config)
     run = Run(folder, config, data, loader, model, optimizers, device, dtype, checkpoint=checkpoint, facts=facts)
-    if checkpoint is not None:
-        check_facts(checkpoint, facts)
+    if checkpoint is None:
+        seed_everything(config.seed)  # anew: what was measured on the way drew numbers that a resumed run does not draw
+    else:
         run.step = load_checkpoint(checkpoint, model, optimizers)
         if run.step > config.max_steps:
             raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
