@@ -75,6 +75,15 @@ def test_under_autocast_only_the_products_are_rounded() -> None:
     assert F.cosine_similarity(grad.flatten(), reference.flatten(), 0) > 0.99
 
 
+def test_a_retained_graph_gives_the_same_gradients_again() -> None:
+    hidden, weight, targets = inputs()
+    loss = next_token_loss(hidden, weight, targets) * 3
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (hidden, weight))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the largest tensor that any operation inside makes."""
 

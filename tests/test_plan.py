@@ -174,7 +174,7 @@ import torch
 from gpt2.costs import Setup, training_memory
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import keep_freed_memory
+from gpt2.runtime import manage_freed_memory
 from gpt2.train.config import TrainConfig
 from gpt2.train.optim import build_optimizers
 from gpt2.train.plan import _program_memory
@@ -184,7 +184,7 @@ block = torch.ones(2**25)
 before = peak_memory(cpu)
 del block
 forgot = reset_peak_memory(cpu) and before - peak_memory(cpu)
-keep_freed_memory()
+manage_freed_memory(keep=True)
 program = _program_memory(TrainConfig())
 config = GPTConfig(vocab_size=1024, block_size=256, n_layer=5, n_head=4, n_embd=256)
 setup = Setup(rows=8, length=256)

@@ -14,7 +14,6 @@ from gpt2.model import GPTConfig
 
 FLOAT = 4  # bytes of a float32: weights, gradients, the optimizer's moments and the residual stream
 HEAP_WASTE = 0.28  # of what comes and goes in each step, lost in holes of glibc's heap (measured: 0.23 to 0.34)
-RECOMPUTE_WASTE = 0.75  # of what each block drops in its forward pass: its output stays behind, and holds the hole open
 
 
 def num_parameters(config: GPTConfig) -> int:
@@ -120,19 +119,17 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
     if setup.device != "cpu":
         working += from_loss  # multiplied by what came from above, which on a CPU is known to be one
     embedding = FLOAT * config.vocab_size * C
-    gathered = gradients + from_loss if setup.micro_batches > 1 else 0  # from the micro-batches before
+    gathered = gradients if setup.micro_batches > 1 else 0  # from the micro-batches before
     always = weights + optimizer
     moments = (
         always + gathered + casts + activations + logits,
         always + gathered + (casts // config.n_layer if setup.recompute else casts) + activations + working + from_loss,
-        always + gradients + from_loss + (2 if setup.micro_batches > 1 else 1) * embedding,
-        always + gradients + from_loss + _update_bytes(config, setup),
+        always + gradients + (2 if setup.micro_batches > 1 else 1) * embedding,
+        always + gradients + _update_bytes(config, setup),
     )
     allocator = 0
-    if setup.device == "cpu" and platform.libc_ver()[0] == "glibc":  # see runtime.keep_freed_memory
-        allocator = int(HEAP_WASTE * (activations + gradients + logits + working))
-        if setup.recompute:
-            allocator = int(RECOMPUTE_WASTE * config.n_layer * again)
+    if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.recompute:
+        allocator = int(HEAP_WASTE * (activations + gradients + logits + working))  # see runtime.manage_freed_memory
     step = program + max(moments) + allocator
     copies, read_back = weights + optimizer, optimizer  # by the checkpoint's writer, see `train.checkpoint`
     peak = step

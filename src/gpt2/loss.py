@@ -51,43 +51,58 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         grad_enabled: bool,
     ) -> Tensor:
-        want_hidden, want_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        head = _padded(weight, dtype)  # (V', C) with V' a multiple of 128 on a GPU
-        total = torch.zeros((), dtype=exact, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight: Tensor | None = None
-
-        rows_at_a_time = max(1, CHUNK_BYTES // (head.size(0) * head.element_size()))
-        for start in range(0, hidden.size(0), rows_at_a_time):
-            rows = slice(start, start + rows_at_a_time)
-            h = hidden[rows].to(dtype)  # (n, C)
-            logits = h @ head.T  # (n, V')
-            counted = targets[rows] != IGNORE  # (n,)
-            target = targets[rows].where(counted, 0)
-            losses = _losses_and_gradient(logits, target, weight.size(0), exact, want_hidden or want_weight)
-            total += losses.where(counted, 0).sum()
-            grad, counted = logits, counted.unsqueeze(1)  # (n, V'), (n, 1)
-            if grad_hidden is not None:
-                grad_hidden[rows] = ((grad @ head) / divisor).where(counted, 0)
-            if want_weight:
-                grad_weight = _plus_product(grad_weight, grad.T, h.where(counted, 0), exact)
-            del logits, grad
-
-        grad_head = None
-        if grad_weight is not None:
-            grad_head = grad_weight[: weight.size(0)].div_(divisor).to(weight.dtype)
-        ctx.grads = grad_hidden, grad_head
-        return total / divisor
+        wanted = tuple(grad_enabled and need for need in ctx.needs_input_grad[:2])
+        loss, ctx.grads = _loss_and_gradients(hidden, weight, targets, divisor, dtype, *wanted)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.rest = divisor, dtype, *wanted
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads, ctx.grads = ctx.grads, None  # handed out, so that autograd need not copy them
+        if grads is None:  # a second time through a graph that was retained
+            grads = _loss_and_gradients(*ctx.saved_tensors, *ctx.rest)[1]
         (scale,) = grad_outputs
-        if scale.device.type == "cpu" and scale == 1:  # as always in training: there is nothing to multiply
-            return *ctx.grads, None, None, None, None
-        grad_hidden, grad_weight = (None if grad is None else grad * scale for grad in ctx.grads)
-        return grad_hidden, grad_weight, None, None, None, None
+        if not (scale.device.type == "cpu" and scale == 1):  # it is, always, in training: nothing to multiply
+            grads = [None if grad is None else grad * scale for grad in grads]
+        return *grads, None, None, None, None
+
+
+def _loss_and_gradients(
+    hidden: Tensor,  # (N, C)
+    weight: Tensor,  # (V, C)
+    targets: Tensor,  # (N,)
+    divisor: Tensor | float,
+    dtype: torch.dtype,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss, and its gradients for `hidden` and `weight` as far as they are wanted."""
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    vocab_size = weight.size(0)
+    head = _padded(weight, dtype)  # (V', C) with V' a multiple of 128 on a GPU
+    total = torch.zeros((), dtype=exact, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if want_hidden else None
+    grad_head: Tensor | None = None  # (V', C), in `exact`
+
+    rows_at_a_time = max(1, CHUNK_BYTES // (head.size(0) * head.element_size()))
+    for start in range(0, hidden.size(0), rows_at_a_time):
+        rows = slice(start, start + rows_at_a_time)
+        h = hidden[rows].to(dtype)  # (n, C)
+        logits = h @ head.T  # (n, V')
+        counted = targets[rows] != IGNORE  # (n,)
+        target = targets[rows].where(counted, 0)
+        losses = _losses_and_gradient(logits, target, vocab_size, exact, want_hidden or want_weight)
+        total += losses.where(counted, 0).sum()
+        grad, counted = logits, counted.unsqueeze(1)  # (n, V'), (n, 1)
+        if grad_hidden is not None:
+            grad_hidden[rows] = ((grad @ head) / divisor).where(counted, 0)
+        if want_weight:
+            grad_head = _plus_product(grad_head, grad.T, h.where(counted, 0), exact)
+        del logits, grad
+    grad_weight = None if grad_head is None else grad_head[:vocab_size].div_(divisor).to(weight.dtype)
+    return total / divisor, [grad_hidden, grad_weight]
 
 
 def _losses_and_gradient(logits: Tensor, target: Tensor, vocab_size: int, exact: torch.dtype, want: bool) -> Tensor:

@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
+MOST_LAYERS, MOST_NUMBERS = 2**12, 2**40  # beyond these it is a slip of the finger
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_layer > MOST_LAYERS or self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > MOST_NUMBERS:
+            raise UserError(f"{self.n_layer:,} layers of {self.n_embd:,} channels are more than any machine can hold")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:

@@ -19,7 +19,7 @@ from gpt2.errors import UserError, did_you_mean
 log = logging.getLogger("gpt2")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt, in malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # of mallopt, in malloc.h
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -123,18 +123,19 @@ def recompute_blocks(blocks: nn.ModuleList) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep the memory that tensors free, instead of giving it back to the system each time.
+def manage_freed_memory(*, keep: bool) -> None:
+    """Tell glibc what to do with the memory that tensors free; without glibc nothing happens.
 
-    A training step on a CPU frees and takes gigabytes, and every page that comes back from the system is zeroed
-    first: keeping them makes a step of the 124M model a quarter faster (docs/lab-notes.md). The process then never
-    shrinks. Without glibc it does nothing.
+    keep: keep it. A training step on a CPU frees and takes gigabytes, and every page that comes back from the system
+        is zeroed first, which takes up to a third of a step (docs/lab-notes.md). The process then never shrinks.
+    else: give that of larger tensors back at once: slower, and no memory is lost in holes between tensors.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)  # no block of its own for a large tensor
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TOP_PAD, 2**26)
+        libc.mallopt(M_MMAP_MAX, 0 if keep else 2**16)  # how many tensors may have a mapping of their own
+        libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
+        libc.mallopt(M_TOP_PAD, 2**26 if keep else 2**17)
 
 
 def seed_everything(seed: int) -> None:

@@ -31,7 +31,7 @@ from gpt2.costs import flops_per_token
 from gpt2.errors import UserError, did_you_mean
 from gpt2.hardware import Accelerator, device_name, known_accelerator, measure_matmul, peak_memory, reset_peak_memory
 from gpt2.model import GPT
-from gpt2.runtime import autocast, can_compile, compile_blocks, keep_freed_memory
+from gpt2.runtime import autocast, can_compile, compile_blocks, manage_freed_memory
 
 PAD_TO = 128  # 50,257 becomes 50,304
 
@@ -70,7 +70,7 @@ class Settings:
     compiled: bool = False  # the blocks
     kernels: dict[str, bool] = field(default_factory=lambda: {"fused": False, "foreach": False})  # of the optimizer
     loss: Callable[[GPT, Tensor, Tensor], Tensor] = full_loss
-    keeps_memory: bool = False  # see `keep_freed_memory`
+    keeps_memory: bool = False  # see `manage_freed_memory`
 
     @property
     def arithmetic(self) -> str:
@@ -153,7 +153,7 @@ def run_rung(settings: Settings, workload: Workload) -> dict[str, Any]:
     device = torch.device(workload.device)
     torch.set_float32_matmul_precision(settings.matmul_precision)
     if settings.keeps_memory:
-        keep_freed_memory()
+        manage_freed_memory(keep=True)
     torch.manual_seed(workload.seed)
     model = GPT(replace(workload.config, attention=settings.attention)).to(device)
     if settings.compiled:

@@ -32,7 +32,7 @@ from gpt2.costs import flops_per_token
 from gpt2.errors import UserError, did_you_mean
 from gpt2.hardware import measure_matmul, peak_memory, reset_peak_memory
 from gpt2.model import GPT
-from gpt2.runtime import autocast, can_compile, compile_blocks, keep_freed_memory
+from gpt2.runtime import autocast, can_compile, compile_blocks, manage_freed_memory
 from gpt2.weights import TRANSPOSED
 
 OURS = "gpt2"  # this program's name among the contestants
@@ -166,7 +166,7 @@ class Lane:
     def __init__(self, name: str, path: str | None, workload: Workload) -> None:
         self._device = torch.device(workload.device)
         if name == OURS and self._device.type == "cpu":
-            keep_freed_memory()
+            manage_freed_memory(keep=True)
         torch.set_float32_matmul_precision("high")
         self._contestant = build(name, path, workload)
         self._optimizer = adamw(self._contestant.model, workload.lr, fused=True)
@@ -214,7 +214,7 @@ def race(workload: Workload, peers: Peers, host: type[Here], say: Say) -> dict[s
             except Failed as failure:
                 found[name]["reason"] = str(failure)
                 continue
-            lanes += [(name, mode, lane) for mode in modes if _warmed_up(found[name], mode, lane, workload, say)]
+            lanes += [(name, mode, lane) for mode in modes if _warmed_up(found[name], name, mode, lane, workload, say)]
         say(f"{workload.device}: {workload.steps} rounds of {len(lanes)} steps in turns")
         said = time.monotonic()
         for number in range(workload.steps):
@@ -227,9 +227,9 @@ def race(workload: Workload, peers: Peers, host: type[Here], say: Say) -> dict[s
     return found
 
 
-def _warmed_up(one: dict[str, Any], mode: str, lane: Here, workload: Workload, say: Say) -> bool:
+def _warmed_up(one: dict[str, Any], name: str, mode: str, lane: Here, workload: Workload, say: Say) -> bool:
     """Do a mode's warm-up steps, and note the contestant's first loss; whether it runs at all."""
-    say(f"{workload.device}: {one['version'] or OURS}, {mode}: warm-up")
+    say(f"{workload.device}: {name}, {mode}: warm-up")
     try:
         first = [lane.call("step", mode, number)[1] for number in range(workload.warmup)]
     except Failed as failure:

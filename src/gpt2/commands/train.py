@@ -62,6 +62,9 @@ def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
         return resumed(folder, given)
     if "data" in given and holds_shards(path_of(given["data"])):
         given = {"tokenizer": None, **given}  # shards know their own: a recipe's does not speak against it
+    own = next((name for name in ("n_layer", "n_head", "n_embd") if name in given and given.get("init_from")), None)
+    if own is not None:
+        raise UserError(f"--init-from keeps that model's own shape: leave --{own.replace('_', '-')} out")
     config = with_values(recipe(base), given, "the command line")
     if "warmup_steps" not in given and config.warmup_steps > config.max_steps:  # the recipe's, in a run cut short
         config = replace(config, warmup_steps=config.max_steps // 10)

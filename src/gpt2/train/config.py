@@ -206,6 +206,7 @@ RECIPES = {
     ),
     # Karpathy's reproduction: 0.5M tokens a step, 10B tokens in all, GPT-3's schedule
     "gpt2-124m": TrainConfig(
+        data="",  # ten billion tokens, of your choice
         tokenizer="gpt2",
         batch_size=512,
         micro_batch_size=16,

@@ -20,7 +20,7 @@ from gpt2.runtime import (
     DTYPE_NAMES,
     autocast,
     compile_blocks,
-    keep_freed_memory,
+    manage_freed_memory,
     pick_compile,
     pick_device,
     pick_training_dtype,
@@ -210,7 +210,7 @@ def vocabulary_size(config: TrainConfig) -> int:
 def _here(config: TrainConfig) -> Place:
     device = pick_device(config.device)
     if device.type == "cpu":  # as the run itself will
-        keep_freed_memory()
+        manage_freed_memory(keep=True)
     else:
         torch.set_float32_matmul_precision(config.matmul_precision)
     program = _program_memory(config) if device.type == "cpu" else 0

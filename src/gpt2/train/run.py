@@ -16,7 +16,7 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import (
     DTYPE_NAMES,
     compile_blocks,
-    keep_freed_memory,
+    manage_freed_memory,
     pick_compile,
     pick_device,
     pick_training_dtype,
@@ -65,9 +65,13 @@ def set_up(config: TrainConfig, folder: Path) -> Run:
 
     Writes nothing. Raises UserError for data, models and settings that do not go together.
     """
+    if not config.data:
+        raise UserError(
+            "--data is missing: name what the model should learn from (gpt2 data list shows what has a name)"
+        )
     device = pick_device(config.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        manage_freed_memory(keep=not config.recompute)
     else:
         torch.set_float32_matmul_precision(config.matmul_precision)
     checkpoint = newest_checkpoint(folder / "checkpoints")

@@ -157,6 +157,7 @@ def update(run: Run, tokens: Tensor, targets: Tensor, rate: float) -> Update:
             part_loss = run.model.loss(part, part_targets, divisor)
         part_loss.backward()
         total += part_loss.detach()
+        del part_loss  # with it goes what the backward pass has kept
     total_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or torch.inf)
     loss, norm = torch.stack((total, total_norm)).tolist()
     if not (abs(loss) < torch.inf and norm < torch.inf):
