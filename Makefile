@@ -1,11 +1,12 @@
 # make demo: train a small GPT-2 here and let it talk.  make test: check the project.  make test-all: the slow checks too.
+# make soak: kill trainings at random, fifty times, and compare them with one that was left alone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all soak lint clean
 
 demo: $(VENV)/demo
 	@$(BIN)/gpt2 train quickstart > $(VENV)/last-run
@@ -19,6 +20,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/test
+	$(BIN)/python benchmarks/soak.py --kills 50
 
 lint: $(VENV)/test
 	$(BIN)/ruff check

@@ -169,9 +169,10 @@ class Elsewhere(Here):
             raise
 
     def __exit__(self, *rest: object) -> None:
+        self._pipe.close()  # there are no more calls: an idle process ends by itself, and cleans up
+        self._process.join(5)
         self._process.kill()
         self._process.join()
-        self._pipe.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
         with contextlib.suppress(OSError):  # the process is gone: the answer says why
