@@ -54,10 +54,11 @@ def train(config: TrainConfig, sampler: Sampler | None = None) -> Path:
 
     Raises UserError for what the user can mend, and Interrupted when a signal or --max-minutes stopped the run.
     """
+    deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
     with RunFolder(config.check()) as folder, noted_signals() as signals:
+        stop = Stop(signals, deadline)
         run = set_up(config, folder.path)
         folder.begin(run.config, run.checkpoint)
-        stop = Stop(signals, time.monotonic() + 60 * config.max_minutes if config.max_minutes else None)
         train_steps(run, sampler, stop)
         finished = run.step == run.config.max_steps
         explain(run, "" if finished else stop.why())
@@ -110,11 +111,12 @@ def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
                 tracker.log(record)
             profiler.step()
             began, stall = time.perf_counter(), 0.0
-            if last or stop.due() or _due(run.step, config.save_every):
+            stopping = stop.due()
+            if last or stopping or _due(run.step, config.save_every):
                 writer.save(run.step, run.model, run.data.tokenizer, run.optimizers)
                 stall = writer.stall_seconds
-                if stop.due():
-                    break
+            if stopping:
+                break
 
 
 def one_step(run: Run, tokens: Tensor, targets: Tensor, report: Report) -> dict[str, Any]:
