@@ -210,7 +210,7 @@ def vocabulary_size(config: TrainConfig) -> int:
 def _here(config: TrainConfig) -> Place:
     device = pick_device(config.device)
     if device.type == "cpu":  # as the run itself will
-        manage_freed_memory(keep=True)
+        manage_freed_memory(keep=not config.recompute)
     else:
         torch.set_float32_matmul_precision(config.matmul_precision)
     program = _program_memory(config) if device.type == "cpu" else 0
