@@ -32,7 +32,7 @@ def learn(optimizer: str, rate: float, steps: int, data: Path, folder: Path) -> 
         "optimizer": optimizer,
         "lr": rate,
         "max-steps": steps,
-        "eval-every": max(1, steps // 20),
+        "eval-every": max(1, steps // 12),
         "eval-tokens": 0,
         "sample-tokens": 0,
         "save-every": 0,
@@ -90,7 +90,7 @@ def draw(runs: list[dict[str, Any]], best: dict[str, dict[str, Any]], path: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description="AdamW against Muon, each at its best learning rate.")
     parser.add_argument("--data", type=Path, required=True, help="tinyshakespeare's input.txt")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
