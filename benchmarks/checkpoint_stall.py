@@ -1,0 +1,64 @@
+"""What a checkpoint costs the training: GPT-2 124M with AdamW, 1.5 GB, saved while the steps go on.
+
+    python benchmarks/checkpoint_stall.py
+
+Writes results/checkpoint_stall.json. The stall is what `save` takes; the write goes on beside the steps that follow.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import describe_machine
+
+from gpt2.model import GPT, GPTConfig
+from gpt2.runtime import manage_freed_memory, pick_device
+from gpt2.train.checkpoint import CheckpointWriter
+from gpt2.train.config import TrainConfig
+from gpt2.train.optim import build_optimizers
+
+RESULT = Path(__file__).parent / "results" / "checkpoint_stall.json"
+SAVES = 4
+
+
+def main() -> None:
+    device = pick_device()
+    manage_freed_memory(keep=True)
+    model = GPT(GPTConfig()).to(device)
+    optimizers = build_optimizers(model, TrainConfig())
+    tokens = torch.randint(50257, (1, 256), device=device)
+
+    def step() -> float:
+        began = time.perf_counter()
+        model.loss(tokens, tokens).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    step()
+    alone, beside, stalls, writes = [step() for _ in range(5)], [], [], []
+    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), keep=1) as writer:
+        for number in range(SAVES):
+            writer.save(number, model, None, optimizers)
+            stalls.append(writer.stall_seconds)
+            beside.append(step())
+            writer.wait()
+            writes.append(writer.write_seconds)
+    result = {
+        "command": "python benchmarks/checkpoint_stall.py",
+        "machine": describe_machine(),
+        "device": str(device),
+        "stall_seconds": {"first": stalls[0], "later": statistics.median(stalls[1:])},
+        "write_seconds": statistics.median(writes),
+        "step_seconds": {"alone": statistics.median(alone), "beside_a_write": statistics.median(beside)},
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
