@@ -19,7 +19,7 @@ from typing import Any
 from machine import describe_machine
 from matplotlib.figure import Figure
 
-RATES = {"adamw": (3e-3, 6e-3, 1e-2), "muon": (5e-3, 1e-2, 2e-2)}
+RATES = {"adamw": (3e-3, 6e-3, 1e-2, 2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
 COLOURS = {"adamw": "#1f77b4", "muon": "#d62728"}
 RESULTS = Path(__file__).parent / "results"
 
