@@ -151,7 +151,11 @@ def read_config(folder: Path) -> GPTConfig:
     for key, value in others.items():
         if not isinstance(value, kinds[key]):
             raise UserError(f"{path}: {key} cannot be {value!r}")
-    return GPTConfig(block_size=sizes.pop("n_positions"), dropout=others.pop("resid_pdrop", 0.0), **sizes, **others)
+    context, dropout = sizes.pop("n_positions"), others.pop("resid_pdrop", 0.0)
+    try:
+        return GPTConfig(block_size=context, dropout=dropout, **sizes, **others)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
