@@ -244,7 +244,7 @@ def test_the_first_step_s_rate_is_not_zero_and_seconds_add_up(tiny: TrainConfig)
     lines = read_metrics(folder / "metrics.jsonl")
     assert lines[0]["lr"] == pytest.approx(tiny.lr / tiny.warmup_steps)
     for line in lines:
-        parts = [line.get(f"{part}_seconds", 0.0) for part in ("data", "update", "eval", "sample")]
+        parts = [line.get(f"{part}_seconds", 0.0) for part in ("save", "data", "update", "eval", "sample")]
         assert all(part >= 0 for part in parts)
         assert sum(parts) <= line["seconds"] + 1e-6
         assert math.isfinite(line["tokens_per_second"])

@@ -69,7 +69,7 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto for the faster here")
     matmul_precision: str = option("high", "of float32 products on a GPU: highest, high (TF32) or medium")
-    compile: bool | None = option(None, "torch.compile the blocks and the loss; by default where it pays")
+    compile: bool | None = option(None, "torch.compile the blocks; by default where it pays")
 
     eval_every: int = option(250, "steps between validations (with a sample); 0 for only at the end")
     eval_tokens: int = option(2**20, "validation tokens read each time; 0 for all there are")

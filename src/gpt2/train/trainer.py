@@ -98,14 +98,17 @@ def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
         stall = 0.0
         began = time.perf_counter()
         for tokens, targets in prefetched(run.loader, run.step, config.max_steps, run.device):
-            record: dict[str, Any] = {"step": run.step + 1, "data_seconds": time.perf_counter() - began}
+            waited = time.perf_counter() - began - stall
+            record: dict[str, Any] = {"step": run.step + 1, "save_seconds": stall, "data_seconds": waited}
             record |= one_step(run, tokens, targets, report)
             last = run.step == config.max_steps
             if last or _due(run.step, config.eval_every):
                 record |= _look(run, sampler)
             writer.check()
-            record["save_seconds"], seconds = stall, time.perf_counter() - began
-            record |= {"seconds": seconds, "tokens_per_second": run.tokens_per_step / record["update_seconds"]}
+            record |= {
+                "seconds": time.perf_counter() - began,
+                "tokens_per_second": run.tokens_per_step / record["update_seconds"],
+            }
             report.step(record)  # before the save: no checkpoint is ahead of its metrics
             for tracker in trackers:
                 tracker.log(record)
