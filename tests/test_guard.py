@@ -18,10 +18,10 @@ from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import can_compile, compile_blocks, recompute_blocks
+from gpt2.runtime import can_compile, compile_blocks, random_state, recompute_blocks
 from gpt2.tokenizer import get_tokenizer
 from gpt2.train.config import TrainConfig
-from gpt2.train.culprit import Attempt, find_culprit, float32_helps, random_state
+from gpt2.train.culprit import Attempt, find_culprit, float32_helps
 from gpt2.train.guard import diagnose, excerpt, replay, write_dump
 from gpt2.train.optim import build_optimizers
 from gpt2.train.run import Run

@@ -1,5 +1,6 @@
 """What all that reads or writes files has to know: paths as people type them, and folders that appear whole."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -40,6 +41,12 @@ def check_regular(path: Path) -> None:
         return
     if not stat.S_ISREG(mode):
         raise UserError(f"{path} is not a regular file")
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def made_by_program(names: Collection[str]) -> str | None:

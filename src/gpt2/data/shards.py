@@ -6,7 +6,6 @@ little-endian uint16. So llm.c and modded-nanogpt read ours and we read theirs; 
 https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py
 """
 
-import hashlib
 import json
 import os
 import struct
@@ -20,7 +19,7 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.files import check_regular
+from gpt2.files import check_regular, sha256_of
 
 MAGIC = 20240520
 VERSION = 1
@@ -155,7 +154,7 @@ class ShardWriter:
             handle.flush()
             os.fsync(handle.fileno())
         path = self._path()
-        self.files.append(ShardFile(path.name, self._tokens, _sha256(path)))
+        self.files.append(ShardFile(path.name, self._tokens, sha256_of(path)))
         self._handle, self._tokens = None, 0
 
     def __enter__(self) -> Self:
@@ -273,7 +272,7 @@ def verify_shards(path: Path) -> ShardsMeta:
         raise UserError(f"{path} is not among the shards that {folder / META_NAME} lists")
     for shard in files if path == folder else [path]:
         _, count = _check_shard(shard)
-        if (count, _sha256(shard)) != (files[shard].tokens, files[shard].sha256):
+        if (count, sha256_of(shard)) != (files[shard].tokens, files[shard].sha256):
             raise UserError(f"{shard} is not what {META_NAME} says (another sha256): make the shards anew")
     return meta
 
@@ -283,11 +282,6 @@ def holds_shards(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".bin"
     return any(True for split in SPLITS for _ in path.glob(f"*{split}*.bin"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _header(tokens: int) -> bytes:

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt2.errors import UserError
+from gpt2.files import sha256_of
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import synchronize
+from gpt2.runtime import random_state, set_random_state, synchronize
 from gpt2.tokenizer import Tokenizer
 from gpt2.weights import TRANSPOSED, load, save
 
@@ -63,7 +64,7 @@ def save_checkpoint(
     Raises UserError when it cannot be written; what was there before is still there then, and no half of this one.
     """
     tensors = {name: value.cpu().contiguous() for name, value in _optimizer_tensors(model, optimizers).items()}
-    return _write(folder, State(step, model, tokenizer, tensors, _random_state(), facts or {}), keep)
+    return _write(folder, State(step, model, tokenizer, tensors, random_state(model.device), facts or {}), keep)
 
 
 class CheckpointWriter:
@@ -109,7 +110,7 @@ class CheckpointWriter:
         weights = {name: self._copied(f"weight.{name}", p.detach()) for name, p in model.named_parameters()}
         tensors = {name: self._copied(name, value) for name, value in _optimizer_tensors(model, optimizers).items()}
         synchronize(model.device)
-        random = _random_state()
+        random = random_state(model.device)
         self._writing = self._thread.submit(
             lambda: self._write(State(step, _model_of(model.config, weights), tokenizer, tensors, random, facts))
         )
@@ -176,11 +177,7 @@ def load_checkpoint(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> 
         optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
     if state:
         raise UserError(f"{path} has optimizer state for {next(iter(state))}, which this run does not train")
-    random = load_file(path / "random.safetensors")
-    torch.set_rng_state(random.pop("cpu"))
-    for device, tensor in random.items():
-        if torch.device(device).index < torch.cuda.device_count():  # a run may go on where there are fewer
-            torch.cuda.set_rng_state(tensor, device)
+    set_random_state(load_file(path / "random.safetensors"), model.device)
     return int(_read_state(path)["step"])
 
 
@@ -192,7 +189,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 def is_model_of(path: Path, model_folder: Path) -> bool:
     """Are the files of the checkpoint's model in `model_folder`, as they are in the checkpoint at `path`?"""
     sums = {Path(name).name: sum for name, sum in _read_state(path)["sha256"].items() if name.startswith("model/")}
-    return all((model_folder / name).is_file() and _sha256(model_folder / name) == sum for name, sum in sums.items())
+    return all((model_folder / name).is_file() and sha256_of(model_folder / name) == sum for name, sum in sums.items())
 
 
 def sweep_checkpoints(folder: Path) -> None:
@@ -212,7 +209,7 @@ def _write(folder: Path, state: State, keep: int) -> Path:
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         sync(files)
         _check_written(unfinished, state)
-        sums = {path.relative_to(unfinished).as_posix(): _sha256(path) for path in files}
+        sums = {path.relative_to(unfinished).as_posix(): sha256_of(path) for path in files}
         (unfinished / "state.json").write_bytes(_state_text(state.step, state.facts, sums))
         sync([unfinished / "state.json", unfinished / "model", unfinished])
         _remove(final)
@@ -263,13 +260,6 @@ def _names(model: GPT, optimizer: Optimizer) -> list[str]:
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        state[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
-    return state
-
-
 def _steps(folder: Path) -> list[int]:
     names = (re.fullmatch(r"step-([0-9]+)", path.name) for path in folder.glob("step-*"))
     return [int(match[1]) for match in names if match]
@@ -302,7 +292,7 @@ def _first_broken_file(path: Path) -> str | None:
     except ValueError:
         return "state.json"
     for name, expected in sums.items():
-        if not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or sha256_of(path / name) != expected:
             return name
     return None
 
@@ -338,11 +328,6 @@ def _forget(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpt2.loss import next_token_loss
 from gpt2.model import GPT
-from gpt2.runtime import autocast
+from gpt2.runtime import autocast, set_random_state
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Attempt:
     rate: float
     """The learning rate that the update would have used."""
     random: dict[str, Tensor] = field(repr=False)
-    """`random_state` from before the first micro-batch."""
+    """`runtime.random_state` from before the first micro-batch."""
     loss: float = math.nan
     grad_norm: float = math.nan
     recompute: bool = False
@@ -78,14 +78,6 @@ class Culprit:
             "unknown": "unknown, for want of memory to compute it again",
         }
         return inside[self.kind]
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's random state, as dropout on `device` draws from it: of the CPU, and of a CUDA device. Some 5 kB."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def find_culprit(model: GPT, attempt: Attempt) -> Culprit:
@@ -252,9 +244,7 @@ class _Watch:
 def _random(state: dict[str, Tensor], device: torch.device) -> Iterator[None]:
     """torch's random state is `state` inside, and afterwards what it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state["cpu"])
-        if device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], device)
+        set_random_state(state, device)
         yield
 
 

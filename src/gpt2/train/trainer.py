@@ -15,11 +15,11 @@ from gpt2.data.loader import evaluation_batches, prefetched
 from gpt2.data.shards import TokenShards
 from gpt2.loss import IGNORE
 from gpt2.model import GPT
-from gpt2.runtime import autocast, synchronize
+from gpt2.runtime import autocast, random_state, synchronize
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.checkpoint import CheckpointWriter
 from gpt2.train.config import TrainConfig
-from gpt2.train.culprit import Attempt, random_state
+from gpt2.train.culprit import Attempt
 from gpt2.train.folder import RunFolder
 from gpt2.train.guard import diagnose, excerpt
 from gpt2.train.optim import learning_rate
