@@ -51,10 +51,10 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept() -> No
 def test_attention_under_autocast_on_a_cpu_is_float32_of_the_rounded_inputs() -> None:
     q, k, v = torch.randn(3, 2, 2, 8, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = sdpa_attention(q, k, v, 0.0)
+        y = sdpa_attention(q, k, v, None, 0.0)
     assert y.dtype == torch.float32
-    assert torch.equal(y, sdpa_attention(q.float(), k.float(), v.float(), 0.0))
-    assert sdpa_attention(q, k, v, 0.0).dtype == torch.bfloat16  # without autocast it is what it is given
+    assert torch.equal(y, sdpa_attention(q.float(), k.float(), v.float(), None, 0.0))
+    assert sdpa_attention(q, k, v, None, 0.0).dtype == torch.bfloat16  # without autocast it is what it is given
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")

@@ -1,56 +1,115 @@
-"""What attention remembers between calls."""
+"""What attention remembers between calls: keys and values, for rows that are each as long as they are."""
 
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
 import torch
 from torch import Tensor
 
 
-class LayerCache:
-    """Keys and values of one layer: two buffers of (B, n_head, max_length, head_dim), filled from the left."""
-
-    def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
-        self.keys, self.values, self.length = keys, values, length
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new positions, (B, n_head, T, head_dim) each, and return all S = length + T as views."""
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 class KVCache:
-    """A static key/value cache for every layer, allocated once. Made by ``model.make_cache``."""
+    """A static key/value cache for every layer, allocated once. Made by ``model.make_cache``.
 
-    def __init__(self, layers: list[LayerCache]) -> None:
-        self.layers = layers
+    data:    (n_layer, 2, B, n_head, max_length, head_dim): keys, then values; each row is filled from the left.
+    lengths: int64 (B,), a numpy array: how many positions each row remembers. It may be written: a row that is set
+             back to n has forgotten what lay beyond n.
+    """
+
+    def __init__(self, data: Tensor, lengths: np.ndarray) -> None:
+        self.data, self.lengths = data, lengths
 
     @classmethod
     def allocate(
         cls, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
-    ) -> "KVCache":
+    ) -> Self:
         """An empty cache; `shape` is (B, n_head, max_length, head_dim)."""
+        data = torch.zeros(n_layer, 2, *shape, device=device, dtype=dtype)
+        return cls(data, np.zeros(shape[0], dtype=np.int64))
 
-        def buffer() -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.lengths)
 
-        return cls([LayerCache(buffer(), buffer()) for _ in range(n_layer)])
+    def __getitem__(self, rows: slice) -> "KVCache":
+        """Some of the rows, in the same memory."""
+        return KVCache(self.data[:, :, rows], self.lengths[rows])
 
     @property
     def length(self) -> int:
-        """How many positions are remembered."""
-        return self.layers[0].length
+        """How many positions the longest row remembers."""
+        return int(self.lengths.max())
 
     @property
     def max_length(self) -> int:
         """How many positions fit."""
-        return self.layers[0].keys.size(2)
+        return self.data.size(4)
+
+    def extended(self, count: int) -> "Extension":
+        """Make room for `count` new positions in every row, which the layers fill in; see `Extension`."""
+        starts = self.lengths.copy()
+        self.lengths += count
+        return Extension.of(self.data, starts, count)
 
     def repeat(self, n: int) -> "KVCache":
         """A new cache with every row n times: one prompt read once, continued n ways."""
-        return KVCache(
-            [
-                LayerCache(layer.keys.repeat_interleave(n, 0), layer.values.repeat_interleave(n, 0), layer.length)
-                for layer in self.layers
-            ]
-        )
+        return KVCache(self.data.repeat_interleave(n, 2), self.lengths.repeat(n))
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row ``rows[i]`` was, for all i at once."""
+        moved = [i for i, row in enumerate(rows) if i != row]
+        sources = [rows[i] for i in moved]
+        if moved:
+            end = int(self.lengths[sources].max())
+            self.data[:, :, moved, :, :end] = self.data[:, :, sources, :, :end]
+            self.lengths[moved] = self.lengths[sources]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Let row `target` remember the first `length` positions of row `source`, and nothing else."""
+        if source != target:
+            self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
+        self.lengths[target] = length
+
+
+class Extension:
+    """T new positions in each of B rows: where they go, and what each of them may look at.
+
+    positions: (T,) where all rows are equally long, else (B, T): the place of each new token in its text.
+    mask:      None where all rows are equally long, else (B, 1, T, S), True where a position may look at another.
+    """
+
+    def __init__(self, data: Tensor, positions: Tensor, mask: Tensor | None, end: int) -> None:
+        self.data, self.positions, self.mask, self.end = data, positions, mask, end
+
+    @classmethod
+    def of(cls, data: Tensor, starts: np.ndarray, count: int) -> Self:
+        """`count` positions from `starts` (B,) on."""
+        end = int(starts.max()) + count
+        if int(starts.min()) + count == end:
+            return cls(data, torch.arange(end - count, end, device=data.device), None, end)
+        positions = (torch.from_numpy(starts)[:, None] + torch.arange(count)).to(data.device)  # (B, T)
+        mask = torch.arange(end, device=data.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        return cls(data, positions, mask, end)
+
+    def layer(self, index: int) -> "LayerExtension":
+        """The part of one layer."""
+        keys, values = self.data[index, 0], self.data[index, 1]
+        return LayerExtension(keys, values, self)
+
+
+class LayerExtension:
+    """One layer's keys and values, (B, n_head, max_length, head_dim) each, about to grow."""
+
+    def __init__(self, keys: Tensor, values: Tensor, extension: Extension) -> None:
+        self.keys, self.values, self.mask = keys, values, extension.mask
+        self._positions, self._end = extension.positions, extension.end
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new (B, n_head, T, head_dim), and return all S positions as views."""
+        for kept, new in ((self.keys, k), (self.values, v)):
+            if self.mask is None:
+                kept[:, :, self._end - new.size(2) : self._end] = new
+            else:
+                rows = torch.arange(len(new), device=new.device)[:, None]
+                kept[rows, :, self._positions] = new.transpose(1, 2).to(kept.dtype)
+        return self.keys[:, :, : self._end], self.values[:, :, : self._end]

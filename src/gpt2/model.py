@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2.cache import KVCache, LayerCache
+from gpt2.cache import KVCache, LayerExtension
 from gpt2.errors import UserError, did_you_mean
 from gpt2.loss import next_token_loss
 
@@ -65,18 +65,19 @@ class GPTConfig:
                 raise UserError(f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Causal attention as the paper writes it: the reference for tests and the first rung of the speed ladder."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    scores = scores.masked_fill(~_causal_mask(q, k), -math.inf)
+    scores = scores.masked_fill(~(_causal_mask(q, k) if mask is None else mask), -math.inf)
     weights = F.dropout(scores.softmax(-1), dropout)
     return weights @ v  # (B, H, T, D)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """The same through torch's fused kernels (flash attention where the device has it)."""
-    whole = q.size(2) == k.size(2)  # nothing in the cache: the plain triangle
-    mask = None if whole or q.size(2) == 1 else _causal_mask(q, k)  # one token sees all that came before it
+    whole = mask is None and q.size(2) == k.size(2)  # nothing in the cache: the plain triangle
+    if mask is None and not whole and q.size(2) > 1:  # one token sees all that came before it
+        mask = _causal_mask(q, k)
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         q, k, v = q.float(), k.float(), v.float()  # on a CPU the backward pass in bfloat16 takes five times as long
         with torch.autocast("cpu", enabled=False):
@@ -92,6 +93,13 @@ def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
 
 ATTENTIONS = {"sdpa": sdpa_attention, "plain": plain_attention}
 
+OPENAI_SIZES = {  # the four that OpenAI published, by the names they have on the hub
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+
 
 class Attention(nn.Module):
     """Multi-head causal self-attention."""
@@ -103,13 +111,15 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.attend = ATTENTIONS[config.attention]
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cached: LayerExtension | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        mask = None  # all that came before
+        if cached is not None:
+            k, v = cached.append(k, v)  # (B, H, S, D)
+            mask = cached.mask
+        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
@@ -140,8 +150,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cached: LayerExtension | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cached)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
@@ -157,12 +167,12 @@ class Transformer(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        cached = None if cache is None else cache.extended(tokens.size(1))
+        positions = torch.arange(tokens.size(1), device=tokens.device) if cached is None else cached.positions
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.layers[i])
+            x = block(x, None if cached is None else cached.layer(i))
         return self.ln_f(x)
 
 
@@ -196,13 +206,15 @@ class GPT(nn.Module):
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads: int64 (B, T) -> (B, T, C).
 
-        With a cache the tokens continue what it holds, and are added to it.
+        With a cache the tokens continue what its rows hold, each where it is, and are added to them; nothing can be
+        learned from what a cache remembers, so there are no gradients then.
         Raises UserError when there are more positions than the context has.
         """
         length = tokens.size(1) + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise UserError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
-        return self.transformer(tokens, cache)
+        with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
+            return self.transformer(tokens, cache)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position: int64 (B, T) -> (B, T, vocab_size)."""
