@@ -1,9 +1,15 @@
 """What the tests share: real data when it lies beside the checkout, and a home of their own."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from runs import NUMBERS
+from texts import MAKERS, SENTENCES
+
+from gpt2.tokenizer import BPETokenizer, Tokenizer, train_bpe
+from gpt2.train.config import TrainConfig
 
 SHARED = Path(os.environ.get("GPT2_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TIKTOKEN_CACHE = SHARED / "tiktoken-cache"
@@ -12,10 +18,18 @@ if "TIKTOKEN_CACHE_DIR" not in os.environ and TIKTOKEN_CACHE.is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(TIKTOKEN_CACHE)
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the CPU kernel is kept once it was compiled."""
+    return tmp_path_factory.mktemp("native")
+
+
 @pytest.fixture(autouse=True)
-def gpt2_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has its own cache folder and never touches the user's."""
+def gpt2_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> Path:
+    """Every test has its own cache folder, but for compiled code, and never touches the user's."""
     home = tmp_path / "gpt2-home"
+    home.mkdir()
+    (home / "native").symlink_to(compiled)
     monkeypatch.setenv("GPT2_HOME", str(home))
     return home
 
@@ -35,3 +49,89 @@ def gpt2_vocabulary() -> None:
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     if not folder or not any(Path(folder).iterdir()):
         pytest.skip("GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR")
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    """What a rung of the ladder sets for its process is undone, as here it is ours."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def quick_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matmul rate is measured in no time, on a small matrix."""
+    from gpt2.hardware import measure_matmul
+
+    for name in ("gpt2.bench.ladder.measure_matmul", "gpt2.bench.peers.measure_matmul"):
+        monkeypatch.setattr(name, lambda device, dtype, seconds: measure_matmul(device, dtype, 0.001, size=256))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks find none."""
+    for name in ("gpt2.bench.ladder.can_compile", "gpt2.bench.peers.can_compile"):
+        monkeypatch.setattr(name, lambda device: False)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
+    """The commands measure in this process, without compiling."""
+    from gpt2.bench.timing import Here, in_this_process
+
+    monkeypatch.setattr("gpt2.commands.bench.in_fresh_process", in_this_process)
+    monkeypatch.setattr("gpt2.commands.bench.Elsewhere", Here)
+
+
+@pytest.fixture
+def nanogpt(tmp_path: Path) -> str:
+    """A folder with a stand-in for nanoGPT's model.py."""
+    from bench_work import NANOGPT
+
+    folder = tmp_path / "nanoGPT"
+    folder.mkdir()
+    (folder / "model.py").write_text(NANOGPT)
+    return str(folder)
+
+
+@pytest.fixture(params=list(MAKERS))
+def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Each of the three kinds of tokenizer in turn."""
+    if request.param == "gpt2":
+        request.getfixturevalue("gpt2_vocabulary")
+    return MAKERS[request.param]()
+
+
+@pytest.fixture
+def small_bpe() -> BPETokenizer:
+    """A tokenizer of 300 tokens, learned from three sentences."""
+    return train_bpe(SENTENCES, 300)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TrainConfig:
+    """A run of a second or two on a text file."""
+    (tmp_path / "numbers.txt").write_text(NUMBERS)
+    return TrainConfig(
+        name="tiny",
+        out_dir=str(tmp_path / "runs"),
+        data=str(tmp_path / "numbers.txt"),
+        tokenizer="bytes",
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        block_size=32,
+        dropout=0.1,
+        batch_size=8,
+        max_steps=30,
+        lr=3e-3,
+        warmup_steps=5,
+        dtype="float32",
+        device="cpu",
+        eval_every=10,
+        save_every=10,
+        sample_tokens=0,
+    )

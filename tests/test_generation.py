@@ -1,35 +1,36 @@
-"""Sampling is a pure function of logits and a stream; the engine says what an uncached loop would say."""
+"""The engine says what an uncached loop would say."""
 
 import math
-from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import ODD_CONFIGS, random_model, transformers_twin
 
 import gpt2
 from gpt2.errors import UserError
-from gpt2.generation.engine import continuations, stream
-from gpt2.generation.sampling import Sampling, draw, keep_top_k, keep_top_p, probabilities, random_stream
+from gpt2.generation.engine import Engine, Request
+from gpt2.generation.sampling import Sampling, draw, probabilities, random_stream
+from gpt2.generation.text import stream
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
 
 GREEDY = Sampling(temperature=0)
-NO_TOKENS: Any = torch.empty(0, dtype=torch.long)
 TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 
 
 def first_tokens(
-    model: GPT, prompt: list[int], count: int, sampling: Sampling = GREEDY, **kwargs: int
+    model: GPT, prompt: list[int], count: int, sampling: Sampling = GREEDY, num_samples: int = 1, seed: int = 0
 ) -> list[list[int]]:
     """`count` new tokens of each sample: one list a sample."""
-    options = {"num_samples": 1, "seed": 0} | kwargs
-    columns = list(continuations(model, prompt, sampling, max_new_tokens=count, **options))
-    return [list(row) for row in zip(*columns, strict=True)]
+    engine = Engine(model, num_samples, len(prompt) + count)
+    asked = [engine.submit(Request(prompt, sampling, count, seed, sample)) for sample in range(num_samples)]
+    while not engine.idle:
+        engine.step()
+    for continuation in asked:
+        if continuation.error:
+            raise continuation.error
+    return [continuation.new_tokens for continuation in asked]
 
 
 @pytest.mark.parametrize(
@@ -98,91 +99,6 @@ def test_beyond_the_context_the_later_half_is_read_again() -> None:
 
 def test_a_context_of_one() -> None:
     assert len(first_tokens(random_model(replace(TALKER, block_size=1)), [5], 4)[0]) == 4
-
-
-logits_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(lambda row: torch.tensor([row]))
-
-
-@settings(deadline=None)
-@given(logits_rows, st.integers(1, 50))
-def test_top_k_equals_transformers(logits: torch.Tensor, k: int) -> None:
-    from transformers import TopKLogitsWarper
-
-    ours = keep_top_k(logits, k) if k < logits.size(-1) else logits
-    assert torch.equal(ours, TopKLogitsWarper(k)(NO_TOKENS, logits))
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 60), st.floats(0.05, 0.99))
-def test_top_p_equals_transformers(seed: int, size: int, p: float) -> None:
-    from transformers import TopPLogitsWarper
-
-    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
-    shares = logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
-    if (shares - p).abs().min() < 1e-5:
-        return  # a tie within rounding may go either way
-    assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(NO_TOKENS, logits))
-
-
-def test_top_p_keeps_one_token_when_one_is_enough() -> None:
-    logits = torch.tensor([[0.9, 0.05, 0.05]]).log()
-    assert keep_top_p(logits, 0.5).isfinite().tolist() == [[True, False, False]]
-    assert keep_top_p(logits, 1e-9).isfinite().sum() == 1
-
-
-def test_temperature() -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert probabilities(logits, Sampling(0)).tolist() == [[0, 1, 0]]
-    assert torch.equal(probabilities(logits, Sampling(0.5)), (logits * 2).softmax(-1))
-    assert probabilities(logits, Sampling(1e-4)).argmax() == 1
-    assert probabilities(logits, Sampling(1e4))[0] == pytest.approx([1 / 3] * 3, abs=1e-3)
-
-
-@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-21])
-def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
-    logits = torch.tensor([[1.0, 3.0, -torch.inf, 2.999999], [-4e4, 2.0, 2.0, 1.0]])
-    assert torch.equal(probabilities(logits, Sampling(temperature)), probabilities(logits, GREEDY))
-    cold = Sampling(temperature, top_k=2, top_p=0.5)
-    assert torch.equal(probabilities(logits, cold), probabilities(logits, GREEDY))
-
-
-def test_cold_temperatures_are_distributions() -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0], [3e4, 3e4, -3e4]])
-    for temperature in (1e-19, 1e-10, 1e-6):
-        probs = probabilities(logits, Sampling(temperature))
-        assert probs.tolist() == [[0, 1, 0], [0.5, 0.5, 0]]
-
-
-def test_draws_follow_the_probabilities() -> None:
-    probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]])
-    own = random_stream(1, 0)
-    counts = Counter(int(draw(probs, [own])) for _ in range(4000))
-    assert counts[1] == 0
-    chi_square = sum((counts[i] - 4000 * p) ** 2 / (4000 * p) for i, p in ((0, 0.5), (2, 0.3), (3, 0.2)))
-    assert chi_square < 13.8  # 2 degrees of freedom: one seed in a thousand is worse
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.integers(0, 2**63), st.integers(0, 5))
-def test_a_token_without_probability_is_never_drawn(seed: int, alive: int) -> None:
-    probs = torch.zeros(1, 6)
-    probs[0, alive] = 1e-30
-    assert int(draw(probs, [random_stream(seed, 0)])) == alive
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temperature": -1.0}, "temperature must be 0 or more"),
-        ({"temperature": math.nan}, "temperature must be 0 or more"),
-        ({"top_k": -1}, "top-k must be 0"),
-        ({"top_p": 0.0}, "top-p must be over 0"),
-        ({"top_p": 1.1}, "top-p must be over 0 and at most 1"),
-    ],
-)
-def test_impossible_settings(values: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Sampling(**values)
 
 
 def test_generate_returns_prompt_and_continuation_and_is_reproducible() -> None:

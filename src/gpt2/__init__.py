@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt2.cache import KVCache
     from gpt2.errors import UserError
-    from gpt2.generation.engine import generate, stream
+    from gpt2.generation.sampling import Sampling
+    from gpt2.generation.text import generate, stream
     from gpt2.model import GPT, GPTConfig
     from gpt2.tokenizer import Tokenizer, get_tokenizer
     from gpt2.weights import load, save
@@ -15,19 +16,21 @@ _HOME_OF = {
     "GPT": "gpt2.model",
     "GPTConfig": "gpt2.model",
     "KVCache": "gpt2.cache",
+    "Sampling": "gpt2.generation.sampling",
     "Tokenizer": "gpt2.tokenizer",
     "UserError": "gpt2.errors",
-    "generate": "gpt2.generation.engine",
+    "generate": "gpt2.generation.text",
     "get_tokenizer": "gpt2.tokenizer",
     "load": "gpt2.weights",
     "save": "gpt2.weights",
-    "stream": "gpt2.generation.engine",
+    "stream": "gpt2.generation.text",
 }
 
 __all__ = [
     "GPT",
     "GPTConfig",
     "KVCache",
+    "Sampling",
     "Tokenizer",
     "UserError",
     "generate",

@@ -30,6 +30,11 @@ def path_of(text: str | Path) -> Path:
         raise UserError(f"{text} cannot be found: {str(error)[:1].lower()}{str(error)[1:].rstrip('.')}") from None
 
 
+def cache_home() -> Path:
+    """Where downloads, prepared data and compiled code are kept: $GPT2_HOME, or ~/.cache/gpt2."""
+    return path_of(os.environ.get("GPT2_HOME") or "~/.cache/gpt2")
+
+
 def check_regular(path: Path) -> None:
     """Raise `UserError` for a pipe, socket or device, which could be waited for without end, and for a folder.
 

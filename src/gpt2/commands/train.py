@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gpt2.cli import Parser
-from gpt2.data.shards import holds_shards
+from gpt2.data.prepare import named_shards
 from gpt2.errors import UserError
 from gpt2.files import path_of
-from gpt2.generation.engine import generate
+from gpt2.generation.text import generate
 from gpt2.train.config import RECIPES, TrainConfig, recipe, resumed, run_name, to_toml, with_values
 from gpt2.train.guard import replay
 from gpt2.train.trainer import Interrupted, train
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
     parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
     parser.flag("replay", metavar="DUMP", help="compute a step of RUN/dumps/ again: what went bad first?")
-    _add_training_flags(parser)
+    add_training_flags(parser)
     given = vars(parser.parse_args(argv))
     if (dump := given.pop("replay")) is not None:
         print(replay(path_of(dump)))
@@ -60,7 +60,7 @@ def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
         if not (folder / "config.toml").is_file():
             raise UserError(f"--resume {folder}: there is no run in that folder")
         return resumed(folder, given)
-    if "data" in given and holds_shards(path_of(given["data"])):
+    if "data" in given and named_shards(given["data"]) is not None:
         given = {"tokenizer": None, **given}  # shards know their own: a recipe's does not speak against it
     own = next((name for name in ("n_layer", "n_head", "n_embd") if name in given and given.get("init_from")), None)
     if own is not None:
@@ -77,7 +77,7 @@ def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _add_training_flags(parser: Parser) -> None:
+def add_training_flags(parser: Parser) -> None:
     """A flag for every field of TrainConfig; only those given end up in the parsed result."""
     types = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):

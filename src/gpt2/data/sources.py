@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import check_regular, made_by_program, path_of, work_folder
+from gpt2.files import cache_home, check_regular, made_by_program, path_of, sha256_of, work_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -110,11 +110,6 @@ class Source:
 
     name: str
     documents: tuple[Document, ...]
-
-
-def cache_home() -> Path:
-    """Where downloads and prepared data are kept: $GPT2_HOME, or ~/.cache/gpt2."""
-    return path_of(os.environ.get("GPT2_HOME") or "~/.cache/gpt2")
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
@@ -236,8 +231,7 @@ def _reason(error: Exception) -> str:
 def _check_sha256(path: Path, sha256: str, url: str) -> None:
     check_regular(path)
     try:
-        with path.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        found = sha256_of(path)
     except OSError as error:
         raise _unreadable(path, error) from None
     if found != sha256:

@@ -1,70 +1,264 @@
 """Logits to a token: pure functions, one definition for every decoder.
 
-The order is that of `transformers`: temperature, then top-k, then top-p over what top-k left.
+The order is that of `transformers` (5.23, `GenerationMixin._get_logits_processor`), with OpenAI's settings put in:
+
+    logit bias, repetition penalty, presence and frequency penalty, no-repeat n-grams, bad words, minimum length;
+    temperature, top-k, top-p, min-p, typical, epsilon, eta.
+
+Each works on what the one before it left; see `gpt2.generation.filters` for each. Greedy decoding (temperature 0)
+takes the most likely token after the first line, the first in the vocabulary of those that are equal.
+
+A token is drawn by one random number of its row's own stream: the first token in the order of the vocabulary at
+which the cumulated probability exceeds the number. `choose` is `draw` of `probabilities`, done faster: it never
+looks again at the tokens that top-k, top-p or min-p leave no chance.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
+from gpt2.generation.candidates import Part, candidates
+from gpt2.generation.filters import (
+    BLOCK,
+    History,
+    ban_early_end,
+    ban_repeated_ngrams,
+    ban_words,
+    bias_logits,
+    block_of,
+    block_sums,
+    first_largest,
+    keep_epsilon,
+    keep_eta,
+    keep_min_p,
+    keep_top_p,
+    keep_typical,
+    largest,
+    penalize_frequency,
+    penalize_presence,
+    penalize_repetition,
+    precise,
+)
 
 GREEDY_BELOW = 1e-20  # colder than this nothing but the most likely token has a chance, and a division could overflow
+LARGEST = 1e6  # of penalties, biases and temperatures: what they make of a logit fits float32
+ROWS = 8  # so many at once on a CPU: what is made on the way then stays in its cache, and in memory it has already
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen. The defaults sample from the model's own distribution.
 
-    temperature: divides the logits; 0 takes the most likely token, always.
-    top_k:       only the k most likely tokens; 0 for all.
-    top_p:       only the smallest set of most likely tokens whose probabilities sum to p; 1 for all.
+    temperature:          divides the logits; 0 takes the most likely token, always.
+    top_k:                only the k most likely tokens; 0 for all.
+    top_p:                only the smallest set of most likely tokens whose probabilities sum to p; 1 for all.
+    min_p:                only tokens at least p times as likely as the most likely one; 0 for all.
+    typical_p:            only the tokens of the most expected surprise, until they sum to p; 1 for all.
+    epsilon_cutoff:       only tokens of at least this probability; 0 for all.
+    eta_cutoff:           the same with a cut that follows the entropy; 0 for all.
+    repetition_penalty:   divides the logits above 0 of what was said, prompt included, and multiplies those below.
+    presence_penalty:     is subtracted from the logits of what the continuation holds.
+    frequency_penalty:    the same, as many times as the continuation holds it.
+    no_repeat_ngram_size: no run of so many tokens twice; 0 for no such rule.
+    logit_bias:           {id: bias}, added to the logits; minus infinity rules a token out.
+    bad_words:            sequences of ids that are never said.
+    min_new_tokens:       no end of text before so many new tokens.
 
-    Raises UserError for settings that leave nothing to choose from.
+    Hashable: `logit_bias` is kept as pairs sorted by id, `bad_words` as tuples.
+    Raises UserError for settings that make no sense or leave nothing to choose from.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    bad_words: Iterable[Sequence[int]] = ()
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"top-k must be 0 (all) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p must be over 0 and at most 1, not {self.top_p}")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "bad_words", _words(self.bad_words))
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
+            value, label = getattr(self, name), name.replace("_", "-")
+            if not isinstance(value, int) or value < 0:
+                meaning = "0 (all)" if name == "top_k" else "0"
+                raise UserError(f"{label} must be {meaning} or more, and whole, not {value}")
+        fits = {
+            "temperature": (0 <= self.temperature <= LARGEST, f"0 or more and at most {LARGEST:,.0f}"),
+            "top_p": (0 < self.top_p <= 1, "over 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "0 or more and at most 1"),
+            "typical_p": (0 < self.typical_p <= 1, "over 0 and at most 1"),
+            "epsilon_cutoff": (0 <= self.epsilon_cutoff < 1, "0 or more and under 1"),
+            "eta_cutoff": (0 <= self.eta_cutoff < 1, "0 or more and under 1"),
+            "repetition_penalty": (
+                1 / LARGEST <= self.repetition_penalty <= LARGEST,
+                f"over 0 (at least {1 / LARGEST}) and at most {LARGEST:,.0f}",
+            ),
+            "presence_penalty": (abs(self.presence_penalty) <= LARGEST, f"at most {LARGEST:,.0f} either way"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= LARGEST, f"at most {LARGEST:,.0f} either way"),
+        }
+        for name, (fit, wanted) in fits.items():
+            if not fit:
+                raise UserError(f"{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, and no random number."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a token depends on the row's `History`."""
+        penalties = (self.repetition_penalty != 1, self.presence_penalty != 0, self.frequency_penalty != 0)
+        return any((*penalties, self.no_repeat_ngram_size, self.bad_words, self.min_new_tokens))
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises UserError if `logit_bias` or `bad_words` name an id that a vocabulary of this size does not have."""
+        words = cast("tuple[tuple[int, ...], ...]", self.bad_words)
+        named = {"logit-bias": dict(self.logit_bias), "bad-words": [token for word in words for token in word]}
+        for name, ids in named.items():
+            if ids and max(ids) >= vocab_size:
+                raise UserError(f"{name}: token {max(ids)} is not in the model's vocabulary of {vocab_size:,}")
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution a token is drawn from: logits (B, V) -> probabilities (B, V) in float32."""
-    logits = logits.float()
-    if sampling.temperature < GREEDY_BELOW:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.size(-1):
-        logits = keep_top_k(logits, sampling.top_k)
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs sorted by id; ids may be strings of digits, as JSON has them for keys."""
+    try:
+        pairs = {int(token): float(bias) for token, bias in (given.items() if isinstance(given, Mapping) else given)}
+    except (TypeError, ValueError):
+        raise UserError(f"logit-bias must give a number for each token id, not {given!r:.80}") from None
+    for token, bias in pairs.items():
+        if token < 0 or not (abs(bias) <= LARGEST or bias == -math.inf):
+            raise UserError(
+                f"logit-bias must give ids of 0 or more a bias of at most {LARGEST:,.0f} either way (-inf to ban), "
+                f"not {token}: {bias}"
+            )
+    return tuple(sorted(pairs.items()))
+
+
+def _words(given: Any) -> tuple[tuple[int, ...], ...]:
+    try:
+        words = tuple(tuple(word) for word in given)
+    except TypeError:
+        raise UserError(f"bad-words must be sequences of token ids, not {given!r:.80}") from None
+    for word in words:
+        if not word or not all(isinstance(token, int) and token >= 0 for token in word):
+            raise UserError(f"bad-words must be sequences of one token id or more, each 0 or more, not {list(word)}")
+    return words
+
+
+def probabilities(logits: Tensor, sampling: Sampling, histories: Sequence[History] | None = None) -> Tensor:
+    """The distribution a token is drawn from: logits (B, V) -> probabilities (B, V) in float32.
+
+    logits:    minus infinity rules a token out; no nan, and not all of a row ruled out (`engine.check_finite`).
+    histories: one for each row; may be None if no setting looks back.
+
+    A row's result does not depend on the other rows. Raises UserError if the settings rule out every token of a row.
+    """
+    logits = adjusted(logits, sampling, histories)
+    probs = torch.zeros_like(logits)
+    if sampling.greedy:
+        return probs.scatter_(-1, first_largest(logits), 1.0)
+    for part in candidates(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p):
+        part_probs = _filtered(part, sampling).softmax(-1)
+        if part.ids is None:
+            return part_probs
+        probs[torch.tensor(part.rows, device=probs.device).unsqueeze(-1), part.ids] = part_probs
+    return probs
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, histories: Sequence[History] | None, streams: Sequence[torch.Generator]
+) -> Tensor:
+    """The next token of each row, (B, V) -> (B,): `draw` of `probabilities`, done faster.
+
+    Greedy decoding takes no number from the streams, anything else takes one of each.
+    Raises what `probabilities` does, and then no number was taken from any stream.
+    """
+    if sampling.greedy:
+        return first_largest(adjusted(logits, sampling, histories)).squeeze(-1)
+    if logits.device.type != "cpu" or len(logits) <= ROWS:
+        return _drawn(adjusted(logits, sampling, histories), sampling, streams)
+    chunks = []
+    for i in range(0, len(logits), ROWS):
+        past = None if histories is None else histories[i : i + ROWS]
+        chunks.append((adjusted(logits[i : i + ROWS], sampling, past), streams[i : i + ROWS]))
+    return torch.cat([_drawn(chunk, sampling, own) for chunk, own in chunks])
+
+
+def _drawn(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> Tensor:
+    chosen = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for part in candidates(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p):
+        drawn = draw(_filtered(part, sampling).softmax(-1), [streams[row] for row in part.rows])
+        if part.ids is None:
+            return drawn
+        chosen[part.rows] = part.ids.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+    return chosen
+
+
+def adjusted(logits: Tensor, sampling: Sampling, histories: Sequence[History] | None = None) -> Tensor:
+    """Biases, penalties and bans, which greedy decoding and search follow too: logits (B, V) -> (B, V) in float32."""
+    given, logits = logits, logits.float()
+    biases = cast("tuple[tuple[int, float], ...]", sampling.logit_bias)
+    if not (biases or sampling.looks_back):
+        return logits
+    if histories is None and sampling.looks_back:
+        raise ValueError("these settings look back: they need the histories")
+    logits = logits.clone() if logits is given else logits
+    if biases:
+        bias_logits(logits, biases, in_place=True)
+    if histories is not None:
+        _look_back(logits, sampling, histories)
+    if (logits.amax(-1) == -torch.inf).any():
+        raise UserError("logit-bias, bad-words, no-repeat-ngram-size and min-new-tokens together rule out every token")
+    return logits
+
+
+def _look_back(logits: Tensor, sampling: Sampling, histories: Sequence[History]) -> None:
+    """In place."""
+    words = cast("tuple[tuple[int, ...], ...]", sampling.bad_words)
+    if sampling.repetition_penalty != 1:
+        penalize_repetition(logits, histories, sampling.repetition_penalty, in_place=True)
+    if sampling.presence_penalty:
+        penalize_presence(logits, histories, sampling.presence_penalty, in_place=True)
+    if sampling.frequency_penalty:
+        penalize_frequency(logits, histories, sampling.frequency_penalty, in_place=True)
+    if sampling.no_repeat_ngram_size:
+        ban_repeated_ngrams(logits, histories, sampling.no_repeat_ngram_size, in_place=True)
+    if words:
+        ban_words(logits, histories, words, in_place=True)
+    if sampling.min_new_tokens:
+        ban_early_end(logits, histories, sampling.min_new_tokens, in_place=True)
+
+
+def _filtered(part: Part, sampling: Sampling) -> Tensor:
+    """Top-p and what comes after it."""
+    logits = part.logits
     if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    return logits.softmax(-1)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each row (more if the last are equal), the others at minus infinity."""
-    smallest_kept = logits.topk(k, -1).values[..., -1:]
-    return logits.masked_fill(logits < smallest_kept, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The nucleus of Holtzman et al. 2020: a token stays while those more likely than it sum to less than `p`."""
-    ordered, order = logits.sort(-1, descending=True)
-    share = ordered.softmax(-1)
-    dropped = share.cumsum(-1) - share >= p
-    dropped[..., 0] = False  # whatever the rounding, the most likely token stays
-    return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+        logits = keep_top_p(logits, sampling.top_p, part.shares)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    if sampling.typical_p < 1:
+        logits = keep_typical(logits, sampling.typical_p)
+    if sampling.epsilon_cutoff > 0:
+        logits = keep_epsilon(logits, sampling.epsilon_cutoff)
+    if sampling.eta_cutoff > 0:
+        logits = keep_eta(logits, sampling.eta_cutoff)
+    return logits
 
 
 def random_stream(seed: int, sample: int) -> torch.Generator:
@@ -74,9 +268,34 @@ def random_stream(seed: int, sample: int) -> torch.Generator:
 
 
 def draw(probs: Tensor, streams: Sequence[torch.Generator]) -> Tensor:
-    """One token a row, (B, V) -> (B,), each row by one number of its own stream (inverse transform sampling)."""
-    precise = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    u = torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in streams])  # (B,)
-    cdf = probs.to(precise).cumsum(-1)  # (B, V)
-    at = (u.to(probs.device, precise) * cdf[:, -1]).unsqueeze(1)
-    return torch.searchsorted(cdf, at, right=True).clamp_(max=probs.size(-1) - 1).squeeze(1)
+    """One token a row, (B, V) -> (B,), each row by one number of its own stream (inverse transform sampling).
+
+    `probs` need not sum to 1. What has none is never drawn.
+    """
+    u = torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in streams]).unsqueeze(-1)
+    u = u.to(probs.device, precise(probs))  # (B, 1)
+    if probs.size(-1) <= BLOCK:
+        cdf = probs.to(u.dtype).cumsum(-1)  # (B, V)
+        return _first_above(cdf, u * cdf[:, -1:]).squeeze(-1)
+    cdf = block_sums(probs, u.dtype).cumsum(-1)  # (B, blocks): first the block, then the token in it
+    at = u * cdf[:, -1:]
+    block = _first_above(cdf, at)  # (B, 1)
+    before = torch.cat((torch.zeros_like(u), cdf), -1).gather(-1, block)
+    within, ids = block_of(probs, block, 0.0)  # (B, BLOCK)
+    return ids.gather(-1, _first_above(within.to(u.dtype).cumsum(-1), at - before)).squeeze(-1)
+
+
+def _first_above(cdf: Tensor, at: Tensor) -> Tensor:
+    """(B, 1): where `cdf` (B, n) first exceeds `at` (B, 1), or where it last rises if rounding put `at` too high."""
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
+    return torch.searchsorted(cdf, at, right=True).minimum(last).clamp_(max=cdf.size(-1) - 1)
+
+
+def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model itself thinks, before any setting: natural logarithms of probabilities, as OpenAI's API gives.
+
+    logits (B, V), ids (B,) -> of the ids (B,); the `top` most likely tokens (B, top) and theirs (B, top), best first.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    best = largest(logprobs, min(top, logits.size(-1))) if top else ids.new_empty(len(logits), 0)
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), best, logprobs.gather(-1, best)
