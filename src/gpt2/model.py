@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2.cache import KVCache, LayerExtension
+from gpt2.cache import Extension, KVCache, LayerExtension
 from gpt2.errors import UserError, did_you_mean
 from gpt2.loss import next_token_loss
 
@@ -166,8 +166,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = config.dropout
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        cached = None if cache is None else cache.extended(tokens.size(1))
+    def forward(self, tokens: Tensor, cached: Extension | None = None) -> Tensor:
         positions = torch.arange(tokens.size(1), device=tokens.device) if cached is None else cached.positions
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.dropout, self.training)
@@ -214,7 +213,7 @@ class GPT(nn.Module):
         if length > self.config.block_size:
             raise UserError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
-            return self.transformer(tokens, cache)
+            return self.transformer(tokens, None if cache is None else cache.extended(tokens.size(1)))
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position: int64 (B, T) -> (B, T, vocab_size)."""

@@ -4,6 +4,7 @@ import torch
 
 from gpt2.errors import UserError, did_you_mean
 from gpt2.generation.engine import LanguageModel
+from gpt2.generation.graphs import GraphedGPT
 from gpt2.model import GPT
 from gpt2.native.build import library
 from gpt2.native.model import NativeGPT
@@ -15,8 +16,9 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 def accelerated(model: LanguageModel, precision: str | None = None) -> LanguageModel:
     """`model` for inference in a precision: "float32", "bfloat16", "float16", "int8" or "int4"; None for its own.
 
-    On a CPU it runs through the kernel of `gpt2.native`; where that cannot be compiled, the log says why, and torch
-    runs it, with the same rounded weights. Raises UserError for a precision that the device does not have.
+    On CUDA its decoding steps become CUDA graphs. On a CPU it runs through the kernel of `gpt2.native`; where that
+    cannot be compiled, the log says why, and torch runs it, with the same rounded weights.
+    Raises UserError for a precision that the device does not have.
     """
     if not isinstance(model, GPT):  # somebody has chosen
         return model
@@ -27,7 +29,8 @@ def accelerated(model: LanguageModel, precision: str | None = None) -> LanguageM
     if model.device.type != "cpu" or precision == "float16":
         if precision in GROUPS:
             raise UserError(f"{precision} is for the CPU: on {model.device} there are float32, bfloat16 and float16")
-        return model.to(getattr(torch, precision))
+        model = model.to(getattr(torch, precision))
+        return GraphedGPT(model) if model.device.type == "cuda" else model
     kernel = library()
     if kernel is not None:
         return NativeGPT(model, precision, kernel)

@@ -1,0 +1,106 @@
+"""Decoding on a GPU as CUDA graphs: a step of some two hundred small kernels, launched as one.
+
+Not run by its authors, who had no GPU; what is captured is compared with the model on a CPU, uncaptured.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt2.cache import Extension, KVCache
+from gpt2.errors import UserError
+from gpt2.model import GPT
+
+STEP = 128  # a graph looks back over a multiple of so many positions
+WORTH = 8  # a shape is captured when it has come so many times
+Step = Callable[[], Tensor]
+
+
+class GraphedGPT:
+    """`model`, with every decoding step (one token a row) that comes often captured once and then replayed.
+
+    A graph belongs to a cache, a number of rows, and a length up to which it looks back; prompts are read as ever.
+    capture: makes of a step one that can be repeated, with what stands in its input tensors at the time.
+    """
+
+    def __init__(self, model: GPT, capture: Callable[[Step], Step] | None = None) -> None:
+        self.model, self.config = model, model.config
+        self._capture = capture or cuda_graph
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """See `GPT.make_cache`. The graphs of the cache before are let go."""
+        self._graphs.clear()
+        self._seen.clear()
+        return self.model.make_cache(batch_size, max_length)
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """See `GPT.hidden_states`."""
+        if cache is None or tokens.size(1) != 1:
+            return self.model.hidden_states(tokens, cache)
+        if cache.length >= self.config.block_size:
+            raise UserError(f"{cache.length + 1} tokens do not fit the model's context of {self.config.block_size}")
+        end = min(-(-(cache.length + 1) // STEP) * STEP, cache.max_length)
+        key = (cache.data.data_ptr(), len(tokens), end)
+        self._seen[key] += 1
+        if self._seen[key] < WORTH:
+            return self.model.hidden_states(tokens, cache)
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(self.model, cache, end, self._capture)
+        return self._graphs[key].run(tokens, cache)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits: (..., C) -> (..., vocab_size)."""
+        return self.model.lm_head(hidden)
+
+
+class _Graph:
+    """One shape of a decoding step, with the tensors that its input is written to."""
+
+    def __init__(self, model: GPT, cache: KVCache, end: int, capture: Callable[[Step], Step]) -> None:
+        device = model.device
+        self._tokens = torch.zeros(len(cache), 1, dtype=torch.long, device=device)
+        self._positions = torch.from_numpy(cache.lengths[:, None].copy()).to(device)  # (B, 1)
+        data, places = cache.data, torch.arange(end, device=device)
+
+        def step() -> Tensor:
+            mask = places <= self._positions[:, None, :, None]  # (B, 1, 1, S)
+            return model.transformer(self._tokens, Extension(data, self._positions, mask, end))
+
+        self._step = capture(step)
+
+    def run(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        self._tokens.copy_(tokens)
+        self._positions.copy_(torch.from_numpy(cache.lengths[:, None].copy()))
+        cache.lengths += 1
+        return self._step().clone()  # the next replay writes to the same place
+
+
+def cuda_graph(step: Step) -> Step:
+    """Capture a step as a CUDA graph, after the warm-up on another stream that torch's documentation asks for.
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return hidden
+
+    return replay
