@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe_machine
+from machine import write_result
 
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import manage_freed_memory, pick_device
@@ -20,7 +20,6 @@ from gpt2.train.checkpoint import CheckpointWriter
 from gpt2.train.config import TrainConfig
 from gpt2.train.optim import build_optimizers
 
-RESULT = Path(__file__).parent / "results" / "checkpoint_stall.json"
 SAVES = 4
 
 
@@ -48,15 +47,13 @@ def main() -> None:
             beside.append(step())
             writer.wait()
             writes.append(writer.write_seconds)
-    result = {
-        "command": "python benchmarks/checkpoint_stall.py",
-        "machine": describe_machine(),
+    found = {
         "device": str(device),
         "stall_seconds": {"first": stalls[0], "later": statistics.median(stalls[1:])},
         "write_seconds": statistics.median(writes),
         "step_seconds": {"alone": statistics.median(alone), "beside_a_write": statistics.median(beside)},
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result = write_result("checkpoint_stall", "python benchmarks/checkpoint_stall.py", found)
     print(json.dumps(result, indent=2))
 
 

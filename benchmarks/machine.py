@@ -1,25 +1,26 @@
-"""The machine, date and commit that a number was made on."""
+"""What a benchmark leaves behind: its numbers in results/, with the machine, date and commit they were made on."""
 
-import datetime
-import platform
-import subprocess
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from gpt2.bench.timing import environment
+from gpt2.hardware import device_name
 
-def describe_machine() -> dict[str, str | int]:
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine() -> dict[str, Any]:
     """What to write beside a measurement."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "src"], cwd=root, capture_output=True, text=True)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() + (" and uncommitted changes" if changed.stdout.strip() else ""),
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    gpu = device_name(torch.device("cuda")) if torch.cuda.is_available() else "none"
+    return {**environment(), "cpu": device_name(torch.device("cpu")), "gpu": gpu}
+
+
+def write_result(name: str, command: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Write results/NAME.json: the command, this machine, and what was found. Returns what was written."""
+    result = {"command": command, "machine": describe_machine(), **found}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result

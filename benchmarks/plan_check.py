@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import describe_machine
+from machine import RESULTS, describe_machine
 
-RESULT = Path(__file__).parent / "results" / "plan_check.json"
+RESULT = RESULTS / "plan_check.json"
 MID = "--n-layer 6 --n-head 6 --n-embd 384 --block-size 256 --batch-size 16 --tokenizer bpe:1024"
 SMALL_GPT2 = "--n-layer 12 --n-head 12 --n-embd 768 --block-size 256 --batch-size 4 --tokenizer gpt2"
 SHAPES = {

@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe_machine
+from machine import write_result
 
 NANOGPT_FLAGS = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
-RESULT = Path(__file__).parent / "results" / "shakespeare_race.json"
 
 
 def run_nanogpt(checkout: Path, data: Path, folder: Path) -> dict[str, float]:
@@ -73,11 +72,10 @@ def run_ours(data: Path, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "steps": last["step"], "val_loss": last["val_loss"]}
 
 
-def write_result(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def write_rounds(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Write the JSON of the rounds so far; returns the medians."""
-    result = {
-        "command": "python benchmarks/shakespeare_race.py --nanogpt PATH --data input.txt",
-        "machine": describe_machine(),
+    assert all(math.isfinite(r["ours"]["val_loss"]) for r in rounds)
+    found = {
         "rounds": rounds,
         "median": {
             side: {key: median(r[side][key] for r in rounds) for key in ("seconds", "val_loss")}
@@ -86,10 +84,8 @@ def write_result(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         "time_ratio_of_medians": median(r["ours"]["seconds"] for r in rounds)
         / median(r["nanogpt"]["seconds"] for r in rounds),
     }
-    assert all(math.isfinite(r["ours"]["val_loss"]) for r in rounds)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    return result["median"]
+    command = "python benchmarks/shakespeare_race.py --nanogpt PATH --data input.txt"
+    return write_result("shakespeare_race", command, found)["median"]
 
 
 def main() -> None:
@@ -106,8 +102,8 @@ def main() -> None:
         rounds.append({"nanogpt": theirs, "ours": ours})
         print(f"round {number + 1}: nanoGPT {theirs['val_loss']:.4f} in {theirs['seconds']:.1f} s, ", end="")
         print(f"ours {ours['val_loss']:.4f} in {ours['seconds']:.1f} s", flush=True)
-        write_result(rounds)
-    print(json.dumps(write_result(rounds), indent=2))
+        write_rounds(rounds)
+    print(json.dumps(write_rounds(rounds), indent=2))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import write_result
 
 from gpt2.train.config import TrainConfig, to_toml
-from gpt2.train.report import read_metrics
+from gpt2.train.report import read_metrics, without_times
 
-RESULT = Path(__file__).parent / "results" / "soak.json"
 MOMENTS = ("starting", "training", "saving", "saving")  # when to kill; saving is what this is about
-CLOCKED = "second"  # in the names of what no two runs have alike
 NOT_COMPARED = (".png", ".md", ".jsonl")  # pictures and words with times in them; metrics.jsonl is compared by line
 TIMEOUT = 600.0  # seconds that one process may take
 
@@ -154,15 +152,10 @@ def differences(whole: Path, cut: Path) -> list[str]:
         one, other = whole / name, cut / name
         if one.is_file() and not name.endswith(NOT_COMPARED) and one.read_bytes() != other.read_bytes():
             found.append(name)
-    if timeless(whole) != timeless(cut):
+    metrics = [without_times(read_metrics(folder / "metrics.jsonl")) for folder in (whole, cut)]
+    if metrics[0] != metrics[1]:
         found.append("metrics.jsonl")
     return found
-
-
-def timeless(run: Path) -> list[dict[str, Any]]:
-    """A run's metrics without what the clock says."""
-    records = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if CLOCKED not in k} for record in records]
 
 
 def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -200,14 +193,8 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = soak(args.kills, args.seed, Path(folder), lambda line: print(line, flush=True))
-    result = {
-        "command": f"python benchmarks/soak.py --kills {args.kills} --seed {args.seed}",
-        "machine": describe_machine(),
-        "seconds": round(time.monotonic() - began),
-        **found,
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    command = f"python benchmarks/soak.py --kills {args.kills} --seed {args.seed}"
+    result = write_result("soak", command, {"seconds": round(time.monotonic() - began), **found})
     print(json.dumps(result, indent=2))
     return 1 if found["differences"] else 0
 

@@ -16,12 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import RESULTS, write_result
 from matplotlib.figure import Figure
 
 RATES = {"adamw": (3e-3, 6e-3, 1e-2, 2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
 COLOURS = {"adamw": "#1f77b4", "muon": "#d62728"}
-RESULTS = Path(__file__).parent / "results"
 
 
 def learn(optimizer: str, rate: float, steps: int, data: Path, folder: Path) -> dict[str, Any]:
@@ -103,17 +102,15 @@ def main() -> None:
         for name in RATES
     }
     goal = best["adamw"]["curve"][-1]["val_loss"]
-    result = {
-        "command": "python benchmarks/time_to_quality.py --data input.txt",
-        "machine": describe_machine(),
+    found = {
         "goal": goal,
         "to_goal": {name: reached(run, goal) for name, run in best.items()},
         "best_lr": {name: run["lr"] for name, run in best.items()},
         "runs": runs,
     }
-    (RESULTS / "time_to_quality.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result("time_to_quality", "python benchmarks/time_to_quality.py --data input.txt", found)
     draw(runs, best, RESULTS / "time_to_quality.png")
-    print(json.dumps({key: result[key] for key in ("goal", "to_goal", "best_lr")}, indent=1))
+    print(json.dumps({key: found[key] for key in ("goal", "to_goal", "best_lr")}, indent=1))
 
 
 if __name__ == "__main__":

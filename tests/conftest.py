@@ -25,10 +25,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def gpt2_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> Path:
+def gpt2_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> Path:
     """Every test has its own cache folder, but for compiled code, and never touches the user's."""
-    home = tmp_path / "gpt2-home"
-    home.mkdir()
+    home = tmp_path_factory.mktemp("gpt2-home")
     (home / "native").symlink_to(compiled)
     monkeypatch.setenv("GPT2_HOME", str(home))
     return home

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from learner import TOKENIZER, Learner, contents
+from runs import NUMBERS
 
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
@@ -21,32 +22,12 @@ from gpt2.train.config import TrainConfig, read_toml, resumed
 from gpt2.train.folder import RunFolder, check_facts, cut_samples, fingerprint, run_facts, start_folder
 from gpt2.train.trainer import train
 
-TEXT = "".join(f"The number {i} comes before the number {i + 1}, as everybody knows.\n" for i in range(400))
-
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> TrainConfig:
-    (tmp_path / "numbers.txt").write_text(TEXT)
-    return TrainConfig(
-        name="tiny",
-        out_dir=str(tmp_path / "runs"),
-        data=str(tmp_path / "numbers.txt"),
-        tokenizer="bytes",
-        n_layer=1,
-        n_head=2,
-        n_embd=32,
-        block_size=32,
-        dropout=0.1,
-        batch_size=4,
-        max_steps=6,
-        lr=3e-3,
-        warmup_steps=2,
-        dtype="float32",
-        device="cpu",
-        eval_every=0,
-        save_every=2,
-        sample_tokens=5,
-    )
+def tiny(tiny: TrainConfig) -> TrainConfig:
+    """A smaller run, which saves and says something at every second step."""
+    small = replace(tiny, n_layer=1, batch_size=4, max_steps=6, warmup_steps=2)
+    return replace(small, eval_every=0, save_every=2, sample_tokens=5)
 
 
 def test_a_fresh_folder_appears_whole_and_its_lock_goes_with_the_run(tiny: TrainConfig) -> None:
@@ -227,7 +208,7 @@ def test_the_fingerprint_follows_the_tokens_and_not_the_place(tiny: TrainConfig,
     moved = text.rename(tmp_path / "moved.txt")
     assert fingerprint(open_data(str(moved), "bytes")) == first
     assert fingerprint(open_data(str(moved), "bpe:300")) != first
-    moved.write_text(TEXT.replace("number 200 ", "number 2oo "))
+    moved.write_text(NUMBERS.replace("number 200 ", "number 2oo "))
     assert fingerprint(open_data(str(moved), "bytes")) != first
 
 
@@ -252,14 +233,14 @@ def test_changed_data_or_settings_are_refused_in_one_line(tiny: TrainConfig, tmp
     path = save_checkpoint(run / "checkpoints", 1, learner.model, TOKENIZER, learner.optimizers, 1, facts)
     check_facts(path, facts)
     assert check_facts(path, run_facts(replace(tiny, lr=1.0, max_steps=99), open_data(tiny.data, "bytes"))) is None
-    (tmp_path / "numbers.txt").write_text(TEXT + "And one more.\n")
+    (tmp_path / "numbers.txt").write_text(NUMBERS + "And one more.\n")
     with pytest.raises(UserError) as error:
         check_facts(path, run_facts(tiny, open_data(tiny.data, "bytes")))
     assert str(error.value) == (
         f"the data changed since {run} was begun ({tiny.data}): "
         f"--init-from {run}, with another --name, starts a new run from its weights"
     )
-    (tmp_path / "numbers.txt").write_text(TEXT)
+    (tmp_path / "numbers.txt").write_text(NUMBERS)
     with pytest.raises(UserError, match=r"step-1 was saved with batch_size 4: .*config.toml, with 8, was changed"):
         check_facts(path, run_facts(replace(tiny, batch_size=8), open_data(tiny.data, "bytes")))
 
@@ -367,11 +348,11 @@ def no_sample(*args: object) -> str:
 def test_a_run_is_not_gone_on_with_on_other_data_and_not_changed_either(tiny: TrainConfig, tmp_path: Path) -> None:
     run = train(tiny, no_sample)
     before = contents(run)
-    (tmp_path / "numbers.txt").write_text(TEXT.replace("comes", "goes"))
+    (tmp_path / "numbers.txt").write_text(NUMBERS.replace("comes", "goes"))
     with pytest.raises(UserError, match="the data changed since"):
         train(resumed(run, {"max_steps": 8}), no_sample)
     assert contents(run) == before
-    (tmp_path / "numbers.txt").write_text(TEXT)
+    (tmp_path / "numbers.txt").write_text(NUMBERS)
     train(resumed(run, {"max_steps": 8}), no_sample)
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("block_size = 32", "block_size = 16"))

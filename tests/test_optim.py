@@ -108,3 +108,20 @@ def test_warmup_stable_decay() -> None:
     assert falling == pytest.approx([1.0, 0.6, 0.2])
     with pytest.raises(UserError, match="--decay-steps"):
         replace(config, decay_steps=101).check()
+
+
+def test_schedules() -> None:
+    config = TrainConfig(lr=1.0, min_lr=0.2, warmup_steps=10, max_steps=110)
+    rate = {
+        name: [learning_rate(s, replace(config, schedule=name)) for s in range(1, 111)]
+        for name in ("cosine", "linear", "constant")
+    }
+    for name, rates in rate.items():
+        assert rates[:10] == pytest.approx([s / 10 for s in range(1, 11)]), name
+        assert rates[9] == max(rates) == 1.0
+    assert rate["cosine"][59] == pytest.approx(0.6)  # half way
+    assert rate["cosine"][34] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert rate["cosine"][-1] == rate["linear"][-1] == pytest.approx(0.2)
+    assert rate["linear"][59] == pytest.approx(0.6)
+    assert rate["constant"][-1] == 1.0
+    assert learning_rate(110, replace(config, min_lr=None)) == pytest.approx(0.1)

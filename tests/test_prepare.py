@@ -325,7 +325,6 @@ def test_a_folder_of_shards_may_bear_the_name_of_a_corpus(tmp_path: Path, monkey
 
 
 def test_a_cache_that_cannot_be_written_is_named(gpt2_home: Path) -> None:
-    gpt2_home.mkdir()
     (gpt2_home / "shards").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot write .*shards/python-docs-.*: set GPT2_HOME to a folder that can be"):
         open_data("python-docs", "bytes")

@@ -274,7 +274,10 @@ def mixed_rows(size: int, coarse: bool) -> Tensor:
     logits = random_logits(0, 6, size, 1.0, 0.1) * spreads
     logits[3, : size // 2] = -INF
     logits[4, 7:] = -INF  # fewer than top-k wants
-    return logits.bfloat16().float() if coarse else logits
+    if coarse:
+        logits[2] = logits[2].round()
+        return logits.bfloat16().float()
+    return logits
 
 
 @pytest.mark.parametrize("coarse", [False, True])
@@ -295,9 +298,12 @@ def test_the_quick_way_equals_the_filters_one_by_one(sampling: Sampling, size: i
 
 
 @pytest.mark.parametrize("coarse", [False, True])
-@pytest.mark.parametrize(("top_p", "min_p"), [(0.9, 0.0), (0.5, 0.0), (0.999, 0.0), (1.0, 0.05), (0.95, 0.02)])
+@pytest.mark.parametrize(
+    ("top_p", "min_p"), [(0.9, 0.0), (0.5, 0.0), (0.03, 0.0), (0.999, 0.0), (1.0, 0.05), (0.95, 0.02)]
+)
 def test_the_rungs_of_a_gpu_hold_what_is_kept(top_p: float, min_p: float, coarse: bool) -> None:
     logits = mixed_rows(6001, coarse)
+    logits[5] = 0.0  # the first of equals, wherever the cut is
     shares = logits.softmax(-1) if top_p < 1 else None
     plain = filters.keep_min_p(filters.keep_top_p(logits, top_p) if top_p < 1 else logits, min_p)
     widths = set()
@@ -343,9 +349,24 @@ def test_the_largest_are_found_in_blocks(size: int) -> None:
             ids = filters.largest(logits, n)
             assert torch.equal(logits.gather(-1, ids), logits.topk(n).values)
             assert all(len(set(row)) == n for row in ids.tolist())
-    at_the_end = torch.zeros(1, size)
-    at_the_end[0, -1] = 1
+    at_the_end = torch.full((1, size), -2.0)
+    at_the_end[0, -1] = -1
     assert filters.first_largest(at_the_end).item() == filters.largest(at_the_end, 1).item() == size - 1
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("size", [100, 40_000])
+def test_the_order_is_that_of_a_stable_sort(size: int, descending: bool) -> None:
+    logits = random_logits(0, 2, size, ruled_out=0.1)
+    logits[1] = logits[1].round()  # with both zeros
+    expected = logits.sort(dim=-1, descending=descending, stable=True).indices
+    assert torch.equal(filters.in_order(logits, descending), expected)
+
+
+def test_a_sum_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    x = random_logits(0, 4, 50257)
+    assert torch.allclose(filters.row_sum(x).double(), x.double().sum(-1, keepdim=True), atol=1e-2)
+    assert all(torch.equal(filters.row_sum(x[i : i + 1]), filters.row_sum(x)[i : i + 1]) for i in range(4))
 
 
 # Temperature and drawing
@@ -429,6 +450,17 @@ def test_a_token_without_probability_is_never_drawn(seed: int, alive: int, size:
     probs = torch.zeros(1, size)
     probs[0, -1 - alive] = 1e-30
     assert int(draw(probs, [random_stream(seed, 0)])) == size - 1 - alive
+
+
+@pytest.mark.parametrize("size", [100, 600, 1024])
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 5), (1 - 2**-53, -7), (1.0, -7)])
+def test_the_least_and_the_largest_number_draw_tokens_that_have_a_chance(
+    number: float, expected: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probs = random_logits(0, 1, size).softmax(-1)
+    probs[0, :5], probs[0, size - 6 :] = 0.0, 0.0
+    monkeypatch.setattr(torch, "rand", lambda *_, dtype, **__: torch.tensor(number, dtype=dtype))
+    assert draw(probs, [random_stream(0, 0)]).item() == expected % size
 
 
 @settings(deadline=None)

@@ -394,8 +394,10 @@ def test_what_a_killed_download_left_is_swept_away(server: str, tmp_path: Path) 
     assert [path.name for path in tmp_path.glob("*file*")] == ["file.txt"]
 
 
-def test_a_cache_that_cannot_be_written_is_named(gpt2_home: Path) -> None:
-    gpt2_home.write_text("a file where the folder should be")
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "gpt2-home"
+    home.write_text("a file where the folder should be")
+    monkeypatch.setenv("GPT2_HOME", str(home))
     with pytest.raises(UserError, match=r"cannot write .*gpt2-home.*: set GPT2_HOME to a folder that can be"):
         open_source("shakespeare")
 

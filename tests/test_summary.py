@@ -23,6 +23,7 @@ from gpt2.train.config import TrainConfig, to_toml
 from gpt2.train.findings import Finding, RunFacts, findings, rates, time_spent, utilization
 from gpt2.train.profile import StepProfiler
 from gpt2.train.summary import unigram_entropy, write_report
+from gpt2.train.units import byte_size, count, duration
 
 CONFIG = TrainConfig(name="it", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, max_steps=1000, lr=1e-3)
 FACTS = RunFacts(
@@ -305,7 +306,14 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
-    assert summary._duration(seconds) == text
+    assert duration(seconds) == text
+
+
+def test_counts_and_sizes_are_for_people() -> None:
+    counts = [count(number) for number in (50_000, 1e6, 124_439_808, 1.24e9, 3e12)]
+    assert counts == ["50,000", "1.0M", "124.4M", "1.2B", "3.0T"]
+    sizes = [byte_size(number) for number in (12, 2**10, 2**20 - 2**10, 995_000_000, 3 * 2**29, 2000 * 2**30)]
+    assert sizes == ["12 B", "1.0 KiB", "1,023.0 KiB", "948.9 MiB", "1.50 GiB", "2,000.00 GiB"]
 
 
 def shards_of(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenShards:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from terminal import run
 
-from gpt2.cli import main
 from gpt2.data.loader import Loader, prefetched
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
@@ -23,35 +23,10 @@ from gpt2.train.trainer import Interrupted, Stop, train
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> TrainConfig:
-    """A run of a second on a text file."""
-    (tmp_path / "numbers.txt").write_text("".join(f"After {i} comes {i + 1}.\n" for i in range(2000)))
-    return TrainConfig(
-        name="tiny",
-        out_dir=str(tmp_path / "runs"),
-        data=str(tmp_path / "numbers.txt"),
-        tokenizer="bytes",
-        n_layer=1,
-        n_head=2,
-        n_embd=16,
-        block_size=16,
-        batch_size=4,
-        max_steps=60,
-        lr=3e-3,
-        warmup_steps=5,
-        dtype="float32",
-        device="cpu",
-        eval_every=0,
-        save_every=0,
-        sample_tokens=0,
-    )
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
+def tiny(tiny: TrainConfig) -> TrainConfig:
+    """A run of a second, without dropout, validation, samples or checkpoints on the way."""
+    small = replace(tiny, n_layer=1, n_embd=16, block_size=16, dropout=0.0, batch_size=4)
+    return replace(small, max_steps=60, eval_every=0, save_every=0)
 
 
 def test_a_time_budget_stops_the_run_with_all_saved(tiny: TrainConfig) -> None:

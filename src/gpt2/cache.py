@@ -20,9 +20,7 @@ class KVCache:
         self.data, self.lengths = data, lengths
 
     @classmethod
-    def allocate(
-        cls, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
-    ) -> Self:
+    def allocate(cls, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> Self:
         """An empty cache; `shape` is (B, n_head, max_length, head_dim)."""
         data = torch.zeros(n_layer, 2, *shape, device=device, dtype=dtype)
         return cls(data, np.zeros(shape[0], dtype=np.int64))

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt2.errors import UserError
 from gpt2.files import path_of, work_folder
@@ -66,7 +67,7 @@ def load(
         log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
         config = replace(config, tie_word_embeddings=False)
     _check_shapes(_outer_shapes(config), tensors, folder)  # or a mistyped config would build a model of any size
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = GPT(config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _check_shapes(expected, tensors, folder)
@@ -76,6 +77,16 @@ def load(
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     return model.to(device).eval(), _tokenizer_of(folder, config)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Parameters without memory are not initialized; merely to try it, torch would import its compiler for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def save(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:

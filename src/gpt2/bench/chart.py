@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from gpt2.bench.peers import OURS
 from gpt2.errors import UserError, missing_extra
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -11,7 +12,6 @@ BLUE, ORANGE, GREY, RED = "#1f77b4", "#ff7f0e", "0.55", "#d62728"
 # ms per step of the original project on one A40 at this shape: what this ladder began with
 A40 = {"float32": 1250, "tf32": 870, "bfloat16": 675}
 A40_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "batch_size": 16, "block_size": 1024}
-OURS = "gpt2"
 
 
 def check_can_draw(path: Path) -> None:
@@ -90,8 +90,7 @@ def _draw_rung(axes: Any, rung: dict[str, Any], place: float, thickness: float, 
         axes.annotate(f" {text}", (0, place), xycoords=("axes fraction", "data"), va="center", color=GREY, fontsize=8)
         return
     ms = rung["ms"]
-    axes.barh([place], [ms["median"]], thickness * 0.92, color=RED if rung["wrong"] else colour)
-    axes.plot([ms["low"], ms["high"]], [place, place], color="0.2", linewidth=1)
+    _bar(axes, ms, place, thickness * 0.92, RED if rung["wrong"] else colour)
     label = f"{_ms(ms['median'])} ms · {rung['tokens_per_second']:,.0f} tok/s · MFU {rung['mfu']:.0%}"
     if rung["wrong"]:
         label += " · WRONG LOSS"
@@ -101,8 +100,7 @@ def _draw_rung(axes: Any, rung: dict[str, Any], place: float, thickness: float, 
 def _draw_race(axes: Any, device: dict[str, Any]) -> None:
     contestants = _fastest_first(device)
     for place, (name, one) in enumerate(contestants):
-        axes.barh([place], [one["ms"]["median"]], 0.7, color=BLUE if name == OURS else GREY)
-        axes.plot([one["ms"]["low"], one["ms"]["high"]], [place, place], color="0.2", linewidth=1)
+        _bar(axes, one["ms"], place, 0.7, BLUE if name == OURS else GREY)
         label = f"{_ms(one['ms']['median'])} ms · MFU {one['mfu']:.0%}"
         if "speed_ratio" in one:
             label += f" · {one['speed_ratio']:.2f}x our time"
@@ -114,6 +112,12 @@ def _draw_race(axes: Any, device: dict[str, Any]) -> None:
     axes.set_xlim(0, 1.8 * max(one["ms"]["high"] for _, one in contestants))
     axes.set_xlabel(f"ms per training step on {device['name']}, in turns, bfloat16, best mode of each", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bar(axes: Any, ms: dict[str, float], place: float, thickness: float, colour: str) -> None:
+    """The median as a bar, the quartiles as a line on it."""
+    axes.barh([place], [ms["median"]], thickness, color=colour)
+    axes.plot([ms["low"], ms["high"]], [place, place], color="0.2", linewidth=1)
 
 
 def _label(axes: Any, x: float, y: float, text: str) -> None:

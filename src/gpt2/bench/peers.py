@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import math
 import sys
@@ -30,6 +29,7 @@ from gpt2.bench.timing import (
 )
 from gpt2.costs import flops_per_token
 from gpt2.errors import UserError, did_you_mean
+from gpt2.files import sha256_of
 from gpt2.hardware import measure_matmul, peak_memory, reset_peak_memory
 from gpt2.model import GPT
 from gpt2.runtime import autocast, can_compile, compile_blocks, manage_freed_memory
@@ -112,7 +112,7 @@ def _nanogpt(ours: GPT, path: Path, device: torch.device) -> Contestant:
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         return model(tokens, targets)[1]
 
-    version = "model.py sha256 " + hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    version = "model.py sha256 " + sha256_of(file)[:12]
     return Contestant(model, {"eager": loss, "compiled": torch.compile(loss)}, version)
 
 

@@ -24,6 +24,7 @@ from torch.optim import AdamW
 from gpt2.errors import UserError
 from gpt2.model import GPTConfig
 from gpt2.runtime import synchronize
+from gpt2.train.optim import parameter_groups
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -90,12 +91,7 @@ class Failed(Exception):
 
 def adamw(model: nn.Module, lr: float, **kernels: bool) -> AdamW:
     """GPT-2's AdamW, decay on matrices only. kernels: torch's `fused` or `foreach`."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95), **kernels)
+    return AdamW(parameter_groups(model.parameters(), 0.1), lr=lr, betas=(0.9, 0.95), **kernels)
 
 
 def update(loss: Tensor, model: nn.Module, optimizer: AdamW) -> Tensor:
@@ -239,7 +235,7 @@ def _end_of(code: int) -> tuple[str, bool]:
 
 
 def environment() -> dict[str, Any]:
-    """What a result needs to be understood later: date, commit, versions, threads, the command."""
+    """What a result needs to be understood later: date, commit, versions, threads."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -250,15 +246,18 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files were changed; None for an installed package."""
+    """The checkout's commit, with "-dirty" where the program was changed; None for an installed package."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "src"])
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
 
 
 def read_result(path: Path, kind: str) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2.cli import Parser
-from gpt2.commands.train import _add_training_flags, training_config
+from gpt2.commands.train import add_training_flags, training_config
 from gpt2.hardware import KNOWN
 from gpt2.train.config import RECIPES, TrainConfig
 from gpt2.train.plan import ASSUMED_MFU, FULL, Plan, plan
+from gpt2.train.units import byte_size, count
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     parser.flag("tokens", type=_count, metavar="N", help="a budget such as 500M or 10B; by default that of --max-steps")
     parser.flag("price-per-hour", type=_price, metavar="PRICE", help="of the whole machine, in any currency")
     parser.flag("json", action="store_true", help="print the plan as JSON")
-    _add_training_flags(parser)
+    add_training_flags(parser)
     given = vars(parser.parse_args(argv))
     asked = {name: given.pop(name) for name in ("recipe", "on", "gpus", "tokens", "price_per_hour", "json")}
     config = _config(asked["recipe"], given)
@@ -94,7 +95,7 @@ def _model_rows(made: Plan) -> list[tuple[str, str, str]]:
     return [
         ("parameters", f"{made.parameters:,}", f"with a vocabulary of {made.vocab_size:,}"),
         ("tokens per step", f"{made.tokens_per_step:,}", f"{made.batch_size:,} sequences, {shared}{cut}"),
-        ("steps", f"{made.steps:,}", f"{_short(made.tokens)} tokens"),
+        ("steps", f"{made.steps:,}", f"{count(made.tokens)} tokens"),
         ("FLOPs per token", f"{made.flops_per_token:.3g}", "6 per weight of a matrix, 12 * layers * width * context"),
         ("FLOPs per step", f"{made.flops_per_step:.3g}", ""),
         ("FLOPs of the run", f"{made.flops:.3g}", ""),
@@ -116,13 +117,13 @@ REMARKS = {
 
 
 def _memory_rows(made: Plan) -> list[tuple[str, str, str]]:
-    rows = [(name, _bytes(size), REMARKS[name]) for name, size in made.memory.parts().items() if size]
+    rows = [(name, byte_size(size), REMARKS[name]) for name, size in made.memory.parts().items() if size]
     share = made.memory.peak / made.device_memory
     verdict = "fits" if made.fits else f"does not fit: {FULL:.0%} may be filled"
-    rows.append(("a step", _bytes(made.memory.step), "at most: not all parts are at their largest at once"))
+    rows.append(("a step", byte_size(made.memory.step), "at most: not all parts are at their largest at once"))
     if made.memory.peak > made.memory.step:
-        rows.append(("the run", _bytes(made.memory.peak), "at most, with the checkpoints"))
-    rows.append(("device", _bytes(made.device_memory), f"{made.device}: {share:.0%} used, {verdict}"))
+        rows.append(("the run", byte_size(made.memory.peak), "at most, with the checkpoints"))
+    rows.append(("device", byte_size(made.device_memory), f"{made.device}: {share:.0%} used, {verdict}"))
     if made.suggestion is None:
         rows.append(("suggestion", "none", "not even one row fits, recomputed or not: a smaller model, or more memory"))
     else:
@@ -150,20 +151,6 @@ def _time_rows(made: Plan) -> list[tuple[str, str, str]]:
     if made.cost is not None:
         rows.append(("cost", f"{made.cost:,.2f}", "at the price given for the whole machine"))
     return rows
-
-
-def _short(number: float) -> str:
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:g}"
-
-
-def _bytes(size: float) -> str:
-    for unit, letter in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.4g} {letter}"
-    return f"{size:.0f} B"
 
 
 def _seconds(seconds: float) -> str:

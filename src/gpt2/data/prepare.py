@@ -94,11 +94,11 @@ def open_data(ref: str, tokenizer: str | None = None) -> TokenData:
 
     Raises `UserError`: no such data, the wrong tokenizer, text too short, a cache that cannot be written.
     """
-    path = path_of(ref)
-    if ref not in SOURCES and holds_shards(path):
+    path = named_shards(ref)
+    if path is not None:
         return _open_made(path, tokenizer, path.resolve().name.removesuffix(".bin"))
     source, spec = open_source(ref), tokenizer or "gpt2"
-    identity = spec if _bpe_size(spec) else get_tokenizer(spec).fingerprint
+    identity = spec if bpe_size(spec) else get_tokenizer(spec).fingerprint
     key = _cache_key(source, identity)
     folder = cache_home() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{key}"
     if not folder.exists():
@@ -106,9 +106,15 @@ def open_data(ref: str, tokenizer: str | None = None) -> TokenData:
     return _open_made(folder, None, source.name)
 
 
+def named_shards(ref: str) -> Path | None:
+    """The folder of shards, or the one shard, that `ref` names; None where it names text."""
+    path = path_of(ref)
+    return path if ref not in SOURCES and holds_shards(path) else None
+
+
 def tokenizer_for(source: Source, spec: str, val_fraction: float = 0.1) -> Tokenizer:
     """The tokenizer that `spec` names: "gpt2", "bytes", a folder, or "bpe:N", learned from the train split."""
-    size = _bpe_size(spec)
+    size = bpe_size(spec)
     if size is None:
         return get_tokenizer(spec)
     train, _ = split_documents(source, val_fraction)
@@ -170,13 +176,13 @@ def _tokenizer_of(folder: Path, meta: ShardsMeta | None, wanted: str | None) -> 
 
 
 def _is_wanted(own: Tokenizer, wanted: str) -> bool:
-    size = _bpe_size(wanted)
+    size = bpe_size(wanted)
     if size is not None:
         return own.name == "bpe" and own.vocab_size == size
     return own.name == wanted or own.fingerprint == get_tokenizer(wanted).fingerprint
 
 
-def _bpe_size(spec: str) -> int | None:
+def bpe_size(spec: str) -> int | None:
     """The N of "bpe:N"; None for any other tokenizer."""
     match = re.fullmatch(r"bpe:(\d+)", spec)
     return int(match[1]) if match else None

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import path_of
+from gpt2.model import GPTConfig
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -108,6 +109,17 @@ class TrainConfig:
             if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
                 raise UserError(f"{_flag(name)} is not UTF-8 text")
         return self
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The fresh model that these settings ask for, with a vocabulary of this size."""
+        return GPTConfig(
+            vocab_size=vocab_size,
+            block_size=self.block_size,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            dropout=self.dropout,
+        )
 
 
 def _check_ranges(config: TrainConfig) -> None:

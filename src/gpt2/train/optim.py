@@ -1,6 +1,8 @@
 """Parameter groups, optimizers, and the learning rate at each step."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
@@ -13,25 +15,28 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
     One, but for Muon, which is made for the matrices of the blocks; there AdamW takes all the rest.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for _, p in named if p.dim() >= 2]
-    vectors = [p for _, p in named if p.dim() < 2]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if config.optimizer == "muon":
-        hidden = [p for name, p in named if p.dim() == 2 and ".h." in name]
-        chosen = set(hidden)
-        embeddings = [p for p in matrices if p not in chosen]
-        return [_muon(hidden, config), _adamw(embeddings, vectors, config)]
+        hidden = {name: p for name, p in named.items() if p.dim() == 2 and ".h." in name}
+        rest = [p for name, p in named.items() if name not in hidden]
+        return [_muon(list(hidden.values()), config), _adamw(rest, config)]
     if config.optimizer == "sgd":
-        return [SGD(_groups(matrices, vectors, config), lr=config.lr, momentum=config.beta1)]
-    return [_adamw(matrices, vectors, config)]
+        groups = parameter_groups(named.values(), config.weight_decay)
+        return [SGD(groups, lr=config.lr, momentum=config.beta1)]
+    return [_adamw(named.values(), config)]
 
 
-def _groups(matrices: list[nn.Parameter], vectors: list[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
-    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """What torch's optimizers take: the matrices and embeddings with weight decay, biases and layer norms without."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
-def _adamw(matrices: list[nn.Parameter], vectors: list[nn.Parameter], config: TrainConfig) -> AdamW:
-    groups = _groups(matrices, vectors, config)
+def _adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:
+    groups = parameter_groups(parameters, config.weight_decay)
     return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 

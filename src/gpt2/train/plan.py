@@ -1,21 +1,19 @@
 """What a run will take, before it begins: memory from `gpt2.costs`, time from a few steps of a slice of the model."""
 
-import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt2.costs import Memory, Setup, flops_per_token, num_parameters, training_memory
-from gpt2.data.shards import ShardsMeta, holds_shards
-from gpt2.data.sources import SOURCES
+from gpt2.data.prepare import bpe_size, named_shards
+from gpt2.data.shards import ShardsMeta
 from gpt2.errors import UserError
 from gpt2.hardware import Accelerator, accelerator, available_memory, device_name, measure_matmul, resident_memory
-from gpt2.model import GPT, GPTConfig
+from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
 from gpt2.runtime import (
     DTYPE_NAMES,
     autocast,
@@ -37,12 +35,6 @@ FULL = 0.9  # the share of free memory that a plan may fill
 MOST_TOKENS = 2**19  # in a batch that nobody chose: that of GPT-3's small models, past which few runs gain
 SLICE = 3  # layers that are timed, and one: the rest is their difference, many times
 PASS_SECONDS = 1.5  # about how long a timed pass may take; long ones are timed with fewer rows
-OPENAI = {  # the shapes behind the hub's names, which nobody should have to download to plan with
-    "gpt2": GPTConfig(),
-    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-}
 
 
 @dataclass(frozen=True)
@@ -179,40 +171,39 @@ def suggest(shape: GPTConfig, setup: Setup, place: Place, share: int) -> dict[st
 def model_shape(config: TrainConfig) -> GPTConfig:
     """The model that `config` trains, from its settings and its tokenizer's name; no data is read."""
     if config.init_from is not None:
-        given = OPENAI.get(config.init_from) or read_config(find_model(config.init_from))
+        given = OPENAI_SIZES.get(config.init_from) or read_config(find_model(config.init_from))
         return replace(given, dropout=config.dropout)
-    return GPTConfig(
-        vocab_size=vocabulary_size(config),
-        block_size=config.block_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        dropout=config.dropout,
-    )
+    return config.model_config(vocabulary_size(config))
 
 
 def vocabulary_size(config: TrainConfig) -> int:
     """How many tokens `config`'s tokenizer has, or will have; for shards without one asked for, their own."""
-    path, spec = Path(config.data).expanduser(), config.tokenizer
-    if spec is None and config.data not in SOURCES and holds_shards(path):
+    path, spec = named_shards(config.data), config.tokenizer
+    if spec is None and path is not None:
         folder = path if path.is_dir() else path.parent
         meta, own = ShardsMeta.load(folder), load_tokenizer(folder)
         if meta is not None:
             return meta.tokenizer.vocab_size
         if own is not None:
             return own.vocab_size
-    if spec in (None, "gpt2"):
-        return OPENAI["gpt2"].vocab_size  # as many as the model of that name has; the tokenizer would be downloaded
-    sized = re.fullmatch(r"bpe:(\d+)", str(spec))
-    return int(sized[1]) if sized else get_tokenizer(str(spec)).vocab_size
+    if spec is None or spec == "gpt2":
+        return OPENAI_SIZES["gpt2"].vocab_size  # that model's; the tokenizer itself would be downloaded
+    size = bpe_size(spec)
+    return get_tokenizer(spec).vocab_size if size is None else size
 
 
-def _here(config: TrainConfig) -> Place:
+def ready_device(config: TrainConfig) -> torch.device:
+    """The device to train on, with this process set up for it as `config` asks."""
     device = pick_device(config.device)
-    if device.type == "cpu":  # as the run itself will
+    if device.type == "cpu":
         manage_freed_memory(keep=not config.recompute)
     else:
         torch.set_float32_matmul_precision(config.matmul_precision)
+    return device
+
+
+def _here(config: TrainConfig) -> Place:
+    device = ready_device(config)
     program = _program_memory(config) if device.type == "cpu" else 0
     return Place(device_name(device), device.type, device, None, available_memory(device) + program, program)
 

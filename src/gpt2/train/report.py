@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,6 +93,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if broken:
         log.warning("%s: passed over %d line(s) that cannot be read", path, broken)
     return records
+
+
+def without_times(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without what the clock says, which is all that two runs of the same config may differ in."""
+    return [{name: value for name, value in record.items() if "second" not in name} for record in records]
 
 
 def plot_loss(folder: Path, title: str, vocab_size: int, unigram_entropy: float | None = None) -> Path:

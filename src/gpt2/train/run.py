@@ -12,24 +12,22 @@ from gpt2.data.loader import Loader
 from gpt2.data.prepare import TokenData, open_data
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, measure_matmul, peak_memory
-from gpt2.model import GPT, GPTConfig
+from gpt2.model import GPT
 from gpt2.runtime import (
     DTYPE_NAMES,
     compile_blocks,
-    manage_freed_memory,
     pick_compile,
-    pick_device,
     pick_training_dtype,
     recompute_blocks,
     seed_everything,
 )
-from gpt2.tokenizer import Tokenizer, load_tokenizer
+from gpt2.tokenizer import load_tokenizer
 from gpt2.train.checkpoint import load_checkpoint, newest_checkpoint
 from gpt2.train.config import AUTO, TrainConfig
 from gpt2.train.findings import RunFacts
 from gpt2.train.folder import check_facts, run_facts
 from gpt2.train.optim import build_optimizers
-from gpt2.train.plan import largest_batch
+from gpt2.train.plan import largest_batch, ready_device
 from gpt2.train.report import plot_loss, read_metrics
 from gpt2.train.spikes import SpikeGuard
 from gpt2.train.summary import unigram_entropy, write_report
@@ -69,18 +67,14 @@ def set_up(config: TrainConfig, folder: Path) -> Run:
         raise UserError(
             "--data is missing: name what the model should learn from (gpt2 data list shows what has a name)"
         )
-    device = pick_device(config.device)
-    if device.type == "cpu":
-        manage_freed_memory(keep=not config.recompute)
-    else:
-        torch.set_float32_matmul_precision(config.matmul_precision)
+    device = ready_device(config)
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if checkpoint is None and (folder / "model").exists():
         raise UserError(f"{folder} has no whole checkpoint to go on from: --init-from {folder}, with another --name")
     start = checkpoint / "model" if checkpoint else find_model(config.init_from) if config.init_from else None
     data = open_data(config.data, config.tokenizer if config.init_from is None else _tokenizer_of(start, config))
     seed_everything(config.seed)
-    model = _fresh_model(config, data.tokenizer) if start is None else _given_model(config, start)
+    model = _given_model(config, start) if start else GPT(config.model_config(data.tokenizer.vocab_size))
     config, dtype = _resolved(config, model, device)
     facts = run_facts(config, data)
     if checkpoint is not None:
@@ -191,19 +185,6 @@ def _tokenizer_of(model_folder: Path | None, config: TrainConfig) -> str | None:
     if model_folder is not None and load_tokenizer(model_folder) is not None:
         return str(model_folder)
     return config.tokenizer
-
-
-def _fresh_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
-    return GPT(
-        GPTConfig(
-            vocab_size=tokenizer.vocab_size,
-            block_size=config.block_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            dropout=config.dropout,
-        )
-    )
 
 
 def _given_model(config: TrainConfig, folder: Path) -> GPT:

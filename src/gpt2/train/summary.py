@@ -27,8 +27,7 @@ from gpt2.train.findings import (
     utilization,
 )
 from gpt2.train.report import read_metrics
-
-__all__ = ["RunFacts", "findings", "unigram_entropy", "write_report"]
+from gpt2.train.units import byte_size, count, duration, flops
 
 ENTROPY_TOKENS = 100_000_000  # as many are counted at most for the unigram entropy
 NANOGPT = "[nanoGPT](https://github.com/karpathy/nanoGPT)"
@@ -96,7 +95,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _verdict(folder: Path, records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> str:
     """One paragraph: what was trained, for how long, and how good it is."""
     model = (
-        f"A GPT-2 of {_count(facts.parameters)} parameters ({config.n_layer} layers of {config.n_embd}, "
+        f"A GPT-2 of {count(facts.parameters)} parameters ({config.n_layer} layers of {config.n_embd}, "
         f"context {config.block_size:,})"
     )
     if not records:
@@ -104,8 +103,8 @@ def _verdict(folder: Path, records: Sequence[Record], config: TrainConfig, facts
     last = records[-1]
     text = (
         f"{model} learned from `{facts.data}` for {last['step']:,} step{'s' * (last['step'] > 1)} in "
-        f"{_duration(sum(time_spent(records).values()))} on {facts.device} in {config.dtype}: "
-        f"{_count(last['tokens'])} tokens, {_of_corpus(epochs(records, facts))}. "
+        f"{duration(sum(time_spent(records).values()))} on {facts.device} in {config.dtype}: "
+        f"{count(last['tokens'])} tokens, {_of_corpus(epochs(records, facts))}. "
     )
     text += _quality(records, facts)
     if not facts.finished:
@@ -172,11 +171,11 @@ def _speed(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> l
     mfu = utilization(records, facts)
     if mfu is not None and facts.matmul_flops:
         lines.append(
-            f"- MFU {mfu:.1%}: {_flops(mfu * facts.matmul_flops)} of the {_flops(facts.matmul_flops)} that a large "
-            f"matrix product reaches here in {config.dtype} ({_count(facts.flops_per_token)} FLOPs per token)"
+            f"- MFU {mfu:.1%}: {flops(mfu * facts.matmul_flops)} of the {flops(facts.matmul_flops)} that a large "
+            f"matrix product reaches here in {config.dtype} ({count(facts.flops_per_token)} FLOPs per token)"
         )
     if facts.peak_memory_bytes is not None:
-        lines.append(f"- peak memory {_bytes(facts.peak_memory_bytes)}")
+        lines.append(f"- peak memory {byte_size(facts.peak_memory_bytes)}")
     return lines
 
 
@@ -184,7 +183,7 @@ def _times(records: Sequence[Record]) -> list[str]:
     spent = time_spent(records)
     whole = sum(spent.values()) or 1.0
     spent |= {"whole run": sum(spent.values())}
-    rows = [(label, _duration(s), f"{s / whole:.1%}") for label, s in spent.items() if s > 0]
+    rows = [(label, duration(s), f"{s / whole:.1%}") for label, s in spent.items() if s > 0]
     return _table(("what", "time", "share"), rows)
 
 
@@ -212,30 +211,3 @@ def _health(records: Sequence[Record], config: TrainConfig, found: Sequence[Find
 
 def _of_corpus(times: float) -> str:
     return f"{times:.2%} of the corpus" if times < 1 else f"the corpus {times:.1f} times over"
-
-
-def _count(number: float) -> str:
-    """4.5M, 1.2B, 3.0T; below a million as it is."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:,.0f}"
-
-
-def _flops(rate: float) -> str:
-    return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.1f} GFLOP/s"
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 2**30:,.2f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    """0.042 s, 12.3 s, 1 min 42 s, 3 h 12 min, 2 d 5 h."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,15 @@
+"""The command line, typed into by the tests."""
+
+import pytest
+
+from gpt2.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """`gpt2 ARGV` in this process: exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    code = stop.value.code
+    assert isinstance(code, int)
+    return code, out, err
