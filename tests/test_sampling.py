@@ -1,8 +1,7 @@
-"""Sampling is a pure function of logits, a history and a stream; each filter equals its twin in transformers."""
+"""Sampling is a pure function of logits, a history and a stream; whole chains equal those of transformers."""
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,147 +9,19 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rows import histories, random_logits, said, seeds, tokens
 from torch import Tensor
 
-from gpt2.errors import UserError
 from gpt2.generation import filters
 from gpt2.generation.candidates import by_rungs
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling, choose, draw, log_probabilities, probabilities, random_stream
 
 GREEDY = Sampling(temperature=0)
-NO_TOKENS: Any = torch.empty(0, dtype=torch.long)
 INF = math.inf
 
 
-def random_logits(seed: int, rows: int, size: int, spread: float = 3.0, ruled_out: float = 0.0) -> Tensor:
-    """(rows, size); `ruled_out` of them at minus infinity, but never all of a row."""
-    own = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, size, generator=own) * spread
-    out = torch.rand(rows, size, generator=own) < ruled_out
-    out[:, seed % size] = False
-    return logits.masked_fill(out, -INF)
-
-
-def said(rows: list[list[int]], prompt_length: int = 0, end_tokens: tuple[int, ...] = ()) -> list[History]:
-    return [History(tokens, prompt_length, end_tokens) for tokens in rows]
-
-
-# Each filter beside its twin
-
-seeds, sizes = st.integers(0, 10**6), st.integers(2, 60)
-TWINS: dict[str, tuple[Callable[[Tensor, Any], Tensor], str, st.SearchStrategy[float]]] = {
-    "top_p": (filters.keep_top_p, "TopPLogitsWarper", st.floats(0.05, 0.99)),
-    "min_p": (filters.keep_min_p, "MinPLogitsWarper", st.floats(0.001, 0.99)),
-    "typical": (filters.keep_typical, "TypicalLogitsWarper", st.floats(0.05, 0.99)),
-    "epsilon": (filters.keep_epsilon, "EpsilonLogitsWarper", st.floats(1e-4, 0.5)),
-    "eta": (filters.keep_eta, "EtaLogitsWarper", st.floats(1e-4, 0.5)),
-}
-
-
-@pytest.mark.parametrize("name", TWINS)
-@settings(deadline=None, max_examples=150)
-@given(data=st.data(), seed=seeds, size=sizes, spread=st.sampled_from([0.3, 2.0, 10.0]), out=st.sampled_from([0, 0.3]))
-def test_what_looks_at_the_distribution_equals_transformers(
-    name: str, data: st.DataObject, seed: int, size: int, spread: float, out: float
-) -> None:
-    import transformers
-
-    ours, twin, values = TWINS[name]
-    value = data.draw(values)
-    logits = random_logits(seed, 3, size, spread, out)
-    below, theirs, above = [getattr(transformers, twin)(value * x)(NO_TOKENS, logits) for x in (0.9999, 1.0, 1.0001)]
-    assume(torch.equal(below, above))  # a tie within rounding may go either way
-    given = logits.clone()
-    assert torch.equal(ours(logits, value), theirs)
-    assert torch.equal(logits, given)
-
-
-@settings(deadline=None)
-@given(seeds, sizes, st.integers(1, 70), st.booleans())
-def test_top_k_equals_transformers(seed: int, size: int, k: int, coarse: bool) -> None:
-    from transformers import TopKLogitsWarper
-
-    logits = random_logits(seed, 3, size, ruled_out=0.2)
-    logits = logits.round() if coarse else logits  # many are equal then, and the equals of the last stay
-    assert torch.equal(filters.keep_top_k(logits, k), TopKLogitsWarper(k)(NO_TOKENS, logits))
-
-
-def test_top_p_keeps_one_token_when_one_is_enough_and_the_first_of_equals() -> None:
-    logits = torch.tensor([[0.9, 0.05, 0.05]]).log()
-    assert filters.keep_top_p(logits, 0.5).isfinite().tolist() == [[True, False, False]]
-    assert filters.keep_top_p(logits, 1e-9).isfinite().sum() == 1
-    assert filters.keep_top_p(torch.zeros(1, 4), 0.5).isfinite().tolist() == [[True, True, False, False]]
-
-
-tokens = st.integers(0, 8)
-histories = st.integers(1, 25).flatmap(
-    lambda length: st.lists(st.lists(tokens, min_size=length, max_size=length), min_size=1, max_size=3)
-)
-
-
-def beside(ours: Tensor, processor: Any, rows: list[list[int]], logits: Tensor) -> None:
-    assert torch.equal(ours, processor(torch.tensor(rows), logits.clone()))
-
-
-@settings(deadline=None)
-@given(seeds, histories, st.floats(0.1, 5))
-def test_repetition_penalty_equals_transformers(seed: int, rows: list[list[int]], penalty: float) -> None:
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    logits = random_logits(seed, len(rows), 9, ruled_out=0.2)
-    ours = filters.penalize_repetition(logits, said(rows, prompt_length=3), penalty)
-    beside(ours, RepetitionPenaltyLogitsProcessor(penalty), rows, logits)
-
-
-@settings(deadline=None, max_examples=300)
-@given(seeds, histories, st.integers(1, 5))
-def test_repeated_ngrams_equal_transformers(seed: int, rows: list[list[int]], size: int) -> None:
-    from transformers import NoRepeatNGramLogitsProcessor
-
-    rows = [[token % 3 for token in row] for row in rows] if seed % 2 else rows
-    logits = random_logits(seed, len(rows), 9)
-    beside(filters.ban_repeated_ngrams(logits, said(rows), size), NoRepeatNGramLogitsProcessor(size), rows, logits)
-
-
-@settings(deadline=None, max_examples=300)
-@given(seeds, histories, st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=6))
-def test_bad_words_equal_transformers(seed: int, rows: list[list[int]], words: list[list[int]]) -> None:
-    from transformers import NoBadWordsLogitsProcessor
-
-    rows = [[token % 4 for token in row] for row in rows]
-    logits = random_logits(seed, len(rows), 9)
-    beside(filters.ban_words(logits, said(rows), words), NoBadWordsLogitsProcessor(words), rows, logits)
-
-
-@settings(deadline=None)
-@given(seeds, histories, st.integers(0, 30), st.integers(0, 30), st.lists(tokens, min_size=1, max_size=3))
-def test_the_least_length_equals_transformers(
-    seed: int, rows: list[list[int]], prompt_length: int, least: int, ends: list[int]
-) -> None:
-    from transformers import MinNewTokensLengthLogitsProcessor
-
-    logits, prompt_length = random_logits(seed, len(rows), 9), min(prompt_length, len(rows[0]))
-    ours = filters.ban_early_end(logits, said(rows, prompt_length, tuple(ends)), least)
-    beside(ours, MinNewTokensLengthLogitsProcessor(prompt_length, least, ends), rows, logits)
-
-
-@settings(deadline=None)
-@given(seeds, histories, st.integers(0, 30), st.floats(-2, 2, width=32), st.floats(-2, 2, width=32))
-def test_presence_and_frequency_follow_the_formula_of_openai(
-    seed: int, rows: list[list[int]], prompt_length: int, presence: float, frequency: float
-) -> None:
-    logits = random_logits(seed, len(rows), 9)
-    expected = logits.clone()
-    for row, history in enumerate(rows):
-        for token in range(9):
-            count = history[prompt_length:].count(token)
-            expected[row, token] -= (count > 0) * presence
-            expected[row, token] -= count * frequency
-    given, past = logits.clone(), said(rows, prompt_length)
-    ours = filters.penalize_frequency(filters.penalize_presence(logits, past, presence), past, frequency)
-    assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(logits, given)
+# All of them in their order, beside those of transformers
 
 
 def test_a_bias_is_added_and_minus_infinity_bans() -> None:
@@ -159,9 +30,6 @@ def test_a_bias_is_added_and_minus_infinity_bans() -> None:
     assert filters.bias_logits(logits, sampling.logit_bias).tolist() == [[11, 2, -INF], [10, 5, -INF]]  # type: ignore[arg-type]
     assert probabilities(logits, sampling)[:, 2].tolist() == [0, 0]
     assert torch.equal(probabilities(logits, sampling)[0, :2], torch.tensor([11.0, 2.0]).softmax(-1))
-
-
-# All of them in their order
 
 
 def chain_of_transformers(s: Sampling, prompt_length: int, end_tokens: tuple[int, ...], nudge: float) -> Any:
@@ -211,7 +79,7 @@ samplings = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(seeds, samplings, histories, st.integers(10, 1500), st.integers(0, 25))
 def test_whole_chains_equal_transformers(
     seed: int, sampling: Sampling, rows: list[list[int]], size: int, prompt_length: int
@@ -341,34 +209,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(sampling: Sampling, size: i
         assert choose(*alone, [random_stream(9, row)]).item() == chosen[row]
 
 
-@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000, 50257])
-def test_the_largest_are_found_in_blocks(size: int) -> None:
-    for logits in (random_logits(0, 2, size), random_logits(1, 1, size).round(), torch.full((1, size), -INF)):
-        assert torch.equal(filters.first_largest(logits), logits.argmax(-1, keepdim=True))
-        for n in {min(size, n) for n in (1, 5, 50, 256, 700)}:
-            ids = filters.largest(logits, n)
-            assert torch.equal(logits.gather(-1, ids), logits.topk(n).values)
-            assert all(len(set(row)) == n for row in ids.tolist())
-    at_the_end = torch.full((1, size), -2.0)
-    at_the_end[0, -1] = -1
-    assert filters.first_largest(at_the_end).item() == filters.largest(at_the_end, 1).item() == size - 1
-
-
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("size", [100, 40_000])
-def test_the_order_is_that_of_a_stable_sort(size: int, descending: bool) -> None:
-    logits = random_logits(0, 2, size, ruled_out=0.1)
-    logits[1] = logits[1].round()  # with both zeros
-    expected = logits.sort(dim=-1, descending=descending, stable=True).indices
-    assert torch.equal(filters.in_order(logits, descending), expected)
-
-
-def test_a_sum_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:
-    x = random_logits(0, 4, 50257)
-    assert torch.allclose(filters.row_sum(x).double(), x.double().sum(-1, keepdim=True), atol=1e-2)
-    assert all(torch.equal(filters.row_sum(x[i : i + 1]), filters.row_sum(x)[i : i + 1]) for i in range(4))
-
-
 # Temperature and drawing
 
 
@@ -492,100 +332,3 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     assert torch.equal(best, expected.topk(5).indices)
     assert log_probabilities(logits, ids)[1].shape == (3, 0)
     assert log_probabilities(logits[:, :3], ids[:1].expand(3), 20)[1].shape == (3, 3)
-
-
-# What a user can do wrong
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temperature": -1.0}, "temperature must be 0 or more"),
-        ({"temperature": INF}, "temperature must be 0 or more"),
-        ({"top_k": -1}, "top-k must be 0"),
-        ({"top_k": 1.5}, "top-k must be 0 .* whole, not 1.5"),
-        ({"top_p": 0.0}, "top-p must be over 0 and at most 1, not 0.0"),
-        ({"top_p": 1.1}, "top-p must be over 0 and at most 1"),
-        ({"min_p": 1.5}, "min-p must be 0 or more and at most 1"),
-        ({"typical_p": 0}, "typical-p must be over 0"),
-        ({"epsilon_cutoff": 1.0}, "epsilon-cutoff must be 0 or more and under 1"),
-        ({"eta_cutoff": -0.1}, "eta-cutoff must be 0 or more and under 1"),
-        ({"repetition_penalty": 0.0}, "repetition-penalty must be over 0"),
-        ({"presence_penalty": INF}, "presence-penalty must be at most"),
-        ({"frequency_penalty": -INF}, "frequency-penalty must be at most"),
-        ({"no_repeat_ngram_size": -2}, "no-repeat-ngram-size must be 0 or more"),
-        ({"min_new_tokens": -2}, "min-new-tokens must be 0 or more"),
-        ({"logit_bias": {-1: 1.0}}, "logit-bias .* not -1: 1.0"),
-        ({"logit_bias": {3: INF}}, "logit-bias .* not 3: inf"),
-        ({"logit_bias": {3: math.nan}}, "logit-bias .* not 3: nan"),
-        ({"logit_bias": {"the": 1.0}}, "logit-bias must give a number for each token id"),
-        ({"logit_bias": 7}, "logit-bias must give a number for each token id"),
-        ({"bad_words": [[1], []]}, r"bad-words .* one token id or more, each 0 or more, not \[\]"),
-        ({"bad_words": [[-1]]}, r"bad-words .* not \[-1\]"),
-        ({"bad_words": [5]}, "bad-words must be sequences"),
-    ],
-)
-def test_impossible_settings(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        Sampling(**values)
-    assert "\n" not in str(error.value)
-
-
-FLOATS = ["temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
-
-
-@pytest.mark.parametrize("name", [*FLOATS, "repetition_penalty", "presence_penalty", "frequency_penalty", "top_k"])
-def test_nan_is_no_setting(name: str) -> None:
-    values: dict[str, Any] = {name: math.nan}
-    with pytest.raises(UserError, match=r"must be .*, not nan"):
-        Sampling(**values)
-
-
-def test_a_sampling_is_hashable_and_keeps_what_it_was_given() -> None:
-    one = Sampling(logit_bias={"5": 2, 3: -1.5}, bad_words=[[1, 2], [3]])  # type: ignore[dict-item]
-    assert one.logit_bias == ((3, -1.5), (5, 2.0))
-    assert one.bad_words == ((1, 2), (3,))
-    assert {one: "kept"}[Sampling(logit_bias=[(5, 2.0), (3, -1.5)], bad_words=((1, 2), (3,)))] == "kept"
-    assert replace(one, top_k=3).logit_bias == one.logit_bias
-
-
-def test_ids_outside_the_vocabulary() -> None:
-    sampling = Sampling(logit_bias={99: 1.0}, bad_words=[[1, 120]])
-    sampling.check_ids(121)
-    with pytest.raises(UserError, match="bad-words: token 120 is not in the model's vocabulary of 120"):
-        sampling.check_ids(120)
-    with pytest.raises(UserError, match="logit-bias: token 99 is not"):
-        sampling.check_ids(99)
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(logit_bias={0: -INF, 1: -INF}),
-        Sampling(bad_words=[[0], [1]]),
-        Sampling(no_repeat_ngram_size=1),
-        Sampling(0, min_new_tokens=9),
-    ],
-)
-def test_nothing_left_to_say_is_one_line(sampling: Sampling) -> None:
-    past = [History([0, 1], 1, end_tokens=(0, 1))]
-    with pytest.raises(UserError, match="together rule out every token"):
-        probabilities(torch.zeros(1, 2), sampling, past)
-    with pytest.raises(UserError, match="together rule out every token"):
-        choose(torch.zeros(1, 2), sampling, past, [random_stream(0, 0)])
-    assert choose(torch.zeros(1, 3), sampling, past, [random_stream(0, 0)]).tolist() == [2]
-
-
-def test_what_one_row_rules_out_takes_no_number_from_the_others() -> None:
-    sampling = Sampling(no_repeat_ngram_size=1)
-    past, streams = [History([0])] * 20, [random_stream(0, row) for row in range(21)]
-    with pytest.raises(UserError, match="rule out every token"):
-        choose(torch.zeros(21, 2), sampling, [*past, History([0, 1])], streams)
-    assert torch.equal(streams[0].get_state(), random_stream(0, 0).get_state())
-
-
-def test_what_looks_back_needs_histories() -> None:
-    assert not Sampling(top_k=3, logit_bias={1: 1.0}).looks_back
-    for sampling in (Sampling(repetition_penalty=1.1), Sampling(min_new_tokens=1), Sampling(bad_words=[[1]])):
-        with pytest.raises(ValueError, match="histories"):
-            probabilities(torch.zeros(1, 2), sampling)

@@ -1,0 +1,28 @@
+"""Random logits and histories, for tests of what chooses a token."""
+
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gpt2.generation.filters import History
+
+seeds = st.integers(0, 10**6)
+tokens = st.integers(0, 8)
+histories = st.integers(1, 25).flatmap(
+    lambda length: st.lists(st.lists(tokens, min_size=length, max_size=length), min_size=1, max_size=3)
+)
+
+
+def random_logits(seed: int, rows: int, size: int, spread: float = 3.0, ruled_out: float = 0.0) -> Tensor:
+    """(rows, size); `ruled_out` of them at minus infinity, but never all of a row."""
+    own = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, size, generator=own) * spread
+    out = torch.rand(rows, size, generator=own) < ruled_out
+    out[:, seed % size] = False
+    return logits.masked_fill(out, -math.inf)
+
+
+def said(rows: list[list[int]], prompt_length: int = 0, end_tokens: tuple[int, ...] = ()) -> list[History]:
+    return [History(tokens, prompt_length, end_tokens) for tokens in rows]

@@ -1,0 +1,108 @@
+"""What a user can ask of sampling that makes no sense, each in one line."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2.errors import UserError
+from gpt2.generation.filters import History
+from gpt2.generation.sampling import Sampling, choose, probabilities, random_stream
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": INF}, "temperature must be 0 or more"),
+        ({"top_k": -1}, "top-k must be 0"),
+        ({"top_k": 1.5}, "top-k must be 0 .* whole, not 1.5"),
+        ({"top_p": 0.0}, "top-p must be over 0 and at most 1, not 0.0"),
+        ({"top_p": 1.1}, "top-p must be over 0 and at most 1"),
+        ({"min_p": 1.5}, "min-p must be 0 or more and at most 1"),
+        ({"typical_p": 0}, "typical-p must be over 0"),
+        ({"epsilon_cutoff": 1.0}, "epsilon-cutoff must be 0 or more and under 1"),
+        ({"eta_cutoff": -0.1}, "eta-cutoff must be 0 or more and under 1"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty must be over 0"),
+        ({"presence_penalty": INF}, "presence-penalty must be at most"),
+        ({"frequency_penalty": -INF}, "frequency-penalty must be at most"),
+        ({"no_repeat_ngram_size": -2}, "no-repeat-ngram-size must be 0 or more"),
+        ({"min_new_tokens": -2}, "min-new-tokens must be 0 or more"),
+        ({"logit_bias": {-1: 1.0}}, "logit-bias .* not -1: 1.0"),
+        ({"logit_bias": {3: INF}}, "logit-bias .* not 3: inf"),
+        ({"logit_bias": {3: math.nan}}, "logit-bias .* not 3: nan"),
+        ({"logit_bias": {"the": 1.0}}, "logit-bias must give a number for each token id"),
+        ({"logit_bias": 7}, "logit-bias must give a number for each token id"),
+        ({"bad_words": [[1], []]}, r"bad-words .* one token id or more, each 0 or more, not \[\]"),
+        ({"bad_words": [[-1]]}, r"bad-words .* not \[-1\]"),
+        ({"bad_words": [5]}, "bad-words must be sequences"),
+    ],
+)
+def test_impossible_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        Sampling(**values)
+    assert "\n" not in str(error.value)
+
+
+FLOATS = ["temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "repetition_penalty", "presence_penalty", "frequency_penalty", "top_k"])
+def test_nan_is_no_setting(name: str) -> None:
+    values: dict[str, Any] = {name: math.nan}
+    with pytest.raises(UserError, match=r"must be .*, not nan"):
+        Sampling(**values)
+
+
+def test_a_sampling_is_hashable_and_keeps_what_it_was_given() -> None:
+    one = Sampling(logit_bias={"5": 2, 3: -1.5}, bad_words=[[1, 2], [3]])  # type: ignore[dict-item]
+    assert one.logit_bias == ((3, -1.5), (5, 2.0))
+    assert one.bad_words == ((1, 2), (3,))
+    assert {one: "kept"}[Sampling(logit_bias=[(5, 2.0), (3, -1.5)], bad_words=((1, 2), (3,)))] == "kept"
+    assert replace(one, top_k=3).logit_bias == one.logit_bias
+
+
+def test_ids_outside_the_vocabulary() -> None:
+    sampling = Sampling(logit_bias={99: 1.0}, bad_words=[[1, 120]])
+    sampling.check_ids(121)
+    with pytest.raises(UserError, match="bad-words: token 120 is not in the model's vocabulary of 120"):
+        sampling.check_ids(120)
+    with pytest.raises(UserError, match="logit-bias: token 99 is not"):
+        sampling.check_ids(99)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(logit_bias={0: -INF, 1: -INF}),
+        Sampling(bad_words=[[0], [1]]),
+        Sampling(no_repeat_ngram_size=1),
+        Sampling(0, min_new_tokens=9),
+    ],
+)
+def test_nothing_left_to_say_is_one_line(sampling: Sampling) -> None:
+    past = [History([0, 1], 1, end_tokens=(0, 1))]
+    with pytest.raises(UserError, match="together rule out every token"):
+        probabilities(torch.zeros(1, 2), sampling, past)
+    with pytest.raises(UserError, match="together rule out every token"):
+        choose(torch.zeros(1, 2), sampling, past, [random_stream(0, 0)])
+    assert choose(torch.zeros(1, 3), sampling, past, [random_stream(0, 0)]).tolist() == [2]
+
+
+def test_what_one_row_rules_out_takes_no_number_from_the_others() -> None:
+    sampling = Sampling(no_repeat_ngram_size=1)
+    past, streams = [History([0])] * 20, [random_stream(0, row) for row in range(21)]
+    with pytest.raises(UserError, match="rule out every token"):
+        choose(torch.zeros(21, 2), sampling, [*past, History([0, 1])], streams)
+    assert torch.equal(streams[0].get_state(), random_stream(0, 0).get_state())
+
+
+def test_what_looks_back_needs_histories() -> None:
+    assert not Sampling(top_k=3, logit_bias={1: 1.0}).looks_back
+    for sampling in (Sampling(repetition_penalty=1.1), Sampling(min_new_tokens=1), Sampling(bad_words=[[1]])):
+        with pytest.raises(ValueError, match="histories"):
+            probabilities(torch.zeros(1, 2), sampling)
