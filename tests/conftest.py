@@ -81,8 +81,8 @@ def here(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
     """The commands measure in this process, without compiling."""
     from gpt2.bench.timing import Here, in_this_process
 
-    monkeypatch.setattr("gpt2.commands.bench.in_fresh_process", in_this_process)
-    monkeypatch.setattr("gpt2.commands.bench.Elsewhere", Here)
+    monkeypatch.setattr("gpt2.commands.bench_train.in_fresh_process", in_this_process)
+    monkeypatch.setattr("gpt2.commands.bench_train.Elsewhere", Here)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gpt2.bench import chart
 from gpt2.bench.ladder import RUNGS, Rung, choose, climb
 from gpt2.bench.peers import parse_peers
 from gpt2.bench.timing import Failed, Here, read_result
-from gpt2.commands import bench
+from gpt2.commands import bench, bench_train
 from gpt2.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
@@ -27,7 +27,7 @@ def test_a_race_that_breaks_off_keeps_what_the_ladder_found(
                 raise Failed("out of memory: the system killed the process (SIGKILL)", out_of_memory=True)
             return super().call(method, *arguments)
 
-    monkeypatch.setattr(bench, "Elsewhere", Killed)
+    monkeypatch.setattr(bench_train, "Elsewhere", Killed)
     flags = ["--rungs", "float32", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
     code, out, _ = run(capsys, *TRAIN, *flags)
     assert code == 1
@@ -79,7 +79,7 @@ def test_a_wrong_rung_is_marked_and_the_exit_code_is_1(
         Rung("nan", "", {"loss": not_a_number}),
     )
     monkeypatch.setattr(
-        bench, "climb", lambda workload, chosen, *rest, **kw: climb(workload, None, *rest, rungs=rungs, **kw)
+        bench_train, "climb", lambda workload, chosen, *rest, **kw: climb(workload, None, *rest, rungs=rungs, **kw)
     )
     code, out, _ = run(capsys, *TRAIN, "--json", str(tmp_path / "a.json"), "--chart", str(tmp_path / "a.svg"))
     assert code == 1

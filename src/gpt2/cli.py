@@ -173,8 +173,9 @@ gpt2 COMMAND --help says more."""
 VERBS = {
     "train": "train a model on text, from nothing or from another model",
     "sample": "continue a prompt",
+    "chat": "talk with a model",
     "export": "write a model for other programs",
     "data": "prepare token shards, and look into them",
-    "bench": "measure: the speed ladder, and peers side by side",
+    "bench": "measure: training, generation, and peers side by side",
     "plan": "memory, time and cost before you spend them",
 }

@@ -260,12 +260,12 @@ def _commit() -> str | None:
     return f"{commit}-dirty" if changed else commit
 
 
-def read_result(path: Path, kind: str) -> dict[str, Any]:
-    """A result that `gpt2 bench` wrote. Raises UserError for a file that is none, or of another kind."""
+def read_result(path: Path, *kinds: str) -> dict[str, Any]:
+    """A result that `gpt2 bench` wrote. Raises UserError for a file that is none, or of another kind than these."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(result, dict) or result.get("kind") != kind:
-        raise UserError(f"{path} is no result of gpt2 {kind} --json")
+    if not isinstance(result, dict) or result.get("kind") not in kinds:
+        raise UserError(f"{path} is no result of {' or '.join(f'gpt2 {kind}' for kind in kinds)} --json")
     return result

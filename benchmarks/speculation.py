@@ -1,0 +1,128 @@
+"""Speculative decoding beside plain decoding: a smaller model drafts, or the text itself does.
+
+    python benchmarks/speculation.py gpt2-large gpt2 input.txt
+
+Continues passages of the text, each in every way in turns, at temperature 0 and 1. Writes
+results/speculation_DEVICE.json. Seconds are those of a whole continuation, the reading of the passage included; a
+ratio is plain decoding's median time over the other's.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from machine import write_result
+
+from gpt2.bench.timing import timed
+from gpt2.errors import UserError
+from gpt2.generation.engine import Engine, Request
+from gpt2.generation.sampling import Sampling
+from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, Speculation
+from gpt2.model import GPT
+from gpt2.runtime import parse_dtype, pick_device
+from gpt2.tokenizer import Tokenizer
+from gpt2.weights import load
+
+TEMPERATURES = (0.0, 1.0)
+
+
+def passages(path: Path, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
+    """`count` passages of `length` tokens, evenly spread over the text."""
+    tokens = tokenizer.encode(path.read_text(encoding="utf-8"))
+    if len(tokens) < count * length:
+        raise UserError(f"{path} has {len(tokens):,} tokens: too few for {count} passages of {length}")
+    return [tokens[at : at + length] for at in range(0, len(tokens), len(tokens) // count)[:count]]
+
+
+def decode(model: GPT, draft: Draft | None, request: Request) -> tuple[list[int], Speculation | None]:
+    """The new tokens, and the numbers if there was a draft."""
+    if draft is not None:
+        speculation = Speculation(model, draft, request)
+        return [token for tokens in speculation for token in tokens], speculation
+    engine = Engine(model, 1, len(request.prompt) + request.max_new_tokens)
+    continuation = engine.submit(request)
+    while not engine.idle:
+        engine.step()
+    if continuation.error:
+        raise continuation.error
+    return continuation.new_tokens, None
+
+
+def compare(
+    model: GPT, drafts: dict[str, Callable[[], Draft | None]], prompts: list[list[int]], sampling: Sampling, count: int
+) -> dict[str, Any]:
+    """Every prompt in every way, one after the other; plain decoding is the first way."""
+    seconds: dict[str, list[float]] = {name: [] for name in drafts}
+    sums = {name: {"drafted": 0, "accepted": 0, "calls": 0, "equal": 0} for name in drafts}
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first round warms up
+        request, texts = Request(prompt, sampling, count, seed=number), {}
+        for name, make in drafts.items():
+            elapsed, (texts[name], numbers) = timed(partial(decode, model, make(), request), model.device)
+            if number > 0:
+                seconds[name].append(elapsed)
+                sums[name]["equal"] += texts[name] == texts["plain"]
+                for key in ("drafted", "accepted", "calls") if numbers else ():
+                    sums[name][key] += getattr(numbers, key)
+    found = {}
+    for name, tally in sums.items():
+        median = statistics.median(seconds[name])
+        found[name] = {
+            "tokens_per_second": round(count / median, 2),
+            "ratio": round(statistics.median(seconds["plain"]) / median, 3),
+        }
+        if tally["calls"]:
+            found[name]["acceptance_rate"] = round(tally["accepted"] / max(1, tally["drafted"]), 3)
+            found[name]["tokens_per_call"] = round(len(prompts) * count / tally["calls"], 2)
+            if sampling.greedy:
+                found[name]["texts_equal_to_plain"] = f"{tally['equal']} of {len(prompts)}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speculative decoding beside plain decoding.")
+    parser.add_argument("model", metavar="MODEL", help="the model whose words they are: a folder or a hub name")
+    parser.add_argument("draft", metavar="DRAFT", help="a smaller one of the same vocabulary")
+    parser.add_argument("text", metavar="TEXT", type=Path, help="a text file that the passages are taken from")
+    parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--passage-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    device, dtype = pick_device(args.device), parse_dtype(args.dtype)
+    model, tokenizer = load(args.model, device=device, dtype=dtype)
+    small, small_tokenizer = load(args.draft, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer, which the text needs")
+    ModelDraft(small, small_tokenizer).check(model.config.vocab_size, tokenizer)
+    prompts = passages(args.text, tokenizer, args.passages, args.passage_tokens)
+    drafts = {"plain": lambda: None, "model": lambda: ModelDraft(small), "prompt_lookup": PromptLookup}
+    found = {
+        "device": str(device),
+        "dtype": args.dtype,
+        "parameters": {"model": model.num_parameters(), "draft": small.num_parameters()},
+        "passages": args.passages,
+        "passage_tokens": args.passage_tokens,
+        "new_tokens": args.new_tokens,
+        "temperatures": {},
+    }
+    for temperature in TEMPERATURES:
+        compared = compare(model, drafts, prompts, Sampling(temperature), args.new_tokens)
+        found["temperatures"][f"{temperature:g}"] = compared
+    result = write_result(
+        f"speculation_{device.type}", shlex.join(["python", "benchmarks/speculation.py", *sys.argv[1:]]), found
+    )
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

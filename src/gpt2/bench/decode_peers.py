@@ -1,0 +1,390 @@
+"""Others that write with a GPT-2: transformers, CTranslate2, llama.cpp, nanoGPT, each with the weights of our model.
+
+Each is used as its documentation says, and told as many threads as torch uses here. What it needs on disk is written
+by this program, into a folder that the caller takes away.
+"""
+
+import ctypes
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2.bench.decode import Decoder, Decoding, Entry, Run, weight_bytes
+from gpt2.bench.peers import build, parse_peers
+from gpt2.bench.timing import Failed, Here, Say, Workload, silent
+from gpt2.errors import UserError, did_you_mean
+from gpt2.model import GPT
+from gpt2.runtime import DTYPES, synchronize
+from gpt2.weights import save
+
+LLAMA_TYPES = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
+GGUF_NAMES = {  # ours: llama.cpp's; see `gguf.MODEL_TENSORS`
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "lm_head": "output",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+class Transformers:
+    """`generate` of transformers, with its own growing cache."""
+
+    def __init__(self, work: Decoding, precision: str, folder: str) -> None:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        model: Any = transformers.GPT2LMHeadModel.from_pretrained(Path(folder, "model"), dtype=DTYPES[precision])
+        self._model = model.to(work.device).eval()
+        self.version = transformers.__version__
+        self.cache_width = DTYPES[precision].itemsize
+        self.weight_bytes = weight_bytes(work.config, 8 * self.cache_width)
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+        """See `Decoder.run`."""
+        clock = _Clock()
+        tokens = torch.tensor(prompts, device=self._model.device)
+        out = self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            cache_implementation=None,
+            eos_token_id=None,
+            pad_token_id=0,
+            streamer=clock,
+        )
+        return clock.run(1, out[:, tokens.size(1) :].tolist())  # before the first token, it is given the prompt
+
+
+class _Clock:
+    """Notes when it is called: by `generate` of transformers, which takes it for a streamer, and others."""
+
+    def __init__(self) -> None:
+        self._began, self._times = time.perf_counter(), []
+
+    def put(self, value: object = None) -> None:
+        """Something has come."""
+        self._times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """It was the last."""
+
+    def run(self, first: int, tokens: list[list[int]]) -> Run:
+        """All is there by now; the first tokens were when call number `first` came."""
+        return Run(self._times[first] - self._began, time.perf_counter() - self._began, tokens)
+
+
+class CTranslate2:
+    """`Generator.generate_batch`, from a float32 model that it converts as it loads it."""
+
+    def __init__(self, work: Decoding, precision: str, folder: str) -> None:
+        import ctranslate2
+
+        device, _, index = work.device.partition(":")
+        supported = ctranslate2.get_supported_compute_types(device)
+        if precision not in supported:
+            raise UserError(f"CTranslate2 has no {precision} on this device: it has {', '.join(sorted(supported))}")
+        self._generator = ctranslate2.Generator(
+            str(Path(folder, "ctranslate2")),
+            device=device,
+            device_index=int(index or 0),
+            compute_type=precision,
+            inter_threads=1,
+            intra_threads=torch.get_num_threads(),
+        )
+        self.version = ctranslate2.__version__
+        self.weight_bytes = weight_bytes(work.config, {"float32": 32, "bfloat16": 16}.get(precision, 8))
+        self.cache_width = 2 if precision.endswith("bfloat16") else 4
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+        """See `Decoder.run`."""
+        clock = _Clock()
+
+        def token_of_a_row(_: object) -> bool:
+            clock.put()
+            return False  # go on
+
+        results = self._generator.generate_batch(
+            [list(map(str, prompt)) for prompt in prompts],
+            max_length=new_tokens,
+            include_prompt_in_result=False,
+            end_token=[],
+            beam_size=1,
+            sampling_topk=1,
+            callback=token_of_a_row,
+        )
+        return clock.run(len(prompts) - 1, [result.sequences_ids[0] for result in results])
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python's low-level interface: each row is a sequence of one batch."""
+
+    def __init__(self, work: Decoding, precision: str, folder: str) -> None:
+        import gguf
+        import llama_cpp
+
+        if torch.device(work.device).type != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+            raise UserError("this llama-cpp-python was built for the CPU alone")
+        self._llama, self._work = llama_cpp, work
+        _be_quiet(llama_cpp)
+        file = Path(folder, f"{precision}.gguf")
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0 if work.device == "cpu" else work.config.n_layer + 1
+        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
+        if not self._model:
+            raise UserError(f"llama.cpp cannot load {file.name}")
+        self._rows, self._context, self._batch = 0, None, None
+        self.version = llama_cpp.__version__
+        tensors = gguf.GGUFReader(file).tensors
+        self.weight_bytes = sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != "position_embd.weight")
+        self.cache_width = 2
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+        """See `Decoder.run`. Room for the cache is made before the clock runs."""
+        rows, length = len(prompts), self._work.prompt_tokens
+        if rows != self._rows:
+            self._make_room(rows)
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        clock = _Clock()
+        new = [self._read(prompts, 0)]
+        clock.put()
+        for position in range(length, length + new_tokens - 1):
+            new.append(self._read([[token] for token in new[-1]], position))
+        return clock.run(0, [list(row) for row in zip(*new, strict=True)])
+
+    def _make_room(self, rows: int) -> None:
+        llama, work = self._llama, self._work
+        if self._context is not None:
+            llama.llama_batch_free(self._batch)
+            llama.llama_free(self._context)
+        params = llama.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = rows * max(256, work.length), rows
+        params.n_batch = rows * work.prompt_tokens
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise UserError(f"llama.cpp has no context for {rows} sequences")
+        self._rows, self._batch = rows, llama.llama_batch_init(params.n_batch, 0, 1)
+
+    def _read(self, tokens: list[list[int]], position: int) -> list[int]:
+        """The most likely token after each of the rows, which go on from `position`."""
+        batch, place = self._batch, 0
+        assert batch is not None
+        for row, new in enumerate(tokens):
+            for i, token in enumerate(new):
+                batch.token[place], batch.pos[place] = token, position + i
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
+                batch.logits[place] = i == len(new) - 1
+                place += 1
+        batch.n_tokens = place
+        if self._llama.llama_decode(self._context, batch) != 0:
+            raise UserError("llama_decode failed")
+        shape = (len(tokens), self._work.config.vocab_size)
+        return np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), shape).argmax(1).tolist()
+
+
+class NanoGPT:
+    """nanoGPT's own `generate`, which has no cache: every token reads the whole text again."""
+
+    def __init__(self, work: Decoding, precision: str, path: str) -> None:
+        with redirect_stdout(sys.stderr):
+            made = build("nanogpt", path, Workload("cpu", work.config, batch_size=1, block_size=1))
+        made.model.load_state_dict(work.build().state_dict(), strict=False)
+        self._model: Any = made.model.to(work.device, DTYPES[precision]).eval()
+        self.version = made.version
+        self.weight_bytes = weight_bytes(work.config, 8 * DTYPES[precision].itemsize)
+        self.cache_width = 0
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+        """See `Decoder.run`."""
+        tokens = torch.tensor(prompts, device=next(self._model.parameters()).device)
+        clock = _Clock()
+
+        def token_is_wanted(*_: object) -> None:
+            synchronize(tokens.device)
+            clock.put()
+
+        hook = self._model.register_forward_pre_hook(token_is_wanted)
+        try:
+            out = self._model.generate(tokens, new_tokens, top_k=1)[:, tokens.size(1) :].tolist()
+        finally:
+            hook.remove()
+        return clock.run(1, out)  # the second token is begun when the first is there
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program to be compared with: its packages as they are imported and as pip calls them, and its lanes."""
+
+    packages: Mapping[str, str]
+    precisions: tuple[str, ...]
+    make: Callable[..., Decoder]
+    most_rows: int | None = None
+    most_tokens: int | None = None
+
+
+PEERS = {
+    "transformers": Peer({"transformers": "transformers"}, ("float32", "bfloat16"), Transformers),
+    "ctranslate2": Peer(
+        {"ctranslate2": "ctranslate2", "transformers": "transformers"},
+        ("float32", "bfloat16", "int8", "int8_bfloat16"),
+        CTranslate2,
+    ),
+    "llamacpp": Peer({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}, ("f16", "q8_0", "q4_0"), LlamaCpp),
+    "nanogpt": Peer({}, ("float32", "bfloat16"), NanoGPT, most_rows=8, most_tokens=16),
+}
+
+
+def check_peers(given: Iterable[str]) -> dict[str, str | None]:
+    """``["nanogpt=PATH", "llamacpp"]`` as a mapping from names to checkouts. Raises UserError for what is none."""
+    found: dict[str, str | None] = {}
+    for text in given:
+        name = text.partition("=")[0]
+        if name == "nanogpt":
+            found |= parse_peers([text])
+        elif text in PEERS:
+            found[name] = None
+        else:
+            raise UserError(f"there is no peer '{text}'{did_you_mean(name, PEERS)}: there are {', '.join(PEERS)}")
+    return found
+
+
+def peer_entries(
+    work: Decoding, given: Mapping[str, str | None], folder: Path, host: type[Here], say: Say = silent
+) -> list[Entry]:
+    """The lanes of peers, with what they need written into `folder`; a peer that is not there has the reason."""
+    entries = []
+    for name, checkout in given.items():
+        peer = PEERS[name]
+        reason = _missing(peer.packages)
+        if reason is None and checkout is None:
+            say(f"{name}: writing the model for it")
+            try:
+                with host(Files, work, folder) as files:
+                    files.call("write", name)
+            except Failed as failure:
+                reason = str(failure)
+        limits = {"most_rows": peer.most_rows, "most_tokens": peer.most_tokens, "reason": reason}
+        arguments = (checkout or str(folder),)
+        entries += [Entry(name, p, p, peer.make, arguments, **limits) for p in peer.precisions]
+    return entries
+
+
+def _missing(packages: Mapping[str, str]) -> str | None:
+    missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
+    return f"not installed: pip install {' '.join(missing)}" if missing else None
+
+
+class Files:
+    """Writes our model as peers want it, in a process of its own, as it needs their packages and memory."""
+
+    def __init__(self, work: Decoding, folder: Path) -> None:
+        self._model, self._folder = work.build(), folder
+
+    def write(self, peer: str) -> None:
+        """What `peer` is going to load."""
+        if peer == "llamacpp":
+            write_gguf(self._model, self._folder / "f16.gguf")
+            for precision in LLAMA_TYPES:
+                quantize_gguf(self._folder / "f16.gguf", self._folder / f"{precision}.gguf", precision)
+            return
+        if not (self._folder / "model").exists():
+            save(self._model, None, self._folder / "model")
+        if peer == "ctranslate2":
+            _convert(self._folder / "model", self._folder / "ctranslate2", self._model.config.vocab_size)
+
+
+def _convert(folder: Path, converted: Path, vocab_size: int) -> None:
+    """For CTranslate2, whose tokens are words: each is called by its number."""
+    import transformers
+    from ctranslate2.converters import TransformersConverter
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    numbers = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0"))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "0")
+
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, *args: object, **kwargs: object) -> Any:
+            return transformers.PreTrainedTokenizerFast(tokenizer_object=numbers, **special)
+
+    transformers.utils.logging.disable_progress_bar()
+    Converter(str(folder)).convert(str(converted))
+
+
+def write_gguf(model: GPT, path: Path, *, half: bool = True) -> None:
+    """Write a model as llama.cpp reads it, without a vocabulary; matrices in float16, or all in float32.
+
+    Raises UserError for an activation that llama.cpp's GPT-2 does not have.
+    """
+    import gguf
+
+    c = model.config
+    if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise UserError(f"llama.cpp's GPT-2 has no {c.activation_function}")
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.n_inner or 4 * c.n_embd)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(c.layer_norm_epsilon)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    for name, weight in model.named_parameters():
+        matrix = half and weight.dim() == 2 and "wpe" not in name
+        writer.add_tensor(_gguf_name(name), _array(weight, torch.float16 if matrix else torch.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in GGUF_NAMES:
+        return f"{GGUF_NAMES[module]}.{kind}"
+    _, _, number, part = module.split(".", 3)  # transformer.h.0.attn.c_attn
+    return f"blk.{number}.{GGUF_NAMES[part]}.{kind}"
+
+
+def _array(weight: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return weight.detach().to("cpu", dtype).contiguous().numpy()
+
+
+def quantize_gguf(source: Path, target: Path, precision: str) -> None:
+    """Let llama.cpp quantize a file that `write_gguf` wrote. Raises UserError where it cannot."""
+    import llama_cpp
+
+    _be_quiet(llama_cpp)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, LLAMA_TYPES[precision])
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.pointer(params)) != 0:
+        raise UserError(f"llama.cpp cannot quantize to {precision}")
+
+
+def _be_quiet(llama_cpp: Any) -> None:
+    """It has much to say on standard error."""
+    llama_cpp.llama_log_set(_UNHEARD, None)
+
+
+_UNHEARD = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)

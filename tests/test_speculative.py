@@ -1,0 +1,498 @@
+"""What a draft guesses changes how fast the text comes, and nothing else."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ODD_CONFIGS, random_model
+from torch import Tensor
+
+from gpt2.cache import KVCache
+from gpt2.errors import UserError
+from gpt2.generation import speculative
+from gpt2.generation.engine import Engine, LanguageModel, Request
+from gpt2.generation.sampling import History, Sampling, probabilities, random_stream
+from gpt2.generation.speculative import (
+    Draft,
+    ModelDraft,
+    PromptLookup,
+    Reader,
+    Speculation,
+    keep_or_redraw,
+    next_length,
+    speculate,
+)
+from gpt2.generation.text import stream
+from gpt2.model import GPT, GPTConfig
+from gpt2.tokenizer import BPETokenizer, get_tokenizer
+
+GREEDY = Sampling(temperature=0)
+TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
+FEW = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
+
+
+def opinionated(config: GPTConfig, seed: int = 0) -> GPT:
+    """A random model that hears what was said before, and is far from thinking all tokens equally likely."""
+    model = random_model(config, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.sub_(1)  # of mean 0, or a few tokens would be likely anywhere
+            elif parameter.dim() == 2:
+                parameter.mul_(12 if "attn" in name else 3)
+    return model
+
+
+class Pairs:
+    """A language model in a table: what comes next depends on the last two tokens. Quick, and it needs its cache."""
+
+    def __init__(self, config: GPTConfig, seed: int = 0) -> None:
+        self.config, self.device = config, torch.device("cpu")
+        size = config.vocab_size
+        table = 2 * torch.randn(size, size, size, generator=torch.Generator().manual_seed(seed))
+        self.lm_head = lambda hidden: table[hidden[..., 0], hidden[..., 1]]  # (..., 2) -> (..., V)
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        length = max_length or self.config.block_size
+        return KVCache.allocate(1, (batch_size, 1, length, 1), self.device, torch.float32)
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        cache = self.make_cache(len(tokens)) if cache is None else cache
+        keys, values = (tokens[:, None, :, None].float() for _ in range(2))
+        kept, _ = cache.extended(tokens.size(1)).layer(0).append(keys, values)  # (B, 1, S, 1)
+        text = torch.cat((torch.zeros(len(tokens), 1), kept[:, 0, :, 0]), 1).long()  # as if a 0 came before
+        return torch.stack((text[:, :-1], text[:, 1:]), -1)[:, -tokens.size(1) :]
+
+
+def plain(model: GPT, request: Request) -> list[int]:
+    """The same request without a draft."""
+    engine = Engine(model, 1)
+    continuation = engine.submit(request)
+    while not engine.idle:
+        engine.step()
+    if continuation.error:
+        raise continuation.error
+    return continuation.new_tokens
+
+
+def said(model: LanguageModel, draft: Draft, request: Request, longest: int = 16) -> list[int]:
+    speculation = Speculation(model, draft, request, longest)
+    tokens = [token for tokens in speculation for token in tokens]
+    assert tokens == speculation.continuation.new_tokens
+    return tokens
+
+
+DRAFTS: dict[str, Callable[[GPT], Draft]] = {
+    "itself": ModelDraft,
+    "another": lambda model: ModelDraft(opinionated(replace(model.config, n_layer=1), 5)),
+    "shorter": lambda model: ModelDraft(opinionated(replace(model.config, block_size=5), 5)),
+    "nearly": lambda model: ModelDraft(perturbed(model)),
+    "lookup": lambda model: PromptLookup(),
+    "lookup 1": lambda model: PromptLookup(1),
+}
+
+
+def perturbed(model: GPT) -> GPT:
+    """Nearly the same model."""
+    other = GPT(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.manual_seed(9)
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter, alpha=0.05)
+    return other
+
+
+# greedy: token for token
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("config", ODD_CONFIGS, ids=lambda c: f"{c.n_layer}x{c.n_embd}")
+def test_greedy_tokens_are_those_of_plain_decoding_beyond_the_context_too(config: GPTConfig, draft: str) -> None:
+    model = opinionated(config)
+    guesser = DRAFTS[draft](model)
+    for prompt, count in (([1, 2, 3], 40), (list(range(config.block_size)), 12)):
+        request = Request(prompt, GREEDY, count)
+        assert said(model, guesser, request) == plain(model, request)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    context=st.integers(1, 12),
+    prompt=st.lists(st.integers(0, 10), min_size=1, max_size=12),
+    draft=st.sampled_from(list(DRAFTS)),
+    longest=st.integers(1, 9),
+    count=st.integers(0, 25),
+    sampling=st.builds(
+        Sampling,
+        temperature=st.just(0),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        presence_penalty=st.sampled_from([0.0, 0.5]),
+        frequency_penalty=st.sampled_from([0.0, 0.3]),
+        no_repeat_ngram_size=st.sampled_from([0, 2, 3]),
+        logit_bias=st.sampled_from([{}, {3: 0.5}, {4: -math.inf}]),
+        bad_words=st.sampled_from([(), ((1, 2),), ((0,), (5, 5))]),
+        min_new_tokens=st.sampled_from([0, 4]),
+    ),
+    end_tokens=st.sampled_from([(), (3,), (2, 3, 6)]),
+)
+def test_greedy_tokens_are_the_same_for_any_settings(
+    context: int,
+    prompt: list[int],
+    draft: str,
+    longest: int,
+    count: int,
+    sampling: Sampling,
+    end_tokens: tuple[int, ...],
+) -> None:
+    model = opinionated(replace(FEW, vocab_size=11, block_size=context, n_embd=16))
+    request = Request(prompt[:context], sampling, count, end_tokens=end_tokens)
+    assert said(model, DRAFTS[draft](model), request, longest) == plain(model, request)
+
+
+def test_a_draft_serves_one_text_after_the_other() -> None:
+    model = opinionated(replace(TALKER, block_size=12))
+    for name in ("nearly", "lookup"):
+        draft = DRAFTS[name](model)
+        for prompt in ([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9], [5], [1, 2, 3, 4]):
+            request = Request(prompt, GREEDY, 25)
+            assert said(model, draft, request) == plain(model, request)
+
+
+# sampling: the model's own distribution
+
+
+def chi_square_p(counts: Tensor, probs: Tensor) -> float:
+    """How likely a sample as unlikely as `counts` (n,) is under `probs` (n,); rare outcomes count as one."""
+    expected = probs.double() * counts.sum()
+    assert counts[probs == 0].sum() == 0
+    rare = expected < 5
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None])).double()
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    there = expected > 0
+    statistic = ((counts - expected)[there] ** 2 / expected[there]).sum()
+    freedom = there.sum().double() - 1
+    return float(torch.special.gammaincc(freedom / 2, statistic / 2))
+
+
+def distribution(model: LanguageModel, request: Request) -> Tensor:
+    """The exact probability of each continuation of all new tokens: (V ** max_new_tokens,)."""
+    size, count, prompt = model.config.vocab_size, request.max_new_tokens, list(request.prompt)
+    texts = torch.tensor([prompt + list(new) for new in product(range(size), repeat=count)])
+    with torch.no_grad():
+        logits = model.lm_head(model.hidden_states(texts, model.make_cache(len(texts))))  # (V ** count, P + count, V)
+    total = torch.ones(len(texts), dtype=torch.float64)
+    for i in range(len(prompt), texts.size(1)):
+        pasts = [History(text[:i].tolist(), len(prompt)) for text in texts]
+        probs = probabilities(logits[:, i - 1], request.sampling, pasts)
+        total *= probs.double().gather(-1, texts[:, i : i + 1])[:, 0]
+    return total
+
+
+def sampled_p(draft: Draft, model: LanguageModel, sampling: Sampling, longest: int = 16, runs: int = 400) -> float:
+    """Three new tokens in each of `runs` runs against their exact distribution."""
+    request, size = Request([0, 1, 2, 0, 1], sampling, 3), model.config.vocab_size
+    counts = torch.zeros(size**3)
+    for sample in range(runs):
+        tokens = said(model, draft, replace(request, seed=1, sample=sample), longest)
+        counts[sum(token * size ** (2 - i) for i, token in enumerate(tokens))] += 1
+    return chi_square_p(counts, distribution(model, request))
+
+
+SETTINGS = {
+    "plain": Sampling(),
+    "top-k, cold": Sampling(0.7, top_k=3),
+    "top-p, hot": Sampling(1.5, top_p=0.9),
+    "looking back": Sampling(repetition_penalty=1.4, frequency_penalty=0.5, bad_words=((1, 3),)),
+}
+
+
+@pytest.mark.parametrize(("sampling", "longest"), [("plain", 1), *((name, 16) for name in SETTINGS)])
+@pytest.mark.parametrize("draft", ["model", "lookup"])
+def test_samples_have_the_distribution_of_the_model(draft: str, sampling: str, longest: int) -> None:
+    guesser = ModelDraft(Pairs(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, Pairs(FEW, 153), SETTINGS[sampling], longest) > 0.01
+
+
+@pytest.mark.parametrize("draft", ["model", "lookup"])
+def test_samples_have_the_distribution_of_gpt2(draft: str) -> None:
+    guesser = ModelDraft(opinionated(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, opinionated(FEW), Sampling(0.8, top_k=3)) > 0.01
+
+
+def always_kept(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
+    return guess
+
+
+def redrawn_from_p(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
+    """Right but for the distribution that a rejected token is redrawn from."""
+    kept = keep_or_redraw(guess, p, q, stream)
+    return kept if kept == guess else int(torch.multinomial(p, 1, generator=stream))
+
+
+@pytest.mark.parametrize("wrong", [always_kept, redrawn_from_p])
+@pytest.mark.parametrize("draft", ["model", "lookup"])
+def test_the_test_finds_a_wrong_rule(draft: str, wrong: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculative, "keep_or_redraw", wrong)
+    guesser = ModelDraft(Pairs(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, Pairs(FEW, 153), Sampling()) < 1e-4
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), size=st.integers(2, 6))
+def test_one_token_exactly(data: st.DataObject, size: int) -> None:
+    """Sum over guesses of q(guess) times what the rule makes of it is p, for fine steps of the random numbers."""
+    weights = st.lists(st.integers(0, 5), min_size=size, max_size=size).filter(any)
+    p, q = (torch.tensor(data.draw(weights), dtype=torch.float32) for _ in range(2))
+    p, q = p / p.sum(), q / q.sum()
+    rest = (p - q).clamp_min(0)
+    keep = torch.minimum(torch.ones(size), p / q.clamp_min(1e-9))
+    expected = q * keep + (q * (1 - keep)).sum() * (rest / rest.sum().clamp_min(1e-9))
+    assert torch.allclose(expected, p, atol=1e-6)
+    own = random_stream(0, 0)
+    for guess in range(size):
+        if q[guess] == 0:
+            continue
+        drawn = torch.tensor([keep_or_redraw(guess, p, q, own) for _ in range(400)])
+        share = (drawn == guess).float().mean()
+        assert abs(share - keep[guess]) < 5 * math.sqrt(0.25 / 400)
+        assert (rest[drawn[drawn != guess]] > 0).all()
+
+
+def test_the_random_numbers_are_the_requests_own() -> None:
+    model = opinionated(TALKER)
+    for draft in (ModelDraft(opinionated(TALKER, 1)), PromptLookup()):
+        request = Request([1, 2, 1, 2], Sampling(), 40, seed=3)
+        before = torch.get_rng_state()
+        once = said(model, draft, request)
+        torch.rand(7)
+        assert said(model, draft, request) == once
+        assert said(model, draft, replace(request, seed=4)) != once
+        assert said(model, draft, replace(request, sample=1)) != once
+        torch.set_rng_state(before)
+        said(model, draft, request)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+# the reader, the drafts and the numbers
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    context=st.integers(1, 9),
+    texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_a_reader_reads_what_differs_and_says_what_the_model_says(
+    context: int, texts: list[list[int]], data: st.DataObject
+) -> None:
+    model = opinionated(replace(FEW, block_size=context))
+    reader = Reader(model)
+    for text in texts:
+        start = 0
+        while len(text) - start > context:  # as the engine does: the later half and the token that found no room
+            start += context + 1 - max(1, context // 2)
+        assert reader.room(len(text)) == context - (len(text) - start)
+        count = data.draw(st.integers(1, len(text) - start))
+        with torch.no_grad():
+            expected = model(torch.tensor([text[start:]]))[0, -count:]
+            assert torch.allclose(reader.logits(text, count), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reader_reads_no_more_than_it_must() -> None:
+    model, read = random_model(TALKER), []
+    model.transformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].tolist()[0]))
+    reader = Reader(model)
+    reader.logits([1, 2, 3], 1)
+    reader.logits([1, 2, 3, 4, 5], 3)  # the last of the three lies before what is new, and is read again
+    reader.logits([1, 2, 3, 4, 9], 1)
+    reader.logits([1, 2, 3, 4, 9], 1)
+    assert read == [[1, 2, 3], [3, 4, 5], [9], [9]]
+
+
+def test_the_model_reads_each_token_once_and_its_guesses() -> None:
+    model, read = opinionated(TALKER), []
+    speculation = Speculation(model, DRAFTS["nearly"](model), Request([1, 2, 3], Sampling(), 40))
+    model.transformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].size(1)))
+    list(speculation)
+    assert len(read) == speculation.calls
+    assert sum(read) == 3 + (speculation.calls - 1) + speculation.drafted
+    assert 0 < speculation.accepted < speculation.drafted
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, Sampling(), Sampling(0.8, top_k=20), Sampling(frequency_penalty=2)],
+    ids=["greedy", "all", "some", "back"],
+)
+@pytest.mark.parametrize("context", [64, 11])
+def test_a_model_that_drafts_for_itself_is_never_wrong(sampling: Sampling, context: int) -> None:
+    model = opinionated(replace(TALKER, block_size=context))
+    speculation = Speculation(model, ModelDraft(model), Request([1, 2, 3], sampling, 50))
+    lists = list(speculation)
+    assert speculation.acceptance_rate == 1.0
+    assert speculation.drafted == 50 - speculation.calls
+    assert speculation.tokens_per_call == 50 / len(lists) > (5 if context == 64 else 2)
+    assert [len(tokens) for tokens in lists[:2]] == [5, 6 if context == 64 else 4]
+
+
+def test_numbers_of_a_draft_that_is_always_wrong() -> None:
+    model = opinionated(TALKER)
+    wrong = perturbed(model)
+    with torch.no_grad():
+        wrong.lm_head.weight.mul_(-1)
+    speculation = Speculation(model, ModelDraft(wrong), Request([1, 2, 3], GREEDY, 20))
+    assert (speculation.acceptance_rate, speculation.tokens_per_call) == (0.0, 0.0)
+    list(speculation)
+    assert (speculation.calls, speculation.accepted, speculation.acceptance_rate) == (20, 0, 0.0)
+    assert speculation.drafted == 4 + 3 + 2 + 16 * 1
+    assert speculation.tokens_per_call == 1.0
+
+
+def test_how_long_the_next_draft_is() -> None:
+    assert [next_length(4, accepted, 16) for accepted in range(5)] == [3, 3, 4, 4, 5]
+    assert (next_length(16, 16, 16), next_length(1, 0, 16), next_length(1, 1, 1)) == (16, 1, 1)
+
+
+def test_what_prompt_lookup_finds() -> None:
+    def found(tokens: list[int], count: int = 4, ngram: int = 3) -> list[int]:
+        return PromptLookup(ngram).propose(History(tokens), count, Sampling(), random_stream(0, 0)).tokens
+
+    assert found([1, 2, 3, 4, 5, 6, 1, 2, 3]) == [4, 5, 6, 1]
+    assert found([1, 2, 3, 7, 1, 2, 3, 8, 9, 0, 1, 2, 3], 2) == [8, 9]  # the latest
+    assert found([1, 2, 3, 7, 2, 3, 8, 9, 1, 2, 3], 2) == [7, 2]  # the longest
+    assert found([1, 2, 3, 7, 2, 3, 8, 9, 1, 2, 3], 2, ngram=2) == [8, 9]
+    assert found([5, 6, 7, 6], 2) == [7, 6]  # down to one token
+    assert found([1, 2, 1, 2]) == [1, 2, 1, 2]  # a copy goes on with itself
+    assert found([3, 3]) == [3, 3, 3, 3]
+    assert found([1, 2, 3]) == found([1]) == []
+
+
+def test_settings_that_leave_nothing_after_a_guess_are_no_error_before_it_comes_to_that() -> None:
+    model = opinionated(FEW)
+    rule = Sampling(no_repeat_ngram_size=1)  # four tokens, then nothing
+    for draft in (ModelDraft(model), ModelDraft(opinionated(FEW, 1)), PromptLookup()):
+        assert sorted(said(model, draft, Request([2], rule, 3))) == [0, 1, 3]
+        with pytest.raises(UserError, match="rule out every token"):
+            said(model, draft, Request([2], rule, 4))
+
+
+def test_an_end_token_ends_it_and_what_was_guessed_after_it_is_dropped() -> None:
+    model = random_model(TALKER)
+    whole = plain(model, Request([1, 2, 3], GREEDY, 30))
+    end = whole[7]
+    speculation = Speculation(model, ModelDraft(model), Request([1, 2, 3], GREEDY, 30, end_tokens=(end,)))
+    tokens = [token for tokens in speculation for token in tokens]
+    assert tokens == whole[: whole.index(end) + 1]
+    assert speculation.continuation.finished == "stop"
+    assert list(speculation) == []
+
+
+def test_a_draft_and_a_model_are_asked_without_their_dropout_and_stay_as_they_were() -> None:
+    quiet, loud = random_model(TALKER), random_model(replace(TALKER, dropout=0.5)).train()
+    request = Request([1, 2, 3], GREEDY, 30)
+    speculation = Speculation(loud, ModelDraft(loud), request)
+    assert [token for tokens in speculation for token in tokens] == plain(quiet, request)
+    assert speculation.acceptance_rate == 1.0
+    assert all(module.training for module in loud.modules())
+
+
+# text
+
+
+@pytest.mark.parametrize("name", ["another", "nearly", "lookup"])
+def test_greedy_text_is_that_of_stream(name: str) -> None:
+    model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
+    draft = DRAFTS[name](model)
+    for prompt, count in (("Hello", 100), ("", 20), ("abcabcabc", 40), ("x" * 64, 5)):
+        pieces = [piece for _, piece in stream(model, tokenizer, prompt, GREEDY, max_new_tokens=count)]
+        whole = "".join(pieces)
+        text = speculate(model, tokenizer, prompt, draft, GREEDY, max_new_tokens=count)
+        assert "".join(text) == whole
+        assert len(text.speculation.continuation.new_tokens) == count
+        middle = whole[len(whole) // 2 :][:2]
+        ended = speculate(model, tokenizer, prompt, draft, GREEDY, max_new_tokens=count, stop=[middle])
+        assert "".join(ended) == whole[: whole.index(middle)]
+
+
+def test_a_text_ends_at_the_end_of_text() -> None:
+    model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
+    sampling = Sampling(logit_bias={256: 1e6}, min_new_tokens=3)  # as soon as it may
+    for draft in (ModelDraft(model), PromptLookup()):
+        text = speculate(model, tokenizer, "Hello", draft, sampling, seed=1)
+        shown, said = "".join(text), text.speculation.continuation
+        assert (said.finished, len(said.new_tokens), said.tokens[-1]) == ("stop", 4, 256)
+        assert shown == tokenizer.decode(said.new_tokens[:3])
+
+
+def test_a_seed_gives_its_text() -> None:
+    model, tokenizer = opinionated(TALKER), get_tokenizer("bytes")
+    draft = ModelDraft(opinionated(TALKER, 1))
+
+    def text(seed: int | None, sample: int = 0) -> str:
+        pieces = speculate(model, tokenizer, "Hello", draft, max_new_tokens=20, seed=seed, sample=sample)
+        return "".join(pieces)
+
+    assert text(1) == text(1)
+    assert len({text(1), text(2), text(1, 1), text(None), text(None)}) == 5
+
+
+# what can go wrong
+
+
+def test_a_draft_of_another_vocabulary_or_tokenizer_is_refused(small_bpe: BPETokenizer) -> None:
+    model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
+    larger = ModelDraft(random_model(replace(TALKER, vocab_size=300)), small_bpe)
+    with pytest.raises(UserError, match=r"^the draft has a vocabulary of 300 tokens, the model one of 257$"):
+        speculate(model, tokenizer, "x", larger)
+    with pytest.raises(UserError, match="vocabulary of 300"):
+        Speculation(model, larger, Request([1]))
+    with pytest.raises(UserError, match=r"^the draft has another tokenizer than the model"):
+        speculate(model, tokenizer, "x", ModelDraft(random_model(TALKER), small_bpe))
+    assert list(speculate(model, tokenizer, "x", ModelDraft(model, tokenizer), max_new_tokens=0)) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_or_a_draft_that_gives_nan_is_called_broken(value: float) -> None:
+    sound, broken = random_model(TALKER), random_model(TALKER)
+    with torch.no_grad():
+        dict(broken.named_parameters())["transformer.h.1.mlp.c_proj.bias"][3] = value
+    for sampling in (GREEDY, Sampling(top_k=5)):
+        request = Request([1, 2, 1], sampling, 5)
+        for draft in (ModelDraft(sound), PromptLookup()):
+            with pytest.raises(UserError, match=r"^the model gives nan or inf"):
+                said(broken, draft, request)
+        with pytest.raises(UserError, match=r"^the draft is of no use: the model gives nan or inf"):
+            said(sound, ModelDraft(broken), request)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "no tokens"),
+        (Request([0] * 65), "65 tokens do not fit the model's context of 64"),
+        (Request([257]), "outside the model's vocabulary of 257"),
+        (Request([-1]), "outside the model's vocabulary of 257"),
+        (Request([1], max_new_tokens=-1), "max_new_tokens must be 0 or more"),
+        (Request([1], Sampling(logit_bias={257: 1})), "logit-bias: token 257"),
+    ],
+)
+def test_a_request_that_cannot_be_served(request_: Request, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Speculation(random_model(TALKER), PromptLookup(), request_)
+
+
+def test_impossible_drafts() -> None:
+    with pytest.raises(UserError, match="at least 1 token to look for, not 0"):
+        PromptLookup(0)
+    with pytest.raises(UserError, match="a draft has at least 1 token, not 0"):
+        Speculation(random_model(TALKER), PromptLookup(), Request([1]), longest=0)
+    with pytest.raises(UserError, match="no tokenizer"):
+        speculate(random_model(TALKER), None, "x", PromptLookup())
+    with pytest.raises(UserError, match="stop string"):
+        speculate(random_model(TALKER), get_tokenizer("bytes"), "x", PromptLookup(), stop=[""])
