@@ -136,7 +136,7 @@ class Engine:
 
     def submit(self, request: Request) -> Continuation:
         """Take a request; its tokens come with the next steps. Raises UserError for one that cannot be served."""
-        self._check(request)
+        self.check(request)
         continuation = Continuation(request)
         if request.max_new_tokens == 0:
             continuation.finished = "length"
@@ -165,7 +165,8 @@ class Engine:
             logits = self.model.lm_head(torch.cat(hidden + read)) if hidden or read else None  # (rows, V)
         return [] if logits is None else self._choose(logits)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot be served; any thread may ask."""
         vocab_size, context = self.model.config.vocab_size, self._cache.max_length
         if not request.prompt:
             raise UserError("there is nothing to continue: the prompt has no tokens")
@@ -196,7 +197,7 @@ class Engine:
 
     def _copy_what_others_read(self, row: int, tokens: list[int]) -> None:
         """All but the last token may come from another row; a few tokens are not worth the search."""
-        shared = [_common_prefix(tokens[:-1], remembered) for remembered in self._remembered]
+        shared = [common_prefix(tokens[:-1], remembered) for remembered in self._remembered]
         donor = max(range(self.slots), key=shared.__getitem__)
         self._cache.copy_row(donor, row, shared[donor])
         self._remembered[row] = tokens[: shared[donor]]
@@ -306,7 +307,7 @@ def _log_probabilities(logits: Tensor, rows: list[Continuation]) -> dict[int, tu
     }
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
     """How many tokens two texts have in common at their beginnings."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:

@@ -26,6 +26,7 @@ from gpt2.errors import UserError
 from gpt2.generation.engine import DAMAGED, Continuation, LanguageModel, Request, check_finite, evaluating
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling, draw, probabilities
+from gpt2.generation.search import check_prompt, encoded
 from gpt2.generation.text import TextStream
 from gpt2.tokenizer import Tokenizer
 
@@ -178,7 +179,7 @@ class Speculation:
     """
 
     def __init__(self, model: LanguageModel, draft: Draft, request: Request, longest: int = LONGEST) -> None:
-        _check(request, model)
+        check_prompt(model, list(request.prompt), request.max_new_tokens, request.sampling)
         draft.check(model.config.vocab_size)
         if longest < 1:
             raise UserError(f"a draft has at least 1 token, not {longest}")
@@ -283,19 +284,6 @@ def next_length(length: int, accepted: int, longest: int) -> int:
     return max(length - 1, 1) if 2 * accepted < length else length
 
 
-def _check(request: Request, model: LanguageModel) -> None:
-    vocab_size, context = model.config.vocab_size, model.config.block_size
-    if not request.prompt:
-        raise UserError("there is nothing to continue: the prompt has no tokens")
-    if len(request.prompt) > context:
-        raise UserError(f"{len(request.prompt)} tokens do not fit the model's context of {context}")
-    if not all(0 <= token < vocab_size for token in request.prompt):
-        raise UserError(f"the prompt has a token outside the model's vocabulary of {vocab_size}")
-    if request.max_new_tokens < 0:
-        raise UserError(f"max_new_tokens must be 0 or more, not {request.max_new_tokens}")
-    request.sampling.check_ids(vocab_size)
-
-
 class SpeculatedText:
     """The pieces of a text as they come; its `speculation` has the numbers."""
 
@@ -346,11 +334,8 @@ def speculate(
     A draft may serve one text after the other, and does not read again what they have in common. Raises UserError as
     `Speculation` does, and for a draft with another tokenizer.
     """
-    if tokenizer is None:
-        raise UserError("this model folder has no tokenizer: text needs one")
+    tokenizer, ids = encoded(tokenizer, prompt, stop)
     draft.check(model.config.vocab_size, tokenizer)
-    end = tokenizer.end_of_text
-    ids = tokenizer.encode(prompt, allow_special=True) or [end]  # an empty prompt begins a text
     seed = secrets.randbits(32) if seed is None else seed
-    request = Request(ids, sampling or Sampling(), max_new_tokens, seed, sample, (end,))
+    request = Request(ids, sampling or Sampling(), max_new_tokens, seed, sample, (tokenizer.end_of_text,))
     return SpeculatedText(Speculation(model, draft, request), TextStream(tokenizer, stop))
