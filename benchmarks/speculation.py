@@ -22,10 +22,11 @@ from machine import write_result
 from gpt2.bench.timing import timed
 from gpt2.errors import UserError
 from gpt2.generation.engine import Engine, Request
+from gpt2.generation.fast import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, Speculation
 from gpt2.model import GPT
-from gpt2.runtime import parse_dtype, pick_device
+from gpt2.runtime import pick_device
 from gpt2.tokenizer import Tokenizer
 from gpt2.weights import load
 
@@ -95,9 +96,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    device, dtype = pick_device(args.device), parse_dtype(args.dtype)
-    model, tokenizer = load(args.model, device=device, dtype=dtype)
-    small, small_tokenizer = load(args.draft, device=device, dtype=dtype)
+    device = pick_device(args.device)
+    plain, tokenizer = load(args.model, device=device)
+    plain_draft, small_tokenizer = load(args.draft, device=device)
+    model, small = accelerated(plain, args.dtype), accelerated(plain_draft, args.dtype)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer, which the text needs")
     ModelDraft(small, small_tokenizer).check(model.config.vocab_size, tokenizer)

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import DAMAGED, Continuation, LanguageModel, Request, check_finite, evaluating
+from gpt2.generation.engine import (
+    DAMAGED,
+    Continuation,
+    LanguageModel,
+    Request,
+    check_finite,
+    common_prefix,
+    evaluating,
+)
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling, draw, probabilities
 from gpt2.generation.search import check_prompt, encoded
@@ -72,7 +80,7 @@ class Reader:
     def logits(self, tokens: list[int], count: int) -> Tensor:
         """What may follow each of the last `count` tokens, which lie in one window: (count, V)."""
         window = tokens[self._begin(len(tokens)) :]
-        kept = _common_prefix(self._window, window[:-count])
+        kept = common_prefix(self._window, window[:-count])
         self._window = window[:kept]  # should the reading be broken off
         self._cache.lengths[0] = kept
         new = torch.tensor([window[kept:]], device=self.model.device)
@@ -85,13 +93,6 @@ class Reader:
         context = self._cache.max_length
         step = context + 1 - max(1, context // 2)
         return step * -(-max(0, length - context) // step)
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if a[i] != b[i])
 
 
 class ModelDraft:
