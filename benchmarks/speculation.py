@@ -21,11 +21,10 @@ from machine import write_result
 
 from gpt2.bench.timing import timed
 from gpt2.errors import UserError
-from gpt2.generation.engine import Engine, Request
+from gpt2.generation.engine import Engine, LanguageModel, Request
 from gpt2.generation.fast import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, Speculation
-from gpt2.model import GPT
 from gpt2.runtime import pick_device
 from gpt2.tokenizer import Tokenizer
 from gpt2.weights import load
@@ -41,7 +40,7 @@ def passages(path: Path, tokenizer: Tokenizer, count: int, length: int) -> list[
     return [tokens[at : at + length] for at in range(0, len(tokens), len(tokens) // count)[:count]]
 
 
-def decode(model: GPT, draft: Draft | None, request: Request) -> tuple[list[int], Speculation | None]:
+def decode(model: LanguageModel, draft: Draft | None, request: Request) -> tuple[list[int], Speculation | None]:
     """The new tokens, and the numbers if there was a draft."""
     if draft is not None:
         speculation = Speculation(model, draft, request)
@@ -56,7 +55,11 @@ def decode(model: GPT, draft: Draft | None, request: Request) -> tuple[list[int]
 
 
 def compare(
-    model: GPT, drafts: dict[str, Callable[[], Draft | None]], prompts: list[list[int]], sampling: Sampling, count: int
+    model: LanguageModel,
+    drafts: dict[str, Callable[[], Draft | None]],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    count: int,
 ) -> dict[str, Any]:
     """Every prompt in every way, one after the other; plain decoding is the first way."""
     seconds: dict[str, list[float]] = {name: [] for name in drafts}
@@ -108,7 +111,7 @@ def main() -> None:
     found = {
         "device": str(device),
         "dtype": args.dtype,
-        "parameters": {"model": model.num_parameters(), "draft": small.num_parameters()},
+        "parameters": {"model": plain.num_parameters(), "draft": plain_draft.num_parameters()},
         "passages": args.passages,
         "passage_tokens": args.passage_tokens,
         "new_tokens": args.new_tokens,
