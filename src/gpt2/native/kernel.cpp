@@ -229,8 +229,8 @@ struct Output {
   }
 };
 
-template <int R, int M>
-inline void dots(const float *w, const float *x, int64_t in, F32 (&acc)[R][M], float (&rest)[R][M]) {
+// acc[r * M + m] += row r times token m, lane by lane; rest, what is left over at the end of the rows.
+template <int R, int M> inline void dots(const float *w, const float *x, int64_t in, F32 *acc, float *rest) {
   int64_t k = 0;
   for (; k + LANES <= in; k += LANES) {
     F32 ws[R];
@@ -241,12 +241,12 @@ inline void dots(const float *w, const float *x, int64_t in, F32 (&acc)[R][M], f
     for (int m = 0; m < M; m++) {
       F32 xs = load<F32>(x + m * in + k);
       KEEP(xs);
-      for (int r = 0; r < R; r++) acc[r][m] += ws[r] * xs;
+      for (int r = 0; r < R; r++) acc[r * M + m] += ws[r] * xs;
     }
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++)
-      for (int64_t i = k; i < in; i++) rest[r][m] += w[r * in + i] * x[m * in + i];
+      for (int64_t i = k; i < in; i++) rest[r * M + m] += w[r * in + i] * x[m * in + i];
 }
 
 inline void dot_pairs(F32 &acc, U32 w, U32 x) {  // 32 products of bfloat16
@@ -258,8 +258,7 @@ inline void dot_pairs(F32 &acc, U32 w, U32 x) {  // 32 products of bfloat16
 #endif
 }
 
-template <int R, int M>
-inline void dots(const uint16_t *w, const uint16_t *x, int64_t in, F32 (&acc)[R][M], float (&rest)[R][M]) {
+template <int R, int M> inline void dots(const uint16_t *w, const uint16_t *x, int64_t in, F32 *acc, float *rest) {
   int64_t k = 0;
   for (; k + 2 * LANES <= in; k += 2 * LANES) {
     U32 ws[R];
@@ -270,25 +269,29 @@ inline void dots(const uint16_t *w, const uint16_t *x, int64_t in, F32 (&acc)[R]
     for (int m = 0; m < M; m++) {
       U32 xs = load<U32>(x + m * in + k);
       KEEP(xs);
-      for (int r = 0; r < R; r++) dot_pairs(acc[r][m], ws[r], xs);
+      for (int r = 0; r < R; r++) dot_pairs(acc[r * M + m], ws[r], xs);
     }
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++)
-      for (int64_t i = k; i < in; i++) rest[r][m] += widen(w[r * in + i]) * widen(x[m * in + i]);
+      for (int64_t i = k; i < in; i++) rest[r * M + m] += widen(w[r * in + i]) * widen(x[m * in + i]);
 }
 
 template <int R, int M, class T>
 void tile(const Matrix &w, const T *x, int64_t row, int64_t token, const Output &out) {
-  F32 acc[R][M] = {};
-  float rest[R][M] = {};
-  dots<R, M>((const T *)w.weight + row * w.in, x + token * w.in, w.in, acc, rest);
+  F32 acc[R * M] = {};
+  float rest[R * M] = {};
+  const T *weight = (const T *)w.weight + row * w.in;
+  if constexpr (M == 1)  // one row after the other: memory gives most to a single stream
+    for (int r = 0; r < R; r++) dots<1, 1>(weight + r * w.in, x + token * w.in, w.in, acc + r, rest + r);
+  else
+    dots<R, M>(weight, x + token * w.in, w.in, acc, rest);
   for (int m = 0; m < M; m++) {
     F32 four = {};
-    if constexpr (R == 4) four = sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m]);
+    if constexpr (R == 4) four = sums(acc[m], acc[M + m], acc[2 * M + m], acc[3 * M + m]);
     for (int r = 0; r < R; r++) {
-      float total = R == 4 ? four[4 * r] : sum(acc[r][m]);
-      out.put(token + m, row + r, total + rest[r][m] + (w.bias ? w.bias[row + r] : 0.0f));
+      float total = R == 4 ? four[4 * r] : sum(acc[r * M + m]);
+      out.put(token + m, row + r, total + rest[r * M + m] + (w.bias ? w.bias[row + r] : 0.0f));
     }
   }
 }
@@ -375,13 +378,18 @@ void activate(float *y, int64_t count, int32_t activation) {
 }
 
 // y = x W^T + b for all tokens. To be called by every thread of a parallel region; ends with a barrier.
-void product(const Matrix &w, const Operand &x, int64_t tokens, const Output &out) {
+void product(const Matrix &w, const Operand &x, int64_t tokens, const Output &out, int32_t threads) {
+  constexpr int64_t STREAM = 128 << 10;  // bytes that a thread should read in one go: with less, memory is slower
   constexpr int64_t ROWS = 2 * LANES;
   constexpr int M = 4;
-  const int64_t chunks = (w.out + ROWS - 1) / ROWS;
+  constexpr int BITS[] = {32, 16, 8, 4};
+  const int64_t bytes = w.out * w.in * BITS[w.kind] / 8;
+  const int64_t wanted = threads * std::max<int64_t>(1, bytes / (threads * STREAM));  // as many for each thread
+  const int64_t rows = ((w.out + wanted - 1) / wanted + ROWS - 1) / ROWS * ROWS;
+  const int64_t chunks = (w.out + rows - 1) / rows;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    const int64_t begin = chunk * ROWS, end = std::min(w.out, begin + ROWS);
+    const int64_t begin = chunk * rows, end = std::min(w.out, begin + rows);
     int64_t token = 0;
     for (; token + M <= tokens; token += M) some<M>(w, x, begin, end, token, out);
     switch (tokens - token) {
@@ -534,7 +542,7 @@ void gpt2_hidden_states(const Model *model, const Cache *cache, const int64_t *t
     for (int32_t l = 0; l < m.n_layer; l++) {
       const Layer &layer = m.layers[l];
       take_normed(layer.c_attn, layer.ln_1_weight, layer.ln_1_bias);
-      product(layer.c_attn, operand, N, {qkv.data(), 3 * C, STORE, 0});
+      product(layer.c_attn, operand, N, {qkv.data(), 3 * C, STORE, 0}, m.threads);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < rows * m.n_head; task++) {
         const int64_t r = task / m.n_head, h = task % m.n_head;
@@ -550,11 +558,11 @@ void gpt2_hidden_states(const Model *model, const Cache *cache, const int64_t *t
         }
       }
       take(layer.c_proj, y.data());
-      product(layer.c_proj, operand, N, {x.data(), C, ADD, 0});
+      product(layer.c_proj, operand, N, {x.data(), C, ADD, 0}, m.threads);
       take_normed(layer.c_fc, layer.ln_2_weight, layer.ln_2_bias);
-      product(layer.c_fc, operand, N, {inner.data(), m.n_inner, ACTIVATE, m.activation});
+      product(layer.c_fc, operand, N, {inner.data(), m.n_inner, ACTIVATE, m.activation}, m.threads);
       take(layer.mlp_c_proj, inner.data());
-      product(layer.mlp_c_proj, operand, N, {x.data(), C, ADD, 0});
+      product(layer.mlp_c_proj, operand, N, {x.data(), C, ADD, 0}, m.threads);
     }
 #pragma omp for
     for (int64_t n = 0; n < N; n++)
@@ -571,7 +579,7 @@ void gpt2_head(const Matrix *head, const float *hidden, int64_t count, int32_t t
   {
 #pragma omp for
     for (int64_t n = 0; n < count; n++) operand.take(*head, n, hidden + n * head->in);
-    product(*head, operand, count, {logits, head->out, STORE, 0});
+    product(*head, operand, count, {logits, head->out, STORE, 0}, threads);
   }
 }
 
