@@ -252,7 +252,7 @@ def test_figures_follow_from_the_times() -> None:
         lane("gpt2", "int8", "8 bits", [0.1]),
     ]
     work = replace(WORK, batch_sizes=(4, 8))
-    result = rank({"bandwidths": [1e9, 2e9], "lanes": lanes}, work)
+    result = rank({"bandwidths": [1e9, 2e9, 9e9], "lanes": lanes}, work)
     assert result["bandwidth"] == 2e9
     batch = lanes[0]["batches"][0]
     assert batch["first_ms"] == pytest.approx({"median": 600, "low": 550, "high": 650})

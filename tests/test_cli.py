@@ -34,7 +34,8 @@ import importlib, pkgutil, sys
 for name in ("matplotlib", "transformers", "fastapi", "uvicorn", "datasets", "pyarrow", "peft", "pytest", "hypothesis"):
     sys.modules[name] = None
 import gpt2
-names = [m.name for m in pkgutil.walk_packages(gpt2.__path__, "gpt2.") if m.name != "gpt2.__main__"]
+found = [m.name for m in pkgutil.walk_packages(gpt2.__path__, "gpt2.")]
+names = [name for name in found if name != "gpt2.__main__" and not name.startswith("gpt2.serve.")]
 for name in names:
     importlib.import_module(name)
 for name in gpt2.__all__:

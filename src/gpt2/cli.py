@@ -174,6 +174,7 @@ VERBS = {
     "train": "train a model on text, from nothing or from another model",
     "sample": "continue a prompt",
     "chat": "talk with a model",
+    "serve": "answer OpenAI's API, and show the playground",
     "export": "write a model for other programs",
     "data": "prepare token shards, and look into them",
     "bench": "measure: training, generation, and peers side by side",

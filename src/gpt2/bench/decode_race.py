@@ -1,6 +1,7 @@
 """The race of all decoders: every lane in a process of its own, all in turns, and what follows from the times."""
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,12 +126,12 @@ def verdict(tokens: Sequence[int], expected: Expected, precision: str) -> dict[s
 def rank(raw: dict[str, Any], work: Decoding) -> dict[str, Any]:
     """The raw result with what follows from it.
 
-    bandwidth: bytes/s, the best of the rates that were measured, as nothing reads faster than memory can.
+    bandwidth: bytes/s, the median of the rates measured between the batches (a shared machine's goes up and down).
     Of each batch that ran: first_ms, until all rows had their first token; tokens_per_second of all rows after that;
     limit, the same if a step took no longer than reading what it must; of_limit, the share of it that was reached.
     ratios: for each batch size, how many times our fastest lane is as fast as the fastest peer of its family.
     """
-    raw["bandwidth"] = max(raw["bandwidths"])
+    raw["bandwidth"] = statistics.median(raw["bandwidths"])
     for lane in raw["lanes"]:
         for batch in lane["batches"]:
             if batch["reason"] is not None:

@@ -1,18 +1,19 @@
-"""gpt2 bench train|generate|chart"""
+"""gpt2 bench train|generate|serve|chart"""
 
 from pathlib import Path
 
-from gpt2.bench import chart, decode_chart
+from gpt2.bench import chart, decode_chart, load_chart
 from gpt2.bench.timing import read_result
 from gpt2.cli import Parser
-from gpt2.commands import bench_generate, bench_train
+from gpt2.commands import bench_generate, bench_serve, bench_train
 from gpt2.errors import UserError, did_you_mean
 
-CHARTS = {bench_train.KIND: chart.draw, bench_generate.KIND: decode_chart.draw}
+CHARTS = {bench_train.KIND: chart.draw, bench_generate.KIND: decode_chart.draw, bench_serve.KIND: load_chart.draw}
 USAGE = """usage: gpt2 bench WHAT ...
 
   train     a training step: the speed ladder, and peers side by side
   generate  a model that writes: time to the first token and tokens/s, and peers side by side
+  serve     what clients get from a server: tokens/s, time to the first token and between tokens
   chart     draw a result again: gpt2 bench chart FILE.json OUT.png
 
 gpt2 bench WHAT --help says more."""
@@ -37,4 +38,9 @@ def draw_again(argv: list[str]) -> None:
     CHARTS[result["kind"]](result, args.picture)
 
 
-BENCHMARKS = {"train": bench_train.train, "generate": bench_generate.main, "chart": draw_again}
+BENCHMARKS = {
+    "train": bench_train.train,
+    "generate": bench_generate.main,
+    "serve": bench_serve.main,
+    "chart": draw_again,
+}

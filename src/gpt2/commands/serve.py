@@ -1,0 +1,158 @@
+"""gpt2 serve MODEL [MODEL ...]"""
+
+import logging
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2.cli import Parser
+from gpt2.commands.decoding import add_model_flags
+from gpt2.errors import UserError, did_you_mean, missing_extra
+from gpt2.generation.fast import PRECISIONS, accelerated
+from gpt2.hardware import GiB
+from gpt2.runtime import DTYPES, pick_device
+from gpt2.weights import find_model, load
+
+LIMITS = {
+    "slots": (int, 32, "texts that are written at once"),
+    "max-waiting": (int, 256, "texts that wait for a slot; more are refused, with 429"),
+    "max-tokens": (int, 4096, "new tokens of a text at most"),
+    "max-n": (int, 16, "texts from one prompt at most"),
+    "max-prompts": (int, 128, "prompts in a request at most"),
+    "per-client": (int, 64, "requests of one client at a time"),
+    "max-body": (int, 4 * 2**20, "bytes of a request at most"),
+    "timeout": (float, 600.0, "seconds that a request may take"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """`gpt2 serve`: 0 when it was told to stop, 1 when it broke."""
+    args = _parse(argv)
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise missing_extra(error.name or "FastAPI", "serve", "gpt2 serve") from error
+    return _serve(args)
+
+
+def _parse(argv: list[str]) -> Namespace:
+    parser = Parser(
+        prog="gpt2 serve",
+        description="Answer OpenAI's API: completions, chat, models; and show the playground to a browser. "
+        "SIGTERM or Ctrl-C: what runs is finished, nothing new is taken.",
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="run folders, model folders, or hub names")
+    parser.flag("host", default="127.0.0.1", metavar="ADDRESS", help="where to listen [127.0.0.1: this machine only]")
+    parser.flag("port", type=int, default=8000, metavar="INT", help="0 for a free one [8000]")
+    parser.flag(
+        "api-key",
+        action="append",
+        metavar="KEY",
+        help="clients have to send one of these; may be given several times [$GPT2_API_KEY]",
+    )
+    parser.flag("no-api-key", action="store_true", help="anybody may ask, even from other machines")
+    parser.flag(
+        "allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name the server is called by, as behind a proxy; may be given several times",
+    )
+    parser.flag(
+        "trusted-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="whose X-Forwarded-For is believed; may be given several times",
+    )
+    for name, (kind, default, about) in LIMITS.items():
+        parser.flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{about} [{default:g}]")
+    parser.flag("context", type=int, metavar="INT", help="tokens a text may look back over [the model's]")
+    parser.flag("grace", type=float, default=30.0, metavar="SECONDS", help="to finish what runs, at the end [30]")
+    parser.flag("log-requests", action="store_true", help="a line for each request, without its text")
+    parser.flag("log-prompts", action="store_true", help="the same, with its text")
+    add_model_flags(parser)
+    return parser.parse_args(argv)
+
+
+def _serve(args: Namespace) -> int:
+    from gpt2.serve.app import create_app
+    from gpt2.serve.guard import LOOPBACK_NAMES, Access
+    from gpt2.serve.limits import Limits
+    from gpt2.serve.listen import Server, address_of, bind, is_loopback
+
+    limits = Limits(**{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in LIMITS})
+    loopback = is_loopback(args.host)
+    keys = _keys(args, loopback)
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port must be 0 to 65535, not {args.port}")
+    hosts = [*LOOPBACK_NAMES, args.host.strip("[]"), *args.allowed_host] if loopback or args.allowed_host else None
+    with bind(args.host, args.port) as bound:  # before the models are read: what cannot be is better known soon
+        models = _load(args, limits)
+        app = create_app(models, limits, Access(keys, hosts), args.log_prompts)
+        if args.log_requests or args.log_prompts:
+            logging.getLogger("gpt2.serve").setLevel(logging.INFO)
+
+        def ready() -> None:
+            slots = f"{limits.slots} slots, {_cache_bytes(models) / GiB:.2f} GiB of cache"
+            _say(f"serving {', '.join(models)} at {address_of(bound)} ({slots})")
+
+        server = Server(app, list(models.values()), args.grace, ready, args.trusted_proxy)
+        server.run(sockets=[bound])
+    if server.broken:
+        _say("a model's thread has died (see above)")
+    return int(server.broken)
+
+
+def _keys(args: Namespace, loopback: bool) -> list[str]:
+    """The API keys. Raises UserError for a server that anybody could use, unless that is what is wanted."""
+    given = args.api_key or [os.environ.get("GPT2_API_KEY", "")]
+    keys = [key for key in given if key]
+    if args.no_api_key and args.api_key:
+        raise UserError("--api-key and --no-api-key do not go together")
+    if args.api_key and len(keys) < len(given):
+        raise UserError("--api-key is empty")
+    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise UserError("an API key has only printable ASCII characters and no spaces")
+    if not keys and not loopback and not args.no_api_key:
+        raise UserError(
+            f"--host {args.host} lets other machines in: set $GPT2_API_KEY or give --api-key (or --no-api-key)"
+        )
+    return [] if args.no_api_key else keys
+
+
+def _load(args: Namespace, limits: Any) -> dict[str, Any]:
+    """The models by their names, ready to be served."""
+    from gpt2.serve.models import name_of, serve_model
+    from gpt2.serve.templates import load_template
+
+    if args.dtype not in PRECISIONS:
+        hint = did_you_mean(args.dtype, PRECISIONS)
+        raise UserError(f"dtype '{args.dtype}' is not one of {', '.join(PRECISIONS)}{hint}")
+    if args.context is not None and args.context < 1:
+        raise UserError(f"--context must be at least 1, not {args.context}")
+    models: dict[str, Any] = {}
+    for ref in args.models:
+        name = name_of(ref)
+        if name in models:
+            raise UserError(f"two models are called {name}: clients could not tell them apart")
+        dtype = DTYPES.get(args.dtype, torch.float32)
+        plain, tokenizer = load(ref, device=pick_device(args.device), dtype=dtype)
+        template = load_template(Path(find_model(ref)))
+        fast = accelerated(plain, args.dtype)
+        models[name] = serve_model(name, plain, fast, tokenizer, limits, template, args.context)
+    return models
+
+
+def _cache_bytes(models: dict[str, Any]) -> int:
+    return sum(served.scheduler.cache_bytes for served in models.values())
+
+
+def _say(line: str) -> None:
+    print(f"gpt2: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The server: any OpenAI client in, tokens out; and the playground, which shows why."""

@@ -1,0 +1,241 @@
+"""From a request to the pieces of its texts: what completions and chat have in common."""
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpt2.errors import UserError
+from gpt2.generation.engine import Request
+from gpt2.generation.sampling import Sampling
+from gpt2.serve.choices import Choice, Said
+from gpt2.serve.errors import APIError, api_error
+from gpt2.serve.limits import Limits
+from gpt2.serve.metrics import Metrics
+from gpt2.serve.models import ServedModel
+from gpt2.serve.scheduler import GOODBYE, Busy, Call, Closing, Event, Finished, ScoreRequest
+from gpt2.serve.schema import Settings
+from gpt2.tokenizer import StreamDecoder
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request wants of a model.
+
+    prompts:      token ids of each.
+    samples:      texts from each prompt; the texts are counted on from one prompt to the next.
+    alternatives: the most likely tokens to tell with each token; None for no log-probabilities at all.
+    echo:         the texts begin with their prompts.
+    """
+
+    served: ServedModel
+    prompts: Sequence[list[int]]
+    samples: int
+    sampling: Sampling
+    max_tokens: int
+    stops: Sequence[str]
+    seed: int
+    alternatives: int | None = None
+    echo: bool = False
+
+    def requests(self) -> list[Request | ScoreRequest]:
+        """All texts, and after them the prompts that are to be scored."""
+        end = (self.served.tokenizer.end_of_text,)
+        texts = [
+            Request(prompt, self.sampling, self.max_tokens, self.seed, sample, end, self.alternatives)
+            for prompt in self.prompts
+            for sample in range(self.samples)
+        ]
+        scored = self.echo and self.alternatives is not None
+        return [*texts, *(ScoreRequest(prompt, self.alternatives or 0) for prompt in self.prompts if scored)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one text has more: characters that are certain, the tokens they come from; and why it ended, at its end."""
+
+    index: int
+    text: str
+    said: list[Said]
+    finish_reason: str | None = None
+
+
+class Answer:
+    """The texts of one request, as they come: iterate over `pieces`, and read `choices` afterwards.
+
+    Raises APIError for what cannot be served, here or on the way.
+    """
+
+    def __init__(self, ask: Ask, client: str, limits: Limits, metrics: Metrics) -> None:
+        self.ask, self._scheduler, self._metrics = ask, ask.served.scheduler, metrics
+        self.choices = [Choice(ask.served.tokenizer, ask.stops) for _ in range(len(ask.prompts) * ask.samples)]
+        self._limits, self._began, self._last = limits, time.monotonic(), [0.0] * len(self.choices)
+        try:
+            self._call: Call = self._scheduler.open(client, ask.requests())
+        except UserError as error:
+            raise api_error(error) from None
+        except Busy as busy:
+            raise APIError(429, str(busy), retry_after=busy.retry_after) from None
+        except Closing as closing:
+            raise APIError(503, str(closing), retry_after=5) from None
+        metrics.prompt_tokens.labels(ask.served.name).inc(self.prompt_tokens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """In all prompts together, each counted once."""
+        return sum(map(len, self.ask.prompts))
+
+    @property
+    def new_tokens(self) -> int:
+        """In all texts so far."""
+        return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """As OpenAI writes it."""
+        prompt, new = self.prompt_tokens, self.new_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Everything that comes, until all texts have ended. Whoever stops reading cancels the rest."""
+        try:
+            events: deque[tuple[int, Event]] = deque()
+            if self.ask.echo:
+                async for piece in self._echo(events):
+                    yield piece
+            unfinished = len(self.choices)
+            while unfinished:
+                index, event = events.popleft() if events else await self._next()
+                if piece := self._piece(index, event):
+                    unfinished -= piece.finish_reason is not None
+                    yield piece
+        finally:
+            self._scheduler.cancel(self._call)
+            self._metrics.new_tokens.labels(self.ask.served.name).inc(self.new_tokens)
+
+    async def all(self) -> list[Choice]:
+        """The whole texts."""
+        async for _ in self.pieces():
+            pass
+        return self.choices
+
+    async def _next(self) -> tuple[int, Event]:
+        """The next event. Raises APIError for one that is an error, and when the time is over."""
+        events = self._call.events
+        try:
+            if events.empty():
+                left = self._began + self._limits.timeout - time.monotonic()
+                async with asyncio.timeout(left):
+                    index, event = await events.get()
+            else:
+                index, event = events.get_nowait()
+        except TimeoutError:
+            raise APIError(504, f"the request took longer than {self._limits.timeout:g} seconds") from None
+        if isinstance(event, Finished) and event.error is not None:
+            if str(event.error) == GOODBYE:
+                raise APIError(503, GOODBYE, retry_after=5)
+            raise api_error(event.error)
+        return index, event
+
+    async def _echo(self, others: deque[tuple[int, Event]]) -> AsyncIterator[Piece]:
+        """The prompts; what comes before they are scored is put into `others`."""
+        ask = self.ask
+        scores: dict[int, list[Any]] = {}
+        while ask.alternatives is not None and len(scores) < len(ask.prompts):
+            index, event = await self._next()
+            if isinstance(event, list):
+                scores[index - len(self.choices)] = event
+            elif index < len(self.choices):
+                others.append((index, event))
+        for number, prompt in enumerate(ask.prompts):
+            text, offsets = _prompt_text(ask.served, prompt)
+            scored = scores.get(number)
+            for index in range(number * ask.samples, (number + 1) * ask.samples):
+                piece = self.choices[index].echo(text, scored or [], offsets if scored else [])
+                yield Piece(index, *piece)
+
+    def _piece(self, index: int, event: Event) -> Piece | None:
+        if index >= len(self.choices) or isinstance(event, list):
+            return None
+        choice = self.choices[index]
+        if choice.finish_reason is not None:  # what was said after a stop string
+            return None
+        if isinstance(event, Finished):
+            return Piece(index, *choice.finish(event.reason), choice.finish_reason)
+        self._clock(index)
+        text, said = choice.push(event)
+        if choice.stopped:
+            self._scheduler.cancel(self._call, index)
+            more, others = choice.finish("stop")
+            return Piece(index, text + more, said + others, "stop")
+        return Piece(index, text, said) if text or said else None
+
+    def _clock(self, index: int) -> None:
+        """A token has come."""
+        now, name = time.monotonic(), self.ask.served.name
+        if self._last[index]:
+            self._metrics.between_tokens.labels(name).observe(now - self._last[index])
+        elif not any(self._last):
+            self._metrics.first_token.labels(name).observe(now - self._began)
+        self._last[index] = now
+
+
+def _prompt_text(served: ServedModel, prompt: list[int]) -> tuple[str, list[int]]:
+    """A prompt as text, and where each of its tokens begins in it."""
+    decoder, text, offsets = StreamDecoder(served.tokenizer), "", []
+    for token in prompt:
+        offsets.append(len(text))
+        text += decoder.push(token) if token < served.tokenizer.vocab_size else ""
+    return text + decoder.flush(), offsets
+
+
+def max_tokens_of(body: Settings, default: int, limits: Limits) -> int:
+    """How many new tokens are asked for. Raises APIError for more than there may be."""
+    given = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens")}
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(set(named.values())) > 1:
+        raise APIError(400, "max_tokens and max_completion_tokens say two things: give one", "max_tokens")
+    for name, value in named.items():
+        if value > limits.max_tokens:
+            raise APIError(400, f"{name} is at most {limits.max_tokens:,} on this server, not {value:,}", name)
+    return next(iter(named.values()), min(default, limits.max_tokens))
+
+
+def check_samples(body: Settings, limits: Limits) -> int:
+    """How many texts are asked for. Raises APIError for more than there may be."""
+    n = body.n or 1
+    if n > limits.max_n:
+        raise APIError(400, f"n is at most {limits.max_n} on this server, not {n}", "n")
+    if body.stream_options is not None and not body.stream:
+        raise APIError(400, "stream_options goes with stream", "stream_options")
+    return n
+
+
+def sampling_of(body: Settings) -> Sampling:
+    """The settings. Raises APIError for those that make no sense."""
+    try:
+        return body.sampling()
+    except UserError as error:
+        raise api_error(error) from None
+
+
+def seed_of(body: Settings) -> int:
+    """The seed that was given, or a new one."""
+    return secrets.randbits(32) if body.seed is None else body.seed
+
+
+def check_length(tokens: Sequence[int], served: ServedModel, param: str) -> None:
+    """Raise APIError for a prompt that does not fit the context."""
+    context = served.scheduler.context
+    if len(tokens) > context:
+        message = f"{param} has {len(tokens):,} tokens, and the model's context is {context:,}"
+        raise APIError(400, message, param, "context_length_exceeded")
+
+
+def heading(prefix: str, kind: str, served: ServedModel) -> dict[str, Any]:
+    """What every response begins with."""
+    name = f"{prefix}-{secrets.token_hex(12)}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": served.name}

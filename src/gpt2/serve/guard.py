@@ -1,0 +1,159 @@
+"""What every request passes first: who may ask, from where, and how much; and what every answer says to browsers."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gpt2.serve.errors import APIError
+from gpt2.serve.metrics import Metrics
+
+OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")  # and /static/: they tell nothing and cost nothing
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+BODY_SECONDS = 30.0  # in which a request has to arrive
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+    "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SECURITY = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+
+_log = logging.getLogger("gpt2.serve")
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask.
+
+    keys:  one of them has to come as ``Authorization: Bearer KEY``; none for an open server.
+    hosts: names under which the server may be called, against pages that let their name point here (DNS rebinding);
+           None for any.
+    """
+
+    keys: Sequence[str] = ()
+    hosts: Sequence[str] | None = None
+
+
+class Guard:
+    """The middleware around the app."""
+
+    def __init__(self, app: ASGIApp, access: Access, max_body: int, metrics: Metrics, paths: Sequence[str]) -> None:
+        self._app, self._max_body, self._metrics, self._paths = app, max_body, metrics, set(paths)
+        self._digests = [_digest(key) for key in access.keys]
+        self._hosts = None if access.hosts is None else {host.lower() for host in access.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            self._check_host(headers)
+            key = self._check_key(scope["path"], headers)
+            scope["gpt2.client"] = f"{key}@{(scope.get('client') or ('', 0))[0]}"
+            receive = await self._read(headers, receive)
+            await self._app(scope, receive, send_on)
+        except APIError as error:
+            await error.response()(scope, receive, send_on)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, status).inc()
+            where, milliseconds = scope.get("client") or ("?", 0), 1e3 * (time.monotonic() - began)
+            _log.info("%s %s %s %s %.0f ms", where[0], scope["method"], ascii(scope["path"]), status, milliseconds)
+
+    def _check_host(self, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if self._hosts is not None and _name_of(f"//{host}") not in self._hosts:
+            raise APIError(403, f"this server is not called {host!r:.100}: see gpt2 serve --allowed-host")
+        origin = headers.get("origin")
+        if origin is not None and _place_of(origin) != host.lower():
+            raise APIError(403, "requests from pages of other sites are not answered")
+
+    def _check_key(self, path: str, headers: Headers) -> int:
+        """Which of the keys it is; -1 where none is needed."""
+        if not self._digests or path in OPEN_PATHS or path.startswith("/static/"):
+            return -1
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        digest = _digest(given.strip() if scheme.lower() == "bearer" else "")
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not any(matches):
+            problem = "the API key is wrong" if given else "no API key: send 'Authorization: Bearer KEY'"
+            raise APIError(401, problem)
+        return matches.index(True)
+
+    async def _read(self, headers: Headers, receive: Receive) -> Receive:
+        """Read the whole body, as long as it is allowed to be; what comes after it is left."""
+        length = headers.get("content-length", "")
+        too_large = APIError(413, f"the request has more than {self._max_body:,} bytes", code="request_too_large")
+        if length.isdecimal() and int(length[:20]) > self._max_body:
+            raise too_large
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    more = message["type"] == "http.request" and message.get("more_body", False)
+                    if len(body) > self._max_body:
+                        raise too_large
+        except TimeoutError:
+            raise APIError(408, f"the request did not arrive within {BODY_SECONDS:g} seconds") from None
+        return _Replay(bytes(body), receive)
+
+
+class _Replay:
+    """Gives the body again, and then what comes after it."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._first: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        first, self._first = self._first, None
+        return first or await self._receive()
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _name_of(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def _place_of(origin: str) -> str | None:
+    """The host and port of an origin, or None for what is none."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None

@@ -1,0 +1,108 @@
+"""The server process: a socket of its own, one line when it is ready, and an end in which what runs is finished."""
+
+import ipaddress
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from gpt2.errors import UserError
+from gpt2.serve.models import ServedModel
+
+LAST_SECONDS = 3  # for answers on their way, once all texts have ended
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server there."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address; port 0 takes a free one. Raises UserError when it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(f"--host {host} --port {port}: there is no such address ({error})") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        reason = "is in use" if error.errno in (48, 98, 10048) else f"cannot be had: {error.strerror}"
+        raise UserError(f"port {port} on {host} {reason}; choose another --port, or 0 for a free one") from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """Where clients find it."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Runs an app until SIGTERM or Ctrl-C; then new requests are refused, and those that run may take `grace` seconds.
+
+    A second signal ends it at once. It ends by itself, with `broken` set, when the thread of a model has died.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        models: Sequence[ServedModel],
+        grace: float,
+        ready: Callable[[], None],
+        trusted_proxies: Sequence[str] = (),
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=bool(trusted_proxies),
+            forwarded_allow_ips=list(trusted_proxies),
+            timeout_graceful_shutdown=LAST_SECONDS,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+        super().__init__(config)
+        self._schedulers = [served.scheduler for served in models]
+        self._grace, self._ready = grace, ready
+        self._leave_at: float | None = None
+        self.broken = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, and say so."""
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        if self._leave_at is not None:
+            self.should_exit = True
+            self.force_exit = sig == signal.SIGINT
+            return
+        self._leave_at = time.monotonic() + self._grace
+        for scheduler in self._schedulers:
+            scheduler.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: is it time to go?"""
+        if self._leave_at is None:
+            self.broken = not all(scheduler.alive for scheduler in self._schedulers)
+            self.should_exit = self.should_exit or self.broken
+        elif all(scheduler.idle for scheduler in self._schedulers):
+            self.should_exit = True
+        elif time.monotonic() > self._leave_at:
+            for scheduler in self._schedulers:
+                scheduler.give_up()
+        return await super().on_tick(counter)

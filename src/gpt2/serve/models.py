@@ -1,0 +1,70 @@
+"""The models that are served, each with its tokenizer, its scheduler, and the way it writes a conversation."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpt2.errors import UserError, did_you_mean
+from gpt2.generation.engine import LanguageModel
+from gpt2.model import GPT
+from gpt2.serve.errors import APIError
+from gpt2.serve.limits import Limits
+from gpt2.serve.scheduler import Scheduler
+from gpt2.serve.templates import ChatTemplate
+from gpt2.tokenizer import Tokenizer
+
+
+@dataclass
+class ServedModel:
+    """A model as the server has it.
+
+    model: the plain one, which can be looked into; fast: the one that writes, which only the scheduler runs.
+    """
+
+    name: str
+    model: GPT
+    fast: LanguageModel
+    tokenizer: Tokenizer
+    scheduler: Scheduler
+    template: ChatTemplate
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt, in which ``<|endoftext|>`` is that token; an empty one begins a text."""
+        return self.tokenizer.encode(text, allow_special=True) or [self.tokenizer.end_of_text]
+
+
+def serve_model(
+    name: str,
+    model: GPT,
+    fast: LanguageModel,
+    tokenizer: Tokenizer | None,
+    limits: Limits,
+    template: ChatTemplate | None = None,
+    max_length: int | None = None,
+) -> ServedModel:
+    """A model, ready to be served under a name. Raises UserError for one without a tokenizer."""
+    if tokenizer is None:
+        raise UserError(f"{name} has no tokenizer: text needs one")
+    scheduler = Scheduler(fast, limits.slots, limits.max_waiting, limits.per_client, max_length)
+    return ServedModel(name, model, fast, tokenizer, scheduler, template or ChatTemplate())
+
+
+def name_of(ref: str) -> str:
+    """What a model is called: its hub name, or its folder's; the model of a run has the run's."""
+    path = Path(ref).expanduser()
+    if not path.exists():
+        return ref
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def find(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
+    """The model of that name, or the first. Raises APIError 404."""
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        hint = did_you_mean(name, models) or f": there is {', '.join(models)}"
+        raise APIError(404, f"the model '{name}' does not exist{hint}", "model", "model_not_found")
+    return models[name]

@@ -1,0 +1,100 @@
+// A text as a link, a file, or a command; and the history that the browser keeps.
+
+import { el } from "./dom.js";
+import { packed, textOf } from "./tree.js";
+
+const HISTORY = "gpt2-history", DRAFT = "gpt2-draft", MOST = 40;
+
+export function toFragment(what) {
+  const bytes = new TextEncoder().encode(JSON.stringify(what));
+  const letters = Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+  return `#s=${btoa(letters).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
+}
+
+// Null for what is no link of ours.
+export function fromFragment(fragment) {
+  if (!fragment.startsWith("#s=")) return null;
+  try {
+    const letters = atob(fragment.slice(3).replaceAll("-", "+").replaceAll("_", "/"));
+    const what = JSON.parse(new TextDecoder().decode(Uint8Array.from(letters, (letter) => letter.charCodeAt(0))));
+    return Array.isArray(what?.path) ? what : null;
+  } catch {
+    return null;
+  }
+}
+
+const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+const CLI_NAMES = { max_tokens: "max-new-tokens" };
+
+export function asCurl(request, base) {
+  const body = shell(JSON.stringify(request, null, 2));
+  return `curl ${shell(`${base}v1/completions`)} \\\n  -H 'Content-Type: application/json' \\\n  -d ${body}`;
+}
+
+export function asPython(request, base) {
+  const { model, prompt, max_tokens, seed, stop, temperature, top_p, presence_penalty, frequency_penalty, ...extra } = request;
+  const own = { model, prompt, max_tokens, temperature, top_p, presence_penalty, frequency_penalty, seed, ...(stop && { stop }) };
+  const lines = Object.entries(own).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
+  if (Object.keys(extra).length) lines.push(`    extra_body=${JSON.stringify(extra)},`);
+  const client = `client = OpenAI(base_url="${base}v1", api_key="none")`;
+  return `from openai import OpenAI\n\n${client}\nanswer = client.completions.create(\n${lines.join("\n")}\n)\nprint(answer.choices[0].text)`;
+}
+
+export function asCommand(request) {
+  const { model, prompt, stop, ...numbers } = request;
+  const flags = Object.entries(numbers).map(([name, value]) => `--${CLI_NAMES[name] ?? name.replaceAll("_", "-")} ${value}`);
+  flags.push(...(stop ?? []).map((text) => `--stop ${shell(text)}`));
+  return `gpt2 sample ${shell(model)} --prompt=${shell(prompt)} \\\n  ${flags.join(" \\\n  ")}`;
+}
+
+export function asJson(path, side) {
+  const tokens = path.map(({ text, said }) => (said ? { text, id: said.id, logprob: said.logprob } : { text }));
+  return JSON.stringify({ model: side.model, settings: side.settings, text: textOf(path), tokens }, null, 2);
+}
+
+export function download(name, type, content) {
+  const url = URL.createObjectURL(new Blob([content], { type }));
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function read(key, otherwise) {
+  try {
+    return JSON.parse(localStorage.getItem(key)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+function write(key, value) {
+  try {
+    localStorage.setItem(key, JSON.stringify(value));
+  } catch {
+    // a full or forbidden store: the page works without a memory
+  }
+}
+
+export const draft = () => read(DRAFT, null);
+export const keepDraft = (what) => write(DRAFT, what);
+
+export function history() {
+  const entries = read(HISTORY, []);
+  return Array.isArray(entries) ? entries.filter((entry) => Array.isArray(entry?.path)) : [];
+}
+
+export const forgetHistory = () => write(HISTORY, []);
+
+export function remember(path, side) {
+  const entry = { at: Date.now(), path: packed(path), model: side.model, settings: side.settings };
+  const others = history().filter((old) => JSON.stringify(old.path) !== JSON.stringify(entry.path));
+  write(HISTORY, [entry, ...others].slice(0, MOST));
+}

@@ -1,0 +1,77 @@
+"""Answers to clients who may go away, whole or as server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from gpt2.serve.errors import APIError
+
+T = TypeVar("T")
+GONE = 499  # nobody reads it: it is for the log
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None when the client goes away first, and `work` is cancelled then.
+
+    receive: gives what the client still sends, once the request was read.
+    """
+    task, gone = asyncio.create_task(work), asyncio.create_task(_departure(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.wait((task, gone))  # what they hold is given back before we go on
+
+
+async def _departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def answer(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """What `work` gives, as JSON."""
+    body = await until_gone(request.receive, work)
+    return Response(status_code=GONE) if body is None else JSONResponse(body)
+
+
+class EventStream(Response):
+    """Server-sent events as OpenAI's clients read them, with ``[DONE]`` at the end.
+
+    An error before the first event is an answer of its own, with its status; a later one is the last event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._began = events, False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await until_gone(receive, self._tell(scope, receive, send))
+
+    async def _tell(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async for event in self._events:
+                await self._send(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+        except APIError as error:
+            if not self._began:
+                await error.response()(scope, receive, send)
+                return
+            await self._send(send, json.dumps(error.body))
+        await self._send(send, "[DONE]")
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send(self, send: Send, data: str) -> None:
+        if not self._began:
+            self._began = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        body = f"data: {data}\n\n".encode("utf-8", "replace")
+        await send({"type": "http.response.body", "body": body, "more_body": True})
