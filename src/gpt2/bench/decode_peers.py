@@ -95,7 +95,7 @@ class CTranslate2:
     """`Generator.generate_batch`, from a float32 model that it converts as it loads it."""
 
     def __init__(self, work: Decoding, precision: str, folder: str) -> None:
-        import ctranslate2
+        import ctranslate2  # pyright: ignore[reportMissingImports]
 
         device, _, index = work.device.partition(":")
         supported = ctranslate2.get_supported_compute_types(device)
@@ -137,8 +137,8 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python's low-level interface: each row is a sequence of one batch."""
 
     def __init__(self, work: Decoding, precision: str, folder: str) -> None:
-        import gguf
-        import llama_cpp
+        import gguf  # pyright: ignore[reportMissingImports]
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         if torch.device(work.device).type != "cpu" and not llama_cpp.llama_supports_gpu_offload():
             raise UserError("this llama-cpp-python was built for the CPU alone")
@@ -315,7 +315,7 @@ class Files:
 def _convert(folder: Path, converted: Path, vocab_size: int) -> None:
     """For CTranslate2, whose tokens are words: each is called by its number."""
     import transformers
-    from ctranslate2.converters import TransformersConverter
+    from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -335,7 +335,7 @@ def write_gguf(model: GPT, path: Path, *, half: bool = True) -> None:
 
     Raises UserError for an activation that llama.cpp's GPT-2 does not have.
     """
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
 
     c = model.config
     if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
@@ -373,7 +373,7 @@ def _array(weight: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 def quantize_gguf(source: Path, target: Path, precision: str) -> None:
     """Let llama.cpp quantize a file that `write_gguf` wrote. Raises UserError where it cannot."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     _be_quiet(llama_cpp)
     params = llama_cpp.llama_model_quantize_default_params()
