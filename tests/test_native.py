@@ -246,6 +246,7 @@ def test_without_a_compiler_torch_runs_the_same_weights(
     monkeypatch.setattr(fast, "library", lambda: None)
     slow = accelerated(model, precision)
     assert isinstance(slow, GPT)
+    assert model.lm_head.weight.dtype == torch.float32  # what was given stays as it was
     with torch.inference_mode():
         got = slow.lm_head(slow.hidden_states(tokens)).float()
     assert relative_error(got, wanted) < CLOSE["bfloat16"]

@@ -289,7 +289,8 @@ def _reason_to_finish(continuation: Continuation) -> str | None:
         return "error"
     if continuation.tokens[-1] in continuation.request.end_tokens:
         return "stop"
-    return "length" if len(continuation.new_tokens) == continuation.request.max_new_tokens else None
+    written = len(continuation.tokens) - len(continuation.request.prompt)
+    return "length" if written == continuation.request.max_new_tokens else None
 
 
 def _log_probabilities(logits: Tensor, rows: list[Continuation]) -> dict[int, tuple[float, Alternatives]]:

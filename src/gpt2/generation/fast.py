@@ -1,5 +1,7 @@
 """The fastest way to run a model where it is: the CPU kernel, or CUDA graphs."""
 
+import copy
+
 import torch
 
 from gpt2.errors import UserError, did_you_mean
@@ -29,18 +31,24 @@ def accelerated(model: LanguageModel, precision: str | None = None) -> LanguageM
     if model.device.type != "cpu" or precision == "float16":
         if precision in GROUPS:
             raise UserError(f"{precision} is for the CPU: on {model.device} there are float32, bfloat16 and float16")
-        model = model.to(getattr(torch, precision))
+        model = _in_dtype(model, precision)
         return GraphedGPT(model) if model.device.type == "cuda" else model
     kernel = library()
     if kernel is not None:
         return NativeGPT(model, precision, kernel)
-    return _rounded(model, precision) if precision in GROUPS else model.to(getattr(torch, precision))
+    return _rounded(model, precision) if precision in GROUPS else _in_dtype(model, precision)
+
+
+def _in_dtype(model: GPT, name: str) -> GPT:
+    """The model itself if that is its dtype, else a copy: the caller's stays as it is."""
+    dtype = getattr(torch, name)
+    return model if model.lm_head.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 def _rounded(model: GPT, precision: str) -> GPT:
     """A float32 model of the weights that the kernel would use."""
     rounded = GPT(model.config)
-    rounded.load_state_dict(model.float().state_dict())
+    rounded.load_state_dict(model.state_dict())
     with torch.no_grad():
         if model.config.tie_word_embeddings:  # the head alone is rounded
             rounded.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
