@@ -1,15 +1,14 @@
 """A server and a browser for the tests of the playground."""
 
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import uvicorn
 from reference import random_model
+from serving import listening
 from torch import Tensor
 
 from gpt2.cache import KVCache
@@ -69,20 +68,8 @@ def served(models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits) -> dict
 def playing(models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits | None = None) -> Iterator[str]:
     """The address of a server of these models."""
     limits = limits or Limits(slots=4)
-    app = create_app(served(models, tokenizer, limits), limits)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until = time.monotonic() + 20
-    while not server.started:
-        assert thread.is_alive(), "the server ended"
-        assert time.monotonic() < until, "the server does not start"
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    with listening(create_app(served(models, tokenizer, limits), limits)) as address:
+        yield f"{address}/"
 
 
 def chromium() -> str:

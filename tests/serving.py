@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from reference import random_model
 
 from gpt2.generation.fast import accelerated
@@ -57,11 +58,8 @@ class Served:
 
 
 @contextmanager
-def serving(limits: Limits = SMALL, access: Access | None = None, **given: Any) -> Iterator[Served]:
-    """A server of one model, "tiny". given: other arguments of `serve_model`."""
-    model = random_model(CONFIG)
-    models = {"tiny": serve_model("tiny", model, accelerated(model), BYTES, limits, **given)}
-    app = create_app(models, limits, access)
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address at which the app answers, from a thread of its own."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -70,9 +68,18 @@ def serving(limits: Limits = SMALL, access: Access | None = None, **given: Any) 
         assert thread.is_alive(), "the server ended"
         assert time.monotonic() < until, "the server does not start"
         time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Served(f"http://127.0.0.1:{port}", models, app)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
+
+
+@contextmanager
+def serving(limits: Limits = SMALL, access: Access | None = None, **given: Any) -> Iterator[Served]:
+    """A server of one model, "tiny". given: other arguments of `serve_model`."""
+    model = random_model(CONFIG)
+    models = {"tiny": serve_model("tiny", model, accelerated(model), BYTES, limits, **given)}
+    app = create_app(models, limits, access)
+    with listening(app) as address:
+        yield Served(address, models, app)
