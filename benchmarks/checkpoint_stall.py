@@ -19,6 +19,7 @@ from gpt2.runtime import manage_freed_memory, pick_device
 from gpt2.train.checkpoint import CheckpointWriter
 from gpt2.train.config import TrainConfig
 from gpt2.train.optim import build_optimizers
+from gpt2.train.product import Product
 
 SAVES = 4
 
@@ -40,9 +41,10 @@ def main() -> None:
 
     step()
     alone, beside, stalls, writes = [step() for _ in range(5)], [], [], []
-    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), keep=1) as writer:
+    product = Product(model.config, None)
+    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), product, keep=1) as writer:
         for number in range(SAVES):
-            writer.save(number, model, None, optimizers)
+            writer.save(number, model, optimizers)
             stalls.append(writer.stall_seconds)
             beside.append(step())
             writer.wait()

@@ -1,16 +1,19 @@
 """A model of a few thousand parameters with its optimizers, for the tests of checkpoints and run folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt2.model import GPT, GPTConfig
+from gpt2.runtime import random_state
 from gpt2.tokenizer import get_tokenizer
-from gpt2.train.checkpoint import load_checkpoint, save_checkpoint
+from gpt2.train.checkpoint import State, load_checkpoint, optimizer_tensors, write_checkpoint
 from gpt2.train.config import TrainConfig
 from gpt2.train.optim import build_optimizers
+from gpt2.train.product import Product
 
 TOKENIZER = get_tokenizer("bytes")
 SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
@@ -39,8 +42,14 @@ class Learner:
                 found |= {f"{number}.{index}.{kind}": value.clone() for kind, value in state.items()}
         return {**found, "random": torch.get_rng_state()}
 
-    def save(self, folder: Path, step: int, keep: int = 9) -> Path:
-        return save_checkpoint(folder, step, self.model, TOKENIZER, self.optimizers, keep)
+    @property
+    def product(self) -> Product:
+        return Product(self.model.config, TOKENIZER)
+
+    def save(self, folder: Path, step: int, keep: int = 9, facts: dict[str, Any] | None = None) -> Path:
+        weights, optimizer = self.product.weights(self.model), optimizer_tensors(self.model, self.optimizers)
+        state = State(step, self.product, weights, optimizer, random_state(self.model.device), facts or {})
+        return write_checkpoint(folder, state, keep)
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -5,9 +5,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from fastapi import FastAPI
 from reference import random_model
@@ -17,6 +19,7 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.serve.app import create_app
 from gpt2.serve.guard import Access
 from gpt2.serve.limits import Limits
+from gpt2.serve.listen import Connection
 from gpt2.serve.models import ServedModel, serve_model
 from gpt2.serve.scheduler import Scheduler
 from gpt2.tokenizer import get_tokenizer
@@ -58,9 +61,19 @@ class Served:
 
 
 @contextmanager
+def at_home(compiled: Path, folder: Path) -> Iterator[None]:
+    """A home for a module's own fixtures, with the compiled kernel in it. folder: an empty one."""
+    with pytest.MonkeyPatch.context() as patch:
+        (folder / "native").symlink_to(compiled)
+        patch.setenv("GPT2_HOME", str(folder))
+        yield
+
+
+@contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The address at which the app answers, from a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, http=Connection, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 20

@@ -1,18 +1,26 @@
 """`gpt2 bench serve`: what clients count is what the server did."""
 
 import json
+import shutil
+import socketserver
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 from gpt2.bench.decode import Decoding
-from gpt2.bench.load import Numbers, ServerHost, measure
-from gpt2.bench.timing import Elsewhere, Here
+from gpt2.bench.load import ClientHost, Numbers, ServerHost, cold_start, measure
+from gpt2.bench.timing import Elsewhere, Failed, Here
 from gpt2.commands import bench, bench_serve
 from gpt2.errors import UserError
-from gpt2.model import GPTConfig
+from gpt2.model import GPT, GPTConfig
+from gpt2.tokenizer import ByteTokenizer
+from gpt2.weights import save
 
 CONFIG = GPTConfig(vocab_size=99, block_size=64, n_layer=1, n_head=2, n_embd=16)
 WORK = Decoding("cpu", CONFIG, prompt_tokens=5, new_tokens=9, batch_sizes=(1, 3), rounds=2, pause=0.0)
@@ -48,9 +56,35 @@ def test_every_text_is_counted_and_the_engine_makes_the_same() -> None:
             assert 1 <= len(told.times) <= 9
             assert 0 < told.times[0] <= told.times[-1] <= seconds
     for row in found:
+        between = row["between_tokens_ms"]
+        assert row["between_tokens_p99_of_median"] == between["p99"] / between["median"] >= 1
         assert row["of_engine"] == row["tokens_per_second"] / row["engine_tokens_per_second"] > 0
         for name in ("first_token_ms", "between_tokens_ms"):
             assert row[name]["p99"] >= row[name]["median"] >= 0
+
+
+def test_a_text_of_one_token_without_words_counts_when_it_ended() -> None:
+    """As where a model ends its text at once."""
+
+    class Ended(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            for line in self.rfile:
+                if line == b"\r\n":
+                    break
+            time.sleep(0.01)
+            told = b'data: {"choices":[{"text":""}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":1}}\n\n'
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + told)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Ended) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            seconds, texts = ClientHost(server.server_address[1], WORK).run(0, 2, 1)
+        finally:
+            server.shutdown()
+    assert [told.tokens for told in texts] == [1, 1]
+    for told in texts:
+        (at,) = told.times
+        assert 0.01 <= at <= seconds
 
 
 def test_the_tokens_of_numbers_are_numbers() -> None:
@@ -74,7 +108,9 @@ def test_the_command_writes_what_it_shows(
     assert (tmp_path / "load.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "tokens/s" in out
-    assert all(f"{row['tokens_per_second']:,.1f}" in out for row in result["clients"])
+    for row in result["clients"]:
+        for number in (row["tokens_per_second"], row["between_tokens_p99_of_median"]):
+            assert f"{number:,.1f}" in out
     bench.main(["chart", str(tmp_path / "load.json"), str(tmp_path / "again.png")])
     assert (tmp_path / "again.png").stat().st_size > 10_000
 
@@ -94,3 +130,16 @@ def test_the_server_runs_in_a_process_of_its_own() -> None:
     with Elsewhere(ServerHost, WORK, "float32") as server:
         assert server.call("port") > 0
         assert server.call("engine_seconds", 1, 2) > 0
+
+
+@pytest.mark.slow
+def test_a_cold_start_ends_with_a_first_token(tmp_path: Path) -> None:
+    config = replace(CONFIG, vocab_size=ByteTokenizer().vocab_size)
+    torch.manual_seed(0)
+    save(GPT(config), ByteTokenizer(), tmp_path / "model")
+    work = replace(WORK, config=config, model=str(tmp_path / "model"))
+    found = cold_start(work, "float32", tmp_path / "home")
+    assert 0 < found["ready"] < found["first_token"]
+    assert list((tmp_path / "home" / "native").glob("*.so")) or shutil.which("g++") is None
+    with pytest.raises(Failed, match="does not start"):
+        cold_start(replace(work, model=str(tmp_path / "none")), "float32")

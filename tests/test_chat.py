@@ -14,10 +14,11 @@ import gpt2
 from gpt2.cache import KVCache
 from gpt2.errors import UserError
 from gpt2.generation.chat import Conversation
-from gpt2.generation.engine import LanguageModel
+from gpt2.generation.engine import Engine, LanguageModel, Request
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from gpt2.tokenizer import BPETokenizer, Tokenizer, get_tokenizer
+from gpt2.templates import PLAIN, Template, get_template
+from gpt2.tokenizer import BPETokenizer, Tokenizer, get_tokenizer, with_special_tokens
 
 # a random model says one thing for ever, and no whole characters beyond ASCII, if it is let
 SETTINGS = {"temperature": 0, "frequency_penalty": 1, "logit_bias": dict.fromkeys(range(128, 257), -math.inf)}
@@ -265,3 +266,80 @@ def test_what_goes_wrong_leaves_the_turns_as_they_were() -> None:
     assert conversation.turns == before
     conversation.sampling = GREEDY
     assert "".join(conversation.retry()) == before[0].answer
+
+
+# A template of the model's own
+
+CHATML = get_template("chatml")
+MARKED = with_special_tokens(BYTES, CHATML.special_tokens)
+
+
+def test_each_answer_is_what_is_said_to_the_templates_prompt() -> None:
+    """And of all that was said before, nothing is read again."""
+    watched = Watched(random_model(replace(CONFIG, vocab_size=MARKED.vocab_size)))
+    sampling = replace(GREEDY, logit_bias=dict.fromkeys(range(128, 259), -math.inf))
+    conversation = talk(watched, MARKED, sampling, template=CHATML, system="Be brief.")
+    messages, begin = [("system", "Be brief.")], 0
+    for said in ("Hello!", "How are you?<|im_end|>", "Bye."):
+        messages.append(("user", said))
+        prompt, watched.read = CHATML.encode_prompt(MARKED, messages), 0
+        answer = say(conversation, said)
+        assert watched.read == len(prompt) - begin + 9
+        begin = len(prompt) + 9  # the last token of an answer was not read when it was said
+        fresh = Engine(watched.model, slots=1)
+        expected = fresh.submit(Request(prompt, sampling, 10, 1))
+        while not expected.finished:
+            fresh.step()
+        assert MARKED.decode(expected.new_tokens) == answer
+        assert conversation.length == len(prompt) + 10
+        messages.append(("assistant", answer))
+        assert conversation.transcript == CHATML.text(messages)
+
+
+@pytest.mark.parametrize("template", [CHATML, Template(CHATML.source + "{# #}")])
+def test_an_answer_ends_at_the_templates_mark(template: Template) -> None:
+    actor = Actor(MARKED, "")
+    play = [("user", "Who's there?"), ("assistant", "A ghost."), ("user", "Whose?"), ("assistant", "Yours.")]
+    text = [i for ids, _ in template.encode(MARKED, play) for i in ids]
+    actor.text[: len(text)] = torch.tensor(text)
+    conversation = talk(actor, MARKED, BY_HEART, max_new_tokens=50, template=template)
+    assert say(conversation, "Who's there?") == "A ghost."
+    assert say(conversation, "Whose?") == "Yours."
+    assert conversation.transcript == template.text(play)
+    assert conversation.opening == ""
+
+
+def test_the_plain_transcript_as_a_template_is_the_one_without() -> None:
+    for template in (Template(), Template(PLAIN + "{# #}")):
+        plain, own = talk(Actor(BYTES, PLAY)), talk(Actor(BYTES, PLAY), template=template)
+        for conversation in (plain, own):
+            conversation.sampling, conversation.max_new_tokens = BY_HEART, 50
+            assert say(conversation, "Who's there?") == " A ghost."
+            assert say(conversation, "Whose?") == " Yours."
+        assert own.transcript == plain.transcript
+        assert own.opening == plain.opening == " "
+        assert [turn.tokens for turn in own.turns] == [turn.tokens for turn in plain.turns]
+        assert own.length == plain.length
+
+
+def test_with_a_template_the_oldest_turns_are_dropped_too() -> None:
+    conversation = talk(random_model(replace(CONFIG, vocab_size=259)), MARKED, template=CHATML, system="S.")
+    for i in range(8):
+        say(conversation, f"turn {i}")
+        assert conversation.length <= 256
+    kept = conversation.turns[conversation.forgotten :]
+    assert 0 < len(kept) < 8
+    messages = [("system", "S.")]
+    for turn in kept:
+        messages += [("user", turn.said), ("assistant", turn.answer)]
+    assert conversation.length == len(CHATML.encode_prompt(MARKED, messages[:-1])) + len(kept[-1].tokens)
+
+
+def test_a_template_that_refuses_leaves_the_talk_as_it_was() -> None:
+    picky = Template("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}:")
+    conversation = talk(random_model(CONFIG), template=picky, system="S")
+    with pytest.raises(UserError, match="no system"):
+        say(conversation, "Hello")
+    assert conversation.turns == []
+    conversation.system = ""
+    assert len(say(conversation, "Hello")) == 10

@@ -20,7 +20,8 @@ from terminal import run
 import gpt2
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPTConfig
-from gpt2.tokenizer import get_tokenizer
+from gpt2.templates import get_template, save_template
+from gpt2.tokenizer import get_tokenizer, with_special_tokens
 
 CONFIG = GPTConfig(vocab_size=257, block_size=4096, n_layer=1, n_head=2, n_embd=16)
 BYTES = get_tokenizer("bytes")
@@ -195,6 +196,29 @@ def test_bad_flags_are_one_line_and_code_2(
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_models_own_template_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its folder, but not with --plain."""
+    tokenizer = with_special_tokens(BYTES, get_template("chatml").special_tokens)
+    folder = gpt2.save(random_model(replace(CONFIG, vocab_size=259)), tokenizer, tmp_path / "own")
+    save_template(get_template("chatml"), folder)
+    flags = ["--max-new-tokens", "3", "--temperature", "0", "--logit-bias", "32=1000"]
+    saved = [tmp_path / name for name in ("own.txt", "plain.txt")]
+    code, out, _ = piped(capsys, monkeypatch, f"/system S\nHi\n/save {saved[0]}\n", str(folder), *flags)
+    assert (code, out) == (0, "   \n")  # no colon, so these spaces are words
+    said = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n   <|im_end|>\n"
+    assert saved[0].read_text() == f"<|im_start|>system\nS<|im_end|>\n{said}\n"
+    assert piped(capsys, monkeypatch, f"Hi\n/save {saved[1]}\n", str(folder), "--plain", *flags)[0] == 0
+    assert saved[1].read_text() == "Hi   \n"
+    flags[-1] = "258=1000"  # <|im_end|>, at once
+    assert piped(capsys, monkeypatch, "Hi\n", str(folder), *flags)[:2] == (0, "\n")
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    code, out, err = piped(capsys, monkeypatch, "Hi\n", str(folder))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "chat template cannot be read" in err
 
 
 # A real terminal

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from learner import SHAPE, TOKENIZER, Learner, assert_equal, contents, loaded
+from learner import SHAPE, Learner, assert_equal, contents, loaded
 from torch import Tensor
 
 import gpt2.train.checkpoint
@@ -22,7 +22,7 @@ from gpt2.errors import UserError
 from gpt2.train.checkpoint import (
     CheckpointWriter,
     checkpoint_facts,
-    is_model_of,
+    is_published,
     load_checkpoint,
     newest_checkpoint,
 )
@@ -34,11 +34,11 @@ from gpt2.train.optim import build_optimizers
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_the_writer_writes_what_a_plain_save_does_and_all_of_it_comes_back(tmp_path: Path, optimizer: str) -> None:
     learner = Learner(optimizer)
-    with CheckpointWriter(tmp_path / "run", keep=2, facts={"data": "x"}) as writer:
+    with CheckpointWriter(tmp_path / "run", learner.product, keep=2, facts={"data": "x"}) as writer:
         for step in (1, 2, 3):
             learner.step()
             state = learner.state()
-            writer.save(step, learner.model, TOKENIZER, learner.optimizers)
+            writer.save(step, learner.model, learner.optimizers)
     learner.save(tmp_path / "plain", 3)
     ours, plain = contents(tmp_path / "run" / "checkpoints" / "step-3"), contents(tmp_path / "plain" / "step-3")
     own_state = json.loads(ours.pop("state.json"))
@@ -48,24 +48,24 @@ def test_the_writer_writes_what_a_plain_save_does_and_all_of_it_comes_back(tmp_p
     assert_equal(loaded(tmp_path / "run" / "checkpoints" / "step-3", optimizer), state)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-2", "step-3"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "model"]
-    assert is_model_of(tmp_path / "run" / "checkpoints" / "step-3", tmp_path / "run" / "model")
-    assert not is_model_of(tmp_path / "run" / "checkpoints" / "step-2", tmp_path / "run" / "model")
+    assert is_published(tmp_path / "run" / "checkpoints" / "step-3", tmp_path / "run")
+    assert not is_published(tmp_path / "run" / "checkpoints" / "step-2", tmp_path / "run")
 
 
 @pytest.fixture
 def held_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing in the thread begins only when this is set."""
-    go, write = threading.Event(), gpt2.train.checkpoint._write
-    monkeypatch.setattr(gpt2.train.checkpoint, "_write", lambda *args: go.wait(20) and write(*args))
+    go, write = threading.Event(), gpt2.train.checkpoint.write_checkpoint
+    monkeypatch.setattr(gpt2.train.checkpoint, "write_checkpoint", lambda *args: go.wait(20) and write(*args))
     return go
 
 
 def test_updates_made_while_a_checkpoint_is_written_are_not_in_it(tmp_path: Path, held_up: threading.Event) -> None:
     learner = Learner()
     learner.step()
-    with CheckpointWriter(tmp_path, keep=2) as writer:
+    with CheckpointWriter(tmp_path, learner.product, keep=2) as writer:
         before = learner.state()
-        writer.save(1, learner.model, TOKENIZER, learner.optimizers)
+        writer.save(1, learner.model, learner.optimizers)
         for _ in range(3):
             learner.step()
         held_up.set()
@@ -73,7 +73,7 @@ def test_updates_made_while_a_checkpoint_is_written_are_not_in_it(tmp_path: Path
         assert_equal(loaded(tmp_path / "checkpoints" / "step-1"), before)
         learner.step()  # the next one is copied into the same memory
         before = learner.state()
-        writer.save(2, learner.model, TOKENIZER, learner.optimizers)
+        writer.save(2, learner.model, learner.optimizers)
     assert_equal(loaded(tmp_path / "checkpoints" / "step-2"), before)
 
 
@@ -81,9 +81,9 @@ def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
     learner = Learner("muon")
     learner.step()
     before = torch.get_rng_state()
-    with CheckpointWriter(tmp_path, keep=2) as writer:
+    with CheckpointWriter(tmp_path, learner.product, keep=2) as writer:
         for step in (1, 2):
-            writer.save(step, learner.model, TOKENIZER, learner.optimizers)
+            writer.save(step, learner.model, learner.optimizers)
     learner.save(tmp_path / "plain", 1)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -91,22 +91,22 @@ def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
 def test_a_save_holds_the_training_up_for_less_than_it_takes(tmp_path: Path) -> None:
     learner = Learner(shape=replace(SHAPE, n_layer=4, n_embd=256))  # 3 million parameters, 40 MB with AdamW's state
     learner.step()
-    with CheckpointWriter(tmp_path, keep=1) as writer:
-        writer.save(1, learner.model, TOKENIZER, learner.optimizers)
+    with CheckpointWriter(tmp_path, learner.product, keep=1) as writer:
+        writer.save(1, learner.model, learner.optimizers)
         writer.wait()
-        writer.save(2, learner.model, TOKENIZER, learner.optimizers)
+        writer.save(2, learner.model, learner.optimizers)
         assert writer.stall_seconds < writer.write_seconds / 2
-        writer.save(3, learner.model, TOKENIZER, learner.optimizers)  # waits for the one before, and says so
+        writer.save(3, learner.model, learner.optimizers)  # waits for the one before, and says so
         assert writer.stall_seconds > writer.write_seconds / 4
 
 
 def save_and_ask(run: Path, learner: Learner, asked_by: str) -> None:
     """Save as step 2, and do what should raise what went wrong."""
-    with CheckpointWriter(run, keep=1) as writer:
-        writer.save(2, learner.model, TOKENIZER, learner.optimizers)
+    with CheckpointWriter(run, learner.product, keep=1) as writer:
+        writer.save(2, learner.model, learner.optimizers)
         end = time.monotonic() + 20
         if asked_by == "save":
-            writer.save(3, learner.model, TOKENIZER, learner.optimizers)
+            writer.save(3, learner.model, learner.optimizers)
         elif asked_by == "wait":
             writer.wait()
         while asked_by == "check" and time.monotonic() < end:
@@ -193,8 +193,8 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
 def test_the_length_of_the_samples_is_that_at_the_save(tmp_path: Path, held_up: threading.Event) -> None:
     learner = Learner()
     (tmp_path / "samples.txt").write_bytes(b"--- step 1\nabc\n\n")
-    with CheckpointWriter(tmp_path, keep=1) as writer:
-        writer.save(1, learner.model, TOKENIZER, learner.optimizers)
+    with CheckpointWriter(tmp_path, learner.product, keep=1) as writer:
+        writer.save(1, learner.model, learner.optimizers)
         with (tmp_path / "samples.txt").open("ab") as file:
             file.write(b"--- step 2\nlater\n\n")
         held_up.set()
@@ -254,8 +254,8 @@ def test_a_kill_between_any_two_operations_of_a_save_loses_nothing(
     for step in (1, 2):
         learner.step()
         states[step] = learner.state()
-        with CheckpointWriter(tmp_path / "made", keep=1) as writer:
-            writer.save(step, learner.model, TOKENIZER, learner.optimizers)
+        with CheckpointWriter(tmp_path / "made", learner.product, keep=1) as writer:
+            writer.save(step, learner.model, learner.optimizers)
         if step == 1:
             shutil.copytree(tmp_path / "made", tmp_path / "one")
     seen: dict[str, dict[str, bytes]] = {}
@@ -268,8 +268,8 @@ def test_a_kill_between_any_two_operations_of_a_save_loses_nothing(
         torch.set_rng_state(states[2]["random"])
         with killed_at(number, monkeypatch) as calls:
             try:
-                with CheckpointWriter(run, keep=1) as writer:
-                    writer.save(2, learner.model, TOKENIZER, learner.optimizers)
+                with CheckpointWriter(run, learner.product, keep=1) as writer:
+                    writer.save(2, learner.model, learner.optimizers)
             except Killed:
                 pass
             ended = calls() < number
@@ -283,7 +283,7 @@ def test_a_kill_between_any_two_operations_of_a_save_loses_nothing(
             folder.begin(replace(config, name=run.name), newest)
         assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "model"]
         assert not [p for p in run.rglob(".*") if p.exists()], number
-        assert is_model_of(newest, run / "model"), number
+        assert is_published(newest, run), number
         shutil.rmtree(run)
     assert list(seen) == ["step-1", "step-2"]
     assert number > 50

@@ -12,7 +12,7 @@ from terminal import run
 
 import gpt2
 from gpt2.cli import Parser, exit_after
-from gpt2.train.config import RECIPES
+from gpt2.train.recipes import RECIPES
 
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:

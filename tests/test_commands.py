@@ -134,11 +134,11 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("data prepare python-docs ~nobody-of-this-name/x --tokenizer bytes", "~nobody-of-this-name/x cannot be found"),
         ("data prepare {tmp}/run {tmp}/shards --tokenizer bytes", "is a run folder, and no text to train on"),
         ("data prepare /dev/zero {tmp}/shards --tokenizer bytes", "/dev/zero is not a regular file"),
-        ("data inspect {file}", "holds no token shards"),
+        ("data inspect {empty}", "is empty"),
         ("train --data {tmp}/\x1b[31m", "/\\x1b[31m'"),
         ("export {talker} {tmp}/new --format onnx", "--format 'onnx' is not one of hf"),
         ("data", "the following arguments are required"),
-        ("data inspect {tmp}", "holds no token shards"),
+        ("data inspect {tmp} --tokenizer bytes", "is not UTF-8"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(

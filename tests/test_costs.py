@@ -14,8 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2.costs import Setup, block_activations, flops_per_token, num_parameters, optimizer_bytes, training_memory
-from gpt2.model import GPT, OPENAI_SIZES, Block, GPTConfig
+from gpt2.costs import (
+    Setup,
+    block_activations,
+    flops_per_token,
+    num_parameters,
+    num_trainable,
+    optimizer_bytes,
+    training_memory,
+)
+from gpt2.errors import UserError
+from gpt2.lora import LoRAConfig, attach, trainable_parameters
+from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
 from gpt2.runtime import autocast, recompute_blocks
 from gpt2.train.config import TrainConfig
 from gpt2.train.optim import build_optimizers
@@ -46,6 +56,50 @@ def test_parameters_are_those_of_the_model(config: GPTConfig) -> None:
     assert num_parameters(config) == model.num_parameters()
 
 
+TUNED: list[dict[str, Any]] = [
+    {"lora": LoRAConfig(rank=3)},
+    {"lora": LoRAConfig(rank=5, dropout=0.1, targets=("c_attn", "mlp.c_proj"))},
+    {"freeze": 1},
+    {"freeze": 3},
+]
+
+
+def prepared(model: GPT, lora: LoRAConfig | None = None, freeze: int = 0) -> GPT:
+    """With an adapter, or with its embeddings and first blocks frozen, as a run does it."""
+    if lora is not None:
+        attach(model, lora)
+    if freeze:
+        for part in (model.transformer.wte, model.transformer.wpe, *model.transformer.h[:freeze]):
+            part.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False}, {"n_inner": 100}])
+def test_what_learns_is_what_learns_in_the_model(tuned: dict[str, Any], change: dict[str, Any]) -> None:
+    config = replace(TINY, **change)
+    learning = trainable_parameters(prepared(GPT(config), **tuned))
+    assert num_trainable(config, **tuned) == sum(p.numel() for p in learning.values())
+
+
+def test_what_cannot_learn_is_one_line() -> None:
+    with pytest.raises(UserError, match="the model has no 'c_atn' for an adapter"):
+        num_trainable(TINY, LoRAConfig(targets=("c_atn",)))
+    with pytest.raises(UserError, match="--freeze 4 is more than the model's 3 blocks"):
+        num_trainable(TINY, freeze=4)
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+@pytest.mark.parametrize("tie", [True, False])
+def test_flops_without_the_gradients_of_what_is_frozen(tuned: dict[str, Any], tie: bool) -> None:
+    config = replace(TINY, attention="plain", tie_word_embeddings=tie)
+    model = prepared(GPT(config), **tuned).train()
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens, tokens).backward()
+    assert counter.get_total_flops() == tokens.numel() * flops_per_token(config, 8, **tuned)
+
+
 @pytest.mark.parametrize("length", [8, 32])
 def test_flops_are_those_torch_counts_when_attention_does_the_whole_square(length: int) -> None:
     model = GPT(replace(TINY, attention="plain"))
@@ -61,9 +115,12 @@ def test_flops_are_those_torch_counts_when_attention_does_the_whole_square(lengt
 @pytest.mark.parametrize("attention", ["sdpa", "plain"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_keeps_the_activations_it_is_said_to_keep(dtype: torch.dtype, dropout: float, attention: str) -> None:
+@pytest.mark.parametrize("lora", [None, LoRAConfig(), LoRAConfig(rank=3, dropout=0.1), LoRAConfig(targets=("c_attn",))])
+def test_a_block_keeps_the_activations_it_is_said_to_keep(
+    dtype: torch.dtype, dropout: float, attention: str, lora: LoRAConfig | None
+) -> None:
     config = replace(TINY, dropout=dropout, attention=attention)
-    block = Block(config).train()
+    block = prepared(GPT(config), lora).train().transformer.h[1]
     x = torch.randn(10, config.block_size, config.n_embd, requires_grad=True)
     kept: dict[int, Tensor] = {}
     with (
@@ -80,7 +137,8 @@ def test_a_block_keeps_the_activations_it_is_said_to_keep(dtype: torch.dtype, dr
         for pointer, tensor in kept.items()
         if pointer not in weights and tensor.untyped_storage().nbytes() not in casts
     )
-    said = sum(block_activations(config, Setup(rows=10, length=config.block_size, dtype=dtype)).values())
+    setup = Setup(rows=10, length=config.block_size, dtype=dtype, lora=lora)
+    said = sum(block_activations(config, setup).values())
     assert said == pytest.approx(seen, rel=0.03)
 
 
@@ -125,12 +183,21 @@ class LiveBytes(TorchDispatchMode):
         (2000, {"recompute": True, "dtype": torch.bfloat16}),
         (2000, {"optimizer": "muon"}),
         (2000, {"optimizer": "sgd"}),
+        *((2000, tuned) for tuned in TUNED),
+        (2000, {"lora": LoRAConfig(), "dtype": torch.bfloat16}),
+        (50257, {"lora": LoRAConfig()}),
+        (50257, {"lora": LoRAConfig(), "micro_batches": 2, "dtype": torch.bfloat16}),
+        (2000, {"lora": LoRAConfig(), "recompute": True}),
+        (2000, {"lora": LoRAConfig(), "recompute": True, "dtype": torch.bfloat16}),
+        (2000, {"lora": LoRAConfig(rank=16), "optimizer": "muon"}),
+        (50257, {"freeze": 1, "dtype": torch.bfloat16}),
+        (2000, {"freeze": 2, "optimizer": "muon"}),
     ],
 )
 def test_the_peak_is_that_of_the_tensors_of_real_steps(vocab_size: int, change: dict[str, Any]) -> None:
     config = GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=3, n_head=4, n_embd=64)
     setup = replace(Setup(rows=16, length=64), **change)
-    model = GPT(config).train()
+    model = prepared(GPT(config), setup.lora, setup.freeze).train()
     if setup.recompute:
         recompute_blocks(model.transformer.h)
     optimizers = build_optimizers(model, TrainConfig(optimizer=setup.optimizer))
@@ -154,9 +221,11 @@ def _step(model: GPT, optimizers: list[Any], tokens: Tensor, setup: Setup) -> No
 
 MEASURED = """
 import json
+import sys
 import torch
 from gpt2.costs import Setup, training_memory
 from gpt2.hardware import peak_memory, reset_peak_memory
+from gpt2.lora import LoRAConfig, attach
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import manage_freed_memory
 from gpt2.train.config import TrainConfig
@@ -171,9 +240,11 @@ forgot = reset_peak_memory(cpu) and before - peak_memory(cpu)
 manage_freed_memory(keep=True)
 program = _program_memory(TrainConfig())
 config = GPTConfig(vocab_size=1024, block_size=256, n_layer=5, n_head=4, n_embd=256)
-setup = Setup(rows=8, length=256)
+setup = Setup(rows=8, length=256, lora=LoRAConfig() if sys.argv[1] == "lora" else None)
 reset_peak_memory(cpu)
 model = GPT(config)
+if setup.lora:
+    attach(model, setup.lora)
 (optimizer,) = build_optimizers(model, TrainConfig())
 tokens = torch.zeros(setup.rows, setup.length, dtype=torch.int64)
 for _ in range(2):
@@ -185,8 +256,9 @@ print(json.dumps([forgot, program, training_memory(config, setup, program).step,
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-def test_the_peak_is_that_of_a_process() -> None:
-    run = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("learns", ["all", "lora"])
+def test_the_peak_is_that_of_a_process(learns: str) -> None:
+    run = subprocess.run([sys.executable, "-c", MEASURED, learns], capture_output=True, text=True, check=True)
     forgot, program, said, seen = json.loads(run.stdout)
     if forgot is False:
         pytest.skip("the system does not let a process forget its peak")

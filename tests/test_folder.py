@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from learner import TOKENIZER, Learner, contents
+from learner import Learner, contents
 from runs import NUMBERS, saving_often
 
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
-from gpt2.train.checkpoint import save_checkpoint
 from gpt2.train.config import TrainConfig, read_toml, resumed
-from gpt2.train.folder import RunFolder, check_facts, cut_samples, fingerprint, run_facts, start_folder
+from gpt2.train.folder import RunFolder, check_facts, cut_samples, run_facts, start_folder
 from gpt2.train.trainer import train
 
 
@@ -197,27 +196,27 @@ def test_samples_of_unknown_length_are_cut_by_their_headers(tmp_path: Path) -> N
 
 def test_the_fingerprint_follows_the_tokens_and_not_the_place(tiny: TrainConfig, tmp_path: Path) -> None:
     text = tmp_path / "numbers.txt"
-    first = fingerprint(open_data(str(text), "bytes"))
+    first = open_data(str(text), "bytes").fingerprint
     os.utime(text, (1, 1))
-    assert fingerprint(open_data(str(text), "bytes")) == first  # touched, not changed
+    assert open_data(str(text), "bytes").fingerprint == first  # touched, not changed
     moved = text.rename(tmp_path / "moved.txt")
-    assert fingerprint(open_data(str(moved), "bytes")) == first
-    assert fingerprint(open_data(str(moved), "bpe:300")) != first
+    assert open_data(str(moved), "bytes").fingerprint == first
+    assert open_data(str(moved), "bpe:300").fingerprint != first
     moved.write_text(NUMBERS.replace("number 200 ", "number 2oo "))
-    assert fingerprint(open_data(str(moved), "bytes")) != first
+    assert open_data(str(moved), "bytes").fingerprint != first
 
 
 def test_the_fingerprint_sees_shards_without_a_meta_that_change(tiny: TrainConfig, tmp_path: Path) -> None:
     shards = open_data(str(tmp_path / "numbers.txt"), "bytes").folder
     (shards / "meta.json").unlink()
-    prints = {fingerprint(open_data(str(shards)))}
+    prints = {open_data(str(shards)).fingerprint}
     for name in ("train_000000.bin", "val_000000.bin"):
         whole = (shards / name).read_bytes()
         for place in (1024, len(whole) // 4 * 2, len(whole) - 2):
             damaged = bytearray(whole)
             damaged[place] ^= 1
             (shards / name).write_bytes(damaged)
-            prints.add(fingerprint(open_data(str(shards))))
+            prints.add(open_data(str(shards)).fingerprint)
         (shards / name).write_bytes(whole)
     assert len(prints) == 7
 
@@ -225,7 +224,7 @@ def test_the_fingerprint_sees_shards_without_a_meta_that_change(tiny: TrainConfi
 def test_changed_data_or_settings_are_refused_in_one_line(tiny: TrainConfig, tmp_path: Path) -> None:
     run, learner = Path(tiny.out_dir) / "tiny", Learner()
     facts = run_facts(tiny, open_data(tiny.data, "bytes"))
-    path = save_checkpoint(run / "checkpoints", 1, learner.model, TOKENIZER, learner.optimizers, 1, facts)
+    path = learner.save(run / "checkpoints", 1, facts=facts)
     check_facts(path, facts)
     assert check_facts(path, run_facts(replace(tiny, lr=1.0, max_steps=99), open_data(tiny.data, "bytes"))) is None
     (tmp_path / "numbers.txt").write_text(NUMBERS + "And one more.\n")

@@ -3,16 +3,17 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from learner import TOKENIZER, Learner
+from learner import Learner
 from runs import saving_often
 
 from gpt2.errors import UserError
-from gpt2.train.checkpoint import CheckpointWriter, is_model_of, newest_checkpoint
+from gpt2.train.checkpoint import CheckpointWriter, is_published, newest_checkpoint
 from gpt2.train.config import TrainConfig, resumed
 from gpt2.train.folder import RunFolder
 from gpt2.train.trainer import train
@@ -41,9 +42,12 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tiny: TrainConfig, small_disk
         return "a sample"
 
     def filling(*args: object) -> str:
-        if (small_disk / "full" / "checkpoints" / "step-2").exists():
-            free = shutil.disk_usage(small_disk).free
-            (small_disk / "ballast").write_bytes(b"x" * (free - 32 * 1024))  # room for words, not for weights
+        end = time.monotonic() + 20
+        while not (small_disk / "full" / "model" / "config.json").exists():  # step 2 is saved beside the training
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        free = shutil.disk_usage(small_disk).free
+        (small_disk / "ballast").write_bytes(b"x" * (free - 32 * 1024))  # room for words, not for weights
         return "a sample"
 
     tiny = replace(tiny, eval_every=3)
@@ -57,7 +61,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tiny: TrainConfig, small_disk
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
-    assert is_model_of(newest, run / "model")
+    assert is_published(newest, run)
     (small_disk / "ballast").unlink()
     train(resumed(run, {}), sampler)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-4", "step-6"]
@@ -93,9 +97,9 @@ def test_a_file_where_a_folder_should_be_is_one_line(tiny: TrainConfig, tmp_path
     learner = Learner()
     with (
         pytest.raises(UserError, match=r"cannot write the checkpoint .*step-1"),
-        CheckpointWriter(tmp_path / "run", keep=1) as writer,
+        CheckpointWriter(tmp_path / "run", learner.product, keep=1) as writer,
     ):
-        writer.save(1, learner.model, TOKENIZER, learner.optimizers)
+        writer.save(1, learner.model, learner.optimizers)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoints"]
 
 
@@ -107,8 +111,8 @@ def test_an_unwritable_folder_is_one_line(tiny: TrainConfig, tmp_path: Path) -> 
     run, learner = tmp_path / "run", Learner()
     learner.save(run / "checkpoints", 1)
     (run / "checkpoints").chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"), CheckpointWriter(run, keep=1) as writer:
-        writer.save(2, learner.model, TOKENIZER, learner.optimizers)
+    with pytest.raises(UserError, match="Permission denied"), CheckpointWriter(run, learner.product, keep=1) as writer:
+        writer.save(2, learner.model, learner.optimizers)
     assert newest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-1"
     (run / "checkpoints").chmod(0o700)
 

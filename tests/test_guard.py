@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import gpt2
-from gpt2.data.loader import Loader
+from gpt2.data.loader import Batch, Loader
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE
@@ -24,6 +24,7 @@ from gpt2.train.config import TrainConfig
 from gpt2.train.culprit import Attempt, find_culprit, float32_helps
 from gpt2.train.guard import diagnose, excerpt, replay, write_dump
 from gpt2.train.optim import build_optimizers
+from gpt2.train.product import Product
 from gpt2.train.run import Run
 from gpt2.train.trainer import update
 
@@ -46,7 +47,7 @@ def attempt() -> Attempt:
     tokens[ODD_ROW, ODD_POSITION] = ODD
     targets[2] = IGNORE
     torch.manual_seed(1)
-    return Attempt(12, tokens, targets, 2, 112.0, torch.float32, 1e-3, random_state(torch.device("cpu")))
+    return Attempt(12, Batch(tokens, targets), 2, 112.0, torch.float32, 1e-3, random_state(torch.device("cpu")))
 
 
 def parameter(model: GPT, name: str) -> Tensor:
@@ -115,7 +116,7 @@ def test_what_goes_bad_between_the_parts_of_a_module_is_the_module_s(model: GPT,
 def test_a_loss_that_overflows_is_found_with_its_row(model: GPT, attempt: Attempt) -> None:
     """The logit of a target that one row alone has, twice: it is as low as float32 goes."""
     untied = GPT(replace(model.config, tie_word_embeddings=False))
-    attempt.targets[3, 4:6] = ODD
+    attempt.batch.targets[3, 4:6] = ODD
     untied.transformer.ln_f.weight.data.zero_()
     untied.transformer.ln_f.bias.data.fill_(1.0)
     untied.lm_head.weight.data[ODD] = -2e37  # times 16 channels
@@ -207,7 +208,17 @@ def run_of(model: GPT, tmp_path: Path, **values: Any) -> Run:
     data = open_data(config.data, config.tokenizer)
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
     optimizers = build_optimizers(model, config)
-    return Run(tmp_path / "run", config, data, loader, model, optimizers, torch.device("cpu"), torch.float32)
+    return Run(
+        tmp_path / "run",
+        config,
+        data,
+        loader,
+        model,
+        optimizers,
+        torch.device("cpu"),
+        torch.float32,
+        Product(model.config, data.tokenizer),
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -217,12 +228,12 @@ def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bo
     if recompute:
         recompute_blocks(model.transformer.h)
     run = run_of(model, tmp_path)
-    tokens, targets = run.loader.batch(3)
+    batch = run.loader.batch(3)
     state, before = random_state(run.device), state_of(model)
-    loss, norm = update(run, tokens, targets, 1e-3)[:2]
+    loss, norm = update(run, batch, 1e-3)[:2]
     model.load_state_dict(before)
-    divisor = float(targets.numel())
-    attempt = Attempt(4, tokens, targets, 2, divisor, torch.float32, 1e-3, state, loss, norm, recompute)
+    divisor = float(batch.num_targets)
+    attempt = Attempt(4, batch, 2, divisor, torch.float32, 1e-3, state, loss, norm, recompute)
     culprit = find_culprit(model, attempt)
     assert (culprit.kind, culprit.loss, culprit.grad_norm) == ("nothing", loss, norm)
     elsewhere = find_culprit(model, replace(attempt, random=random_state(run.device)))
@@ -245,7 +256,7 @@ def test_the_message_and_the_dump_tell_the_story(model: GPT, attempt: Attempt, t
     attempt = replace(attempt, loss=math.nan, grad_norm=math.nan)
     message = str(diagnose(tmp_path, model, tokenizer, attempt))
     folder = tmp_path / "dumps" / "step-12"
-    text = bytes(attempt.tokens[ODD_ROW, : ODD_POSITION + 1].tolist()).decode()
+    text = bytes(attempt.batch.tokens[ODD_ROW, : ODD_POSITION + 1].tolist()).decode()
     assert message == (
         "step 12: the loss is nan; first bad: the output of transformer.h.1.mlp.c_proj is inf, "
         f"of inputs up to 1.9e+10 (row 5 of the batch: '{' '.join(text.split())}'); all of it is in {folder} "
@@ -262,7 +273,7 @@ def test_the_message_and_the_dump_tell_the_story(model: GPT, attempt: Attempt, t
     assert (numbers["step"], numbers["loss"], numbers["micro_batch_size"], numbers["dropout"]) == (12, "nan", 2, 0.0)
     assert numbers["culprit"]["rows"] == [ODD_ROW]
     rows = (folder / "batch.txt").read_text().split("--- row ")
-    assert rows[1 + ODD_ROW] == f"{ODD_ROW}\n{tokenizer.decode(attempt.tokens[ODD_ROW].tolist())}\n\n"
+    assert rows[1 + ODD_ROW] == f"{ODD_ROW}\n{tokenizer.decode(attempt.batch.tokens[ODD_ROW].tolist())}\n\n"
     weights, _ = gpt2.load(folder)  # a model folder like any other
     assert torch.equal(weights.transformer.wte.weight, model.transformer.wte.weight)
 
@@ -329,9 +340,10 @@ def test_what_is_no_dump_is_told_so(model: GPT, attempt: Attempt, tmp_path: Path
 
 def test_tokens_that_the_model_lacks_are_no_whole_dump(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
     culprit = find_culprit(model, attempt)
-    for bad in (attempt.tokens + 10_000, attempt.tokens[:4], attempt.tokens.float(), attempt.tokens.repeat(1, 9)):
+    tokens = attempt.batch.tokens
+    for bad in (tokens + 10_000, tokens[:4], tokens.float(), tokens.repeat(1, 9)):
         folder = write_dump(tmp_path, model, get_tokenizer("bytes"), attempt, culprit)
-        save_file({"tokens": bad, "targets": attempt.targets}, folder / "batch.safetensors")
+        save_file({"tokens": bad, "targets": attempt.batch.targets}, folder / "batch.safetensors")
         with pytest.raises(UserError, match=r"step-12"):
             replay(folder)
 
@@ -341,7 +353,7 @@ def test_tokens_that_the_model_lacks_are_no_whole_dump(model: GPT, attempt: Atte
 def test_compiled_blocks_are_looked_into(model: GPT, attempt: Attempt) -> None:
     spoil_one_position(model, 1)
     compile_blocks(model.transformer.h)
-    assert not model.loss(attempt.tokens, attempt.targets).isfinite()
+    assert not model.loss(attempt.batch.tokens, attempt.batch.targets).isfinite()
     culprit = find_culprit(model, attempt)
     assert (culprit.name, culprit.rows, culprit.position) == ("transformer.h.1.mlp.c_proj", (ODD_ROW,), ODD_POSITION)
 

@@ -20,6 +20,7 @@ from gpt2.serve.inspect import (
     next_logits,
     perplexity,
     score,
+    starts,
 )
 from gpt2.tokenizer import ByteTokenizer
 
@@ -147,6 +148,11 @@ def test_dropout_is_off_and_stays_as_it_was() -> None:
     assert torch.equal(next_logits(model, TEXT), next_logits(model, TEXT))
     assert torch.equal(attention(model, TEXT, 5), attention(model, TEXT, 5))
     assert all(module.training for module in model.modules())
+
+
+def test_a_part_of_a_character_starts_where_that_does() -> None:
+    assert starts(TOKENIZER, list("a€b".encode())) == [0, 1, 1, 1, 2]
+    assert starts(TOKENIZER, [97, 300, 98]) == [0, 1, 1]
 
 
 def test_an_id_without_text_has_a_number() -> None:

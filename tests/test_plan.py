@@ -11,8 +11,9 @@ from gpt2.commands.plan import _count, main
 from gpt2.costs import Setup, training_memory
 from gpt2.errors import UserError
 from gpt2.model import OPENAI_SIZES, GPTConfig
-from gpt2.train.config import TrainConfig, recipe
+from gpt2.train.config import TrainConfig
 from gpt2.train.plan import Place, largest_batch, model_shape, plan, suggest
+from gpt2.train.recipes import recipe
 
 CPU = torch.device("cpu")
 
@@ -105,8 +106,9 @@ def test_a_plan_for_here_in_json_and_no_file_is_made(
     )
     made = json.loads(capsys.readouterr().out)
     assert set(made) == {
-        *("device", "devices", "measured", "dtype", "compile", "parameters", "vocab_size", "batch_size"),
-        *("micro_batch_size", "recompute", "flops_per_token", "flops_per_step", "flops", "memory", "device_memory"),
+        *("device", "devices", "measured", "dtype", "compile", "parameters", "trainable", "vocab_size"),
+        *("batch_size", "micro_batch_size", "recompute", "flops_per_token", "flops_per_step", "flops"),
+        *("memory", "device_memory"),
         *("fits", "suggestion", "tokens_per_step", "steps", "tokens", "seconds_per_step", "seconds"),
         *("tokens_per_second", "matmul_rate", "utilization", "cost"),
     }

@@ -10,8 +10,7 @@ from playground_app import CONFIG, LIMITS, MODELS, PROMPT, TOKENIZER, served
 
 from gpt2.serve.app import create_app
 from gpt2.serve.inspect import attention, lens, perplexity, score
-
-pytestmark = pytest.mark.slow  # a minute or more with a browser
+from gpt2.serve.playground import STATIC
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +34,15 @@ def test_the_page_and_its_parts_need_nothing_from_elsewhere(client: TestClient) 
     assert {"static/playground.js", "static/playground.css"} <= set(names)
     for name in names:
         assert client.get(f"/{name}").status_code == 200, name
-    script = client.get("/static/playground.js")
-    assert script.headers["content-type"].startswith("text/javascript")
-    for name in re.findall(r'from "\./([^"]+)"', script.text):
-        assert client.get(f"/static/{name}").status_code == 200, name
+    found, asked = {"playground.js"}, set()
+    while unseen := found - asked:
+        asked |= unseen
+        for name in unseen:
+            script = client.get(f"/static/{name}")
+            assert script.headers["content-type"].startswith("text/javascript"), name
+            assert len(script.text.splitlines()) < 300, name
+            found |= set(re.findall(r'from "\./([^"]+)"', script.text))
+    assert found == {path.name for path in STATIC.glob("*.js")}
     for style in (r"<script>", r"\sstyle=", r"\son\w+=", r"https?://"):
         assert not re.search(style, page.text)
 
@@ -81,8 +85,21 @@ def test_settings_change_the_chances(client: TestClient) -> None:
     assert [token["probability"] for token in greedy["tokens"]] == [1, 0, 0, 0, 0]
     assert greedy["kept"] == 1
     assert greedy["entropy"] == 0
-    banned = ask(client, "next", text=PROMPT, logit_bias={str(plain["tokens"][0]["id"]): -1000})
-    assert banned["tokens"][0]["id"] == plain["tokens"][1]["id"]
+    first, second = (token["id"] for token in plain["tokens"][:2])
+    for ban in ({"logit_bias": {str(first): -1000}}, {"bad_words": [[first]]}):
+        banned = ask(client, "next", text=PROMPT, asked=first, **ban)
+        assert banned["tokens"][0]["id"] == second
+        assert banned["asked"]["probability"] == 0
+
+
+def test_a_score_tells_where_each_token_begins(client: TestClient) -> None:
+    text = "the cat 😀 sat"
+    told = ask(client, "score", text=text)["tokens"]
+    assert [token["start"] for token in told if "\ufffd" not in token["text"]] == [
+        token["start"] for token in told if text.startswith(token["text"], token["start"])
+    ]
+    assert [token["start"] for token in told] == sorted(token["start"] for token in told)
+    assert text[told[-1]["start"] :] == told[-1]["text"]
 
 
 def test_an_empty_text_begins_one(client: TestClient) -> None:
@@ -103,7 +120,7 @@ def test_a_long_text_is_looked_at_by_its_end(client: TestClient) -> None:
     [
         ("next", {"text": "a", "model": "on"}, 404, "there is no model 'on' (did you mean 'one'?)"),
         ("next", {"text": "a", "model": None}, 400, "which model? There are one, two"),
-        ("next", {"text": "a", "top_p": 3.0}, 400, "top-p must be over 0 and at most 1, not 3.0"),
+        ("next", {"text": "a", "top_p": 3.0}, 400, "top_p: input should be less than or equal to 1"),
         ("next", {"text": "a", "asked": 9999}, 400, "token 9999 is not in the model's vocabulary"),
         ("next", {"text": "a", "tpo": 3}, 400, "there is no field 'tpo'"),
         ("score", {}, 400, "a question needs tokens or text, and not both"),

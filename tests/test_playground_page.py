@@ -1,105 +1,21 @@
 """The playground's page in a real browser. What it shows is compared with what the model says without it."""
 
-import json
 import math
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from playground_app import CONFIG, MODELS, PROMPT, TOKENIZER, SlowGPT, browsing, playing
+from playground_app import BYTES, CONFIG, MODELS, PROMPT, TOKENIZER, Reader, playing, said
+from reference import random_model
 
-import gpt2
+from gpt2.commands.decoding import bad_words
 from gpt2.generation.engine import Engine, Request
+from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling
-from gpt2.serve.inspect import attention, lens, perplexity, score
-from gpt2.serve.limits import Limits
+from gpt2.model import GPT, GPTConfig
+from gpt2.serve.inspect import attention, candidates_of, lens, next_logits, perplexity, score
+from gpt2.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.slow  # a minute or more with a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with browsing() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with playing(MODELS, TOKENIZER) as address:
-        yield address
-
-
-class Reader:
-    """Somebody with a browser, who writes down what goes wrong in it."""
-
-    def __init__(self, browser: Any, address: str, **how: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
-        self.context.set_default_timeout(30_000)
-        self.page, self.troubles, self.expected = self.context.new_page(), [], ()
-        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.page.on("console", lambda said: said.type == "error" and self.troubles.append(said.text))
-        self.page.on("request", lambda request: self._check_origin(request.url, address))
-        self.page.goto(address)
-        self.page.wait_for_selector("#next li")
-
-    def _check_origin(self, url: str, address: str) -> None:
-        if not url.startswith((address, "blob:", "data:")):
-            self.troubles.append(f"asked {url}")
-
-    def set(self, name: str, value: Any) -> None:
-        """Type a setting."""
-        if not self.page.is_visible(f"#set-{name}"):
-            self.page.click("summary:has-text('More')")
-            self.page.click("summary:has-text('How it ends')")
-        self.page.fill(f"#set-{name}", str(value))
-
-    def write(self, text: str, key: str | None = None) -> str:
-        """Type a text, let the model go on, and give all of it."""
-        self.page.fill("#text", text)
-        return self.go_on(key)
-
-    def go_on(self, key: str | None = None) -> str:
-        self.page.keyboard.press(key) if key else self.page.click("#go")
-        return self.wait()
-
-    def wait(self) -> str:
-        """Until nothing is written any more."""
-        self.page.wait_for_selector("body:not(.running) #status:has-text('a second')")
-        return self.text
-
-    @property
-    def text(self) -> str:
-        return self.page.input_value("#text")
-
-    def click_token(self, number: int) -> str:
-        """Click on a token that was said; gives it."""
-        token = self.page.locator("#backdrop > span:has(> span)").nth(number)
-        box = token.locator("span").bounding_box()
-        self.page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
-        self.page.wait_for_selector("#alternatives:not([hidden])")
-        return token.text_content()
-
-    def violations(self) -> list[str]:
-        """What axe finds wrong for those who cannot see, point or hear."""
-        reason = "no axe: pip install axe-playwright-python"
-        module = pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason)
-        found = module.Axe().run(self.page).response["violations"]
-        return [f"{one['id']}: {node['html'][:120]} {node['any'][:1]}" for one in found for node in one["nodes"]]
-
-
-@pytest.fixture
-def reader(browser: Any, address: str) -> Iterator[Reader]:
-    reader = Reader(browser, address)
-    yield reader
-    reader.context.close()
-    assert [trouble for trouble in reader.troubles if not trouble.startswith(tuple(reader.expected))] == []
-
-
-def said(prompt: str = PROMPT, model: str = "one", **settings: Any) -> str:
-    settings = {"max_new_tokens": 12, "top_k": 50, "seed": 42, **settings}
-    return gpt2.generate(MODELS[model], TOKENIZER, prompt, **settings)[0]
+pytest_plugins = "playground_fixtures"
 
 
 def test_it_says_what_the_model_says(reader: Reader) -> None:
@@ -137,47 +53,6 @@ def test_a_text_that_the_model_begins(reader: Reader) -> None:
     scored = score(MODELS["one"], TOKENIZER, [end, *said_ids([end])])
     ranks = reader.page.locator(".tokens button").evaluate_all("all => all.map((one) => one.title.split('rank ')[1])")
     assert [token.rank for token in scored] == list(map(int, ranks))
-
-
-def test_it_can_be_stopped(browser: Any) -> None:
-    slow = SlowGPT(CONFIG)
-    slow.load_state_dict(MODELS["one"].state_dict())
-    with playing({"slow": slow}, TOKENIZER, Limits(slots=1, max_waiting=0)) as address:
-        reader = Reader(browser, address)
-        reader.set("max_tokens", 400)
-        reader.page.fill("#text", PROMPT)
-        reader.page.click("#go")
-        reader.page.wait_for_selector("#backdrop > span:nth-of-type(4) > span")
-        other = Reader(browser, address)  # the only place is taken
-        other.page.fill("#text", PROMPT)
-        other.page.click("#go")
-        other.page.wait_for_selector("#notice:has-text('The server is busy')")
-        assert "Try again in" in other.page.text_content("#notice")
-        assert reader.page.is_visible("#stop")
-        reader.page.keyboard.press("Escape")
-        reader.page.wait_for_selector("#status:has-text('Stopped after')")
-        length = len(reader.text)
-        assert length < len(said(max_new_tokens=400))
-        other.set("max_tokens", 3)
-        other.page.click("#retry")
-        assert other.wait().startswith(PROMPT)
-        assert other.page.is_hidden("#notice")
-        assert len(reader.text) == length
-        assert reader.troubles == []
-        reader.context.close()
-        other.context.close()
-
-
-def test_a_server_that_is_gone_is_told_plainly(browser: Any) -> None:
-    with playing(MODELS, TOKENIZER) as address:
-        reader = Reader(browser, address)
-        reader.page.fill("#text", PROMPT)
-        reader.page.wait_for_timeout(300)
-    reader.page.click("#go")
-    reader.page.wait_for_selector("#notice:has-text('The server does not answer. Is gpt2 serve still running?')")
-    assert reader.text == PROMPT
-    assert reader.page.is_enabled("#go")
-    reader.context.close()
 
 
 def test_sliders_redraw_the_chances(reader: Reader) -> None:
@@ -248,10 +123,11 @@ def test_a_token_can_be_looked_into(reader: Reader) -> None:
     assert shown == best
 
 
-def said_ids(prompt: list[int]) -> list[int]:
+def said_ids(prompt: list[int], model: GPT = MODELS["one"], tokenizer: Tokenizer = TOKENIZER, **how: Any) -> list[int]:
     """The eight tokens that follow a prompt, as the model says them."""
-    engine = Engine(MODELS["one"], 1)
-    new = engine.submit(Request(prompt, Sampling(top_k=50), 8, 42, 0, (TOKENIZER.end_of_text,)))
+    engine = Engine(model, 1)
+    sampling = Sampling(**{"top_k": 50, **how})
+    new = engine.submit(Request(prompt, sampling, 8, 42, 0, (tokenizer.end_of_text,)))
     while not engine.idle:
         engine.step()
     return new.new_tokens
@@ -315,68 +191,60 @@ def test_it_can_be_used_from_the_keyboard(reader: Reader) -> None:
         assert reader.page.locator("[role=tabpanel]:not([hidden])").get_attribute("id") == f"panel-{name}"
 
 
-def test_texts_are_kept_shared_and_taken_away(reader: Reader, browser: Any, address: str, tmp_path: Path) -> None:
-    reader.set("max_tokens", 6)
-    text = reader.write(PROMPT)
-    reader.page.reload()
-    reader.page.wait_for_selector("#next li")
-    assert reader.text == text
-    reader.page.fill("#text", "")
-    reader.page.click("#open-history")
-    reader.page.locator("#entries button").first.click()
-    assert reader.text == text
-    reader.page.click("#open-share")
-    for name, part in {"curl": "v1/completions", "Python": "OpenAI(", "Command line": "gpt2 sample"}.items():
-        reader.page.click(f"#choices button:has-text('{name}')")
-        reader.page.wait_for_selector(f"#preview:has-text('{part}')")
-    with reader.page.expect_download() as download:
-        reader.page.click("text=Save as JSON")
-    download.value.save_as(tmp_path / "saved.json")
-    saved = json.loads((tmp_path / "saved.json").read_text())
-    assert (saved["text"], saved["model"], saved["settings"]["max_tokens"]) == (text, "one", 6)
-    reader.page.click("text=Copy link")
-    reader.page.wait_for_selector("#preview:has-text('#s=')")
-    link = reader.page.text_content("#preview")
-    other = browser.new_context().new_page()
-    other.goto(link)
-    other.wait_for_selector("#next li")
-    assert other.input_value("#text") == text
-    assert other.input_value("#set-max_tokens") == "6"
-    assert other.locator("#backdrop > span > span").count() == 6
-    other.context.close()
-
-
-@pytest.mark.parametrize("fragment", ["#s=!", "#s=e30", "#s=bnVsbA", "#s=eyJwYXRoIjpbMSx7fSxbXSxudWxsXX0"])
-def test_a_broken_link_is_an_empty_page(reader: Reader, address: str, fragment: str) -> None:
-    reader.page.goto("about:blank")
-    reader.page.goto(address + fragment)
-    reader.page.wait_for_selector("#next li")
-    assert reader.text == ""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
-def test_everybody_can_use_it(browser: Any, address: str, scheme: str, width: int) -> None:
-    reader = Reader(browser, address, color_scheme=scheme, viewport={"width": width, "height": 800})
-    paper = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", paper))) < 200) == (scheme == "dark")
+def test_words_can_be_forbidden_and_favoured(reader: Reader) -> None:
     reader.set("max_tokens", 8)
-    reader.write(PROMPT)
-    reader.click_token(3)
-    assert reader.violations() == []
-    reader.page.keyboard.press("Escape")
-    for name in ("attention", "layers", "tokens", "tree"):
-        reader.page.click(f"#tab-{name}")
-        reader.page.wait_for_selector(f"#panel-{name} > :nth-child(2)")
-        assert reader.violations() == [], name
-        assert reader.page.evaluate("document.documentElement.scrollWidth") == width, name
-    reader.page.click("#compare")
-    reader.go_on()
-    assert reader.violations() == []
-    for name in ("history", "share"):
-        reader.page.click(f"#open-{name}")
-        assert reader.violations() == [], name
-        reader.page.keyboard.press("Escape")
-    assert reader.page.evaluate("document.documentElement.scrollWidth") == width
-    assert reader.troubles == []
-    reader.context.close()
+    usual = reader.write(PROMPT)
+    first = usual[len(PROMPT) :].split()[0]
+    reader.page.fill("#text", PROMPT)
+    reader.set("bad_words", f"{first}\nnever\n\n")
+    reader.set("logit_bias", '7 = 2.5\n"the dog"=3\nfoo')
+    assert reader.page.get_attribute("#set-logit_bias", "aria-invalid") == "true"
+    assert reader.page.text_content("#set-logit_bias-about") == 'not id=bias or "text"=bias: foo'
+    words = bad_words(TOKENIZER, [first, "never"])
+    biases = {7: 2.5} | dict.fromkeys(TOKENIZER.encode("the dog"), 3.0)
+    told = reader.go_on()
+    assert told == said(max_new_tokens=8, bad_words=words, logit_bias=biases) != usual
+    sampling = Sampling(top_k=50, bad_words=words, logit_bias=biases)
+    ids = TOKENIZER.encode(PROMPT)
+    likely = candidates_of(next_logits(MODELS["one"], ids), TOKENIZER, sampling, History(ids, len(ids), ()), 12)
+    reader.page.fill("#text", PROMPT)
+    reader.page.wait_for_selector(f"#next li:first-child .number:text-is('{100 * likely.tokens[0].probability:.1f} %')")
+    shown = [word.replace("␣", " ") for word in reader.page.locator("#next .word").all_text_contents()]
+    assert shown == [token.text for token in likely.tokens]
+
+
+def test_parts_of_characters_stay_as_the_model_said_them(browser: Any) -> None:
+    model = random_model(GPTConfig(vocab_size=BYTES.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=32), 1)
+    with playing({"bytes": model}, BYTES) as address:
+        reader = Reader(browser, address)
+        reader.set("max_tokens", 8)
+        reader.set("top_k", 0)
+        ends = set()
+        for start in ("naïve", "b", "cd", "def", "€"):
+            ids, text = BYTES.encode(start), start
+            reader.page.fill("#text", start)
+            for _ in range(2):  # what it said is the prompt of what it says next
+                with reader.page.expect_request("**/v1/completions") as asked:
+                    reader.page.click("#go")
+                new = said_ids(ids, model, BYTES, top_k=0)
+                text += BYTES.decode(new)
+                assert reader.wait() == text
+                assert asked.value.post_data_json["prompt"] == ids
+                ids += new
+            ends.add(text[-1] == "\ufffd")
+        assert True in ends  # a part of a character, at least once
+        assert reader.troubles == []
+        reader.context.close()
+
+
+def test_a_token_after_a_character_of_many_tokens_can_be_replaced(reader: Reader) -> None:
+    text = "the cat 😀 sat"
+    before = TOKENIZER.decode(TOKENIZER.encode(text)[:-1])
+    reader.set("max_tokens", 2)
+    reader.page.fill("#text", text)
+    reader.page.click("#tab-tokens")
+    reader.page.locator(".tokens button").last.click()
+    choice = reader.page.locator("#alternatives .bars button").first
+    word = choice.locator(".word").text_content().replace("␣", " ")
+    choice.click()
+    assert reader.wait().startswith(before + word)

@@ -1,5 +1,6 @@
 """`gpt2 serve` as a process: the line when it is ready, what it refuses in one line, and how it ends."""
 
+import json
 import re
 import signal
 import socket
@@ -21,7 +22,7 @@ from terminal import run
 import gpt2
 from gpt2.serve.listen import bind, is_loopback
 from gpt2.serve.models import name_of
-from gpt2.serve.templates import load_template
+from gpt2.templates import PLAIN, load_template
 
 STREAM = {"prompt": "x", "stream": True, "temperature": 0.1, "logit_bias": {"256": -100}}
 
@@ -87,6 +88,50 @@ def test_what_is_not_finished_in_time_is_told(folder: str) -> None:
         assert "shutting down" in end[0]
         assert end[1] == "data: [DONE]"
         assert server.wait(15) == 0
+
+
+def test_a_second_signal_does_not_wait(folder: str) -> None:
+    """While a text is on its way: its client is told, and the log has no traceback."""
+    with process(folder, "--grace", "600", "--max-tokens", "1000000") as (server, url):
+        asked = STREAM | {"max_tokens": 1000000}
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            until_draining(url)
+            server.send_signal(signal.SIGTERM)
+            end = [line for line in lines if line][-2:]
+        assert "shutting down" in end[0]
+        assert end[1] == "data: [DONE]"
+        assert server.wait(30) == 0
+        assert server.stderr is not None
+        assert "Traceback" not in server.stderr.read()
+
+
+def test_a_client_that_reads_nothing_does_not_keep_the_server(folder: str) -> None:
+    with process(folder, "--grace", "0.1", "--max-tokens", "1000000") as (server, url):
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps(STREAM | {"max_tokens": 1000000, "logprobs": 20, "n": 4}).encode()
+        with socket.socket() as plain:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plain.connect((host, int(port)))
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            plain.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            read, before = 0, -1
+            while not read == before > 0:  # until no token more goes into what the two sockets hold
+                time.sleep(0.5)
+                read, before = _tokens_told(url), read
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        assert server.stderr is not None
+        log = server.stderr.read()
+        assert "Traceback" not in log
+        assert log.count("\n") <= 3
+
+
+def _tokens_told(url: str) -> int:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(int(float(line.split()[1])) for line in lines if line.startswith("gpt2_between_tokens_seconds_count"))
 
 
 def test_a_key_from_the_environment_and_prompts_in_the_log(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +214,7 @@ def test_names_of_models_and_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_templates_are_read_from_the_folder(tmp_path: Path) -> None:
-    assert load_template(tmp_path).source is None
+    assert load_template(tmp_path).source == PLAIN
     config = tmp_path / "tokenizer_config.json"
     config.write_text(
         '{"chat_template": [{"name": "default", "template": "A{{ eos_token }}"}], "eos_token": {"content": "E"}}'

@@ -1,12 +1,15 @@
 """The server as any HTTP client sees it: events as curl prints them, errors in OpenAI's form, and who may ask."""
 
 import asyncio
+import gc
 import json
+import os
 import random
 import shutil
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,17 @@ import httpx
 import pytest
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-from serving import BYTES, SMALL, Served, serving
+from serving import BYTES, SMALL, Served, at_home, serving
 
 import gpt2
+from gpt2.generation.engine import Continuation
+from gpt2.serve.answers import Answer
 from gpt2.serve.guard import SECURITY, Access
 from gpt2.serve.limits import Limits
+from gpt2.serve.scheduler import Call
 from gpt2.serve.schema import ErrorBody
-from gpt2.serve.templates import ChatTemplate
+from gpt2.serve.streams import EventStream
+from gpt2.templates import Template
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -31,11 +38,7 @@ LONG = 4000
 
 @pytest.fixture(scope="module")
 def home(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where the compiled kernel is kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
-        (folder / "native").symlink_to(compiled)
-        patch.setenv("GPT2_HOME", str(folder))
+    with at_home(compiled, tmp_path_factory.mktemp("home")):
         yield
 
 
@@ -78,6 +81,23 @@ def test_curl_reads_the_events(server: Served) -> None:
     bias: Any = {256: -100}
     assert ["curl" + text] == gpt2.generate(server.model, BYTES, "curl", max_new_tokens=5, seed=1, logit_bias=bias)
     assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
+
+
+def test_the_documented_commands_work(home: None) -> None:
+    """Those of docs/serving.md, as a shell runs them."""
+    if shutil.which("curl") is None or shutil.which("bash") is None:
+        pytest.skip("curl or bash is not installed")
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    script = next(block for block in page.split("```sh\n")[1:] if block.startswith("curl ")).partition("```")[0]
+    with serving(SMALL, Access(keys=["a-key"])) as served:
+        script = script.replace("http://127.0.0.1:8000", served.url)
+        environment = {"PATH": os.environ["PATH"], "GPT2_API_KEY": "a-key", "no_proxy": "*"}
+        said = subprocess.check_output(["bash", "-ec", script.replace("\ncurl", "\necho; curl")], env=environment)
+    whole, *events, tokens = [line for line in said.decode().split("\n") if line]
+    assert json.loads(whole)["usage"]["prompt_tokens"] == len("The with statement")
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["usage"]["prompt_tokens"] == len("The with statement")
+    assert json.loads(tokens)["count"] == len("The with")
 
 
 def test_texts_do_not_depend_on_their_neighbours(server: Served) -> None:
@@ -205,9 +225,14 @@ def test_no_slot_is_lost_to_clients_that_come_and_go(server: Served, count: int)
             pass
 
     async def go() -> None:
-        limit = httpx.Limits(max_connections=24)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False, limits=limit) as client:
-            await asyncio.gather(*(one(client, i) for i in range(count)))
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
+            at_once = asyncio.Semaphore(24)
+
+            async def in_turn(i: int) -> None:
+                async with at_once:
+                    await one(client, i)
+
+            await asyncio.gather(*(in_turn(i) for i in range(count)))
 
     asyncio.run(go())
     server.wait_until_idle()
@@ -215,6 +240,9 @@ def test_no_slot_is_lost_to_clients_that_come_and_go(server: Served, count: int)
     assert not server.scheduler._open
     with server.client() as client:
         assert client.post(COMPLETIONS, json={"prompt": "x", "n": 4, "seed": 1}).status_code == 200
+    gc.collect()
+    left = Counter(type(thing) for thing in gc.get_objects())
+    assert max(left[kind] for kind in (Answer, Call, Continuation, EventStream)) < 10  # a local name holds one or two
 
 
 def test_a_full_server_says_when_to_come_again(home: None) -> None:
@@ -274,7 +302,7 @@ def test_the_folders_own_template_is_used(home: None) -> None:
     source = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     source += "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
     source += "{% if messages[0]['content'] == 'out' %}{{ ''.__class__.__mro__ }}{% endif %}[assistant]"
-    template = ChatTemplate(source, {"bos_token": "<|endoftext|>"})
+    template = Template(source, {"bos_token": "<|endoftext|>"})
     asked = {"seed": 1, "max_tokens": 6}
     with serving(SMALL, template=template) as served, served.client() as client:
         reply = client.post(CHAT, json=asked | {"messages": [{"role": "user", "content": "Hi"}]}).json()

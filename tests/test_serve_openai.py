@@ -1,5 +1,6 @@
 """The official OpenAI client against our server, a test for each feature."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,26 @@ import torch
 import gpt2
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
-from serving import BYTES, CONFIG, Served, serving  # noqa: E402
+from serving import BYTES, CONFIG, Served, at_home, serving  # noqa: E402
+
+from gpt2.serve.guard import Access  # noqa: E402
+from gpt2.serve.limits import Limits  # noqa: E402
+
+KEY = "a-key"
 
 
 @pytest.fixture(scope="module")
 def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("home")
-        (home / "native").symlink_to(compiled)
-        patch.setenv("GPT2_HOME", str(home))
-        with serving() as served:
-            yield served
+    with (
+        at_home(compiled, tmp_path_factory.mktemp("home")),
+        serving(Limits(slots=4, per_client=4), Access(keys=[KEY])) as served,
+    ):
+        yield served
 
 
 @pytest.fixture(scope="module")
 def client(server: Served) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30) as one:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30) as one:
         yield one
 
 
@@ -217,6 +222,67 @@ def test_chat_takes_parts_and_many_answers(client: Any) -> None:
     first, second = (client.chat.completions.create(messages=one, **asked) for one in (parts, whole))
     assert [choice.message.content for choice in first.choices] == [c.message.content for c in second.choices]
     assert len({choice.message.content for choice in first.choices}) > 1
+
+
+def test_a_chat_stops_and_streams_its_logprobs(client: Any) -> None:
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    asked: dict[str, Any] = {"model": "tiny", "messages": messages, "seed": 5, "logit_bias": {"256": -100}}
+    free = client.chat.completions.create(**asked, max_tokens=30).choices[0].message.content
+    stop = free[8:10]
+    whole = client.chat.completions.create(**asked, max_tokens=30, stop=stop, logprobs=True, top_logprobs=1)
+    assert whole.choices[0].message.content == free[: free.find(stop)]
+    assert whole.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(**asked, max_tokens=30, n=2, logprobs=True, top_logprobs=1, stream=True)
+    both = client.chat.completions.create(**asked, max_tokens=30, n=2, logprobs=True, top_logprobs=1)
+    pieces = [chunk.choices[0] for chunk in stream]
+    for choice in both.choices:
+        own = [piece for piece in pieces if piece.index == choice.index]
+        assert "".join(piece.delta.content or "" for piece in own) == choice.message.content
+        told = [one.model_dump() for piece in own if piece.logprobs for one in piece.logprobs.content]
+        assert told == [one.model_dump() for one in choice.logprobs.content]
+
+
+def test_the_asynchronous_client_gets_the_same(server: Served, client: Any) -> None:
+    """Whole and as a stream, completions and chat, all at once; and a stream that is closed early."""
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    asked: dict[str, Any] = {"model": "tiny", "seed": 3, "max_tokens": 12}
+
+    async def said(stream: Any) -> str:
+        return "".join([chunk.choices[0].text async for chunk in await stream])
+
+    async def go() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30) as one:
+            found = await asyncio.gather(
+                one.completions.create(prompt="ab", **asked),
+                said(one.completions.create(prompt="ab", stream=True, **asked)),
+                one.chat.completions.create(messages=messages, **asked),
+                one.models.list(),
+            )
+            endless = asked | {"max_tokens": 4000, "logit_bias": {"256": -100}}
+            async with await one.completions.create(prompt="x", stream=True, **endless) as stream:
+                await anext(aiter(stream))
+            return found
+
+    whole, streamed, chat, models = asyncio.run(go())
+    assert whole.choices[0].text == streamed == client.completions.create(prompt="ab", **asked).choices[0].text
+    wanted = client.chat.completions.create(messages=messages, **asked).choices[0].message.content
+    assert chat.choices[0].message.content == wanted
+    assert [model.id for model in models.data] == ["tiny"]
+    server.wait_until_idle()
+
+
+def test_what_is_not_the_requests_fault_has_its_own_exception(server: Served, client: Any) -> None:
+    with pytest.raises(openai.AuthenticationError) as denied:
+        client.with_options(api_key="another").completions.create(model="tiny", prompt="x")
+    assert denied.value.code == "invalid_api_key"
+    endless: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "logit_bias": {"256": -100}}
+    streams = [client.completions.create(**endless, stream=True) for _ in range(server.scheduler.per_client)]
+    with pytest.raises(openai.RateLimitError) as busy:
+        client.completions.create(**endless)
+    assert int(busy.value.response.headers["Retry-After"]) >= 1
+    for stream in streams:
+        stream.close()
+    server.wait_until_idle()
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,34 @@ def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
     assert [whole(document) for document in source.documents] == ["a.md", "b.txt", "sub/c.RST", "sub/d.text"]
 
 
+def test_a_pattern_is_the_files_that_it_matches(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/d.log", "empty.txt", "odd[1].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name == "empty.txt" else name)
+    for pattern, names in (
+        ("*.txt", ["a.txt", "b.txt", "odd[1].txt"]),
+        ("**/[cd].*", ["sub/c.txt", "sub/d.log"]),
+        ("odd[1].txt", ["odd[1].txt"]),  # a name before it is a pattern
+    ):
+        source = open_source(f"{tmp_path}/{pattern}")
+        assert [whole(document) for document in source.documents] == names
+        assert source.name == (tmp_path.name if "*" in pattern else "odd[1]")
+    for pattern, message in (("nothing*", "no file, folder or corpus"), ("e*.txt", "every text file in .* is empty")):
+        with pytest.raises(UserError, match=message):
+            open_source(f"{tmp_path}/{pattern}")
+
+
+def test_rows_beside_texts_are_passed_over_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "gpt2")
+    for name in ("README.md", "settings.json", "table.csv"):
+        (tmp_path / name).write_text("{}")
+    assert len(open_source(str(tmp_path)).documents) == 1
+    assert not caplog.text
+    (tmp_path / "train.jsonl").write_text("{}")
+    assert len(open_source(str(tmp_path)).documents) == 1
+    assert f"{tmp_path}: passed over {tmp_path}/train.jsonl (rows, not text)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpt2.data.loader import Batch
 from gpt2.model import GPT, GPTConfig
 from gpt2.train.spikes import AT_LEAST, SPIKES_IN_A_ROW, SpikeGuard, skipped_line, worst_row, z_score
 
@@ -76,7 +77,7 @@ def test_the_worst_row_is_the_one_that_surprises() -> None:
     tokens, targets = torch.randint(257, (2, 8, 16)).unbind(0)
     model.transformer.wpe.weight.data.normal_()
     state = torch.get_rng_state()
-    row = worst_row(model, tokens, targets, torch.float32)
+    row = worst_row(model, Batch(tokens, targets), torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     model.eval()

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import gpt2.train.profile
+from gpt2.data.dataset import TokenData
 from gpt2.data.shards import ShardWriter, TokenShards
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
-from gpt2.train import summary
+from gpt2.tokenizer import get_tokenizer
 from gpt2.train.config import TrainConfig, to_toml
 from gpt2.train.findings import Finding, RunFacts, findings, rates, time_spent, utilization
 from gpt2.train.profile import StepProfiler
@@ -316,26 +317,26 @@ def test_counts_and_sizes_are_for_people() -> None:
     assert sizes == ["12 B", "1.0 KiB", "1,023.0 KiB", "948.9 MiB", "1.50 GiB", "2,000.00 GiB"]
 
 
-def shards_of(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenShards:
+def data_of(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenData:
     with ShardWriter(folder, "train", shard_tokens) as writer:
         writer.write(tokens)
-    return TokenShards([folder / file.name for file in writer.files])
+    shards = TokenShards([folder / file.name for file in writer.files])
+    return TokenData("numbers", folder, shards, None, get_tokenizer("bytes"), None)
 
 
 def test_unigram_entropy_equals_torchs(tmp_path: Path) -> None:
-    tokens = np.random.default_rng(0).zipf(1.5, 5000) % 300
-    counts = torch.tensor(np.bincount(tokens, minlength=400))
+    tokens = np.random.default_rng(0).zipf(1.5, 5000) % 200
+    counts = torch.tensor(np.bincount(tokens, minlength=257))
     expected = torch.distributions.Categorical(counts.double()).entropy().item()
-    assert unigram_entropy(shards_of(tmp_path, tokens), 400) == pytest.approx(expected, rel=1e-6)
+    assert unigram_entropy(data_of(tmp_path, tokens).token_counts(10**6)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_unigram_entropy_of_a_large_corpus_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = shards_of(tmp_path, np.arange(1 << 23) % 64, shard_tokens=1 << 23)
-    monkeypatch.setattr(summary, "ENTROPY_TOKENS", 1 << 22)
+    data = data_of(tmp_path, np.arange(1 << 23) % 64, shard_tokens=1 << 23)
     read = []
     original = TokenShards.read
     monkeypatch.setattr(TokenShards, "read", lambda self, a, b: (read.append(b - a), original(self, a, b))[1])
-    assert unigram_entropy(shards, 64) == pytest.approx(math.log(64))
+    assert unigram_entropy(data.token_counts(1 << 22)) == pytest.approx(math.log(64))
     assert sum(read) == 1 << 22
 
 

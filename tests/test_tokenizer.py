@@ -29,6 +29,7 @@ from gpt2.tokenizer import (
     get_tokenizer,
     load_tokenizer,
     train_bpe,
+    with_special_tokens,
 )
 from gpt2.vocabulary import cut_long_words
 
@@ -270,6 +271,82 @@ def test_unknown_ids(any_tokenizer: Tokenizer) -> None:
             any_tokenizer.decode([0, token])
         with pytest.raises(UserError, match=f"token {token} is not in the vocabulary"):
             StreamDecoder(any_tokenizer).push(token)
+
+
+# Special tokens
+
+MARKS = ["<|user|>", "a long mark", "<|user|>s", "日"]
+MARKED_TEXT = f"Hi<|user|>there,<|user|>s a long mark!日{END_OF_TEXT}<|user"
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_special_tokens_are_added_saved_and_read_here_and_in_transformers(
+    any_tokenizer: Tokenizer, files: list[str], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    more = with_special_tokens(any_tokenizer, MARKS)
+    size = any_tokenizer.vocab_size
+    assert (type(more), more.name, more.end_of_text) == (type(any_tokenizer), any_tokenizer.name, size - 1)
+    assert more.special_tokens == {END_OF_TEXT: size - 1, **{text: size + i for i, text in enumerate(MARKS)}}
+    assert more.vocab_size == size + 4
+    assert more.fingerprint != any_tokenizer.fingerprint
+    ids = more.encode(MARKED_TEXT, allow_special=True)
+    assert [i for i in ids if i >= size - 1] == [size, size + 2, size + 1, size + 3, size - 1]
+    for text in [*HARD_TEXTS, MARKED_TEXT]:
+        assert more.encode(text) == any_tokenizer.encode(text)
+        assert more.decode(more.encode(text, allow_special=True)) == text
+    more.save(tmp_path)
+    for other in {"tokenizer.json", "vocab.json", "merges.txt"} - set(files):
+        (tmp_path / other).unlink()
+    for loaded in (get_tokenizer(tmp_path), pickle.loads(pickle.dumps(more))):
+        assert type(loaded) is type(more)
+        assert (loaded.fingerprint, loaded.special_tokens) == (more.fingerprint, more.special_tokens)
+        assert loaded.encode(MARKED_TEXT) == more.encode(MARKED_TEXT)
+        assert loaded.encode(MARKED_TEXT, allow_special=True) == ids
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    assert reference(MARKED_TEXT)["input_ids"] == ids
+    assert reference.decode(ids) == MARKED_TEXT
+    assert reference.decode(ids, skip_special_tokens=True) == "Hithere, !<|user"
+    assert set(reference.all_special_tokens) == {END_OF_TEXT, *MARKS}
+    assert len(reference) == more.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        ([""], "characters that can be seen, not ''"),
+        (["\n "], "characters that can be seen"),
+        (["\ud800"], "not UTF-8"),
+        (["<|a|>", "<|a|>"], "'<|a|>' is a token of the vocabulary already"),
+        (["a"], "'a' is a token"),
+        (["Ġ"], "is a token"),  # how files spell the space
+        ([END_OF_TEXT], "overlaps"),
+        ([f"<{END_OF_TEXT}"], "overlaps"),
+        (["endof"], "overlaps"),
+        (["mark<|"], "overlaps"),
+        (["text|>x"], "overlaps"),
+        ([f"<{i}>" for i in range(65536 - 257 + 1)], "make 65,537, and a vocabulary has 65,536 at most"),
+    ],
+)
+def test_special_tokens_that_cannot_be(texts: list[str], complaint: str) -> None:
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        with_special_tokens(BYTES, texts)
+
+
+def test_a_mark_of_letters_that_stand_for_bytes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with_special_tokens(BYTES, ["µ§"])
+    assert "'µ§' keeps its id in transformers" in caplog.text
+
+
+def test_added_tokens_of_others_that_match_in_plain_text_are_left_to_the_library(tmp_path: Path) -> None:
+    with_special_tokens(BYTES, ["<think>"]).save(tmp_path)
+    spec = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(re.sub(r'(<think>"[^}]*"special": )true', r"\1false", spec))
+    loaded = get_tokenizer(tmp_path)
+    assert isinstance(loaded, BPETokenizer)
+    assert loaded.encode("a<think>") == [97, 257]
 
 
 def test_importing_is_light() -> None:

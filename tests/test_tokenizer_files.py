@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from texts import HARD_TEXTS, SENTENCES, gpt2
 
-from gpt2 import tokenizer as tokenizer_module
+from gpt2 import vocabulary
 from gpt2.errors import UserError
 from gpt2.tokenizer import (
     END_OF_TEXT,
@@ -199,6 +199,16 @@ def test_merges_that_will_not_do(saved_bpe: Path) -> None:
         load_tokenizer(saved_bpe)
 
 
+@pytest.mark.parametrize("broken", ["{", "[]", '{"added_tokens_decoder": {"1": {}}}', '{"added_tokens_decoder": 5}'])
+def test_a_broken_tokenizer_config_beside_vocab_json(broken: str, saved_bpe: Path) -> None:
+    (saved_bpe / "tokenizer.json").unlink()
+    (saved_bpe / "tokenizer_config.json").write_text(broken)
+    with pytest.raises(UserError, match=r"cannot use .*tokenizer_config\.json: "):
+        load_tokenizer(saved_bpe)
+    (saved_bpe / "tokenizer_config.json").unlink()
+    assert load_tokenizer(saved_bpe) is not None
+
+
 # Without a network
 
 
@@ -268,9 +278,9 @@ def silent_server() -> Iterator[str]:
 def test_a_silent_server_is_not_waited_for(silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(tokenizer_module, "_GPT2_URL", silent_server)
-    monkeypatch.setattr(tokenizer_module, "_CONNECT_AND_READ_SECONDS", (0.2, 0.2))
-    tokenizer_module._gpt2_encoding.cache_clear()
+    monkeypatch.setattr(vocabulary, "_GPT2_URL", silent_server)
+    monkeypatch.setattr(vocabulary, "_CONNECT_AND_READ_SECONDS", (0.2, 0.2))
+    vocabulary.gpt2_encoding.cache_clear()
     start = time.monotonic()
     with pytest.raises(UserError, match="ReadTimeout"):
         GPT2Tokenizer()

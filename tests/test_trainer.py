@@ -12,7 +12,7 @@ import pytest
 import torch
 from terminal import run
 
-from gpt2.data.loader import Loader, prefetched
+from gpt2.data.loader import Batch, Loader, prefetched
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.train import trainer
@@ -80,11 +80,11 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     """Two batches of noise, among batches that are all alike."""
     plain = Loader.batch
 
-    def batch(self: Loader, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, targets = plain(self, 0)
+    def batch(self: Loader, step: int) -> Batch:
+        tokens, targets, _ = plain(self, 0)
         if step in (45, 52):
             targets = torch.randint(128, 256, targets.shape, generator=torch.Generator().manual_seed(step))
-        return tokens, targets
+        return Batch(tokens, targets)
 
     monkeypatch.setattr(Loader, "batch", batch)
     config = replace(tiny, skip_spikes=8.0, save_every=50, lr=1e-3)
@@ -147,16 +147,16 @@ def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
     threads: set[int] = set()
     plain = loader.batch
 
-    def watched(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(step: int) -> Batch:
         threads.add(threading.get_ident())
         return plain(step)
 
     loader.batch = watched
     seen = list(prefetched(loader, 5, 9, torch.device("cpu")))
     assert len(seen) == 4
-    for step, (tokens, targets) in enumerate(seen, start=5):
-        assert torch.equal(tokens, plain(step)[0])
-        assert torch.equal(targets, plain(step)[1])
+    for step, batch in enumerate(seen, start=5):
+        assert torch.equal(batch.tokens, plain(step).tokens)
+        assert torch.equal(batch.targets, plain(step).targets)
     assert threads
     assert threading.get_ident() not in threads
     assert list(prefetched(loader, 5, 5, torch.device("cpu"))) == []

@@ -14,13 +14,14 @@ from runs import NUMBERS, talk
 from torch.nn import functional as F
 
 import gpt2
-from gpt2.data.loader import Loader
+from gpt2.data.loader import Batch, Loader
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE
 from gpt2.model import GPT, GPTConfig
 from gpt2.train.config import TrainConfig, read_toml, resumed
 from gpt2.train.optim import build_optimizers, learning_rate
+from gpt2.train.product import Product
 from gpt2.train.report import read_metrics
 from gpt2.train.run import Run
 from gpt2.train.trainer import train, update, validate
@@ -30,13 +31,23 @@ def ready_run(config: TrainConfig, model: GPT) -> Run:
     data = open_data(config.data, config.tokenizer)
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
     folder, cpu = Path(config.out_dir) / "ready", torch.device("cpu")
-    return Run(folder, config, data, loader, model, build_optimizers(model, config), cpu, torch.float32)
+    return Run(
+        folder,
+        config,
+        data,
+        loader,
+        model,
+        build_optimizers(model, config),
+        cpu,
+        torch.float32,
+        Product(model.config, data.tokenizer),
+    )
 
 
-def random_batches(count: int, shape: tuple[int, int], vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def random_batches(count: int, shape: tuple[int, int], vocab_size: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(3)
     pairs = (torch.randint(vocab_size, (2, *shape), generator=generator) for _ in range(count))
-    return [(tokens, targets) for tokens, targets in pairs]
+    return [Batch(tokens, targets) for tokens, targets in pairs]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -52,10 +63,10 @@ def test_ten_steps_equal_a_plain_transformers_loop(tiny: TrainConfig, optimizer:
     theirs = (
         torch.optim.AdamW(groups, betas=(0.9, 0.95)) if optimizer == "adamw" else torch.optim.SGD(groups, momentum=0.9)
     )
-    for step, (tokens, targets) in enumerate(random_batches(10, (8, 32), 257), start=1):
+    for step, batch in enumerate(random_batches(10, (8, 32), 257), start=1):
         rate = learning_rate(step, config)
-        loss, norm, _ = update(run, tokens, targets, rate)
-        their_loss = F.cross_entropy(twin(tokens).logits.flatten(0, 1), targets.flatten())
+        loss, norm, _ = update(run, batch, rate)
+        their_loss = F.cross_entropy(twin(batch.tokens).logits.flatten(0, 1), batch.targets.flatten())
         theirs.zero_grad()
         their_loss.backward()
         their_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
@@ -73,15 +84,15 @@ def test_ten_steps_equal_a_plain_transformers_loop(tiny: TrainConfig, optimizer:
 def test_micro_batches_add_up_to_the_batch(tiny: TrainConfig, micro: int) -> None:
     """With uneven numbers of counted targets in the parts, which a mean of means would get wrong."""
     config = replace(tiny, dropout=0.0)
-    ((tokens, targets),) = random_batches(1, (8, 32), 257)
-    targets[0] = IGNORE
-    targets[5, :20] = IGNORE
+    (batch,) = random_batches(1, (8, 32), 257)
+    batch.targets[0] = IGNORE
+    batch.targets[5, :20] = IGNORE
     results = []
     for rows in (None, micro):
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32))
         run = ready_run(replace(config, micro_batch_size=rows, optimizer="sgd", beta1=0.0), model)
-        results.append((update(run, tokens, targets, 0.1)[:2], model))
+        results.append((update(run, batch, 0.1)[:2], model))
     (whole, model), (parts, other) = results
     assert parts == pytest.approx(whole, rel=1e-5)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
@@ -92,14 +103,15 @@ def test_validation_is_the_mean_over_every_held_out_token(tiny: TrainConfig) -> 
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32))
     run = ready_run(tiny, model)
-    assert run.data.val is not None
-    held_out = torch.from_numpy(run.data.val.read(0, len(run.data.val)).astype("int64"))
+    val = open_data(tiny.data, tiny.tokenizer).val
+    assert val is not None
+    held_out = torch.from_numpy(val.read(0, len(val)).astype("int64"))
     assert bytes(held_out.tolist()).decode() == NUMBERS[int(len(NUMBERS) * 0.9) :]
     total, model = 0.0, model.eval()
     for start in range(0, len(held_out) - 1, 32):
         window = held_out[start : start + 33]
         total += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
-    assert validate(run, run.data.val) == pytest.approx(total / (len(held_out) - 1), abs=1e-5)
+    assert validate(run) == pytest.approx(total / (len(held_out) - 1), abs=1e-5)
 
 
 def test_a_run_folder_tells_its_story(tiny: TrainConfig) -> None:
@@ -202,6 +214,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tiny: Tr
     before = [p.clone() for p in model.parameters()]
     run = ready_run(tiny, model)
     with pytest.raises(UserError, match=r"step 0: the loss is nan; .* transformer.ln_f.weight is inf"):
-        update(run, *random_batches(1, (8, 32), 257)[0], 0.1)
+        update(run, random_batches(1, (8, 32), 257)[0], 0.1)
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new)

@@ -370,3 +370,13 @@ def test_an_index_nested_without_end_is_one_line(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"index\.json is broken"):
         gpt2.load(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_all_files_of_a_folder_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        gpt2.save(random_model(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=4)), None, tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}

@@ -1,14 +1,18 @@
 """What a GPT-2 costs to train, by arithmetic alone: parameters, FLOPs, and bytes by part. Nothing is run here.
 
+Wholly, with adapters beside its frozen matrices (`gpt2.lora`), or with its embeddings and first blocks frozen.
+
 The bytes follow what `gpt2.model` and `gpt2.loss` really keep; tests/test_plan.py holds them against torch.
 Shapes in the comments: x = rows * length positions, C = n_embd, I = width of the MLP, V = vocab_size, H heads.
 """
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from gpt2.errors import UserError
+from gpt2.lora import LoRAConfig, adapted_names
 from gpt2.loss import CACHE_ELEMENTS, CHUNK_BYTES, PAD_TO
 from gpt2.model import GPTConfig
 
@@ -25,22 +29,67 @@ def num_parameters(config: GPTConfig) -> int:
     return V * C + config.block_size * C + config.n_layer * block + 2 * C + head
 
 
-def _block_matrices(config: GPTConfig) -> int:
+def num_trainable(config: GPTConfig, lora: LoRAConfig | None = None, freeze: int = 0) -> int:
+    """How many numbers learn: all, those of adapters alone, or all but the embeddings and the first `freeze` blocks.
+
+    Raises UserError when the model has no such target, or not so many blocks.
+    """
+    if lora is not None:
+        return sum(lora.rank * (rows + columns) for rows, columns in _adapted(config, lora).values())
+    if not freeze:
+        return num_parameters(config)
+    if freeze > config.n_layer:
+        raise UserError(f"--freeze {freeze} is more than the model's {config.n_layer} blocks")
+    embeddings = (config.vocab_size + config.block_size) * config.n_embd
+    without = replace(config, n_layer=1)  # a frozen block, as the difference of two models
+    block = num_parameters(replace(config, n_layer=2)) - num_parameters(without)
+    return num_parameters(config) - embeddings - freeze * block
+
+
+def _matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of a block, (out, in), by name."""
     C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
-    return 4 * C * C + 2 * C * inner
+    return {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (inner, C), "mlp.c_proj": (C, inner)}
 
 
-def flops_per_token(config: GPTConfig, length: int, *, backward: bool = True) -> float:
+def _block_matrices(config: GPTConfig) -> int:
+    return sum(rows * columns for rows, columns in _matrices(config).values())
+
+
+def _adapted(config: GPTConfig, lora: LoRAConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of all blocks that have an adapter, (out, in), by name."""
+    block = _matrices(config).items()
+    shapes = {f"transformer.h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block}
+    return {name: shapes[name] for name in adapted_names(shapes, lora)}
+
+
+def flops_per_token(
+    config: GPTConfig, length: int, *, backward: bool = True, lora: LoRAConfig | None = None, freeze: int = 0
+) -> float:
     """Floating-point operations per token of rows of `length` tokens: forward and backward, or forward alone.
 
     The convention of PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT: 6 for every weight of a matrix product
     (2 forward, 4 backward), with the head as one and the look-ups of the embeddings as none, and 12 * n_layer * n_embd
     * length for attention, as if every position saw the whole row. A causal kernel does half of that half-empty square,
     and recomputed activations are done twice; neither changes the count, so rates and MFU compare across programs.
+
+    A frozen weight counts 4, as it has no gradient, a tied head among them; in a block below all that learns, 2, and
+    attention a third. With adapters the gradients still go through all blocks, but for the first one's c_attn.
     """
-    weights = config.n_layer * _block_matrices(config) + config.vocab_size * config.n_embd
-    forward = 2 * weights + 4 * config.n_layer * config.n_embd * length
-    return 3.0 * forward if backward else float(forward)
+    block, head = _block_matrices(config), config.vocab_size * config.n_embd
+    attention = 4 * config.n_embd * length
+    forward = 2 * (config.n_layer * block + head) + config.n_layer * attention
+    if lora is not None:
+        forward += 2 * num_trainable(config, lora)
+    if not backward:
+        return float(forward)
+    if lora is not None:
+        first = _adapted(config, lora).get("transformer.h.0.attn.c_attn")
+        below = 0 if first is None else 2 * first[0] * first[1] + 2 * lora.rank * first[1]  # its input asks for none
+        frozen = config.n_layer * block + head
+        return 3.0 * forward - 2 * frozen - below
+    head_frozen = 2 * head if freeze and config.tie_word_embeddings else 0
+    return 3.0 * forward - head_frozen - freeze * (4 * block + 2 * attention)
 
 
 @dataclass(frozen=True)
@@ -55,11 +104,18 @@ class Setup:
     optimizer: str = "adamw"
     device: str = "cpu"  # the kind: "cpu", "cuda" or "mps"
     saves_midway: bool = True  # do steps go on while a checkpoint is written?
+    lora: LoRAConfig | None = None  # what learns in place of the model
+    freeze: int = 0  # first blocks that do not learn, nor then the embeddings
 
     @property
     def width(self) -> int:
         """Bytes of a number in the dtype of the matrix products."""
         return FLOAT if self.dtype == torch.float32 else 2
+
+    @property
+    def embeds(self) -> bool:
+        """Do the embeddings learn, and with them a tied head?"""
+        return self.lora is None and not self.freeze
 
 
 @dataclass(frozen=True)
@@ -67,7 +123,7 @@ class Memory:
     """Bytes on the device while training, by part, each at its largest; they are not all so at once.
 
     program:     Python, torch and their libraries (on a CPU; a GPU's context is not counted, as torch does not).
-    weights, gradients, optimizer: of the parameters, in float32.
+    weights, gradients, optimizer: of the parameters, in float32; the latter two of those that learn.
     casts:       the matrices' copies in autocast's dtype.
     activations: what the forward pass keeps for the backward pass.
     logits:      the head and the loss: a chunk of logits, the head's cast and its gradient.
@@ -103,27 +159,30 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
     They are: the loss, with all activations there; the backward pass of the last block; the end of the backward pass,
     with all gradients there; the optimizer's step.
     """
-    parameters, half = num_parameters(config), setup.dtype != torch.float32
+    learned, half = num_trainable(config, setup.lora, setup.freeze), setup.dtype != torch.float32
     x, C, e = setup.rows * setup.length, config.n_embd, setup.width
-    weights = gradients = FLOAT * parameters
-    optimizer = optimizer_bytes(config, setup.optimizer)
-    casts = e * config.n_layer * _block_matrices(config) if half else 0
+    adapters = learned if setup.lora is not None else 0
+    weights, gradients = FLOAT * (num_parameters(config) + adapters), FLOAT * learned
+    optimizer = optimizer_bytes(config, setup.optimizer, setup.lora, setup.freeze)
+    layers = config.n_layer - setup.freeze  # that keep anything
+    casts = e * (layers * _block_matrices(config) + adapters) if half else 0
     block = block_activations(config, setup)
-    stream = block["input"]  # one state of the residual stream
+    stream = FLOAT * x * C  # one state of the residual stream
     kept = stream if setup.recompute else sum(block.values())
     outside = 2 * stream + 16 * x + 8 * x  # what ln_f reads and gives, its statistics, the tokens with their targets
-    activations = config.n_layer * kept + outside
+    activations = layers * kept + outside
     logits, from_loss = _loss_bytes(config, setup)
     again = sum(block.values()) - stream if setup.recompute else 0  # the block whose backward pass it is
-    working = again + 2 * stream + block["gelu"] + (e * x * C if half else 0)  # and the gradients inside it
+    working = again + 2 * stream + _working_bytes(config, setup)  # and the gradients inside it
     if setup.device != "cpu":
         working += from_loss  # multiplied by what came from above, which on a CPU is known to be one
-    embedding = FLOAT * config.vocab_size * C
+    embedding = FLOAT * config.vocab_size * C if setup.embeds else 0
     gathered = gradients if setup.micro_batches > 1 else 0  # from the micro-batches before
     always = weights + optimizer
+    one_cast = casts // config.n_layer if setup.recompute else casts
     moments = (
-        always + gathered + casts + activations + logits,
-        always + gathered + (casts // config.n_layer if setup.recompute else casts) + activations + working + from_loss,
+        always + gathered + (casts if setup.lora is None else one_cast) + activations + logits,
+        always + gathered + one_cast + activations + working + from_loss,
         always + gradients + (2 if setup.micro_batches > 1 else 1) * embedding,
         always + gradients + _update_bytes(config, setup),
     )
@@ -131,11 +190,12 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
     if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.recompute:
         allocator = int(HEAP_WASTE * (activations + gradients + logits + working))  # see runtime.manage_freed_memory
     step = program + max(moments) + allocator
-    copies, read_back = weights + optimizer, optimizer  # by the checkpoint's writer, see `train.checkpoint`
+    copies, read_back = (weights if setup.lora is None else gradients) + optimizer, optimizer  # see `train.checkpoint`
     peak = step
     if setup.device == "cpu":  # there the host's memory is the device's
-        at_the_end = max(step, program + always + copies) + read_back  # the heap has kept what the steps freed
-        peak = step + copies + read_back if setup.saves_midway else at_the_end
+        merged = 0 if setup.lora is None else weights  # with the adapters, once they are done
+        at_the_end = max(step, program + always + max(copies, merged)) + read_back  # the heap keeps what steps freed
+        peak = max(step + copies + read_back, at_the_end) if setup.saves_midway else at_the_end
     return Memory(
         program=program if setup.device == "cpu" else 0,
         weights=weights,
@@ -152,13 +212,20 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
     )
 
 
-def optimizer_bytes(config: GPTConfig, optimizer: str) -> int:
-    """What the optimizer remembers: AdamW two numbers a parameter, SGD one, Muon one of the blocks' matrices."""
-    parameters = num_parameters(config)
+def _working_bytes(config: GPTConfig, setup: Setup) -> int:
+    """Bytes of the gradients inside the MLP, at their height; an adapter has its own of what its matrix has."""
+    x, inner = setup.rows * setup.length, config.n_inner or 4 * config.n_embd
+    narrow = setup.width * x * config.n_embd if setup.dtype != torch.float32 else 0
+    return setup.width * x * inner * (1 if setup.lora is None else 2) + narrow
+
+
+def optimizer_bytes(config: GPTConfig, optimizer: str, lora: LoRAConfig | None = None, freeze: int = 0) -> int:
+    """What the optimizer remembers: AdamW two numbers for each that learns, SGD one, Muon one of blocks' matrices."""
+    learned = num_trainable(config, lora, freeze)
     if optimizer == "sgd":
-        return FLOAT * parameters
-    of_muon = config.n_layer * _block_matrices(config) if optimizer == "muon" else 0
-    return 2 * FLOAT * parameters - FLOAT * of_muon
+        return FLOAT * learned
+    of_muon = (config.n_layer - freeze) * _block_matrices(config) if lora is None else learned
+    return 2 * FLOAT * learned - (FLOAT * of_muon if optimizer == "muon" else 0)
 
 
 def block_activations(config: GPTConfig, setup: Setup) -> dict[str, int]:
@@ -181,6 +248,29 @@ def block_activations(config: GPTConfig, setup: Setup) -> dict[str, int]:
     if config.dropout:
         mask = 1 if setup.device == "cuda" else e
         kept |= {"attn_dropout": mask * x * C, "mlp_dropout": mask * x * C}
+    return kept if setup.lora is None else _beside_adapters(kept, config, setup, setup.lora)
+
+
+READ_BY = {"attn.c_attn": "ln_1", "attn.c_proj": "attention", "mlp.c_fc": "ln_2", "mlp.c_proj": "gelu"}
+
+
+def _beside_adapters(kept: dict[str, int], config: GPTConfig, setup: Setup, lora: LoRAConfig) -> dict[str, int]:
+    """The same beside frozen matrices: what one reads is kept only for its A, and what that gives, for its B."""
+    x, e, kept = setup.rows * setup.length, setup.width, dict(kept)
+    adapted = {name.split(".", 3)[3] for name in _adapted(config, lora)}
+    for name, read in READ_BY.items():
+        if name in adapted:
+            kept[f"{name}.lora"] = e * x * lora.rank
+            if lora.dropout:
+                narrow = read == "gelu" or (read == "attention" and config.attention == "plain")
+                mask = 1 if setup.device == "cuda" else e if narrow else FLOAT
+                kept[f"{name}.lora_dropout"] = mask * x * _matrices(config)[name][1]
+        elif read == "attention" and "logsumexp" in kept:
+            kept.pop("to_bfloat16", None)  # fused attention needs its result itself
+        else:
+            del kept[read]
+    if lora.dropout and "attn.c_proj" in adapted and "logsumexp" in kept and "to_bfloat16" not in kept:
+        kept["attention_dropped"] = e * x * config.n_embd
     return kept
 
 
@@ -209,8 +299,9 @@ def _loss_bytes(config: GPTConfig, setup: Setup) -> tuple[int, int]:
     rows = min(x, max(1, CHUNK_BYTES // (V * e)))  # whose logits are held at a time
     in_float = min(rows * V, max(V, CACHE_ELEMENTS)) if setup.device == "cpu" else rows * V
     softmax = FLOAT * in_float * (1 if e == FLOAT else 2)  # in float32: its result, and a copy of what it is given
-    of_head, of_hidden = FLOAT * V * C, FLOAT * x * C  # gradients
-    product = e * V * C if e < FLOAT else 0  # one chunk's part of the head's gradient, before it is added
+    learns = setup.lora is None and not (setup.freeze and config.tie_word_embeddings)
+    of_head, of_hidden = FLOAT * V * C if learns else 0, FLOAT * x * C  # gradients
+    product = e * V * C if e < FLOAT and learns else 0  # one chunk's part of the head's gradient, before it is added
     at_once = of_head + max(softmax, product) if rows < x else max(softmax, of_head + product)
     cast = e * V * C if e < FLOAT else 0
     return of_hidden + cast + rows * V * e + at_once, of_head + of_hidden
@@ -219,7 +310,7 @@ def _loss_bytes(config: GPTConfig, setup: Setup) -> tuple[int, int]:
 def _update_bytes(config: GPTConfig, setup: Setup) -> int:
     """Bytes that the optimizer's own arithmetic needs: nothing for the fused AdamW."""
     if setup.optimizer == "sgd" and setup.device == "cuda":
-        return FLOAT * num_parameters(config)  # gradients with the weight decay added
-    if setup.optimizer == "muon":
+        return FLOAT * num_trainable(config, setup.lora, setup.freeze)  # gradients with the weight decay added
+    if setup.optimizer == "muon" and setup.lora is None:
         return 16 * config.n_embd * (config.n_inner or 4 * config.n_embd)  # Newton-Schulz on the largest matrix
     return 0

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gpt2.cache import Extension, KVCache, LayerExtension
 from gpt2.errors import UserError, did_you_mean
 from gpt2.loss import next_token_loss
+from gpt2.packing import Packing
 
 # OpenAI used the tanh approximation of GELU; the exact one gives other logits. The rest are for models of others.
 ACTIVATIONS = {
@@ -111,14 +112,14 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.attend = ATTENTIONS[config.attention]
 
-    def forward(self, x: Tensor, cached: LayerExtension | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: LayerExtension | Packing | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         mask = None  # all that came before
-        if cached is not None:
-            k, v = cached.append(k, v)  # (B, H, S, D)
-            mask = cached.mask
+        if context is not None:
+            k, v = context.append(k, v)  # (B, H, S, D)
+            mask = context.mask
         y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
@@ -150,8 +151,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cached: LayerExtension | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cached)
+    def forward(self, x: Tensor, context: LayerExtension | Packing | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
@@ -166,12 +167,13 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = config.dropout
 
-    def forward(self, tokens: Tensor, cached: Extension | None = None) -> Tensor:
-        positions = torch.arange(tokens.size(1), device=tokens.device) if cached is None else cached.positions
+    def forward(self, tokens: Tensor, context: Extension | Packing | None = None) -> Tensor:
+        """context: what the tokens continue, or how their rows are divided; by default each row is one text."""
+        positions = torch.arange(tokens.size(1), device=tokens.device) if context is None else context.positions
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, None if cached is None else cached.layer(i))
+            x = block(x, None if context is None else context.layer(i))
         return self.ln_f(x)
 
 
@@ -202,16 +204,19 @@ class GPT(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """What the head reads: int64 (B, T) -> (B, T, C).
 
         With a cache the tokens continue what its rows hold, each where it is, and are added to them; nothing can be
         learned from what a cache remembers, so there are no gradients then.
+        With `documents`, (B, T), neighbours that have the same number are one text, and none sees another.
         Raises UserError when there are more positions than the context has.
         """
         length = tokens.size(1) + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise UserError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
+        if documents is not None:
+            return self.transformer(tokens, Packing(documents))
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             return self.transformer(tokens, None if cache is None else cache.extended(tokens.size(1)))
 
@@ -219,9 +224,16 @@ class GPT(nn.Module):
         """Logits of the next token at every position: int64 (B, T) -> (B, T, vocab_size)."""
         return self.lm_head(self.hidden_states(tokens, cache))
 
-    def loss(self, tokens: Tensor, targets: Tensor, divisor: Tensor | float | None = None) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        divisor: Tensor | float | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Mean next-token loss in nats over `targets`, int64 (B, T); -100 is not counted. See `gpt2.loss`."""
-        return next_token_loss(self.hidden_states(tokens), self.lm_head.weight, targets, divisor)
+        hidden = self.hidden_states(tokens, documents=documents)
+        return next_token_loss(hidden, self.lm_head.weight, targets, divisor)
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions (the whole context by default)."""

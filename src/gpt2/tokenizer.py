@@ -11,16 +11,14 @@ Each has one token more, which no text can spell: ``<|endoftext|>``, which stand
 """
 
 import codecs
-import hashlib
+import copy
 import json
 import logging
 import os
 import re
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,11 +26,17 @@ from gpt2.errors import UserError, did_you_mean
 from gpt2.files import path_of
 from gpt2.vocabulary import (
     END_OF_TEXT,
+    MAX_VOCAB_SIZE,
     Table,
     build_backend,
     cut_long_words,
     cuts_like_gpt2,
+    encoding_of,
+    extended,
     fingerprint_of,
+    gpt2_encoding,
+    marks_of_config,
+    only_plain_marks,
     read_merges,
     recover_merges,
     table_of_ids,
@@ -46,19 +50,8 @@ if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
-MAX_VOCAB_SIZE = 65536  # token shards are uint16
-
-# How GPT-2 cuts text into words, within which bytes are merged: the tail of a contraction; letters, digits or
-# other marks, each with the space before them; and other white space, less the space that goes with a word.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
 
-_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-_GPT2_FILES = {  # file name: sha256 of its contents
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-_CONNECT_AND_READ_SECONDS = (10, 30)
 _LONG_SPACE = 500_000  # tiktoken's regular expressions give up on a run of a million spaces
 _LONG_SPACE_PATTERN = re.compile(rf"\s{{{_LONG_SPACE}}}")
 
@@ -74,7 +67,8 @@ class Tokenizer(Protocol):
     """How many ids there are, end-of-text included."""
     end_of_text: int
     """The id of ``<|endoftext|>``."""
-
+    special_tokens: dict[str, int]
+    """The tokens that no text can spell, ``<|endoftext|>`` among them, and their ids."""
     fingerprint: str
     """SHA-256, in hex, of the bytes of every id in order: the same vocabulary, the same fingerprint."""
 
@@ -108,12 +102,18 @@ class _ByteLevelTokenizer(ABC):
         self._table = table
         self.fingerprint = fingerprint_of(table)
         self.vocab_size = len(table.tokens)
-        self.end_of_text = next(i for i in table.added if table.tokens[i] == END_OF_TEXT.encode())
+        self.special_tokens = {table.tokens[i].decode(): i for i in sorted(table.added)}
+        self.end_of_text = self.special_tokens[END_OF_TEXT]
 
     @cached_property
     def _backend(self) -> "tokenizers.Tokenizer":
         """The same tokenizer as the `tokenizers` library has it, which is how it is saved."""
         return build_backend(self._table, recover_merges(self._table))
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str]:
+        """Any special token; where two begin, the longer one."""
+        return re.compile(f"({'|'.join(sorted(map(re.escape, self.special_tokens), key=len, reverse=True))})")
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -121,8 +121,11 @@ class _ByteLevelTokenizer(ABC):
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         if not allow_special:
             return self.encode_batch([text])[0]
-        first, *others = self.encode_batch(text.split(END_OF_TEXT))
-        return first + [token for piece in others for token in (self.end_of_text, *piece)]
+        parts = self._specials.split(text)  # texts, and between them special tokens
+        ids = self.encode_batch(parts[::2])
+        return ids[0] + [
+            i for name, more in zip(parts[1::2], ids[1:], strict=True) for i in (self.special_tokens[name], *more)
+        ]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
@@ -146,9 +149,10 @@ class GPT2Tokenizer(_ByteLevelTokenizer):
     name = "gpt2"
 
     def __init__(self, encoding: "tiktoken.Encoding | None" = None) -> None:
-        self._encoding = encoding or _gpt2_encoding()
+        self._encoding = encoding or gpt2_encoding()
         tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self._encoding.n_vocab)]
-        super().__init__(Table(tokens, frozenset({self._encoding.eot_token})))
+        special = frozenset(map(self._encoding.encode_single_token, self._encoding.special_tokens_set))
+        super().__init__(Table(tokens, special))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if any(len(text) >= _LONG_SPACE and _LONG_SPACE_PATTERN.search(text) for text in texts):
@@ -182,12 +186,14 @@ class BPETokenizer(_ByteLevelTokenizer):
 
 
 class ByteTokenizer(_ByteLevelTokenizer):
-    """The plainest vocabulary: ids 0 to 255 are the bytes, 256 is ``<|endoftext|>``."""
+    """The plainest vocabulary: ids 0 to 255 are the bytes, 256 is ``<|endoftext|>``, and then come `others` like it."""
 
     name = "bytes"
 
-    def __init__(self) -> None:
-        super().__init__(Table([*(bytes([b]) for b in range(256)), END_OF_TEXT.encode()], frozenset({256})))
+    def __init__(self, others: Sequence[str] = ()) -> None:
+        special = [text.encode() for text in (END_OF_TEXT, *others)]
+        table = Table([*(bytes([b]) for b in range(256)), *special], frozenset(range(256, 256 + len(special))))
+        super().__init__(table)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(without_surrogates(text).encode()) for text in texts]
@@ -244,6 +250,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(build_backend(table, merges))
 
 
+def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+    """The same tokenizer with more tokens that no text can spell, such as ``<|user|>``; their ids come last.
+
+    Raises UserError for a text that is empty, there already, or overlaps ``<|endoftext|>``, and beyond 65,536 tokens.
+    """
+    if not isinstance(tokenizer, _ByteLevelTokenizer):
+        raise TypeError(f"{type(tokenizer).__name__} is none of this module's tokenizers")
+    table = extended(tokenizer._table, texts)
+    if isinstance(tokenizer, BPETokenizer):
+        backend = copy.deepcopy(tokenizer._backend)
+        backend.add_special_tokens(list(texts))
+        return BPETokenizer(backend)
+    return GPT2Tokenizer(encoding_of(table)) if isinstance(tokenizer, GPT2Tokenizer) else _bytes_of(table)
+
+
 def get_tokenizer(ref: str | Path) -> Tokenizer:
     """The tokenizer called ``gpt2`` or ``bytes``, or the one in a folder; anything else is a `UserError`."""
     if ref == "gpt2":
@@ -289,7 +310,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
     table = table_of_json(spec)
-    if cuts_like_gpt2(spec) and (known := _known_tokenizer(table)):
+    if cuts_like_gpt2(spec) and only_plain_marks(spec) and (known := _known_tokenizer(table)):
         return known
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -299,8 +320,9 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _load_vocab_json(path: Path) -> Tokenizer:
-    """The tokenizer in a `vocab.json`, or a `ValueError`; a `UserError` when its `merges.txt` is at fault."""
-    table = table_of_ids(json.loads(path.read_text(encoding="utf-8")), added={END_OF_TEXT})
+    """The tokenizer in a `vocab.json`, or a `ValueError`; a `UserError` when a file beside it is at fault."""
+    marks = marks_of_config(path.with_name("tokenizer_config.json"))
+    table = table_of_ids(json.loads(path.read_text(encoding="utf-8")), added={END_OF_TEXT, *marks})
     if known := _known_tokenizer(table):
         return known
     merges_path = path.with_name("merges.txt")
@@ -318,65 +340,20 @@ def _load_vocab_json(path: Path) -> Tokenizer:
 
 
 def _known_tokenizer(table: Table) -> Tokenizer | None:
-    """GPT-2's tokenizer or the bytes, if that is what the table holds."""
-    fingerprint = fingerprint_of(table)
+    """GPT-2's tokenizer or the bytes, if that is what the table holds up to ``<|endoftext|>``, with more like it."""
+    size = table.tokens.index(END_OF_TEXT.encode()) + 1
+    if not table.added.issuperset(range(size, len(table.tokens))):
+        return None
+    fingerprint = fingerprint_of(Table(table.tokens[:size], frozenset(i for i in table.added if i < size)))
     if fingerprint == GPT2_FINGERPRINT:
-        return GPT2Tokenizer(_encoding_of(table))
-    plain = ByteTokenizer()
-    return plain if fingerprint == plain.fingerprint else None
+        return GPT2Tokenizer(encoding_of(table))
+    return _bytes_of(table) if fingerprint == ByteTokenizer().fingerprint else None
+
+
+def _bytes_of(table: Table) -> ByteTokenizer:
+    return ByteTokenizer([token.decode() for token in table.tokens[257:]])
 
 
 def _encode_with_library(backend: "tokenizers.Tokenizer", texts: Sequence[str]) -> list[list[int]]:
     whole = [without_surrogates(text) for text in texts]
     return [encoding.ids for encoding in backend.encode_batch_fast(whole, add_special_tokens=False)]
-
-
-def _encoding_of(table: Table) -> "tiktoken.Encoding":
-    """tiktoken's encoder for GPT-2's table, with no download."""
-    import tiktoken
-
-    ranks = {token: i for i, token in enumerate(table.tokens) if i not in table.added}
-    special = {table.tokens[i].decode(): i for i in table.added}
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-
-@cache
-def _gpt2_encoding() -> "tiktoken.Encoding":
-    """tiktoken's own GPT-2 encoder, or a `UserError` that says what to put where.
-
-    The two files it is made of are fetched here, to where tiktoken looks for them, because tiktoken itself
-    would wait for a silent server without end.
-    """
-    import requests  # comes with tiktoken
-    import tiktoken
-
-    default = str(Path(tempfile.gettempdir(), "data-gym-cache"))
-    where = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    paths = {name: Path(where, hashlib.sha1((_GPT2_URL + name).encode()).hexdigest()) for name in _GPT2_FILES}
-    wanted = paths if where else {}  # an empty name tells tiktoken to keep nothing
-    try:
-        for name, path in wanted.items():
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _GPT2_FILES[name]:
-                _download(name, path)
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:
-        puts = " and ".join(f"put {_GPT2_URL}{name} at {path}" for name, path in paths.items())
-        mend = puts if where else "name a folder for it in TIKTOKEN_CACHE_DIR"
-        reason = type(error).__name__ if isinstance(error, requests.RequestException) else error
-        raise UserError(f"cannot get GPT-2's vocabulary ({reason}): {mend}") from error
-
-
-def _download(name: str, path: Path) -> None:
-    """Fetch and check one of GPT-2's files. A folder that cannot be written is left for tiktoken to judge."""
-    import requests
-
-    _log.info("downloading %s%s", _GPT2_URL, name)
-    response = requests.get(_GPT2_URL + name, timeout=_CONNECT_AND_READ_SECONDS)
-    response.raise_for_status()
-    if hashlib.sha256(response.content).hexdigest() != _GPT2_FILES[name]:
-        raise ValueError(f"{name} came damaged")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(response.content)
-        part.replace(path)

@@ -5,22 +5,43 @@ Vocabulary files are text, but tokens are bytes and need not be UTF-8: so each b
 
 import hashlib
 import json
+import logging
+import os
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gpt2.errors import UserError
+
 if TYPE_CHECKING:
+    import tiktoken
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 65536  # token shards are uint16
+
+# How GPT-2 cuts text into words, within which bytes are merged: the tail of a contraction; letters, digits or
+# other marks, each with the space before them; and other white space, less the space that goes with a word.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+_GPT2_FILES = {  # file name: sha256 of its contents
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+_CONNECT_AND_READ_SECONDS = (10, 30)
+
 LONG_WORD = 1_000  # characters; what a merge costs `tokenizers` in training grows with the square of a word's length
 _RUNS = (r"\w", r"\s", r"(?:[^\w\s]|_)")  # GPT-2's words are runs of such: no word is longer than its run
 _LONG_SPACE = re.compile(rf"\s{{{LONG_WORD}}}")
 _LONG_RUN = re.compile("|".join(rf"(?<!{kind}){kind}{{{LONG_WORD},}}" for kind in _RUNS))
+
+_log = logging.getLogger("gpt2")
 
 
 class Table(NamedTuple):
@@ -79,6 +100,56 @@ def read_merges(path: Path) -> list[tuple[bytes, bytes]]:
             raise ValueError(f"line {number} is not a pair of tokens")
         merges.append((unspell(pair[0]), unspell(pair[1])))
     return merges
+
+
+def only_plain_marks(spec: dict[str, Any]) -> bool:
+    """Whether the added tokens of a `tokenizer.json` are matched as they are, and never in plain text."""
+    others = [token for token in spec.get("added_tokens") or [] if token["content"] != END_OF_TEXT]
+    unusual = ("lstrip", "rstrip", "single_word")
+    return all(token.get("special") and not any(token.get(name) for name in unusual) for token in others)
+
+
+def marks_of_config(path: Path) -> list[str]:
+    """The added tokens that a `tokenizer_config.json` names, if there is one. A broken one is a `UserError`."""
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+        return [str(token["content"]) for token in named.values()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"cannot use {path}: {error!r}") from error
+
+
+def extended(table: Table, texts: Sequence[str]) -> Table:
+    """The table with these texts as added tokens at its end. Raises UserError for those that cannot be."""
+    known = {_spell(token) for token in table.tokens} | {
+        token.decode() for token in map(table.tokens.__getitem__, table.added)
+    }
+    for text in texts:
+        if not text.strip():
+            raise UserError(f"a special token needs characters that can be seen, not {text!r}")
+        if without_surrogates(text) != text:
+            raise UserError(f"the special token {text!r} is not UTF-8 text")
+        if _overlap(text, END_OF_TEXT):
+            raise UserError(f"the special token {text!r} overlaps {END_OF_TEXT}: name it otherwise")
+        if text in known or _spell(text.encode()) in known:
+            raise UserError(f"{text!r} is a token of the vocabulary already: name it otherwise")
+        if not text.isascii() and all(letter in _bytes_of_letters() for letter in text):
+            _log.warning("%r keeps its id in transformers, which takes its letters for bytes when it decodes it", text)
+        known.add(text)
+    tokens = [*table.tokens, *(text.encode() for text in texts)]
+    if len(tokens) > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"{len(texts):,} more tokens make {len(tokens):,}, and a vocabulary has {MAX_VOCAB_SIZE:,} at most"
+        )
+    return Table(tokens, table.added | set(range(len(table.tokens), len(tokens))))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one text is in the other, or begins with what the other ends with."""
+    if one in other or other in one:
+        return True
+    return any(a.endswith(b[:n]) for a, b in ((one, other), (other, one)) for n in range(1, len(b)))
 
 
 def fingerprint_of(table: Table) -> str:
@@ -149,13 +220,16 @@ def build_backend(table: Table, merges: Iterable[tuple[bytes, bytes]]) -> "token
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END_OF_TEXT])
+    backend.add_special_tokens([table.tokens[i].decode() for i in sorted(table.added)])
     backend.encode_special_tokens = True
     return backend
 
 
 def write_files(backend: "tokenizers.Tokenizer", folder: Path) -> None:
-    """The four files of openai-community/gpt2: tokenizer.json, its contents as two, tokenizer_config.json."""
+    """The four files of openai-community/gpt2: tokenizer.json, its contents as two, tokenizer_config.json.
+
+    The last one names the added tokens, as `transformers` wants it.
+    """
     spec = json.loads(backend.to_str())
     vocab = dict(sorted(backend.get_vocab().items(), key=lambda item: item[1]))
     merges = ["#version: 0.2", *(" ".join(pair) for pair in spec["model"]["merges"])]
@@ -166,6 +240,11 @@ def write_files(backend: "tokenizers.Tokenizer", folder: Path) -> None:
         "unk_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
+    marks = {token["id"]: {k: v for k, v in token.items() if k != "id"} for token in spec["added_tokens"]}
+    if len(marks) > 1:
+        config["added_tokens_decoder"] = marks
+        others = [token["content"] for token in marks.values() if token["special"] and token["content"] != END_OF_TEXT]
+        config["additional_special_tokens"] = others
     (folder / "tokenizer.json").write_bytes(backend.to_str(pretty=True).encode())
     (folder / "vocab.json").write_bytes(json.dumps(vocab, ensure_ascii=False).encode())
     (folder / "merges.txt").write_bytes("\n".join([*merges, ""]).encode())
@@ -189,3 +268,54 @@ def recover_merges(table: Table) -> list[tuple[bytes, bytes]]:
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
+
+
+def encoding_of(table: Table) -> "tiktoken.Encoding":
+    """tiktoken's encoder for GPT-2's table, with no download."""
+    import tiktoken
+
+    ranks = {token: i for i, token in enumerate(table.tokens) if i not in table.added}
+    special = {table.tokens[i].decode(): i for i in table.added}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+@cache
+def gpt2_encoding() -> "tiktoken.Encoding":
+    """tiktoken's own GPT-2 encoder, or a `UserError` that says what to put where.
+
+    The two files it is made of are fetched here, to where tiktoken looks for them, because tiktoken itself
+    would wait for a silent server without end.
+    """
+    import requests  # comes with tiktoken
+    import tiktoken
+
+    default = str(Path(tempfile.gettempdir(), "data-gym-cache"))
+    where = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    paths = {name: Path(where, hashlib.sha1((_GPT2_URL + name).encode()).hexdigest()) for name in _GPT2_FILES}
+    wanted = paths if where else {}  # an empty name tells tiktoken to keep nothing
+    try:
+        for name, path in wanted.items():
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _GPT2_FILES[name]:
+                _download(name, path)
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:
+        puts = " and ".join(f"put {_GPT2_URL}{name} at {path}" for name, path in paths.items())
+        mend = puts if where else "name a folder for it in TIKTOKEN_CACHE_DIR"
+        reason = type(error).__name__ if isinstance(error, requests.RequestException) else error
+        raise UserError(f"cannot get GPT-2's vocabulary ({reason}): {mend}") from error
+
+
+def _download(name: str, path: Path) -> None:
+    """Fetch and check one of GPT-2's files. A folder that cannot be written is left for tiktoken to judge."""
+    import requests
+
+    _log.info("downloading %s%s", _GPT2_URL, name)
+    response = requests.get(_GPT2_URL + name, timeout=_CONNECT_AND_READ_SECONDS)
+    response.raise_for_status()
+    if hashlib.sha256(response.content).hexdigest() != _GPT2_FILES[name]:
+        raise ValueError(f"{name} came damaged")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(response.content)
+        part.replace(path)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2.errors import UserError
 from gpt2.files import path_of, work_folder
+from gpt2.lora import merge_into, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
@@ -47,22 +48,29 @@ SHARD_BYTES = 5 * 10**9
 
 
 def load(
-    ref: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    ref: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    adapter: str | Path | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
     """Load a model, in evaluation mode, and its tokenizer.
 
-    ref:    a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
-    device: a name that `pick_device` knows, so one that this machine lacks becomes the CPU, with a warning.
-    dtype:  what the weights become; None keeps what the file has.
+    ref:     a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
+    device:  a name that `pick_device` knows, so one that this machine lacks becomes the CPU, with a warning.
+    dtype:   what the weights become; None keeps what the file has.
+    adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
     The tokenizer is the folder's own; without tokenizer files it is GPT-2's for a vocabulary of 50,257, else None.
-    Raises UserError when nothing is found under `ref`, or a file is broken or does not fit its config.
+    Raises UserError when nothing is found under `ref`, a file is broken or does not fit its config, or the adapter is
+    for another model.
     """
     if isinstance(device, str) or device.type == "cuda":
         device = pick_device(str(device))
+    added = None if adapter is None else read_adapter(adapter)  # a wrong name is known before gigabytes are read
     folder = find_model(ref)
     config = read_config(folder)
-    tensors = _read_tensors(folder, dtype)
+    tensors = _read_tensors(folder, dtype if added is None or dtype is None else torch.float32)
     if config.tie_word_embeddings and _has_own_head(tensors):
         log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
         config = replace(config, tie_word_embeddings=False)
@@ -76,6 +84,9 @@ def load(
             raise UserError(f"{folder}: the weights hold {name}, which config.json does not call for")
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
+    if added is not None:
+        merge_into(model, added)
+        model = model.to(dtype or model.transformer.wte.weight.dtype)
     return model.to(device).eval(), _tokenizer_of(folder, config)
 
 
@@ -311,7 +322,9 @@ def _move_in(written: Path, folder: Path) -> None:
     """Move whole files into place, config.json last, and take away an older model's files that no longer belong."""
     folder.mkdir(exist_ok=True)
     names = sorted((file.name for file in written.iterdir()), key=lambda name: (name == "config.json", name))
+    mode = (written / "config.json").stat().st_mode  # safetensors lets nobody else read what it writes
     for name in names:
+        (written / name).chmod(mode)
         (written / name).replace(folder / name)
     words = [folder / name for name in HUB_FILES if name.startswith(("tokenizer", "special", "vocab", "merges"))]
     for stale in [*folder.glob("model*.safetensors*"), *words]:

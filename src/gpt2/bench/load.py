@@ -1,11 +1,13 @@
 """How much of the engine's speed clients get from the server: throughput, time to the first token, and its pulse.
 
-The server runs in one process and all clients in another, on this machine. A client streams one text after the other.
-Beside it, in the same run, the server's own engine writes as many texts at once with nobody in between.
+The server runs in one process and all clients in another, on this machine. All begin at once, and each streams one
+text and then another, whose prompt is read while the others' texts go on. Beside it, in the same run, the server's own
+engine writes as many texts at once with nobody in between.
 """
 
 import asyncio
 import json
+import os
 import re
 import signal
 import statistics
@@ -13,15 +15,17 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gpt2.bench.decode import Decoding
 from gpt2.bench.timing import Elsewhere, Failed, Here, Say, silent
 from gpt2.errors import UserError
-from gpt2.generation.engine import Request
+from gpt2.generation.engine import CHUNK, Request
 from gpt2.generation.fast import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.runtime import DTYPES
@@ -29,6 +33,7 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.weights import load
 
 START_SECONDS = 60
+TEXTS = 2  # of each client, in every round
 EVENT, USAGE, WORDLESS = b"data: {", b'"choices":[]', b'"text":""'
 
 
@@ -39,7 +44,8 @@ class Numbers:
     fingerprint = ""
 
     def __init__(self, vocab_size: int) -> None:
-        self.vocab_size, self.end_of_text = vocab_size, vocab_size - 1
+        self.vocab_size, self.end_of_text = vocab_size, vocab_size  # no token ends a text
+        self.special_tokens: dict[str, int] = {}
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """The numbers in a text."""
@@ -99,6 +105,7 @@ class ServerHost:
             for prompt in self._work.prompts(number, rows)
         ]
         time.sleep(self._work.pause)
+        self._engine.chunk = CHUNK  # whatever the scheduler thought right for its clients
         began = time.perf_counter()
         texts = [self._engine.submit(request) for request in asked]
         while not self._engine.idle:
@@ -156,8 +163,9 @@ class ClientHost:
                 elif WORDLESS not in line:
                     times.append(time.perf_counter() - began)
         writer.close()
-        if not usage or not times:
+        if not usage:
             raise UserError(f"the server did not finish a text: {first.decode(errors='replace').strip()}")
+        times = times or [time.perf_counter() - began]  # a text that ended with its first token
         return Told(times, json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"])
 
 
@@ -183,8 +191,8 @@ def measure(
             alone, served = [], []
             for _ in range(work.rounds):  # in turns
                 alone.append(server.call("engine_seconds", number, rows))
-                served.append(clients.call("run", number + 1, rows, 2))
-                number += 3
+                served.append(clients.call("run", number + 1, rows, TEXTS))
+                number += 1 + TEXTS
             found.append(_record(work, rows, alone, served))
             keep(found)
     return found
@@ -194,14 +202,16 @@ def _record(work: Decoding, clients: int, alone: list[float], served: list[tuple
     engine = [clients * work.new_tokens / seconds for seconds in alone]
     rates = [sum(told.tokens for told in texts) / seconds for seconds, texts in served]
     texts = [told for _, told_ in served for told in told_]
-    gaps = [later - earlier for told in texts for earlier, later in zip(told.times, told.times[1:], strict=False)]
+    gaps = [later - earlier for told in texts for earlier, later in pairwise(told.times)]
+    between = _spread(gaps or [0.0])
     return {
         "clients": clients,
         "tokens_per_second": statistics.median(rates),
         "engine_tokens_per_second": statistics.median(engine),
         "of_engine": statistics.median(rates) / statistics.median(engine),
         "first_token_ms": _spread([told.times[0] for told in texts]),
-        "between_tokens_ms": _spread(gaps or [0.0]),
+        "between_tokens_ms": between,
+        "between_tokens_p99_of_median": between["p99"] / between["median"] if between["median"] else None,
         "rates": rates,
         "engine_rates": engine,
     }
@@ -214,20 +224,27 @@ def _spread(seconds: list[float]) -> dict[str, float]:
     return {"median": 1e3 * statistics.median(ordered), "p99": 1e3 * last}
 
 
-def cold_start(work: Decoding, precision: str) -> dict[str, float]:
-    """Seconds from the command `gpt2 serve MODEL` to its readiness, and to the first token. Raises Failed."""
+def cold_start(work: Decoding, precision: str, home: Path | None = None) -> dict[str, float]:
+    """Seconds from the command `gpt2 serve MODEL` until it answers ("ready"), and until a first token ("first_token").
+
+    home: an empty `$GPT2_HOME`, as on a machine that never ran it: then the CPU kernel is compiled too.
+    Raises Failed where it does not start.
+    """
     flags = ["--dtype", precision, "--device", work.device, "--port", "0", "--no-api-key"]
     command = [sys.executable, "-m", "gpt2", "serve", str(work.model), *flags]
+    environ = os.environ if home is None else {**os.environ, "GPT2_HOME": str(home)}
     began = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as server:
         assert server.stderr is not None
         try:
             line = next((line for line in server.stderr if " at http://" in line), "")
-            ready = time.perf_counter() - began
             found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
             if found is None:
                 raise Failed("gpt2 serve does not start")
-            ClientHost(int(found[1]), replace(work, pause=0.0)).run(0, 1, 1)
-            return {"ready": ready, "first_text": time.perf_counter() - began}
+            with urllib.request.urlopen(f"{found[0]}/health") as answer:
+                answer.read()
+            ready = time.perf_counter() - began
+            _, (told,) = ClientHost(int(found[1]), replace(work, pause=0.0)).run(0, 1, 1)
+            return {"ready": ready, "first_token": ready + told.times[0]}
         finally:
             server.send_signal(signal.SIGTERM)

@@ -9,34 +9,69 @@ from gpt2.bench.chart import BLUE, GREY, check_can_draw
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw a result of `gpt2 bench serve` over the number of clients: throughput, and both latencies.
 
-    Raises UserError without matplotlib.
+    Beside the throughput stands what it is of the engine's own, beside the 99th percentile between tokens what it is
+    of the median. Raises UserError without matplotlib.
     """
     check_can_draw(path)
     from matplotlib.figure import Figure
 
     rows = result["clients"]
     clients = [row["clients"] for row in rows]
-    figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
+    figure.suptitle(_title(result), fontsize=11)
     rates, first, between = figure.subplots(1, 3)
+    _line(rates, clients, [row["engine_tokens_per_second"] for row in rows], GREY, "the engine alone")
+    _line(rates, clients, [row["tokens_per_second"] for row in rows], BLUE, "through the server (%: of the engine's)")
+    for axes, name in ((first, "first_token_ms"), (between, "between_tokens_ms")):
+        axes.set_yscale("log")
+        times = " (×: of the median)" if axes is between else ""
+        _line(axes, clients, [row[name]["p99"] for row in rows], GREY, f"99th percentile{times}")
+        _line(axes, clients, [row[name]["median"] for row in rows], BLUE, "median")
+    for row in rows:
+        _note(rates, row["clients"], row["tokens_per_second"], f"{row['of_engine']:.0%}", (4, -12))
+        if ratio := row["between_tokens_p99_of_median"]:
+            _note(between, row["clients"], row["between_tokens_ms"]["p99"], f"{ratio:.1f}×", (-9, 7))
+    _finish(rates, "tokens a second, all clients together", clients)
+    _finish(first, "until the first token, ms", clients)
+    _finish(between, "from a token to the next, ms", clients)
+    figure.savefig(path)
+
+
+def _line(axes: Any, clients: list[int], values: list[float], colour: str, label: str) -> None:
+    axes.plot(clients, values, color=colour, marker="o", markersize=5, label=label)
+
+
+def _note(axes: Any, x: float, y: float, text: str, points: tuple[float, float]) -> None:
+    """A word beside a point of the chart, that far from it."""
+    axes.annotate(text, (x, y), xytext=points, textcoords="offset points", ha="center", fontsize=8)
+
+
+def _finish(axes: Any, title: str, clients: list[int]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        axes.set_ylim(low, high * (high / low) ** 0.15)  # room for the key
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axes.set_ylim(0, 1.15 * high)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(clients, [f"{count:,}" for count in clients])
+    axes.minorticks_off()
+    axes.margins(x=0.1)
+    axes.set_xlabel("clients at a time", fontsize=9)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _title(result: dict[str, Any]) -> str:
     w = result["workload"]
     shape = f"{w['n_layer']} layers of {w['n_embd']}, {w['new_tokens']} tokens after {w['prompt_tokens']}"
-    where = f"{result['name']}, {result['threads']} threads, torch {result['torch']}, {result['date'][:10]}"
+    where = f"{result['name']}, {result['threads']} threads; torch {result['torch']}, {result['date'][:10]}"
     commit = f", {result['commit']}" if result["commit"] else ""
-    figure.suptitle(f"Serving GPT-2: {shape}, {result['precision']}\n{where}{commit}", fontsize=11)
-    rates.plot(
-        clients, [row["engine_tokens_per_second"] for row in rows], color=GREY, marker="o", label="the engine alone"
-    )
-    rates.plot(clients, [row["tokens_per_second"] for row in rows], color=BLUE, marker="o", label="through the server")
-    for axes, name in ((first, "first_token_ms"), (between, "between_tokens_ms")):
-        axes.plot(clients, [row[name]["p99"] for row in rows], color=GREY, marker="o", label="99th percentile")
-        axes.plot(clients, [row[name]["median"] for row in rows], color=BLUE, marker="o", label="median")
-    for axes, title in ((rates, "tokens/s"), (first, "first token, ms"), (between, "between tokens, ms")):
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(clients, [str(count) for count in clients])
-        axes.minorticks_off()
-        axes.set_xlabel("clients", fontsize=9)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    return f"Serving GPT-2: {shape}, {result['precision']}\n{where}{commit}"

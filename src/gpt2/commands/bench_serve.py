@@ -114,19 +114,21 @@ def _show(result: dict[str, Any]) -> None:
     shape = f"{w['n_layer']} layers of {w['n_embd']}, {w['new_tokens']} tokens after {w['prompt_tokens']}"
     console.print(f"{result['device']}: {result['name']}; {shape}, {result['precision']}", markup=False)
     table = Table("clients", box=None, pad_edge=False)
-    latencies = ("first token, ms", "p99", "between tokens, ms", "p99")
+    latencies = ("first token, ms", "p99", "between tokens, ms", "p99", "p99 / median")
     for heading in ("tokens/s", "the engine's", "of it", *latencies):
         table.add_column(heading, justify="right")
     for row in result["clients"]:
-        first, between = row["first_token_ms"], row["between_tokens_ms"]
+        first, between, ratio = row["first_token_ms"], row["between_tokens_ms"], row["between_tokens_p99_of_median"]
         table.add_row(
             str(row["clients"]),
             f"{row['tokens_per_second']:,.1f}",
             f"{row['engine_tokens_per_second']:,.1f}",
             f"{row['of_engine']:.0%}",
             *(f"{spread[name]:,.1f}" for spread in (first, between) for name in ("median", "p99")),
+            f"{ratio:,.1f}" if ratio else "",
         )
     console.print(table)
     if result["cold_start"]:
         cold = result["cold_start"]
-        console.print(f"from nothing: ready after {cold['ready']:.1f} s, a first text after {cold['first_text']:.1f} s")
+        ready, first = cold["ready"], cold["first_token"]
+        console.print(f"from nothing: it answers after {ready:.1f} s, and the first token comes after {first:.1f} s")

@@ -25,15 +25,18 @@ from gpt2.commands.decoding import (
 )
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import path_of
-from gpt2.generation.chat import ASSISTANT, USER, Conversation
+from gpt2.generation.chat import Conversation
 from gpt2.generation.text import check_stop
+from gpt2.templates import ASSISTANT, USER, find_template
+from gpt2.weights import find_model
 
 DESCRIPTION = f"""\
 Talk with a model, in a terminal or through a pipe (each line of standard input is a turn).
 
 GPT-2 was never taught to answer: it continues a transcript of lines that begin with "{USER}" and "{ASSISTANT}",
-until it would speak for the user. With --plain there are no roles: what you write begins a new line of one text, or
-goes on in the last one if it begins with a space; an empty line lets the model go on. /help, once inside, says more."""
+until it would speak for the user. A model that was taught a chat template is asked by that instead, and ends an answer
+as it was taught. With --plain there are no roles: what you write begins a new line of one text, or goes on in the last
+one if it begins with a space; an empty line lets the model go on. /help, once inside, says more."""
 
 HELP = r"""/temperature 0.7      change a setting; so /top-p 0.9, /max-new-tokens 50, ..., or /set NAME VALUE
                       (/logit-bias ID=BIAS ID=BIAS, /bad-words "TEXT" "TEXT", /stop "\nTEXT"; none for none)
@@ -78,6 +81,7 @@ def _conversation(args: Namespace) -> Conversation:
         seed=args.seed,
         system=args.system,
         roles=not args.plain,
+        template=None if args.plain else find_template(find_model(args.model)),
     )
 
 
@@ -151,18 +155,19 @@ class Session:
 
     def _print_answer(self, pieces: Generator[str, None, None]) -> None:
         """Write the answer as it comes, until it ends or Ctrl-C ends it."""
-        forgotten, roles = self.conversation.forgotten, self.conversation.roles
+        forgotten, roles, opening = self.conversation.forgotten, self.conversation.roles, self.conversation.opening
+        colon = opening == " "  # which the label ends with, too
         with self._noting_interrupts(), closing(pieces):
             first = next(pieces, "")
             if self.conversation.forgotten > forgotten:
                 dropped = f"{self.conversation.forgotten} of the turns before this one"
                 _tell(f"(the context is full: the model no longer reads {dropped}, the oldest)")
             if self.interactive and roles:
-                print(ASSISTANT, end="")
-            trim = roles and not self.interactive  # the space after the colon
+                print(ASSISTANT, end="" if colon else " ")
+            trim = roles and not (self.interactive and colon)
             try:
                 for piece in chain([first], pieces):
-                    text = piece.lstrip(" ") if trim else piece
+                    text = piece.lstrip(opening) if trim else piece
                     trim = trim and not text
                     print(shown(text, sys.stdout), end="", flush=True)
                     if self._interrupted:

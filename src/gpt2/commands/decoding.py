@@ -102,17 +102,32 @@ def bad_words(tokenizer: Tokenizer | None, texts: Iterable[str]) -> tuple[tuple[
 
 
 def add_model_flags(parser: Parser) -> None:
-    """Where the model runs, and how precisely."""
+    """Where the model runs, how precisely, and with which adapter."""
     parser.flag("device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     parser.flag("dtype", default="float32", help=f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]} [float32]")
+    add_adapter_flag(parser)
 
 
-def load_from(args: Namespace, model: str) -> tuple[LanguageModel, Tokenizer | None]:
-    """A model on the device and in the precision that the flags ask for, and its tokenizer."""
+def add_adapter_flag(parser: Parser) -> None:
+    """What MODEL was taught beside its weights."""
+    parser.flag(
+        "adapter",
+        metavar="FOLDER",
+        help="a LoRA adapter for MODEL, as gpt2 finetune --lora-rank or PEFT writes it: its folder, or the run's",
+    )
+
+
+def load_from(args: Namespace, model: str, *, adapted: bool = True) -> tuple[LanguageModel, Tokenizer | None]:
+    """A model on the device and in the precision that the flags ask for, and its tokenizer.
+
+    adapted: with the adapter that they name; a draft does without.
+    """
     if args.dtype not in PRECISIONS:
         hint = did_you_mean(args.dtype, PRECISIONS)
         raise UserError(f"dtype '{args.dtype}' is not one of {', '.join(PRECISIONS)}{hint}")
-    plain, tokenizer = load(model, device=pick_device(args.device), dtype=DTYPES.get(args.dtype, torch.float32))
+    dtype = DTYPES.get(args.dtype, torch.float32)
+    adapter = args.adapter if adapted else None
+    plain, tokenizer = load(model, device=pick_device(args.device), dtype=dtype, adapter=adapter)
     return accelerated(plain, args.dtype), tokenizer
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gpt2.cli import Parser
+from gpt2.commands.decoding import add_adapter_flag
 from gpt2.errors import UserError
 from gpt2.files import RUN_FILES, made_by_program, path_of
 from gpt2.runtime import parse_dtype
@@ -15,13 +16,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.flag("format", default="hf", help="hf: what transformers, llama.cpp and vLLM read [hf]")
     parser.flag("dtype", default=None, help="float32, bfloat16 or float16; by default what the model has")
+    add_adapter_flag(parser)
     args = parser.parse_args(argv)
     if args.format != "hf":
         raise UserError(f"--format '{args.format}' is not one of hf")
     out = path_of(args.out)
     dtype = parse_dtype(args.dtype) if args.dtype else None
     _check_place(out, find_model(args.model))
-    model, tokenizer = load(args.model, dtype=dtype)
+    model, tokenizer = load(args.model, dtype=dtype, adapter=args.adapter)
     print(save(model, tokenizer, out))
 
 

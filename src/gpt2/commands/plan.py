@@ -11,8 +11,9 @@ from rich.table import Table
 from gpt2.cli import Parser
 from gpt2.commands.train import add_training_flags, training_config
 from gpt2.hardware import KNOWN
-from gpt2.train.config import RECIPES, TrainConfig
+from gpt2.train.config import TrainConfig
 from gpt2.train.plan import ASSUMED_MFU, FULL, Plan, plan
+from gpt2.train.recipes import RECIPES
 from gpt2.train.units import byte_size, count
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.flag("tokens", type=_count, metavar="N", help="a budget such as 500M or 10B; by default that of --max-steps")
     parser.flag("price-per-hour", type=_price, metavar="PRICE", help="of the whole machine, in any currency")
     parser.flag("json", action="store_true", help="print the plan as JSON")
-    add_training_flags(parser)
+    add_training_flags(parser, quiet=())
     given = vars(parser.parse_args(argv))
     asked = {name: given.pop(name) for name in ("recipe", "on", "gpus", "tokens", "price_per_hour", "json")}
     config = _config(asked["recipe"], given)
@@ -92,11 +93,15 @@ def _model_rows(made: Plan) -> list[tuple[str, str, str]]:
     parts = made.batch_size // made.devices // made.micro_batch_size
     cut = f"{parts} micro-batches of {made.micro_batch_size}" if parts > 1 else "at once"
     shared = f"on each of {made.devices} devices " if made.devices > 1 else ""
+    wholly = made.trainable == made.parameters
+    learning = [("that learn", f"{made.trainable:,}", f"{made.trainable / made.parameters:.2%} as many")]
+    weights = "6 per weight of a matrix" if wholly else "4 per frozen weight of a matrix, 6 per one that learns"
     return [
         ("parameters", f"{made.parameters:,}", f"with a vocabulary of {made.vocab_size:,}"),
+        *([] if wholly else learning),
         ("tokens per step", f"{made.tokens_per_step:,}", f"{made.batch_size:,} sequences, {shared}{cut}"),
         ("steps", f"{made.steps:,}", f"{count(made.tokens)} tokens"),
-        ("FLOPs per token", f"{made.flops_per_token:.3g}", "6 per weight of a matrix, 12 * layers * width * context"),
+        ("FLOPs per token", f"{made.flops_per_token:.3g}", f"{weights}, 12 * layers * width * context"),
         ("FLOPs per step", f"{made.flops_per_step:.3g}", ""),
         ("FLOPs of the run", f"{made.flops:.3g}", ""),
     ]
@@ -105,8 +110,8 @@ def _model_rows(made: Plan) -> list[tuple[str, str, str]]:
 REMARKS = {
     "program": "Python and torch, measured",
     "weights": "float32",
-    "gradients": "float32",
-    "optimizer": "what it remembers of each parameter",
+    "gradients": "float32, of what learns",
+    "optimizer": "what it remembers of each parameter that learns",
     "casts": "the matrices in the dtype of the products",
     "activations": "what the backward pass needs",
     "logits": "a chunk of them, and the head's gradient",

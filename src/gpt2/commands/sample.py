@@ -122,7 +122,10 @@ def _print_texts(
         pieces = (contrastive_stream(model, tokenizer, prompt, **ending, **contrast) for prompt in prompts)
         _print_in_order(((i, piece) for i, text in enumerate(pieces) for piece in text), beginnings)
     elif args.draft is not None or args.prompt_lookup is not None:
-        draft = PromptLookup(args.prompt_lookup) if args.draft is None else ModelDraft(*load_from(args, args.draft))
+        if args.draft is None:
+            draft = PromptLookup(args.prompt_lookup)
+        else:
+            draft = ModelDraft(*load_from(args, args.draft, adapted=False))
         texts = [speculate(model, tokenizer, prompt, draft, sampling, **ending, seed=args.seed) for prompt in prompts]
         _print_in_order(((i, piece) for i, text in enumerate(texts) for piece in text), beginnings)
         _tell_of_drafts(texts)

@@ -130,7 +130,7 @@ def _keys(args: Namespace, loopback: bool) -> list[str]:
 def _load(args: Namespace, limits: Any) -> dict[str, Any]:
     """The models by their names, ready to be served."""
     from gpt2.serve.models import name_of, serve_model
-    from gpt2.serve.templates import load_template
+    from gpt2.templates import load_template
 
     if args.dtype not in PRECISIONS:
         hint = did_you_mean(args.dtype, PRECISIONS)
@@ -143,7 +143,7 @@ def _load(args: Namespace, limits: Any) -> dict[str, Any]:
         if name in models:
             raise UserError(f"two models are called {name}: clients could not tell them apart")
         dtype = DTYPES.get(args.dtype, torch.float32)
-        plain, tokenizer = load(ref, device=pick_device(args.device), dtype=dtype)
+        plain, tokenizer = load(ref, device=pick_device(args.device), dtype=dtype, adapter=args.adapter)
         template = load_template(Path(find_model(ref)))
         fast = accelerated(plain, args.dtype)
         models[name] = serve_model(name, plain, fast, tokenizer, limits, template, args.context)

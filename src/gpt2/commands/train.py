@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,9 +12,12 @@ from gpt2.data.prepare import named_shards
 from gpt2.errors import UserError
 from gpt2.files import path_of
 from gpt2.generation.text import generate
-from gpt2.train.config import RECIPES, TrainConfig, recipe, resumed, run_name, to_toml, with_values
+from gpt2.model import GPT
+from gpt2.tokenizer import Tokenizer
+from gpt2.train.config import TUNING, TrainConfig, resumed, run_name, to_toml, with_values
 from gpt2.train.guard import replay
-from gpt2.train.trainer import Interrupted, train
+from gpt2.train.recipes import RECIPES, recipe
+from gpt2.train.trainer import Interrupted, Sampler, train
 
 
 def main(argv: list[str]) -> int:
@@ -40,16 +43,22 @@ def main(argv: list[str]) -> int:
         print(to_toml(config), end="")
         return 0
 
-    def sampler(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
-        return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
-
     try:
-        folder = train(config, sampler)
+        folder = train(config, sampler_of(config))
     except Interrupted as stop:
         print(f"gpt2: {stop}", file=sys.stderr)
         return stop.exit_code
     print(folder)
     return 0
+
+
+def sampler_of(config: TrainConfig) -> Sampler:
+    """How a run lets its model talk."""
+
+    def sampler(model: GPT, tokenizer: Tokenizer, prompt: str, length: int) -> str:
+        return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
+
+    return sampler
 
 
 def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
@@ -77,11 +86,20 @@ def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def add_training_flags(parser: Parser) -> None:
-    """A flag for every field of TrainConfig; only those given end up in the parsed result."""
+def add_training_flags(
+    parser: Parser, base: TrainConfig | None = None, *, without: Collection[str] = (), quiet: Collection[str] = TUNING
+) -> None:
+    """A flag for every field of TrainConfig; only those given end up in the parsed result.
+
+    base:    where the defaults in the help come from.
+    without: fields that have no flag.
+    quiet:   fields whose flag the help does not tell of.
+    """
     types = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
-        text, annotation = f.metadata["help"], types[f.name]
+        if f.name in without:
+            continue
+        text, annotation, default = f.metadata["help"], types[f.name], getattr(base or TrainConfig(), f.name)
         kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if annotation in (bool, bool | None):
             kwargs["action"] = argparse.BooleanOptionalAction
@@ -90,8 +108,10 @@ def add_training_flags(parser: Parser) -> None:
                 kind for kind in (int, float, str) if kind in (annotation, *getattr(annotation, "__args__", ()))
             )
             kwargs |= {"type": _or_word(kind, f.metadata["words"]), "metavar": kind.__name__.upper()}
-            if f.default is not None and f.default != "":
-                kwargs["help"] = f"{text} [{f.default}]"
+            if default is not None and default != "":
+                kwargs["help"] = f"{text} [{default}]"
+        if f.name in quiet:
+            kwargs["help"] = argparse.SUPPRESS
         parser.flag(f.name.replace("_", "-"), **kwargs)
 
 

@@ -4,9 +4,9 @@ There is no iterator and no position to save. Whoever asks for step 1,000 gets t
 resumed, a run that never stopped, one rank of eight, or a micro-batch of the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,51 @@ from torch import Tensor
 
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE
+
+
+class Batch(NamedTuple):
+    """What a step learns from, B rows of T positions each, on whatever device.
+
+    tokens:    int64 (B, T).
+    targets:   int64 (B, T): what should follow each token; -100 where nothing is to be learned.
+    documents: int64 (B, T), equal among neighbours of one document; None where every row is one text.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from page-locked memory without waiting for it."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory, from where a GPU reads fast."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def split(self, rows: int) -> "list[Batch]":
+        """Micro-batches of `rows` rows each."""
+        return [self._with(lambda tensor, i=i: tensor[i : i + rows]) for i in range(0, len(self.tokens), rows)]
+
+    @property
+    def num_targets(self) -> int:
+        """How many targets count."""
+        return int((self.targets != IGNORE).sum())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        documents = None if self.documents is None else change(self.documents)
+        return Batch(change(self.tokens), change(self.targets), documents)
+
+
+class Batches(Protocol):
+    """Batches by step: of each step, counted from 0, always the same one."""
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """How many rows make one pass through the data."""
+        ...
+
+    def batch(self, step: int) -> Batch: ...
 
 
 class Tokens(Protocol):
@@ -31,28 +76,30 @@ class Loader:
     each once in an order of its own; both are drawn from (seed, epoch). The rows of all steps form one long
     line: row r of step s is number s * batch_size + r, wherever the epochs end.
 
+    begin: the token that begins a document, where documents in a row are not to see each other; None where they are.
+
     Raises `UserError` when the data is shorter than one window and the token after it.
     """
 
-    def __init__(self, tokens: Tokens, batch_size: int, block_size: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Tokens, batch_size: int, block_size: int, seed: int, *, begin: int | None = None
+    ) -> None:
         if len(tokens) < block_size + 1:
             raise UserError(
                 f"the data has {len(tokens):,} tokens, and a block size of {block_size:,} needs"
                 f" {block_size + 1:,}: use more text or a smaller block size"
             )
         self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
+        self.begin = begin
         # One window less than would fit leaves the offset at least block_size values to choose from.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
         self._latest = (-1, np.empty(0, np.int64))  # an epoch and where its windows begin, in order
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Step `step`, counted from 0: (tokens, targets), both int64 of shape (batch_size, block_size).
-
-        Row by row, `targets` is `tokens` moved on by one.
-        """
+    def batch(self, step: int) -> Batch:
+        """Step `step`, counted from 0: `batch_size` rows of `block_size`; `targets` is `tokens` moved on by one."""
         return self.rows(step, 0, self.batch_size)
 
-    def rows(self, step: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of `batch(step)`, which is all that a rank or a micro-batch has to read."""
         if not 0 <= start <= stop <= self.batch_size:
             raise ValueError(f"rows [{start}, {stop}) asked of a batch of {self.batch_size}")
@@ -62,15 +109,14 @@ class Loader:
             begin = self._start_of(row)
             window[:] = self.tokens.read(begin, begin + self.block_size + 1)
         tokens = torch.from_numpy(windows)  # (B, T + 1)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return _batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), self.begin)
 
     def _start_of(self, row: int) -> int:
         """Where in the data the window of this row, counted over all steps, begins."""
         epoch, index = divmod(row, self.windows_per_epoch)
         latest, starts = self._latest
         if epoch != latest:  # remembered for speed only: it follows from (seed, epoch)
-            key = np.array([self.seed % (1 << 64), epoch], np.uint64)
-            random = np.random.Generator(np.random.Philox(key=key))
+            random = epoch_random(self.seed, epoch)
             spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
             offset = random.integers(spare, endpoint=True)
             starts = offset + random.permutation(self.windows_per_epoch) * self.block_size
@@ -78,13 +124,23 @@ class Loader:
         return int(starts[index])
 
 
+def epoch_random(seed: int, epoch: int) -> np.random.Generator:
+    """The random numbers of one epoch, which depend on nothing else."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed % (1 << 64), epoch], np.uint64)))
+
+
+def _batch(tokens: Tensor, targets: Tensor, begin: int | None) -> Batch:
+    """A batch whose documents begin with the token `begin`, or whose rows are one text each."""
+    return Batch(tokens, targets, None if begin is None else (tokens == begin).cumsum(1))
+
+
 def evaluation_batches(
-    tokens: Tokens, batch_size: int, block_size: int, max_tokens: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    tokens: Tokens, batch_size: int, block_size: int, max_tokens: int | None = None, *, begin: int | None = None
+) -> Iterator[Batch]:
     """A split in order, each token (but the first, which nothing precedes) the target exactly once.
 
-    Yields (tokens, targets), int64 of shape (B, T) with B <= `batch_size` and T <= `block_size`. Windows do
-    not overlap; the last is filled up with token 0 and target -100. `max_tokens` caps the targets.
+    Yields batches of (B, T) with B <= `batch_size` and T <= `block_size`. Windows do not overlap; the last is
+    filled up with token 0 and target -100. `max_tokens` caps the targets. begin: as for `Loader`.
 
     Raises `UserError` when there is no token to predict.
     """
@@ -101,18 +157,18 @@ def evaluation_batches(
             length = min(block_size, total - start)
             window = torch.from_numpy(tokens.read(start, start + length + 1).astype(np.int64))
             inputs[row, :length], targets[row, :length] = window[:-1], window[1:]
-        yield inputs, targets
+        yield _batch(inputs, targets, begin)
 
 
-def prefetched(loader: Loader, start: int, stop: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def prefetched(loader: Batches, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     """The batches of steps [start, stop), each read by a thread while the device still works on the one before.
 
-    On the CPU, int64 (batch_size, block_size) each; for a GPU in page-locked memory, from where they go fast.
+    On the CPU; for a GPU in page-locked memory, from where they go fast.
     """
 
-    def read(step: int) -> tuple[Tensor, Tensor]:
-        tokens, targets = loader.batch(step)
-        return (tokens.pin_memory(), targets.pin_memory()) if device.type == "cuda" else (tokens, targets)
+    def read(step: int) -> Batch:
+        batch = loader.batch(step)
+        return batch.pinned() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         ahead = thread.submit(read, start) if start < stop else None

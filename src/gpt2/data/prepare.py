@@ -9,9 +9,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2.data.dataset import TokenData
 from gpt2.data.shards import (
     MAX_VOCAB_SIZE,
     SHARD_TOKENS,
@@ -34,18 +34,6 @@ _PIECE_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer bus
 _BATCH_LENGTH = 1 << 22  # characters of text in memory at a time; as tokens they take some ten times that
 _SAMPLE_TOKENS = 1_000_000
 _RECIPE = 1  # raise it when the same text and tokenizer come to give other shards than before
-
-
-@dataclass(frozen=True)
-class TokenData:
-    """What a run trains on: tokens in two splits, and the tokenizer that made them."""
-
-    name: str
-    folder: Path
-    train: TokenShards
-    val: TokenShards | None  # None where nothing was held out, or too little to predict a token of
-    tokenizer: Tokenizer
-    meta: ShardsMeta | None  # None for shards that another program made
 
 
 def prepare(
@@ -85,20 +73,21 @@ def prepare(
     return meta
 
 
-def open_data(ref: str, tokenizer: str | None = None) -> TokenData:
+def open_data(ref: str, tokenizer: str | Tokenizer | None = None, columns: str | None = None) -> TokenData:
     """The data that `ref` names, as tokens: a folder of shards, one shard, or text that `open_source` knows.
 
-    `tokenizer` is "gpt2" (the default), "bytes", "bpe:N" (trained on the train split) or a folder. For shards
-    it may be left out, and one that did not make them is refused. Text is tokenized once and kept under
-    `cache_home()`; a file counts as the same text while its path, size and time of change are the same.
+    `tokenizer` is "gpt2" (the default), "bytes", "bpe:N" (trained on the train split), a folder, or a tokenizer
+    itself. For shards it may be left out, and one that did not make them is refused. Text is tokenized once and kept
+    under `cache_home()`; a file counts as the same text while its path, size and time of change are the same.
+    `columns` is for rows of text: see `open_source`.
 
     Raises `UserError`: no such data, the wrong tokenizer, text too short, a cache that cannot be written.
     """
     path = named_shards(ref)
     if path is not None:
         return _open_made(path, tokenizer, path.resolve().name.removesuffix(".bin"))
-    source, spec = open_source(ref), tokenizer or "gpt2"
-    identity = spec if bpe_size(spec) else get_tokenizer(spec).fingerprint
+    source, spec = open_source(ref, columns), tokenizer or "gpt2"
+    identity = spec if isinstance(spec, str) and bpe_size(spec) else _as_tokenizer(spec).fingerprint
     key = _cache_key(source, identity)
     folder = cache_home() / "shards" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{key}"
     if not folder.exists():
@@ -112,13 +101,17 @@ def named_shards(ref: str) -> Path | None:
     return path if ref not in SOURCES and holds_shards(path) else None
 
 
-def tokenizer_for(source: Source, spec: str, val_fraction: float = 0.1) -> Tokenizer:
+def tokenizer_for(source: Source, spec: str | Tokenizer, val_fraction: float = 0.1) -> Tokenizer:
     """The tokenizer that `spec` names: "gpt2", "bytes", a folder, or "bpe:N", learned from the train split."""
-    size = bpe_size(spec)
+    size = bpe_size(spec) if isinstance(spec, str) else None
     if size is None:
-        return get_tokenizer(spec)
+        return _as_tokenizer(spec)
     train, _ = split_documents(source, val_fraction)
     return train_bpe(_texts(train), size)
+
+
+def _as_tokenizer(spec: str | Tokenizer) -> Tokenizer:
+    return get_tokenizer(spec) if isinstance(spec, str) else spec
 
 
 def describe_shards(path: Path, preview_tokens: int = 64) -> str:
@@ -144,7 +137,7 @@ def describe_shards(path: Path, preview_tokens: int = 64) -> str:
     return "\n".join(lines)
 
 
-def _open_made(path: Path, wanted: str | None, name: str) -> TokenData:
+def _open_made(path: Path, wanted: str | Tokenizer | None, name: str) -> TokenData:
     """Open shards that exist, with the tokenizer that made them."""
     folder = path if path.is_dir() else path.parent
     meta = ShardsMeta.load(folder)
@@ -160,22 +153,25 @@ def _open_made(path: Path, wanted: str | None, name: str) -> TokenData:
     return TokenData(name, folder, train, val if val is not None and len(val) > 1 else None, tokenizer, meta)
 
 
-def _tokenizer_of(folder: Path, meta: ShardsMeta | None, wanted: str | None) -> Tokenizer:
+def _tokenizer_of(folder: Path, meta: ShardsMeta | None, wanted: str | Tokenizer | None) -> Tokenizer:
     """The tokenizer of the shards in `folder`; `UserError` when it is lost, or is not the one wanted."""
     own = load_tokenizer(folder)
     if own is None and meta is None:
-        return get_tokenizer(wanted or "gpt2")
+        return _as_tokenizer(wanted or "gpt2")
     if own is None or (meta is not None and own.fingerprint != meta.tokenizer.fingerprint):
         raise UserError(f"{folder} has lost the tokenizer that made its shards: make them anew")
     if wanted is not None and not _is_wanted(own, wanted):
+        other = wanted if isinstance(wanted, str) else f"the model's own, {wanted.name} ({wanted.vocab_size:,})"
         raise UserError(
             f"the shards in {folder} were made with tokenizer {own.name} ({own.vocab_size:,} tokens), not"
-            f" {wanted}: leave the tokenizer out, or name the text that the shards were made from"
+            f" {other}: leave the tokenizer out, or name the text that the shards were made from"
         )
     return own
 
 
-def _is_wanted(own: Tokenizer, wanted: str) -> bool:
+def _is_wanted(own: Tokenizer, wanted: str | Tokenizer) -> bool:
+    if not isinstance(wanted, str):
+        return own.fingerprint == wanted.fingerprint
     size = bpe_size(wanted)
     if size is not None:
         return own.name == "bpe" and own.vocab_size == size

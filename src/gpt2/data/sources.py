@@ -15,11 +15,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from gpt2.data.folders import (
+    PLAINLY_ROWS,
+    TEXT_SUFFIXES,
+    files_in,
+    files_matching,
+    is_pattern,
+    name_of,
+    unreadable,
+    unwritable,
+)
+from gpt2.data.rows import open_rows, row_files
+from gpt2.data.texts import texts_of
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import cache_home, check_regular, made_by_program, path_of, sha256_of, work_folder
+from gpt2.files import cache_home, check_regular, path_of, sha256_of, work_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -30,29 +43,35 @@ SOURCES = {
     "super_tiny_shakespear": "the first 1,000 characters of tinyshakespeare, to overfit in seconds",
     "python-docs": "the Python language reference that every interpreter carries; needs no network",
 }
-TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
 PIECE_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _log = logging.getLogger("gpt2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One text, in memory or in a file; `name` is what messages call it."""
+    """One text, in memory or in a file; `name` is what messages call it.
+
+    begin, end: which bytes of the file are its own; None for all that follow.
+    """
 
     name: str
     data: bytes | Path = field(repr=False)
+    begin: int = 0
+    end: int | None = None
 
     @property
     def size(self) -> int:
         """Bytes of UTF-8, a leading byte order mark included."""
+        if self.end is not None:
+            return self.end - self.begin
         if isinstance(self.data, bytes):
             return len(self.data)
         try:
             return self.data.stat().st_size
         except OSError as error:
-            raise _unreadable(self.data, error) from None
+            raise unreadable(self.data, error) from None
 
     def pieces(self, start: int = 0, stop: int | None = None, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
         """The text of bytes [start, stop), in pieces of about `piece_bytes`.
@@ -65,7 +84,7 @@ class Document:
         Raises `UserError` at the first byte that is not UTF-8, or when the file cannot be read.
         """
         with self._open() as handle:
-            position, end = _character_boundary(handle, start), _character_boundary(handle, stop)
+            position, end = (_character_boundary(handle, self._place(offset)) for offset in (start, stop))
             handle.seek(position)
             decoder = codecs.getincrementaldecoder("utf-8")()
             text, searched = "", 0
@@ -87,13 +106,18 @@ class Document:
             if text:
                 yield text
 
+    def _place(self, offset: int | None) -> int | None:
+        """Where in the file a place in the document is; None stands for the end of either."""
+        place = self.end if offset is None else self.begin + offset
+        return place if place is None or self.end is None else min(place, self.end)
+
     def _open(self) -> BinaryIO:
         if isinstance(self.data, bytes):
             return io.BytesIO(self.data)
         try:
             return self.data.open("rb")
         except OSError as error:
-            raise _unreadable(self.data, error) from None
+            raise unreadable(self.data, error) from None
 
 
 class Part(NamedTuple):
@@ -112,21 +136,22 @@ class Source:
     documents: tuple[Document, ...]
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    """The error for a folder that cannot be written; in the cache, it says how to move the cache."""
-    mend = ": set GPT2_HOME to a folder that can be" if path.is_relative_to(cache_home()) else ""
-    return UserError(f"cannot write {path} ({error.strerror or error}){mend}")
-
-
-def open_source(ref: str) -> Source:
-    """The corpus that `ref` names: one of `SOURCES`, a text file, or a folder of text files.
+def open_source(ref: str, columns: str | None = None) -> Source:
+    """The corpus that `ref` names: one of `SOURCES`, a text file, a folder of them, or rows with a column of text.
 
     A name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, files ending in
     .txt, .md, .text and .rst count, at any depth, in the order of their paths; hidden and empty ones do not, and
-    neither does what lies in a run folder, a model folder or a folder of shards.
+    neither does what lies in a run folder, a model folder or a folder of shards. A pattern such as ``notes/*.txt``
+    is the files that it matches. Of rows (.jsonl, .csv, .parquet and their like) each text is a document.
+
+    columns: which column of the rows is the text, "text=NAME"; None to go by what the first row has.
 
     Raises `UserError` when there is no such thing, when it has no text, or when it is plainly not text.
     """
+    if ref not in SOURCES and (files := row_files(ref)):
+        return _texts_of_rows(ref, files, columns)
+    if columns is not None:
+        raise UserError(f"{ref} has no rows, of which --columns '{columns}' could name some")
     if ref in ("shakespeare", "tiny_shakespear"):
         return Source("shakespeare", (Document("tinyshakespeare", _shakespeare()),))
     if ref == "super_tiny_shakespear":
@@ -137,7 +162,9 @@ def open_source(ref: str) -> Source:
         return Source(ref, _python_docs())
     path = path_of(ref)
     if path.is_dir():
-        return Source(path.resolve().name or "folder", _text_files(path))
+        return Source(name_of(ref), _text_files(path))
+    if is_pattern(ref) and (matching := files_matching(ref)):
+        return Source(name_of(ref), _text_documents(matching, ref))
     if not path.exists():
         meant, names = did_you_mean(ref, SOURCES), ", ".join(SOURCES)
         raise UserError(f"no file, folder or corpus '{ref}'{meant}: the corpora are {names}")
@@ -147,6 +174,13 @@ def open_source(ref: str) -> Source:
     return Source(path.stem, (Document(str(path), path),))
 
 
+def held_out_every(val_fraction: float) -> int:
+    """Each so many-th document is held out, 0 for none. Raises `UserError` for a fraction beyond 0 to 0.5."""
+    if not 0 <= val_fraction <= 0.5:
+        raise UserError(f"the validation fraction must lie between 0 and 0.5, not {val_fraction:g}")
+    return round(1 / val_fraction) if val_fraction else 0
+
+
 def split_documents(source: Source, val_fraction: float = 0.1) -> tuple[list[Part], list[Part]]:
     """Train and validation parts of a corpus, the same ones every time.
 
@@ -154,12 +188,10 @@ def split_documents(source: Source, val_fraction: float = 0.1) -> tuple[list[Par
     of Shakespeare that is the customary 90/10 split). "Ten" is 1/`val_fraction`, rounded; 0 holds out
     nothing.
     """
-    if not 0 <= val_fraction <= 0.5:
-        raise UserError(f"the validation fraction must lie between 0 and 0.5, not {val_fraction:g}")
+    every = held_out_every(val_fraction)
     whole = [Part(document, 0, document.size) for document in source.documents]
-    if val_fraction == 0:
+    if not every:
         return whole, []
-    every = round(1 / val_fraction)
     if len(whole) >= every:
         train = [part for index, part in enumerate(whole) if index % every != every - 1]
         return train, whole[every - 1 :: every]
@@ -233,7 +265,7 @@ def _check_sha256(path: Path, sha256: str, url: str) -> None:
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if found != sha256:
         difference = f"sha256 {found[:12]}…, not {sha256[:12]}…"
         raise UserError(f"{path} is not the file from {url} ({difference}): remove it to have that one fetched")
@@ -265,36 +297,40 @@ def _python_docs() -> tuple[Document, ...]:
     return tuple(sorted(documents, key=lambda document: document.name))
 
 
-def _text_files(folder: Path) -> tuple[Document, ...]:
-    def refuse(error: OSError) -> None:
-        raise _unreadable(Path(error.filename), error) from None
+def _texts_of_rows(ref: str, files: list[Path], columns: str | None) -> Source:
+    chosen, rows = open_rows(ref, files, columns)
+    if chosen.text is None:
+        raise UserError(
+            f"the rows of {ref} are prompts and answers, which `gpt2 finetune` learns from: for plain text, say which "
+            "column it is in with --columns text=NAME"
+        )
+    name = name_of(ref)
+    path, ends = texts_of(name, files, chosen, rows)
+    if not len(ends):
+        raise UserError(f"every text in {ref} is empty")
+    places = pairwise([0, *ends.tolist()])
+    return Source(name, tuple(Document(f"{name} text {i}", path, *place) for i, place in enumerate(places, 1)))
 
-    files: list[Path] = []
-    passed_over: list[str] = []
-    for parent, subfolders, names in os.walk(folder, onerror=refuse):
-        kind = made_by_program({*subfolders, *names})
-        if kind is not None and Path(parent) == folder:
-            raise UserError(f"{folder} is {kind}, and no text to train on")
-        if kind is not None:
-            passed_over.append(f"{parent} ({kind})")
-            subfolders.clear()
-            continue
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found = [Path(parent, name) for name in names if not name.startswith(".")]
-        found = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
-        files += [file for file in found if file.is_file()]
-        passed_over += [f"{file} (not a regular file)" for file in found if not file.is_file()]
+
+def _text_files(folder: Path) -> tuple[Document, ...]:
+    found, passed_over = files_in(folder, (*TEXT_SUFFIXES, *PLAINLY_ROWS))
+    files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
+    passed_over += [f"{file} (rows, not text)" for file in found if file.suffix.lower() in PLAINLY_ROWS]
     if passed_over:
         others = f" and {len(passed_over) - 1:,} more" if len(passed_over) > 1 else ""
         _log.warning("%s: passed over %s%s", folder, min(passed_over), others)
-    files.sort(key=Path.as_posix)
     if not files:
         raise UserError(f"no text files in {folder}: files ending in {', '.join(TEXT_SUFFIXES)} count")
+    return _text_documents(files, folder)
+
+
+def _text_documents(files: list[Path], ref: str | Path) -> tuple[Document, ...]:
+    """One document for each file that is not empty."""
     for file in files:
         _check_is_text(file)
     filled = [file for file in files if file.stat().st_size]
     if not filled:
-        raise UserError(f"every text file in {folder} is empty")
+        raise UserError(f"every text file in {ref} is empty")
     return tuple(Document(str(file), file) for file in filled)
 
 
@@ -305,13 +341,9 @@ def _check_is_text(path: Path) -> None:
         with path.open("rb") as handle:
             head = handle.read(8192)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if b"\0" in head:
         raise UserError(f"{path} is not a text file: it has a zero byte at offset {head.index(0):,}")
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot read {path} ({error.strerror or error})")
 
 
 def _character_boundary(handle: BinaryIO, offset: int | None) -> int:

@@ -8,6 +8,8 @@ GPT-2 was never taught to answer. So the talk is written down as a transcript, w
     Assistant: what the model says, until it would begin a line with "User:" itself
     User: ...
 
+A model that was taught a template of its own is asked by that instead, and ends its answer where the template says.
+
 Without roles it is one text that both write in turns: what is said begins a new line, or goes on in the last one if
 it begins with a space, and saying nothing lets the model go on.
 
@@ -23,9 +25,8 @@ from gpt2.errors import UserError
 from gpt2.generation.engine import Continuation, Engine, LanguageModel, Request
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.text import TextStream, check_stop
+from gpt2.templates import ASSISTANT, USER, Template
 from gpt2.tokenizer import Tokenizer
-
-USER, ASSISTANT = "User:", "Assistant:"
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Conversation:
 
     sampling, max_new_tokens, stop, seed, system: may be changed between two turns. The same seed gives the same answers
     to the same words, and another answer to each `retry`.
+    template: the model's own; None for the transcript above. It has no say where there are no roles.
 
     When transcript and answer would not fit the context, the oldest turns are no longer read: so many that the
     others take three quarters of the room, for reading them again is what that costs. `forgotten` counts them.
@@ -62,11 +64,13 @@ class Conversation:
         seed: int | None = None,
         system: str = "",
         roles: bool = True,
+        template: Template | None = None,
     ) -> None:
         if tokenizer is None:
             raise UserError("this model folder has no tokenizer: text needs one")
         check_stop(stop)
         self.model, self.tokenizer, self.roles = model, tokenizer, roles
+        self.template = template if roles else None
         self.sampling = sampling or Sampling()
         self.max_new_tokens, self.stop, self.system = max_new_tokens, tuple(stop), system
         self.turns: list[Turn] = []
@@ -87,7 +91,14 @@ class Conversation:
     @property
     def transcript(self) -> str:
         """The whole talk, what is no longer read included."""
+        if self.template is not None:
+            return self.template.text(self._messages(self.turns)) if self.turns else ""
         return self._opening() + "".join(self._asked(self.turns, i) + turn.answer for i, turn in enumerate(self.turns))
+
+    @property
+    def opening(self) -> str:
+        """What an answer begins with that is none of its words."""
+        return " " if self.template is None else self.template.opening
 
     @property
     def length(self) -> int:
@@ -143,7 +154,8 @@ class Conversation:
             turns[-1].tokens = self._spelling(turns[-1].answer, answer.new_tokens)
 
     def _pieces(self, answer: Continuation, turn: Turn) -> Iterator[str]:
-        text = TextStream(self.tokenizer, (*self.stop, f"\n{USER}") if self.roles else self.stop)
+        ends = [f"\n{USER}"] if self.template is None else self.template.stops
+        text = TextStream(self.tokenizer, (*self.stop, *ends) if self.roles else self.stop)
         while not answer.finished:
             tokens = self._engine.step()
             if answer.error:
@@ -169,10 +181,21 @@ class Conversation:
         return forgotten, prompt
 
     def _tokens(self, turns: list[Turn], forgotten: int) -> list[int]:
+        if self.template is not None and turns:
+            said = [turn.tokens for turn in turns[forgotten:]]
+            messages = self._messages(turns[forgotten:])[:-1]  # up to the last answer
+            tokens = self.template.encode_prompt(self.tokenizer, messages, said[:-1])
+            return (tokens or [self.tokenizer.end_of_text]) + said[-1]
         tokens = self.tokenizer.encode(self._opening())
         for i in range(forgotten, len(turns)):
             tokens += self.tokenizer.encode(self._asked(turns, i)) + turns[i].tokens
         return tokens or [self.tokenizer.end_of_text]  # which is what a text begins after
+
+    def _messages(self, turns: list[Turn]) -> list[tuple[str, str]]:
+        """The turns as the template wants them."""
+        answers = [turn.answer.removeprefix(self.opening) for turn in turns]
+        talk = [(("user", turn.said), ("assistant", text)) for turn, text in zip(turns, answers, strict=True)]
+        return [("system", self.system)] * bool(self.system) + [message for pair in talk for message in pair]
 
     def _opening(self) -> str:
         return f"{self.system}\n" if self.system else ""

@@ -7,6 +7,7 @@ import torch
 from gpt2.errors import UserError, did_you_mean
 from gpt2.generation.engine import LanguageModel
 from gpt2.generation.graphs import GraphedGPT
+from gpt2.lora import adapted, merge
 from gpt2.model import GPT
 from gpt2.native.build import library
 from gpt2.native.model import NativeGPT
@@ -19,11 +20,14 @@ def accelerated(model: LanguageModel, precision: str | None = None) -> LanguageM
     """`model` for inference in a precision: "float32", "bfloat16", "float16", "int8" or "int4"; None for its own.
 
     On CUDA its decoding steps become CUDA graphs. On a CPU it runs through the kernel of `gpt2.native`; where that
-    cannot be compiled, the log says why, and torch runs it, with the same rounded weights.
+    cannot be compiled, the log says why, and torch runs it, with the same rounded weights. What adapters have learned
+    is merged into a copy first.
     Raises UserError for a precision that the device does not have.
     """
     if not isinstance(model, GPT):  # somebody has chosen
         return model
+    if adapted(model):
+        model = merge(model)
     if precision is None:
         precision = str(model.lm_head.weight.dtype).removeprefix("torch.")
     if precision not in PRECISIONS:

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class Answer:
         prompt, new = self.prompt_tokens, self.new_tokens
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """Everything that comes, until all texts have ended. Whoever stops reading cancels the rest."""
         try:
             events: deque[tuple[int, Event]] = deque()
@@ -225,6 +225,13 @@ def sampling_of(body: Settings) -> Sampling:
 def seed_of(body: Settings) -> int:
     """The seed that was given, or a new one."""
     return secrets.randbits(32) if body.seed is None else body.seed
+
+
+def check_text(characters: int, served: ServedModel, param: str) -> None:
+    """Raise APIError for a text of so many characters that it does not fit the context."""
+    if characters > served.most_characters:
+        message = f"{param} has more than the {served.scheduler.context:,} tokens of the model's context"
+        raise APIError(400, message, param, "context_length_exceeded")
 
 
 def check_length(tokens: Sequence[int], served: ServedModel, param: str) -> None:

@@ -1,10 +1,21 @@
 """POST /v1/chat/completions"""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from gpt2.errors import UserError
-from gpt2.serve.answers import Answer, Ask, check_length, check_samples, heading, max_tokens_of, sampling_of, seed_of
+from gpt2.serve.answers import (
+    Answer,
+    Ask,
+    check_length,
+    check_samples,
+    check_text,
+    heading,
+    max_tokens_of,
+    sampling_of,
+    seed_of,
+)
 from gpt2.serve.choices import Said, spelled
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
@@ -33,12 +44,13 @@ def ask_of(body: ChatRequest, served: ServedModel, limits: Limits) -> Ask:
 
 
 def prompt_of(body: ChatRequest, served: ServedModel) -> list[int]:
-    """The conversation as tokens; in the plain transcript nobody can say ``<|endoftext|>``."""
+    """The conversation as tokens; nobody can say ``<|endoftext|>`` or another mark of the template's."""
+    messages = [(message.role, message.text) for message in body.messages]
+    check_text(sum(len(text) for _, text in messages), served, "messages")
     try:
-        text = served.template.prompt([(message.role, message.text) for message in body.messages])
+        tokens = served.template.encode_prompt(served.tokenizer, messages) or [served.tokenizer.end_of_text]
     except UserError as error:
         raise APIError(400, str(error), "messages") from None
-    tokens = served.tokenizer.encode(text) if served.template.source is None else served.encode(text)
     check_length(tokens, served, "messages")
     return tokens
 
@@ -56,31 +68,32 @@ async def chat(body: ChatRequest, reply: Answer) -> dict[str, Any]:
     return heading("chatcmpl", "chat.completion", served) | {"choices": choices, "usage": reply.usage}
 
 
-async def chat_chunks(body: ChatRequest, reply: Answer) -> AsyncIterator[dict[str, Any]]:
+async def chat_chunks(body: ChatRequest, reply: Answer) -> AsyncGenerator[dict[str, Any]]:
     """The response as a stream."""
     served = reply.ask.served
     head = heading("chatcmpl", "chat.completion.chunk", served)
     usage = {"usage": None} if body.tells_usage else {}
     begun: set[int] = set()  # those that have said something
     named: set[int] = set()
-    async for piece in reply.pieces():
-        delta: dict[str, Any] = {} if piece.index in named else {"role": "assistant"}
-        text = piece.text if piece.index in begun else _trimmed(piece.text, served)
-        if piece.text:
-            begun.add(piece.index)
-        if text or piece.index not in named:
-            delta["content"] = text
-        named.add(piece.index)
-        logprobs = logprobs_of(served.tokenizer, piece.said) if body.logprobs and piece.said else None
-        choice = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-        yield head | {"choices": [choice]} | usage
+    async with aclosing(reply.pieces()) as pieces:
+        async for piece in pieces:
+            delta: dict[str, Any] = {} if piece.index in named else {"role": "assistant"}
+            text = piece.text if piece.index in begun else _trimmed(piece.text, served)
+            if piece.text:
+                begun.add(piece.index)
+            if text or piece.index not in named:
+                delta["content"] = text
+            named.add(piece.index)
+            logprobs = logprobs_of(served.tokenizer, piece.said) if body.logprobs and piece.said else None
+            choice = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+            yield head | {"choices": [choice]} | usage
     if body.tells_usage:
         yield head | {"choices": [], "usage": reply.usage}
 
 
 def _trimmed(text: str, served: ServedModel) -> str:
-    """Without the space that follows the colon of the plain transcript."""
-    return text.removeprefix(" ") if served.template.source is None else text
+    """Without the space that follows the colon of the plain transcript, or what else opens an answer."""
+    return text.removeprefix(served.template.opening)
 
 
 def logprobs_of(tokenizer: Tokenizer, said: Sequence[Said]) -> dict[str, Any]:

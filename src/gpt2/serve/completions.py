@@ -1,9 +1,20 @@
 """POST /v1/completions"""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, cast
 
-from gpt2.serve.answers import Answer, Ask, check_length, check_samples, heading, max_tokens_of, sampling_of, seed_of
+from gpt2.serve.answers import (
+    Answer,
+    Ask,
+    check_length,
+    check_samples,
+    check_text,
+    heading,
+    max_tokens_of,
+    sampling_of,
+    seed_of,
+)
 from gpt2.serve.choices import Choice, Said, spelled
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
@@ -38,14 +49,14 @@ def prompts_of(body: CompletionRequest, served: ServedModel, limits: Limits) -> 
     """The token ids of every prompt."""
     given = body.prompt if body.prompt is not None else ""
     if isinstance(given, str):
-        prompts = [served.encode(given)]
+        prompts = [_encode(given, served)]
     elif given and isinstance(given[0], int):
         prompts = [cast("list[int]", given)]
     else:
         if not 1 <= len(given) <= limits.max_prompts:
             raise APIError(400, f"prompt must hold 1 to {limits.max_prompts} prompts, not {len(given)}", "prompt")
         several = cast("list[str | list[int]]", given)
-        prompts = [served.encode(one) if isinstance(one, str) else one for one in several]
+        prompts = [_encode(one, served) if isinstance(one, str) else one for one in several]
     for prompt in prompts:
         if not prompt:
             raise APIError(400, "prompt has no tokens: for an empty text, give an empty text", "prompt")
@@ -54,6 +65,11 @@ def prompts_of(body: CompletionRequest, served: ServedModel, limits: Limits) -> 
             raise APIError(400, f"prompt: token {max(prompt)} is not in the model's vocabulary of {size:,}", "prompt")
         check_length(prompt, served, "prompt")
     return prompts
+
+
+def _encode(text: str, served: ServedModel) -> list[int]:
+    check_text(len(text), served, "prompt")
+    return served.encode(text)
 
 
 def _best_of(body: CompletionRequest, n: int, limits: Limits) -> int:
@@ -81,13 +97,14 @@ async def completion(body: CompletionRequest, reply: Answer) -> dict[str, Any]:
     return heading("cmpl", "text_completion", ask.served) | {"choices": choices, "usage": reply.usage}
 
 
-async def completion_chunks(body: CompletionRequest, reply: Answer) -> AsyncIterator[dict[str, Any]]:
+async def completion_chunks(body: CompletionRequest, reply: Answer) -> AsyncGenerator[dict[str, Any]]:
     """The response as a stream."""
     head = heading("cmpl", "text_completion", reply.ask.served)
     usage = {"usage": None} if body.tells_usage else {}
-    async for piece in reply.pieces():
-        logprobs = logprobs_of(reply.ask.served.tokenizer, piece.said, body.logprobs)
-        yield head | {"choices": [_choice(piece.index, piece.text, logprobs, piece.finish_reason)]} | usage
+    async with aclosing(reply.pieces()) as pieces:
+        async for piece in pieces:
+            logprobs = logprobs_of(reply.ask.served.tokenizer, piece.said, body.logprobs)
+            yield head | {"choices": [_choice(piece.index, piece.text, logprobs, piece.finish_reason)]} | usage
     if body.tells_usage:
         yield head | {"choices": [], "usage": reply.usage}
 

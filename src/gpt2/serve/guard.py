@@ -82,6 +82,8 @@ class Guard:
             await self._app(scope, receive, send_on)
         except APIError as error:
             await error.response()(scope, receive, send_on)
+        except asyncio.CancelledError:
+            _log.warning("%s was not answered to its end: the server is shutting down", ascii(scope["path"]))
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, status).inc()

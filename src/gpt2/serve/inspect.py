@@ -16,7 +16,7 @@ from gpt2.generation.engine import evaluating
 from gpt2.generation.filters import History, largest
 from gpt2.generation.sampling import Sampling, probabilities
 from gpt2.model import GPT
-from gpt2.tokenizer import Tokenizer
+from gpt2.tokenizer import StreamDecoder, Tokenizer
 
 LOGITS_AT_ONCE = 64  # positions whose logits are held together: (64, V)
 
@@ -76,6 +76,15 @@ def piece(tokenizer: Tokenizer, token: int) -> str:
     if token >= tokenizer.vocab_size:
         return f"<{token}>"
     return tokenizer.decode([token])
+
+
+def starts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    """Where each token's text begins in the text of them all, in characters; a part of a character where that does."""
+    decoder, length, found = StreamDecoder(tokenizer), 0, []
+    for token in tokens:
+        found.append(length)
+        length += len(decoder.push(token)) if token < tokenizer.vocab_size else 0
+    return found
 
 
 def check_tokens(model: GPT, tokens: Sequence[int]) -> None:

@@ -1,5 +1,6 @@
 """The server process: a socket of its own, one line when it is ready, and an end in which what runs is finished."""
 
+import asyncio
 import ipaddress
 import signal
 import socket
@@ -7,13 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2.errors import UserError
+from gpt2.serve.errors import APIError
 from gpt2.serve.models import ServedModel
+from gpt2.serve.streams import UNREAD_SECONDS
 
 LAST_SECONDS = 3  # for answers on their way, once all texts have ended
+HEAD_SECONDS = 30.0  # in which the head of a request has to arrive
 
 
 def is_loopback(host: str) -> bool:
@@ -35,6 +41,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: there is no such address ({error})") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_SECONDS))
         bound.bind(address)
     except OSError as error:
         bound.close()
@@ -49,10 +57,46 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Connection(H11Protocol):
+    """uvicorn's, with an end to its patience: a client has `HEAD_SECONDS` for the head of its request."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The time for the first request begins."""
+        super().connection_made(transport)
+        self._hurry(True)
+
+    def data_received(self, data: bytes) -> None:
+        """It goes on whatever comes in drops, and ends with a whole head."""
+        super().data_received(data)
+        self._hurry(self.cycle is None or self.cycle.response_complete)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more will come."""
+        super().connection_lost(exc)
+        self._hurry(False)
+
+    def _hurry(self, waiting: bool) -> None:
+        if waiting and self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+        elif not waiting and self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP gets an error of ours, unless an answer is on its way already."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = bytes(APIError(400, "this is not HTTP/1.1").response().body)
+            head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            self.transport.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Runs an app until SIGTERM or Ctrl-C; then new requests are refused, and those that run may take `grace` seconds.
 
-    A second signal ends it at once. It ends by itself, with `broken` set, when the thread of a model has died.
+    A second signal ends that time. It ends by itself, with `broken` set, when the thread of a model has died.
     """
 
     def __init__(
@@ -65,6 +109,8 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
@@ -88,8 +134,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
         if self._leave_at is not None:
-            self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
+            self.force_exit = sig == signal.SIGINT and self._leave_at == 0
+            self._leave_at = 0
             return
         self._leave_at = time.monotonic() + self._grace
         for scheduler in self._schedulers:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from gpt2.errors import UserError, did_you_mean
@@ -11,7 +12,7 @@ from gpt2.model import GPT
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
 from gpt2.serve.scheduler import Scheduler
-from gpt2.serve.templates import ChatTemplate
+from gpt2.templates import Template
 from gpt2.tokenizer import Tokenizer
 
 
@@ -27,8 +28,14 @@ class ServedModel:
     fast: LanguageModel
     tokenizer: Tokenizer
     scheduler: Scheduler
-    template: ChatTemplate
+    template: Template
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def most_characters(self) -> int:
+        """No text that is longer fits the context, whatever it says: it need not be cut into tokens to know."""
+        longest = max(len(self.tokenizer.token_bytes(token)) for token in range(self.tokenizer.vocab_size))
+        return longest * self.scheduler.context
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, in which ``<|endoftext|>`` is that token; an empty one begins a text."""
@@ -41,14 +48,14 @@ def serve_model(
     fast: LanguageModel,
     tokenizer: Tokenizer | None,
     limits: Limits,
-    template: ChatTemplate | None = None,
+    template: Template | None = None,
     max_length: int | None = None,
 ) -> ServedModel:
     """A model, ready to be served under a name. Raises UserError for one without a tokenizer."""
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer: text needs one")
     scheduler = Scheduler(fast, limits.slots, limits.max_waiting, limits.per_client, max_length)
-    return ServedModel(name, model, fast, tokenizer, scheduler, template or ChatTemplate())
+    return ServedModel(name, model, fast, tokenizer, scheduler, template or Template())
 
 
 def name_of(ref: str) -> str:
@@ -65,6 +72,7 @@ def find(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
     if name is None:
         return next(iter(models.values()))
     if name not in models:
+        name = name[:200]
         hint = did_you_mean(name, models) or f": there is {', '.join(models)}"
         raise APIError(404, f"the model '{name}' does not exist{hint}", "model", "model_not_found")
     return models[name]

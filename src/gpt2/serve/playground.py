@@ -23,10 +23,10 @@ from torch import Tensor
 
 from gpt2.errors import UserError, did_you_mean
 from gpt2.generation.filters import History
-from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT
 from gpt2.serve.errors import APIError, api_error
-from gpt2.serve.inspect import attention, candidates_of, lens, next_logits, perplexity, piece, score
+from gpt2.serve.inspect import attention, candidates_of, lens, next_logits, perplexity, piece, score, starts
+from gpt2.serve.schema import Settings
 from gpt2.tokenizer import Tokenizer
 
 STATIC = Path(__file__).parent / "static"
@@ -67,25 +67,12 @@ class _Question(BaseModel):
     text: str | None = Field(default=None, max_length=MAX_CHARACTERS)
 
 
-class NextQuestion(_Question):
-    """What might come next under the settings of `Sampling`; `asked` is a token to tell of wherever it ranks."""
+class NextQuestion(_Question, Settings):
+    """What might come next under the settings of a request; `asked` is a token to tell of wherever it ranks."""
 
     prompt_length: int | None = Field(default=None, ge=0)
     top: int = Field(default=20, ge=1, le=200)
     asked: int | None = Field(default=None, ge=0)
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    epsilon_cutoff: float = 0.0
-    eta_cutoff: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0
-    min_new_tokens: int = 0
-    logit_bias: dict[str, float] = Field(default_factory=dict, max_length=1000)
 
 
 class ScoreQuestion(_Question):
@@ -229,8 +216,7 @@ def _tokens(served: Inspected, question: _Question) -> list[int]:
 
 
 def _next(desk: _Desk, served: Inspected, ids: list[int], question: NextQuestion) -> dict[str, Any]:
-    settings = {name: getattr(question, name) for name in Sampling.__dataclass_fields__ if name != "bad_words"}
-    sampling = Sampling(**settings)
+    sampling = question.sampling()
     sampling.check_ids(served.model.config.vocab_size)
     _check_asked(served, question.asked)
     end = served.tokenizer.end_of_text
@@ -244,7 +230,8 @@ def _next(desk: _Desk, served: Inspected, ids: list[int], question: NextQuestion
 def _score(desk: _Desk, served: Inspected, ids: list[int], question: ScoreQuestion) -> dict[str, Any]:
     scored = score(served.model, served.tokenizer, ids) if ids else []
     first = [{"id": token, "text": piece(served.tokenizer, token), "logprob": None, "rank": None} for token in ids[:1]]
-    tokens = first + [asdict(token) for token in scored]
+    told = first + [asdict(token) for token in scored]
+    tokens = [token | {"start": at} for token, at in zip(told, starts(served.tokenizer, ids), strict=True)]
     return {"tokens": tokens, "perplexity": perplexity(scored), "count": len(ids)}
 
 

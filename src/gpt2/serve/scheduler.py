@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import Continuation, Engine, LanguageModel, Request, Token
+from gpt2.generation.engine import CHUNK, Continuation, Engine, LanguageModel, Request, Token
 from gpt2.serve.scoring import Scored, Scorer
 
 GOODBYE = "the server is shutting down"
+LEAST_READ = 24  # tokens of prompts in a step, however few texts wait for it
 
 
 class Busy(Exception):
@@ -106,6 +107,7 @@ class Scheduler:
         self._waiting: dict[str, deque[Text]] = {}  # by client; the next to take a turn comes first
         self._running: dict[Continuation, Text] = {}
         self._scoring: Text | None = None
+        self._speaking = 0  # texts that got a token from the last step, and go on
         self._outbox: list[tuple[Text, Event]] = []
         self._lock = threading.Lock()  # of what follows, which other threads change or read
         self._texts = 0
@@ -208,10 +210,22 @@ class Scheduler:
         self._read_letters()
         self._admit()
         self._score()
-        for token in self.engine.step():
-            self._outbox.append((self._running[token.continuation], token))
+        self.engine.chunk = self._pace()
+        tokens = self.engine.step() if self._running else []  # without texts the engine is left alone
+        self._outbox += [(self._running[token.continuation], token) for token in tokens]
+        self._speaking = sum(token.continuation.finished is None for token in tokens)
         self._collect_finished()
         self._deliver()
+
+    def _pace(self) -> int:
+        """How many tokens of prompts the next step reads, while texts that speak wait for it.
+
+        On a CPU every token costs time, of a prompt or not: two for each text make the step of a full batch about
+        twice as long. So texts that come do not stop those that run.
+        """
+        if self._speaking and self.engine.model.device.type == "cpu":
+            return min(CHUNK, max(LEAST_READ, 2 * len(self._running)))
+        return CHUNK
 
     def _read_letters(self) -> None:
         """Do what was asked for in the meantime; with nothing to do, wait for it."""

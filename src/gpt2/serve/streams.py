@@ -1,8 +1,9 @@
 """Answers to clients who may go away, whole or as server-sent events."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -13,6 +14,7 @@ from gpt2.serve.errors import APIError
 
 T = TypeVar("T")
 GONE = 499  # nobody reads it: it is for the log
+UNREAD_SECONDS = 60.0  # after which a client that does not read its stream is gone
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
@@ -44,23 +46,26 @@ async def answer(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) ->
 class EventStream(Response):
     """Server-sent events as OpenAI's clients read them, with ``[DONE]`` at the end.
 
-    An error before the first event is an answer of its own, with its status; a later one is the last event.
+    An error before the first event is an answer of its own, with its status; a later one is the last event. A client
+    that lets `UNREAD_SECONDS` pass without reading is left.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, events: AsyncGenerator[dict[str, Any]]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._began = events, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_gone(receive, self._tell(scope, receive, send))
+        with contextlib.suppress(TimeoutError):
+            await until_gone(receive, self._tell(scope, receive, send))
 
     async def _tell(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for event in self._events:
-                await self._send(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+            async with contextlib.aclosing(self._events) as events:
+                async for event in events:
+                    await self._send(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
         except APIError as error:
             if not self._began:
                 await error.response()(scope, receive, send)
@@ -74,4 +79,5 @@ class EventStream(Response):
             self._began = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         body = f"data: {data}\n\n".encode("utf-8", "replace")
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+        async with asyncio.timeout(UNREAD_SECONDS):
+            await send({"type": "http.response.body", "body": body, "more_body": True})

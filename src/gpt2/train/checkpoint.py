@@ -1,7 +1,8 @@
 """A checkpoint is whole or it is not there.
 
-`step-N/` holds `model/` (a model folder like any other: `gpt2 sample RUN/checkpoints/step-N` works), the optimizer's
-state and the random state in safetensors, and `state.json`, which is written last and knows every file's checksum.
+`step-N/` holds `model/` (a model folder like any other: `gpt2 sample RUN/checkpoints/step-N` works) or, where adapters
+are learned, `adapter/` in PEFT's form; the optimizer's state and the random state in safetensors; and `state.json`,
+which is written last and knows every file's checksum.
 All of it is written to a hidden folder, synced to disk, read back and compared, and renamed into place.
 
 `CheckpointWriter` does so while the training goes on: only the copy of the state into memory of its own holds it up.
@@ -28,10 +29,11 @@ from torch.optim import Optimizer
 
 from gpt2.errors import UserError
 from gpt2.files import sha256_of
-from gpt2.model import GPT, GPTConfig
+from gpt2.lora import adapted, base_fingerprint, load_into, read_adapter
+from gpt2.model import GPT
 from gpt2.runtime import random_state, set_random_state, synchronize
-from gpt2.tokenizer import Tokenizer
-from gpt2.weights import TRANSPOSED, load, save
+from gpt2.train.product import Product
+from gpt2.weights import load
 
 log = logging.getLogger("gpt2")
 
@@ -43,36 +45,19 @@ class State:
     """What a checkpoint is made of. The tensors of `optimizer` bear names like `exp_avg.transformer.wte.weight`."""
 
     step: int
-    model: GPT
-    tokenizer: Tokenizer | None
+    product: Product
+    weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
     facts: dict[str, Any]  # what a resumed run is compared with; anything JSON can hold
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: GPT,
-    tokenizer: Tokenizer | None,
-    optimizers: Sequence[Optimizer],
-    keep: int,
-    facts: dict[str, Any] | None = None,
-) -> Path:
-    """Write the state after update `step` as `folder/step-N` and drop all but the newest `keep`.
-
-    Raises UserError when it cannot be written; what was there before is still there then, and no half of this one.
-    """
-    tensors = {name: value.cpu().contiguous() for name, value in _optimizer_tensors(model, optimizers).items()}
-    return _write(folder, State(step, model, tokenizer, tensors, random_state(model.device), facts or {}), keep)
-
-
 class CheckpointWriter:
-    """Writes a run's checkpoints, and after each the run's `model/`, in a thread beside the training.
+    """Writes a run's checkpoints, and after each the run's `model/` (or `adapter/`), in a thread beside the training.
 
-    with CheckpointWriter(folder, keep=2, facts=facts) as writer:
+    with CheckpointWriter(folder, Product(model.config, tokenizer), keep=2, facts=facts) as writer:
         ...
-        writer.save(step, model, tokenizer, optimizers)
+        writer.save(step, model, optimizers)
 
     `save` returns as soon as the state is copied: weights and optimizer state once more in CPU memory (12 bytes a
     parameter with AdamW, 8 with Muon's matrices), kept for the next save, and while it is written the weights a third
@@ -84,9 +69,9 @@ class CheckpointWriter:
     write_seconds: how long the last finished write took beside it.
     """
 
-    def __init__(self, run_folder: Path, keep: int, facts: dict[str, Any] | None = None) -> None:
+    def __init__(self, run_folder: Path, product: Product, keep: int, facts: dict[str, Any] | None = None) -> None:
         self.stall_seconds = self.write_seconds = 0.0
-        self._folder, self._keep, self._facts = run_folder, keep, facts or {}
+        self._folder, self._product, self._keep, self._facts = run_folder, product, keep, facts or {}
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[float] | None = None
@@ -101,19 +86,17 @@ class CheckpointWriter:
         elif self._writing is not None and self._writing.exception() is not None:
             log.warning("%s", self._writing.exception())
 
-    def save(self, step: int, model: GPT, tokenizer: Tokenizer | None, optimizers: Sequence[Optimizer]) -> None:
-        """Copy the state after update `step`, and have it written."""
+    def save(self, step: int, model: GPT, optimizers: Sequence[Optimizer], *, publish: bool = True) -> None:
+        """Copy the state after update `step`, and have it written; `publish` makes its weights the run's own."""
         began = time.perf_counter()
         self.wait()
         samples = self._folder / "samples.txt"
         facts = {**self._facts, "samples_bytes": samples.stat().st_size if samples.exists() else 0}
-        weights = {name: self._copied(f"weight.{name}", p.detach()) for name, p in model.named_parameters()}
-        tensors = {name: self._copied(name, value) for name, value in _optimizer_tensors(model, optimizers).items()}
+        weights = {name: self._copied(f"weight.{name}", w) for name, w in self._product.weights(model).items()}
+        tensors = {name: self._copied(name, value) for name, value in optimizer_tensors(model, optimizers).items()}
         synchronize(model.device)
-        random = random_state(model.device)
-        self._writing = self._thread.submit(
-            lambda: self._write(State(step, _model_of(model.config, weights), tokenizer, tensors, random, facts))
-        )
+        state = State(step, self._product, weights, tensors, random_state(model.device), facts)
+        self._writing = self._thread.submit(self._write, state, publish)
         self.stall_seconds = time.perf_counter() - began
 
     def check(self) -> None:
@@ -135,15 +118,16 @@ class CheckpointWriter:
             self._buffers[name] = buffer
         return buffer.copy_(value, non_blocking=value.is_cuda)
 
-    def _write(self, state: State) -> float:
-        """In the thread: the checkpoint, then `model/`; returns the seconds it took."""
+    def _write(self, state: State, publish: bool) -> float:
+        """In the thread: the checkpoint, then the run's own weights; returns the seconds it took."""
         began = time.perf_counter()
         told = [self._folder / name for name in ("metrics.jsonl", "samples.txt")]
         try:
             sync(path for path in told if path.exists())  # no checkpoint is ahead of what the run says of itself
-            _write(self._folder / "checkpoints", state, self._keep)
-            save(state.model, state.tokenizer, self._folder / "model")
-            sync((self._folder / "model").iterdir())
+            write_checkpoint(self._folder / "checkpoints", state, self._keep)
+            if publish:
+                state.product.save(state.weights, self._folder)
+                sync((self._folder / state.product.name).iterdir())
         except OSError as error:
             raise UserError(f"cannot write the run folder {self._folder}: {error.strerror or error}") from error
         return time.perf_counter() - began
@@ -165,8 +149,14 @@ def load_checkpoint(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> 
 
     Raises UserError when the checkpoint holds the state of another kind of optimizer.
     """
-    weights, _ = load(path / "model", dtype=None)
-    model.load_state_dict(weights.state_dict())
+    if adapted(model):
+        adapter = read_adapter(path / "adapter")
+        if adapter.base_fingerprint != base_fingerprint(model):
+            raise UserError(f"{path} has an adapter for {adapter.base}, which has changed since")
+        load_into(model, adapter)
+    else:
+        weights, _ = load(path / "model", dtype=None)
+        model.load_state_dict(weights.state_dict())
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         kind, name = key.split(".", 1)
@@ -186,10 +176,30 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
     return dict(_read_state(path)["facts"])
 
 
-def is_model_of(path: Path, model_folder: Path) -> bool:
-    """Are the files of the checkpoint's model in `model_folder`, as they are in the checkpoint at `path`?"""
-    sums = {Path(name).name: sum for name, sum in _read_state(path)["sha256"].items() if name.startswith("model/")}
-    return all((model_folder / name).is_file() and sha256_of(model_folder / name) == sum for name, sum in sums.items())
+def is_published(path: Path, run_folder: Path) -> bool:
+    """Are the weights of the checkpoint at `path`, and what goes with them, the run's own?"""
+    return all(_is_same(run_folder / name, sum) for name, sum in _published(path).items())
+
+
+def publish(path: Path, run_folder: Path) -> None:
+    """Make the weights of the checkpoint at `path` the run's own."""
+    for name, sum in _published(path).items():
+        target = run_folder / name
+        if not _is_same(target, sum):
+            target.parent.mkdir(exist_ok=True)
+            partial = run_folder / f".{target.name}.partial"
+            shutil.copyfile(path / name, partial)
+            partial.replace(target)
+
+
+def _published(path: Path) -> dict[str, str]:
+    """The files of a checkpoint that are the run's, too, and their checksums."""
+    sums = dict(_read_state(path)["sha256"])
+    return {name: sum for name, sum in sums.items() if name.startswith(("model/", "adapter/"))}
+
+
+def _is_same(path: Path, sum: str) -> bool:
+    return path.is_file() and sha256_of(path) == sum
 
 
 def sweep_checkpoints(folder: Path) -> None:
@@ -198,12 +208,16 @@ def sweep_checkpoints(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(folder: Path, state: State, keep: int) -> Path:
+def write_checkpoint(folder: Path, state: State, keep: int) -> Path:
+    """Write `folder/step-N` and drop all but the newest `keep`; returns its path.
+
+    Raises UserError when it cannot be written; what was there before is still there then, and no half of this one.
+    """
     final, unfinished = folder / f"step-{state.step}", folder / f".step-{state.step}.unfinished"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        save(state.model, state.tokenizer, unfinished / "model")
+        state.product.save(state.weights, unfinished)
         save_file(state.optimizer, unfinished / "optimizer.safetensors")
         save_file(state.random, unfinished / "random.safetensors")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
@@ -211,7 +225,7 @@ def _write(folder: Path, state: State, keep: int) -> Path:
         _check_written(unfinished, state)
         sums = {path.relative_to(unfinished).as_posix(): sha256_of(path) for path in files}
         (unfinished / "state.json").write_bytes(_state_text(state.step, state.facts, sums))
-        sync([unfinished / "state.json", unfinished / "model", unfinished])
+        sync([unfinished / "state.json", unfinished / state.product.name, unfinished])
         _remove(final)
         unfinished.rename(final)
         sync([folder, folder.parent])
@@ -233,16 +247,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    """A model whose parameters are these very tensors. Draws no random numbers: there are none on `meta`."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model
-
-
-def _optimizer_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state, where it is, under names like `exp_avg.transformer.wte.weight`."""
     tensors: dict[str, Tensor] = {}
     for optimizer in optimizers:
@@ -292,17 +297,15 @@ def _first_broken_file(path: Path) -> str | None:
     except ValueError:
         return "state.json"
     for name, expected in sums.items():
-        if not (path / name).is_file() or sha256_of(path / name) != expected:
+        if not _is_same(path / name, expected):
             return name
     return None
 
 
 def _check_written(folder: Path, state: State) -> None:
     """Read the tensors back from the disk; an OSError when they are not, bit for bit, what was to be written."""
-    weights = {name: p.detach().cpu() for name, p in state.model.named_parameters()}
-    weights = {name: p.t() if name.endswith(TRANSPOSED) else p for name, p in weights.items()}
     for pattern, meant in (
-        ("model/*.safetensors", weights),
+        state.product.files(state.weights),
         ("optimizer.safetensors", state.optimizer),
         ("random.safetensors", state.random),
     ):

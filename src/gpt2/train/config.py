@@ -1,6 +1,7 @@
 """TrainConfig: every knob of a run, flat and by name. A recipe is nothing but values for these."""
 
 import json
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,10 +15,33 @@ OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 AUTO = -1  # a --batch-size that is to be found out
 CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "matmul_precision": ("highest", "high", "medium")}
+TUNING = (  # what is for a given model: `gpt2 finetune --help` tells of it
+    "add_tokens",
+    "template",
+    "columns",
+    "mask_prompt",
+    "separate_documents",
+    "freeze",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "patience",
+    "keep_best",
+)
 FIXED_WHEN_RESUMED = (  # what makes a run this run
     "data",
     "tokenizer",
     "init_from",
+    "add_tokens",
+    "template",
+    "columns",
+    "mask_prompt",
+    "separate_documents",
+    "freeze",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
     "n_layer",
     "n_head",
     "n_embd",
@@ -42,17 +66,34 @@ class TrainConfig:
     data: str = option("python-docs", "a corpus by name, a text file, a folder of them, or a folder of shards")
     tokenizer: str | None = option(None, "gpt2, bytes, bpe:N or a folder; by default the data's own, else gpt2")
     init_from: str | None = option(None, "start from this model's weights, shape and tokenizer")
+    add_tokens: str | None = option(
+        None, "new tokens for that model's tokenizer, with commas between them"
+    )
+    template: str | None = option(
+        None, "of conversations: plain, raw, chatml, or a Jinja file; the model's own by default"
+    )
+    columns: str | None = option(None, "which columns of the rows are what: prompt=question,answer=reply, or text=body")
+    mask_prompt: bool = option(True, "of rows with prompts and answers, learn the answers only")
+    separate_documents: bool = option(False, "documents that share a row do not see each other")
 
     n_layer: int = option(12, "blocks")
     n_head: int = option(12, "attention heads")
     n_embd: int = option(768, "width; a multiple of the heads")
     block_size: int = option(1024, "context in tokens")
     dropout: float = option(0.0, "on embeddings, attention and residuals")
+    freeze: int = option(0, "keep the embeddings and so many of the first blocks as they are")
+    lora_rank: int = option(0, "learn adapters of this rank beside the matrices, which stay as they are; 0 for none")
+    lora_alpha: float | None = option(None, "adapters count alpha / rank times; by default twice the rank")
+    lora_dropout: float = option(0.0, "on what adapters read")
+    lora_targets: str = option("c_attn,c_proj,c_fc", "the matrices that have adapters")
 
     batch_size: int = option(8, "sequences in a step, over all ranks; auto for what fits", {"auto": AUTO})
     micro_batch_size: int | None = option(None, "sequences on the device at once; by default the whole batch")
     recompute: bool = option(False, "compute activations twice instead of keeping them: slower, in less memory")
     max_steps: int = option(1000, "optimizer steps in the whole run")
+    epochs: float = option(0.0, "instead of --max-steps: how often to go through the data; 0 for --max-steps")
+    patience: int = option(0, "stop after so many validations without a better one; 0 for never")
+    keep_best: bool = option(False, "the run's model is the one of the best validation, not the last")
     max_minutes: float = option(0.0, "stop after so many minutes of this process, with all saved; 0 for no limit")
     optimizer: str = option("adamw", "adamw, sgd, or muon (for the blocks' matrices, adamw for the rest)")
     lr: float = option(6e-4, "peak learning rate")
@@ -86,14 +127,16 @@ class TrainConfig:
     def check(self) -> "TrainConfig":
         """Returns the config itself. Raises UserError for the first value that cannot be."""
         _check_ranges(self)
-        if self.warmup_steps > self.max_steps:
+        _check_tuning(self)
+        if self.warmup_steps > self.max_steps and not self.epochs:
             raise UserError(f"--warmup-steps ({self.warmup_steps}) is more than --max-steps ({self.max_steps})")
         if self.n_embd % self.n_head:
             raise UserError(f"--n-embd ({self.n_embd}) must be a multiple of --n-head ({self.n_head})")
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"--batch-size ({self.batch_size}) must be a multiple of --micro-batch-size")
-        if self.decay_steps is not None and not 0 <= self.decay_steps <= self.max_steps - self.warmup_steps:
+        room = self.max_steps - self.warmup_steps
+        if self.decay_steps is not None and not 0 <= self.decay_steps <= room and not self.epochs:
             raise UserError(f"--decay-steps ({self.decay_steps}) and the warm-up do not fit in --max-steps")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -102,13 +145,26 @@ class TrainConfig:
                 raise UserError(f"{_flag(name)} '{value}' is not one of {known}{did_you_mean(value, choices)}")
         if self.resume not in ("never", "auto"):
             raise UserError(f"resume must be never or auto, not '{self.resume}'")
-        for name in ("weight_decay", "grad_clip", "skip_spikes", "max_minutes"):
+        for name in ("weight_decay", "grad_clip", "skip_spikes", "max_minutes", "epochs"):
             if getattr(self, name) == float("inf"):
                 raise UserError(f"{_flag(name)} must be finite")
         for name, value in asdict(self).items():
             if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
                 raise UserError(f"{_flag(name)} is not UTF-8 text")
         return self
+
+    def in_epochs(self, windows: int) -> "TrainConfig":
+        """`epochs` as steps, where one goes through `windows` rows; what is counted in steps shrinks to fit them."""
+        if not self.epochs:
+            return self
+        steps = max(1, math.ceil(self.epochs * windows / self.batch_size))
+        return replace(
+            self,
+            max_steps=steps,
+            warmup_steps=min(self.warmup_steps, steps // 10),
+            decay_steps=None if self.decay_steps is None else min(self.decay_steps, steps - steps // 10),
+            eval_every=min(self.eval_every, max(1, steps // 10)),
+        )
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The fresh model that these settings ask for, with a vocabulary of this size."""
@@ -127,6 +183,7 @@ def _check_ranges(config: TrainConfig) -> None:
         **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "max_steps", "keep_checkpoints"), 1),
         **dict.fromkeys(("warmup_steps", "eval_every", "eval_tokens", "save_every", "sample_tokens"), 0),
         **dict.fromkeys(("weight_decay", "grad_clip", "skip_spikes", "max_minutes", "seed"), 0),
+        **dict.fromkeys(("freeze", "lora_rank", "epochs", "patience"), 0),
     }
     if config.batch_size != AUTO:
         at_least["batch_size"] = 1
@@ -139,108 +196,25 @@ def _check_ranges(config: TrainConfig) -> None:
         raise UserError(f"--lr must be over 0, not {config.lr}")
     if config.min_lr is not None and not 0 <= config.min_lr <= config.lr:
         raise UserError(f"--min-lr must be between 0 and --lr ({config.lr}), not {config.min_lr}")
-    for name in ("dropout", "beta1", "beta2"):
+    for name in ("dropout", "lora_dropout", "beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(config, name)}")
 
 
+def _check_tuning(config: TrainConfig) -> None:
+    """What makes sense for a given model only, and what of that goes together."""
+    asked = [name for name in ("add_tokens", "freeze", "lora_rank") if getattr(config, name)]
+    if asked and config.init_from is None:
+        raise UserError(f"{_flag(asked[0])} needs a model to begin with: --init-from")
+    if len(asked) > 1:
+        why = {"add_tokens": "the new tokens could not be learned", "freeze": "adapters freeze all the rest anyway"}
+        raise UserError(f"{_flag(asked[0])} and {_flag(asked[1])} do not go together: {why[asked[0]]}")
+    if config.lora_alpha is not None and not 0 < config.lora_alpha < float("inf"):
+        raise UserError(f"--lora-alpha must be over 0, not {config.lora_alpha}")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-RECIPES = {
-    # a small GPT-2 that learns to talk like the Python reference in about half a minute on two cores, offline
-    "quickstart": TrainConfig(
-        data="python-docs",
-        tokenizer="bpe:1024",
-        n_layer=3,
-        n_head=4,
-        n_embd=128,
-        block_size=64,
-        batch_size=32,
-        max_steps=300,
-        optimizer="muon",
-        lr=0.01,
-        min_lr=0.0,
-        warmup_steps=50,
-        schedule="linear",
-        beta2=0.99,
-        eval_every=100,
-        save_every=100,
-        sample_prompt="The ",
-    ),
-    # bytes, in a minute or so on two cores: what benchmarks/shakespeare_race.py runs
-    "shakespeare-cpu": TrainConfig(
-        data="shakespeare",
-        tokenizer="bytes",
-        n_layer=2,
-        n_head=4,
-        n_embd=128,
-        block_size=64,
-        batch_size=48,
-        max_steps=1000,
-        optimizer="muon",
-        lr=0.014,
-        min_lr=0.0,
-        warmup_steps=100,
-        schedule="linear",
-        beta2=0.99,
-        eval_every=0,
-        save_every=0,
-    ),
-    # bytes, the size of nanoGPT's shakespeare_char
-    "shakespeare": TrainConfig(
-        data="shakespeare",
-        tokenizer="bytes",
-        n_layer=6,
-        n_head=6,
-        n_embd=384,
-        block_size=256,
-        dropout=0.2,
-        batch_size=64,
-        max_steps=5000,
-        lr=1e-3,
-        beta2=0.99,
-    ),
-    # the same size, on a vocabulary of its own
-    "shakespeare-bpe": TrainConfig(
-        data="shakespeare",
-        tokenizer="bpe:2048",
-        n_layer=6,
-        n_head=6,
-        n_embd=384,
-        block_size=128,
-        dropout=0.3,
-        batch_size=64,
-        max_steps=2000,
-        lr=1e-3,
-        beta2=0.99,
-    ),
-    # Karpathy's reproduction: 0.5M tokens a step, 10B tokens in all, GPT-3's schedule
-    "gpt2-124m": TrainConfig(
-        data="",  # ten billion tokens, of your choice
-        tokenizer="gpt2",
-        batch_size=512,
-        micro_batch_size=16,
-        max_steps=19073,
-        lr=6e-4,
-        warmup_steps=715,
-        eval_every=250,
-        save_every=1000,
-        sample_prompt="Hello, I'm a language model,",
-        sample_tokens=32,
-    ),
-}
-
-
-def recipe(ref: str) -> TrainConfig:
-    """The recipe called `ref`, or the one in the TOML file at that path."""
-    if ref in RECIPES:
-        return RECIPES[ref]
-    if ref.endswith(".toml"):
-        return read_toml(Path(ref))
-    known = ", ".join(RECIPES)
-    raise UserError(f"no recipe '{ref}'{did_you_mean(ref, RECIPES)}: there are {known}, or a file.toml")
 
 
 def run_name(out_dir: str, stem: str, *, resume: bool) -> str:
@@ -259,6 +233,8 @@ def resumed(folder: Path, given: dict[str, Any]) -> TrainConfig:
     """The config of the run in `folder`, to be gone on with, under the values `given`."""
     stored = read_toml(folder / "config.toml")
     given = {name: value for name, value in given.items() if (name, value) != ("batch_size", AUTO)}  # it was found
+    if "max_steps" in given:
+        given = {"epochs": 0.0, **given}
     values = {**given, "name": folder.name, "out_dir": str(folder.parent), "resume": "auto"}
     return with_values(stored, values, "the command line")
 

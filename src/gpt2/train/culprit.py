@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt2.data.loader import Batch
 from gpt2.loss import next_token_loss
 from gpt2.model import GPT
 from gpt2.runtime import autocast, set_random_state
@@ -21,10 +22,8 @@ class Attempt:
 
     step: int
     """The number of the update, counted from 1."""
-    tokens: Tensor = field(repr=False)
-    """int64 (B, T), on the CPU."""
-    targets: Tensor = field(repr=False)
-    """int64 (B, T), on the CPU."""
+    batch: Batch = field(repr=False)
+    """On the CPU."""
     rows: int
     """Rows of a micro-batch."""
     divisor: float
@@ -133,13 +132,12 @@ def float32_helps(model: GPT, attempt: Attempt) -> bool | None:
 def _compute(model: GPT, attempt: Attempt, watch: "_Watch") -> Tensor:
     """Loss and gradients of the batch, as `trainer.update` computes them; the gradients stay in the parameters."""
     total = torch.zeros((), device=model.device)
-    parts = zip(attempt.tokens.split(attempt.rows), attempt.targets.split(attempt.rows), strict=True)
-    for number, (tokens, targets) in enumerate(parts):
-        tokens, targets = tokens.to(model.device), targets.to(model.device)
+    for number, part in enumerate(attempt.batch.split(attempt.rows)):
+        part = part.to(model.device)
         watch.begin(number * attempt.rows)
         with autocast(model.device, attempt.dtype):
-            loss = model.loss(tokens, targets, attempt.divisor)
-            watch.look_at_loss(model, targets, loss)
+            loss = model.loss(part.tokens, part.targets, attempt.divisor, part.documents)
+            watch.look_at_loss(model, part.targets, loss)
         loss.backward()
         total += loss.detach()
     return total

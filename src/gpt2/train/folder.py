@@ -4,7 +4,6 @@ A fresh folder appears whole, with its config and its lock in it, or not at all;
 """
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -15,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
 
-from gpt2.data.prepare import TokenData
+from gpt2.data.dataset import Dataset
 from gpt2.errors import UserError
 from gpt2.files import path_of, work_folder
-from gpt2.train.checkpoint import checkpoint_facts, is_model_of, sweep_checkpoints, sync
+from gpt2.train.checkpoint import checkpoint_facts, publish, sweep_checkpoints, sync
 from gpt2.train.config import FIXED_WHEN_RESUMED, TrainConfig, check_same_run, to_toml
-from gpt2.weights import load, save
 
 try:
     import fcntl
@@ -33,7 +31,6 @@ LOCK, CONFIG = ".lock", "config.toml"
 CONFIG_PARTIAL = f".{CONFIG}.partial"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HEADER = b"--- step "  # what a sample in samples.txt begins with
-_BLOCKS, _BLOCK_BYTES = 16, 1 << 16  # how much of each shard its fingerprint reads
 
 
 class RunFolder:
@@ -72,10 +69,11 @@ class RunFolder:
             why = f"{error.strerror}: make room, and go on with --resume {self.path}"
             raise UserError(f"cannot write the run folder {self.path}: {why}") from error
 
-    def begin(self, config: TrainConfig, checkpoint: Path | None) -> None:
+    def begin(self, config: TrainConfig, checkpoint: Path | None, *, published: bool = True) -> None:
         """The run is about to take its next step: write its config, and put right what a kill left behind.
 
         checkpoint: the one that the run goes on from; None for step 0.
+        published:  are its weights the run's own?
         """
         with _writing(self.path):
             if self._lock is None:
@@ -89,8 +87,8 @@ class RunFolder:
                 return
             step = int(checkpoint.name.removeprefix("step-"))
             cut_samples(samples, step, checkpoint_facts(checkpoint).get("samples_bytes"))
-            if not is_model_of(checkpoint, self.path / "model"):
-                save(*load(checkpoint / "model", dtype=None), self.path / "model")
+            if published:
+                publish(checkpoint, self.path)
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -138,9 +136,9 @@ def cut_samples(path: Path, step: int, kept: int | None = None) -> None:
             return
 
 
-def run_facts(config: TrainConfig, data: TokenData) -> dict[str, Any]:
+def run_facts(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """What every checkpoint of a run carries, so that a resumed run can be seen to be the same one."""
-    return {"data": fingerprint(data), "config": {name: getattr(config, name) for name in FIXED_WHEN_RESUMED}}
+    return {"data": data.fingerprint, "config": {name: getattr(config, name) for name in FIXED_WHEN_RESUMED}}
 
 
 def check_facts(checkpoint: Path, facts: dict[str, Any]) -> None:
@@ -155,34 +153,6 @@ def check_facts(checkpoint: Path, facts: dict[str, Any]) -> None:
         was = saved.get("config", {}).get(name, value)
         if was != value:
             raise UserError(f"{checkpoint} was saved with {name} {was}: {folder / CONFIG}, with {value}, was changed")
-
-
-def fingerprint(data: TokenData) -> str:
-    """Sixteen hex digits that change when the tokens do, or what they stand for; where the files lie is no matter.
-
-    The checksums of `meta.json` count where there are some; of the files themselves, the sizes and sixteen blocks
-    spread over each, so that a hundred gigabytes take no longer than a moment.
-    """
-    digest = hashlib.sha256(data.tokenizer.fingerprint.encode())
-    for split, shards in (("train", data.train), ("val", data.val)):
-        if shards is None:
-            continue
-        if data.meta is not None and split in data.meta.splits:
-            for file in data.meta.splits[split].files:
-                digest.update(f"{split} {file.tokens} {file.sha256}\n".encode())
-        for path in shards.paths:
-            _add_blocks(digest, path)
-    return digest.hexdigest()[:16]
-
-
-def _add_blocks(digest: Any, path: Path) -> None:
-    """Put a file's size and blocks spread over it, first and last among them, into a digest; a small file's all."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        digest.update(f"{size}\n".encode())
-        for block in range(_BLOCKS):
-            file.seek(max(0, size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
-            digest.update(file.read(_BLOCK_BYTES))
 
 
 def _exists(folder: Path) -> str:

@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2.data.loader import Batch
 from gpt2.errors import UserError
 from gpt2.files import work_folder
+from gpt2.lora import adapted, merge
 from gpt2.loss import IGNORE
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, parse_dtype, pick_device, recompute_blocks
@@ -74,12 +76,13 @@ def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, attempt: Atte
         "torch": torch.__version__,
         "culprit": {key: _json_number(value) for key, value in asdict(culprit).items()},
     }
-    texts = [f"--- row {row}\n{tokenizer.decode(ids)}\n\n" for row, ids in enumerate(attempt.tokens.tolist())]
+    texts = [f"--- row {row}\n{tokenizer.decode(ids)}\n\n" for row, ids in enumerate(attempt.batch.tokens.tolist())]
     try:
         with work_folder(folder) as written:
-            save(model, tokenizer, written / "model")
-            batch = {"tokens": attempt.tokens.contiguous(), "targets": attempt.targets.contiguous()}
-            save_file(batch, written / "batch.safetensors")
+            save(merge(model) if adapted(model) else model, tokenizer, written / "model")
+            batch = attempt.batch._asdict()
+            tensors = {name: tensor.contiguous() for name, tensor in batch.items() if tensor is not None}
+            save_file(tensors, written / "batch.safetensors")
             save_file(attempt.random, written / "random.safetensors")
             (written / "batch.txt").write_text("".join(texts), encoding="utf-8")
             (written / "dump.json").write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -132,8 +135,8 @@ def _where(culprit: Culprit, attempt: Attempt, tokenizer: Tokenizer | None) -> s
     """In which rows, and with what text the first of them begins or goes bad; nothing where that is not known."""
     if not culprit.rows:
         return ""
-    number, first = len(culprit.rows), attempt.tokens[culprit.rows[0]]
-    if number == len(attempt.tokens) > 1:
+    number, first = len(culprit.rows), attempt.batch.tokens[culprit.rows[0]]
+    if number == len(attempt.batch.tokens) > 1:
         return f" (in all {number} rows of the batch; row 0: {excerpt(tokenizer, first)})"
     text = excerpt(tokenizer, first, culprit.position)
     names = f"row{'s' * (number > 1)} {_some(culprit.rows)}"
@@ -174,8 +177,7 @@ def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, Attempt, dict[str, 
         batch, random = load_file(folder / "batch.safetensors"), load_file(folder / "random.safetensors")
         attempt = Attempt(
             step=int(numbers["step"]),
-            tokens=batch["tokens"],
-            targets=batch["targets"],
+            batch=Batch(batch["tokens"], batch["targets"], batch.get("documents")),
             rows=int(numbers["micro_batch_size"]),
             divisor=float(numbers["divisor"]),
             dtype=parse_dtype(numbers["dtype"]),
@@ -186,22 +188,26 @@ def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, Attempt, dict[str, 
             recompute=bool(numbers["recompute"]),
         )
         device = pick_device(numbers["device"])
+        if attempt.rows < 1:
+            raise ValueError(f"micro_batch_size {attempt.rows}")
         if numbers["matmul_precision"] not in CHOICES["matmul_precision"]:
             raise ValueError(f"matmul_precision {numbers['matmul_precision']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
         raise UserError(f"{folder} is no whole dump: {error!r}") from error
     model, tokenizer = load(folder / "model", device=device, dtype=None)
-    if not _fits(attempt.tokens, attempt.targets, model.config):
+    if not _fits(attempt.batch, model.config):
         raise UserError(f"{folder} is no whole dump: its batch does not fit its model")
     if attempt.recompute:
         recompute_blocks(model.transformer.h)
     return model, tokenizer, attempt, numbers
 
 
-def _fits(tokens: Tensor, targets: Tensor, config: GPTConfig) -> bool:
-    """Could these be a batch for a model of this config: (B, T) ids each, and -100 among the targets?"""
-    if not (tokens.dtype == targets.dtype == torch.int64 and tokens.shape == targets.shape and tokens.dim() == 2):
-        return False
+def _fits(batch: Batch, config: GPTConfig) -> bool:
+    """Could this be a batch for a model of this config: (B, T) ids each, and -100 among the targets?"""
+    tokens, targets, documents = batch
+    for other in (targets, tokens if documents is None else documents):
+        if not (tokens.dtype == other.dtype == torch.int64 and tokens.shape == other.shape and tokens.dim() == 2):
+            return False
     ids = torch.stack([tokens, targets.where(targets != IGNORE, 0)])
     known = ids.numel() > 0 and int(ids.min()) >= 0 and int(ids.max()) < config.vocab_size
     return known and tokens.size(1) <= config.block_size

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from gpt2.costs import Memory, Setup, flops_per_token, num_parameters, training_memory
+from gpt2.costs import Memory, Setup, flops_per_token, num_parameters, num_trainable, training_memory
 from gpt2.data.prepare import bpe_size, named_shards
 from gpt2.data.shards import ShardsMeta
 from gpt2.errors import UserError
 from gpt2.hardware import Accelerator, accelerator, available_memory, device_name, measure_matmul, resident_memory
+from gpt2.lora import attach
 from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
 from gpt2.runtime import (
     DTYPE_NAMES,
@@ -28,6 +29,7 @@ from gpt2.runtime import (
 from gpt2.tokenizer import get_tokenizer, load_tokenizer
 from gpt2.train.config import AUTO, TrainConfig
 from gpt2.train.optim import build_optimizers
+from gpt2.train.start import lora_config
 from gpt2.weights import find_model, read_config
 
 ASSUMED_MFU = 0.45  # of the datasheet's peak, for a device that is not here to be measured
@@ -41,6 +43,7 @@ PASS_SECONDS = 1.5  # about how long a timed pass may take; long ones are timed 
 class Plan:
     """What a run takes. Memory is of one device, time and rates are of all together.
 
+    trainable:   how many of the parameters learn; of adapters, those beside them.
     measured:    was the time taken from this machine (and not assumed from a datasheet)?
     utilization: the share of the matmul rate (measured, or the datasheet's) that the step reaches.
     suggestion:  settings for the largest micro-batch that fits; None when nothing does.
@@ -53,6 +56,7 @@ class Plan:
     dtype: str
     compile: bool
     parameters: int
+    trainable: int
     vocab_size: int
     batch_size: int
     micro_batch_size: int
@@ -117,7 +121,7 @@ def plan(
     rate, seconds = _rate_and_seconds(config, shape, setup, place, compiled)
     tokens_per_step = batch_size * setup.length
     steps = config.max_steps if tokens is None else max(1, -(-tokens // tokens_per_step))
-    per_token = flops_per_token(shape, setup.length)
+    per_token = _flops(shape, setup)
     return Plan(
         device=place.name,
         devices=devices,
@@ -125,6 +129,7 @@ def plan(
         dtype=DTYPE_NAMES[setup.dtype],
         compile=compiled,
         parameters=num_parameters(shape),
+        trainable=num_trainable(shape, setup.lora, setup.freeze),
         vocab_size=shape.vocab_size,
         batch_size=batch_size,
         micro_batch_size=setup.rows,
@@ -242,8 +247,13 @@ def _rate_and_seconds(
         return rate, seconds_per_step(config, shape, setup, place, rate, compiled)
     assert place.datasheet is not None
     rate = place.datasheet.flops(setup.dtype, config.matmul_precision)
-    flops = flops_per_token(shape, setup.length) * setup.rows * setup.micro_batches * setup.length
-    return rate, flops / (ASSUMED_MFU * rate) * (4 / 3 if setup.recompute else 1)  # a second forward pass
+    again = flops_per_token(shape, setup.length, backward=False) if setup.recompute else 0  # a second forward pass
+    flops = (_flops(shape, setup) + again) * setup.rows * setup.micro_batches * setup.length
+    return rate, flops / (ASSUMED_MFU * rate)
+
+
+def _flops(shape: GPTConfig, setup: Setup) -> float:
+    return flops_per_token(shape, setup.length, lora=setup.lora, freeze=setup.freeze)
 
 
 def _setup(config: TrainConfig, shape: GPTConfig, kind: str, dtype: torch.dtype, rows: int) -> Setup:
@@ -255,6 +265,8 @@ def _setup(config: TrainConfig, shape: GPTConfig, kind: str, dtype: torch.dtype,
         optimizer=config.optimizer,
         device=kind,
         saves_midway=0 < config.save_every < config.max_steps,
+        lora=lora_config(config) if config.lora_rank else None,
+        freeze=config.freeze,
     )
 
 
@@ -277,6 +289,7 @@ def seconds_per_step(
     """Seconds of one optimizer step, from timing real passes and updates of a model with one layer and with three.
 
     What a layer adds is their difference; embeddings, head and loss are in both. A model of few layers is timed whole.
+    Where first blocks are frozen, time is taken to shrink as FLOPs and learning parameters do.
     Where not even that fits in memory, the step is taken to run at `ASSUMED_MFU` of `rate`.
     """
     device = place.device
@@ -284,20 +297,23 @@ def seconds_per_step(
     counts = [shape.n_layer] if shape.n_layer <= SLICE else [1, SLICE]
     thin = replace(shape, n_layer=counts[-1])
     rows = _timed_rows(thin, setup, rate)
-    timed = replace(setup, rows=rows, micro_batches=1, saves_midway=False)
+    timed = replace(setup, rows=rows, micro_batches=1, saves_midway=False, freeze=0)
     step_tokens = setup.rows * setup.micro_batches * setup.length
     if training_memory(thin, timed, place.program).peak > place.memory:
-        return flops_per_token(shape, setup.length) * step_tokens / (ASSUMED_MFU * rate)
+        return _flops(shape, setup) * step_tokens / (ASSUMED_MFU * rate)
     slices = [_Slice(config, replace(shape, n_layer=count), timed, device, compiled) for count in counts]
     passes = _alternating([each.forward_backward for each in slices], device)
     updates = _alternating([each.update for each in slices], device)
     one_pass, update = (_at_depth(seconds, counts, shape.n_layer) for seconds in (passes, updates))
+    if setup.freeze:
+        one_pass *= _flops(shape, setup) / flops_per_token(shape, setup.length)
+        update *= num_trainable(shape, freeze=setup.freeze) / num_parameters(shape)
     return one_pass * setup.micro_batches * setup.rows / rows + update
 
 
 def _timed_rows(thin: GPTConfig, setup: Setup, rate: float) -> int:
     """The micro-batch's rows, or as many (a power of two) as keep a timed pass short."""
-    seconds_per_row = flops_per_token(thin, setup.length) * setup.length / (0.5 * rate)
+    seconds_per_row = flops_per_token(thin, setup.length, lora=setup.lora) * setup.length / (0.5 * rate)
     rows = 1
     while 2 * rows * seconds_per_row <= PASS_SECONDS and 2 * rows <= setup.rows:
         rows *= 2
@@ -319,6 +335,8 @@ class _Slice:
         self, config: TrainConfig, shape: GPTConfig, setup: Setup, device: torch.device, compiled: bool
     ) -> None:
         self.model = GPT(shape).to(device).train()
+        if setup.lora is not None:
+            attach(self.model, setup.lora)
         if setup.recompute:
             recompute_blocks(self.model.transformer.h)
         if compiled:

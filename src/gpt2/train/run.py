@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from gpt2.costs import flops_per_token
-from gpt2.data.loader import Loader
-from gpt2.data.prepare import TokenData, open_data
+from gpt2.data.dataset import Dataset
+from gpt2.data.loader import Batches
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, measure_matmul, peak_memory
+from gpt2.lora import trainable_parameters
 from gpt2.model import GPT
 from gpt2.runtime import (
     DTYPE_NAMES,
@@ -21,17 +22,18 @@ from gpt2.runtime import (
     recompute_blocks,
     seed_everything,
 )
-from gpt2.tokenizer import load_tokenizer
+from gpt2.train.best import Best
 from gpt2.train.checkpoint import load_checkpoint, newest_checkpoint
 from gpt2.train.config import AUTO, TrainConfig
 from gpt2.train.findings import RunFacts
 from gpt2.train.folder import check_facts, run_facts
 from gpt2.train.optim import build_optimizers
 from gpt2.train.plan import largest_batch, ready_device
+from gpt2.train.product import Product
 from gpt2.train.report import plot_loss, read_metrics
 from gpt2.train.spikes import SpikeGuard
-from gpt2.train.summary import unigram_entropy, write_report
-from gpt2.weights import find_model, load
+from gpt2.train.start import start
+from gpt2.train.summary import ENTROPY_TOKENS, unigram_entropy, write_report
 
 log = logging.getLogger("gpt2")
 
@@ -42,16 +44,28 @@ class Run:
 
     folder: Path
     config: TrainConfig
-    data: TokenData
-    loader: Loader
+    data: Dataset
+    loader: Batches
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
+    product: Product
     step: int = 0  # updates done
     checkpoint: Path | None = None  # the one that the run goes on from
     facts: dict[str, Any] = field(default_factory=dict)  # what every checkpoint carries: see `run_facts`
     spikes: SpikeGuard = field(default_factory=lambda: SpikeGuard(0.0))
+    best: Best = field(default_factory=Best)
+
+    @property
+    def given_up(self) -> bool:
+        """Have so many validations been no better than the best that the run should end?"""
+        return 0 < self.config.patience <= self.best.since
+
+    @property
+    def publishes(self) -> bool:
+        """Are the weights, as they are now, to be the run's own?"""
+        return not self.config.keep_best or self.best.step in (None, self.step)
 
     @property
     def tokens_per_step(self) -> int:
@@ -69,29 +83,31 @@ def set_up(config: TrainConfig, folder: Path) -> Run:
         )
     device = ready_device(config)
     checkpoint = newest_checkpoint(folder / "checkpoints")
-    if checkpoint is None and (folder / "model").exists():
+    if checkpoint is None and any((folder / name).exists() for name in ("model", "adapter")):
         raise UserError(f"{folder} has no whole checkpoint to go on from: --init-from {folder}, with another --name")
-    start = checkpoint / "model" if checkpoint else find_model(config.init_from) if config.init_from else None
-    data = open_data(config.data, config.tokenizer if config.init_from is None else _tokenizer_of(start, config))
-    seed_everything(config.seed)
-    model = _given_model(config, start) if start else GPT(config.model_config(data.tokenizer.vocab_size))
+    model, data, product = start(config, checkpoint)
     config, dtype = _resolved(config, model, device)
     facts = run_facts(config, data)
     if checkpoint is not None:
         check_facts(checkpoint, facts)
     _check_fit(config, model, data)
     model.to(device)
-    loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
+    loader = data.loader(config.batch_size, config.block_size, config.seed)
+    config = config.in_epochs(loader.windows_per_epoch).check()
     optimizers = build_optimizers(model, config)
-    run = Run(folder, config, data, loader, model, optimizers, device, dtype, checkpoint=checkpoint, facts=facts)
+    run = Run(
+        folder, config, data, loader, model, optimizers, device, dtype, product, checkpoint=checkpoint, facts=facts
+    )
     if checkpoint is None:
         seed_everything(config.seed)  # anew: what was measured on the way drew numbers that a resumed run does not draw
     else:
         run.step = load_checkpoint(checkpoint, model, optimizers)
         if run.step > config.max_steps:
             raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
+    records = _records_until(run.step, folder)
+    run.best = Best(records)
     if config.skip_spikes:
-        run.spikes = SpikeGuard(config.skip_spikes, _records_until(run.step, folder))
+        run.spikes = SpikeGuard(config.skip_spikes, records)
     if config.recompute:
         recompute_blocks(model.transformer.h)
     if config.compile:
@@ -117,7 +133,7 @@ def _resolved(config: TrainConfig, model: GPT, device: torch.device) -> tuple[Tr
     return config, dtype
 
 
-def _check_fit(config: TrainConfig, model: GPT, data: TokenData) -> None:
+def _check_fit(config: TrainConfig, model: GPT, data: Dataset) -> None:
     """Raises UserError when the data's tokens are not the model's, or the sample's prompt is longer than it can see."""
     if data.tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -137,12 +153,14 @@ def _records_until(step: int, folder: Path) -> list[dict[str, Any]]:
 def describe(run: Run) -> str:
     """Two lines on what is about to be trained, on what."""
     config, data = run.config, run.data
-    held_out = f"{len(data.val):,} held out" if data.val is not None else "none held out"
+    held_out = f"{data.val_tokens:,} held out" if data.val_tokens else "none held out"
     compiled = ", compiled" if config.compile else ""
+    learned = sum(parameter.numel() for parameter in trainable_parameters(run.model).values())
+    some = f", {learned:,} of them learned" if learned < run.model.num_parameters() else ""
     return (
-        f"model: {run.model.num_parameters():,} parameters, {config.n_layer} layers of {config.n_embd}, "
+        f"model: {run.model.num_parameters():,} parameters{some}, {config.n_layer} layers of {config.n_embd}, "
         f"context {config.block_size}, on {run.device} in {config.dtype}{compiled}\n"
-        f"data: {data.name}, {len(data.train):,} tokens to learn from, {held_out}"
+        f"data: {data.name}, {data.train_tokens:,} tokens to learn from, {held_out}"
     )
 
 
@@ -150,7 +168,7 @@ def explain(run: Run, why_stopped: str) -> None:
     """Leave the picture and the report of a run that ends here; `why_stopped` is empty for one that is done."""
     vocab_size = run.data.tokenizer.vocab_size
     peak = peak_memory(run.device)  # before anything is measured here
-    entropy = unigram_entropy(run.data.train, vocab_size)
+    entropy = unigram_entropy(run.data.token_counts(ENTROPY_TOKENS))
     title = f"{run.config.name}: {run.model.num_parameters() / 1e6:.1f}M parameters on {run.data.name}"
     try:
         plot_loss(run.folder, title, vocab_size, entropy)
@@ -161,34 +179,19 @@ def explain(run: Run, why_stopped: str) -> None:
 
 def _facts(run: Run, entropy: float, peak: int, why_stopped: str) -> RunFacts:
     config, data = run.config, run.data
-    val = data.meta.splits.get("val") if data.meta else None
     return RunFacts(
         parameters=run.model.num_parameters(),
         vocab_size=data.tokenizer.vocab_size,
         tokenizer=data.tokenizer.name,
         device=device_name(run.device),
         data=data.name,
-        train_tokens=len(data.train),
-        val_tokens=len(data.val) if data.val is not None else None,
+        train_tokens=data.train_tokens,
+        val_tokens=data.val_tokens,
         flops_per_token=flops_per_token(run.model.config, config.block_size),
         matmul_flops=None if why_stopped else measure_matmul(run.device, run.dtype),
         peak_memory_bytes=peak or None,
         unigram_entropy=entropy,
-        bytes_per_token=val.bytes / val.tokens if val and val.tokens else None,
+        bytes_per_token=data.bytes_per_token,
         finished=not why_stopped,
         why_stopped=why_stopped,
     )
-
-
-def _tokenizer_of(model_folder: Path | None, config: TrainConfig) -> str | None:
-    """What to tokenize with for a model that is given: its own tokenizer; only without one, what was asked for."""
-    if model_folder is not None and load_tokenizer(model_folder) is not None:
-        return str(model_folder)
-    return config.tokenizer
-
-
-def _given_model(config: TrainConfig, folder: Path) -> GPT:
-    given, _ = load(folder)
-    model = GPT(replace(given.config, dropout=config.dropout))
-    model.load_state_dict(given.state_dict())
-    return model

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from gpt2.data.loader import Batch
 from gpt2.model import GPT
 from gpt2.runtime import autocast
 
@@ -70,14 +70,14 @@ def skipped_line(step: int, loss: float, score: float, row: int, text: str) -> s
 
 
 @torch.no_grad()
-def worst_row(model: GPT, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> int:
-    """The row of a batch, (B, T) each, whose loss is the highest, without dropout: a forward pass, row by row."""
+def worst_row(model: GPT, batch: Batch, dtype: torch.dtype) -> int:
+    """The row of a batch whose loss is the highest, without dropout: a forward pass, row by row."""
     mode = model.training
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"), autocast(model.device, dtype):
-            pairs = zip(tokens.to(model.device).split(1), targets.to(model.device).split(1), strict=True)
-            losses = torch.stack([model.loss(row, row_targets, 1.0) for row, row_targets in pairs])
+            rows = batch.to(model.device).split(1)
+            losses = torch.stack([model.loss(row.tokens, row.targets, 1.0, row.documents) for row in rows])
         return int(losses.argmax())
     finally:
         model.train(mode)

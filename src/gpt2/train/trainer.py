@@ -2,18 +2,15 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from gpt2.data.loader import evaluation_batches, prefetched
-from gpt2.data.shards import TokenShards
-from gpt2.loss import IGNORE
+from gpt2.data.loader import Batch, prefetched
 from gpt2.model import GPT
 from gpt2.runtime import autocast, random_state, synchronize
 from gpt2.tokenizer import Tokenizer
@@ -31,6 +28,7 @@ from gpt2.train.trackers import open_trackers
 
 Sampler = Callable[[GPT, Tokenizer, str, int], str]  # (model, tokenizer, prompt, number of tokens) -> text
 
+OVERFITTING = 2  # validations in a row that are no better, after which it is said
 OUT_OF_TIME = 75  # the exit code of a run that --max-minutes stopped: EX_TEMPFAIL of sysexits.h, "try again"
 
 
@@ -58,9 +56,10 @@ def train(config: TrainConfig, sampler: Sampler | None = None) -> Path:
     with RunFolder(config.check()) as folder, noted_signals() as signals:
         stop = Stop(signals, deadline)
         run = set_up(config, folder.path)
-        folder.begin(run.config, run.checkpoint)
+        folder.begin(run.config, run.checkpoint, published=run.publishes)
         train_steps(run, sampler, stop)
-        finished = run.step == run.config.max_steps
+        finished = run.step == run.config.max_steps or run.given_up
+        run.product.save_merged(run.folder)
         explain(run, "" if finished else stop.why())
     if not finished:
         raise Interrupted(run.folder, run.step, stop.why(), 128 + signals[0] if signals else OUT_OF_TIME)
@@ -85,7 +84,7 @@ def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
     config = run.config
     with ExitStack() as stack:
         report = stack.enter_context(Report(run.folder, run.step, config.max_steps))
-        writer = stack.enter_context(CheckpointWriter(run.folder, config.keep_checkpoints, run.facts))
+        writer = stack.enter_context(CheckpointWriter(run.folder, run.product, config.keep_checkpoints, run.facts))
         profiler = stack.enter_context(
             StepProfiler(run.folder, run.device, config.max_steps - run.step, enabled=config.profile)
         )
@@ -93,17 +92,21 @@ def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
         for tracker in trackers:
             stack.callback(tracker.close)
         report.say(f"{describe(run)}\nrun folder: {run.folder}")
-        if run.step == config.max_steps:
-            report.say(f"nothing to do: all {config.max_steps:,} steps were done")
+        end = run.step if run.given_up else config.max_steps
+        if run.step == end:
+            report.say(f"nothing to do: all {end:,} steps were done")
         stall = 0.0
         began = time.perf_counter()
-        for tokens, targets in prefetched(run.loader, run.step, config.max_steps, run.device):
+        for batch in prefetched(run.loader, run.step, end, run.device):
             waited = time.perf_counter() - began - stall
             record: dict[str, Any] = {"step": run.step + 1, "save_seconds": stall, "data_seconds": waited}
-            record |= one_step(run, tokens, targets, report)
+            record |= one_step(run, batch, report)
             last = run.step == config.max_steps
             if last or _due(run.step, config.eval_every):
                 record |= _look(run, sampler)
+            better = run.best.note(record)
+            if run.best.since == OVERFITTING and "val_loss" in record:
+                report.say(f"validation was best at step {run.best.step:,}: from there on it may be learning by heart")
             writer.check()
             record |= {
                 "seconds": time.perf_counter() - began,
@@ -114,24 +117,24 @@ def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
                 tracker.log(record)
             profiler.step()
             began, stall = time.perf_counter(), 0.0
-            stopping = stop.due()
-            if last or stopping or _due(run.step, config.save_every):
-                writer.save(run.step, run.model, run.data.tokenizer, run.optimizers)
+            stopping = stop.due() or run.given_up
+            if last or stopping or _due(run.step, config.save_every) or (better and config.keep_best):
+                writer.save(run.step, run.model, run.optimizers, publish=run.publishes)
                 stall = writer.stall_seconds
             if stopping:
                 break
 
 
-def one_step(run: Run, tokens: Tensor, targets: Tensor, report: Report) -> dict[str, Any]:
+def one_step(run: Run, batch: Batch, report: Report) -> dict[str, Any]:
     """The update of one batch, and its part of the step's record; a batch whose loss stands out is left out."""
     began = time.perf_counter()
     run.step += 1
     rate = learning_rate(run.step, run.config)
-    loss, norm, score = update(run, tokens, targets, rate)
+    loss, norm, score = update(run, batch, rate)
     record: dict[str, Any] = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": run.step * run.tokens_per_step}
     if score is not None:
-        row = worst_row(run.model, tokens, targets, run.dtype)
-        report.say(skipped_line(run.step, loss, score, row, excerpt(run.data.tokenizer, tokens[row])))
+        row = worst_row(run.model, batch, run.dtype)
+        report.say(skipped_line(run.step, loss, score, row, excerpt(run.data.tokenizer, batch.tokens[row])))
         record["skipped"] = True
     return {**record, "update_seconds": time.perf_counter() - began}
 
@@ -144,8 +147,8 @@ class Update(NamedTuple):
     spike: float | None
 
 
-def update(run: Run, tokens: Tensor, targets: Tensor, rate: float) -> Update:
-    """One optimizer step on a global batch, (B, T) each, on the CPU.
+def update(run: Run, batch: Batch, rate: float) -> Update:
+    """One optimizer step on a global batch, on the CPU.
 
     The micro-batches' losses are sums divided by the whole batch's number of targets, so their gradients add up to
     the gradient of the whole, however it is cut. Raises UserError, with all there is to know, before a loss or a
@@ -153,22 +156,20 @@ def update(run: Run, tokens: Tensor, targets: Tensor, rate: float) -> Update:
     """
     run.model.train()
     config, random = run.config, random_state(run.device)
-    divisor = float((targets != IGNORE).sum())
+    divisor = float(batch.num_targets)
     rows = config.micro_batch_size or config.batch_size
     total = torch.zeros((), device=run.device)
-    for part, part_targets in zip(tokens.split(rows), targets.split(rows), strict=True):
-        part, part_targets = (t.to(run.device, non_blocking=True) for t in (part, part_targets))
+    for part in batch.split(rows):
+        part = part.to(run.device)
         with autocast(run.device, run.dtype):
-            part_loss = run.model.loss(part, part_targets, divisor)
+            part_loss = run.model.loss(part.tokens, part.targets, divisor, part.documents)
         part_loss.backward()
         total += part_loss.detach()
         del part_loss  # with it goes what the backward pass has kept
     total_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or torch.inf)
     loss, norm = torch.stack((total, total_norm)).tolist()
     if not (abs(loss) < torch.inf and norm < torch.inf):
-        attempt = Attempt(
-            run.step, tokens, targets, rows, divisor, run.dtype, rate, random, loss, norm, config.recompute
-        )
+        attempt = Attempt(run.step, batch, rows, divisor, run.dtype, rate, random, loss, norm, config.recompute)
         raise diagnose(run.folder, run.model, run.data.tokenizer, attempt)
     spike = run.spikes.spike(loss)
     run.spikes.note(loss, skipped=spike is not None)
@@ -182,17 +183,24 @@ def update(run: Run, tokens: Tensor, targets: Tensor, rate: float) -> Update:
     return Update(loss, norm, spike)
 
 
-@torch.no_grad()
-def validate(run: Run, tokens: TokenShards) -> float:
+def validate(run: Run) -> float:
     """Mean loss over the validation tokens in nats, every one of them a target once (up to `eval_tokens`)."""
-    run.model.eval()
     config = run.config
     rows = config.micro_batch_size or config.batch_size
+    batches = run.data.validation(rows, config.block_size, config.eval_tokens or None)
+    return mean_loss(run.model, batches, run.dtype)
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, batches: Iterable[Batch], dtype: torch.dtype) -> float:
+    """The mean loss in nats over every target of the batches, which are read in evaluation mode."""
+    model.eval()
     total, count = 0.0, 0
-    for inputs, targets in evaluation_batches(tokens, rows, config.block_size, config.eval_tokens or None):
-        with autocast(run.device, run.dtype):
-            total += run.model.loss(inputs.to(run.device), targets.to(run.device), divisor=1.0).item()
-        count += int((targets != IGNORE).sum())
+    for batch in batches:
+        part = batch.to(model.device)
+        with autocast(model.device, dtype):
+            total += model.loss(part.tokens, part.targets, 1.0, part.documents).item()
+        count += batch.num_targets
     return total / count
 
 
@@ -227,8 +235,8 @@ def _due(step: int, every: int) -> bool:
 def _look(run: Run, sampler: Sampler | None) -> dict[str, float]:
     """Validate and let the model talk; what both say of this step."""
     record, began = {}, time.perf_counter()
-    if run.data.val is not None:
-        record["val_loss"] = validate(run, run.data.val)
+    if run.data.val_tokens:
+        record["val_loss"] = validate(run)
         record["eval_seconds"] = time.perf_counter() - began
         began = time.perf_counter()
     config, tokenizer = run.config, run.data.tokenizer

@@ -9,6 +9,7 @@ export class ApiError extends Error {
 
 const KEY = "gpt2-key";
 export const useKey = (key) => sessionStorage.setItem(KEY, key);
+export const hasKey = () => Boolean(sessionStorage.getItem(KEY));
 
 export async function ask(path, body, signal) {
   const response = await request(path, body, signal);

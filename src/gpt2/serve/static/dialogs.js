@@ -1,56 +1,62 @@
 // The two dialogs: what was written before, and ways to take a text away.
 
 import { $, el } from "./dom.js";
-import { asCommand, asCurl, asJson, asPython, copy, download, forgetHistory, history, toFragment } from "./share.js";
-import { textOf } from "./tree.js";
+import { readableRequest } from "./request.js";
+import { asCommand, asCurl, asPython } from "./snippets.js";
+import { asJson, copy, download, forgetHistory, history, toFragment } from "./share.js";
+import { path, state } from "./state.js";
+import { packed, textOf } from "./tree.js";
 
-export function wireShare(page) {
+export function wireDialogs(take) {
   $("open-history").addEventListener("click", () => {
-    drawHistory(page);
+    drawHistory(take);
     $("history").showModal();
   });
   $("forget").addEventListener("click", () => {
     forgetHistory();
-    drawHistory(page);
+    drawHistory(take);
   });
   $("open-share").addEventListener("click", () => {
-    drawChoices(page);
+    drawChoices();
     $("share").showModal();
   });
   for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
 }
 
-function drawHistory(page) {
+function drawHistory(take) {
   const entries = history();
   const none = el("li", { className: "quiet" }, "Nothing yet.");
-  $("entries").replaceChildren(...(entries.length ? entries.map((entry) => entryOf(entry, page)) : [none]));
+  $("entries").replaceChildren(...(entries.length ? entries.map((entry) => entryOf(entry, take)) : [none]));
   $("forget").hidden = !entries.length;
 }
 
-function entryOf(entry, page) {
+function entryOf(entry, take) {
   const words = entry.path.map((item) => (Array.isArray(item) ? item[0] : item)).join("").replace(/\s+/g, " ").trim();
   const when = new Date(entry.at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
   const button = el("button", { type: "button" }, el("span", {}, words.slice(0, 140)), el("small", {}, `${entry.model}, ${when}`));
   button.addEventListener("click", () => {
     $("history").close();
-    page.take(entry);
+    take(entry);
   });
   return el("li", {}, button);
 }
 
-function drawChoices(page) {
+const shared = () => ({ path: packed(path()), ...state.sides.A, ...(state.comparing && { b: state.sides.B }) });
+
+const COPIES = {
+  "Copy link": async (base) => `${base}${toFragment(shared())}`,
+  "Copy as curl": async (base) => asCurl(await readableRequest(state.sides.A), base),
+  "Copy as Python": async (base) => asPython(await readableRequest(state.sides.A), base),
+  "Copy as command line": async () => asCommand(await readableRequest(state.sides.A), state.sides.A.settings),
+};
+
+function drawChoices() {
   const base = new URL(".", location.href).href;
-  const ways = {
-    Link: () => `${base}${toFragment(page.shared())}`,
-    curl: () => asCurl(page.request(), base),
-    Python: () => asPython(page.request(), base),
-    "Command line": () => asCommand(page.request()),
-  };
-  const buttons = Object.entries(ways).map(([name, make]) => choice(`Copy ${name === "Link" ? "link" : `as ${name}`}`, () => copied(name, make())));
-  buttons.push(choice("Save as text", () => download("gpt2.txt", "text/plain", textOf(page.path()))));
-  buttons.push(choice("Save as JSON", () => download("gpt2.json", "application/json", asJson(page.path(), page.side()))));
-  $("choices").replaceChildren(...buttons);
-  $("preview").textContent = ways["Command line"]();
+  const copies = Object.entries(COPIES).map(([name, make]) => choice(name, () => taken(() => make(base))));
+  const asText = choice("Save as text", () => download("gpt2.txt", "text/plain", textOf(path())));
+  const asFile = choice("Save as JSON", () => download("gpt2.json", "application/json", asJson(path(), state.sides.A)));
+  $("choices").replaceChildren(...copies, asText, asFile);
+  $("preview").hidden = true;
   $("copied").textContent = "";
 }
 
@@ -60,7 +66,13 @@ function choice(name, act) {
   return button;
 }
 
-async function copied(name, text) {
-  $("preview").textContent = text;
-  $("copied").textContent = (await copy(text)) ? "Copied." : "The browser forbids it: copy it from above.";
+async function taken(make) {
+  try {
+    const text = await make();
+    $("preview").textContent = text;
+    $("preview").hidden = false;
+    $("copied").textContent = (await copy(text)) ? "Copied." : "The browser forbids it: copy it from above.";
+  } catch (error) {
+    $("copied").textContent = error.message;
+  }
 }

@@ -170,13 +170,14 @@ function branch(first, here, leaf, onPick) {
   return item;
 }
 
-// Puts a card under what it is about, within the page.
+// Puts a card under what it is about, or over it where there is no room under it.
 export function place(card, rect) {
   card.hidden = false;
-  const width = card.offsetWidth, gap = 8;
+  const { offsetWidth: width, offsetHeight: height } = card, gap = 8;
+  const above = rect.bottom + height + gap > innerHeight && rect.top > height + gap;
   const left = clamp(rect.left - 12, gap, document.documentElement.clientWidth - width - gap);
   card.style.left = `${left + scrollX}px`;
-  card.style.top = `${rect.bottom + 6 + scrollY}px`;
+  card.style.top = `${(above ? rect.top - height - 6 : rect.bottom + 6) + scrollY}px`;
 }
 
 export function fillCard(card, told, word, actions) {
@@ -195,13 +196,4 @@ export function fillCard(card, told, word, actions) {
   close.addEventListener("click", actions.close);
   row.append(close);
   card.replaceChildren(head, list, row);
-}
-
-export function showTab(name) {
-  for (const tab of document.querySelectorAll("[role=tab]")) {
-    const on = tab.id === `tab-${name}`;
-    tab.setAttribute("aria-selected", String(on));
-    tab.tabIndex = on ? 0 : -1;
-    $(tab.getAttribute("aria-controls")).hidden = !on;
-  }
 }

@@ -1,6 +1,6 @@
 // The sliders, one for each sampler, and what else a request says.
 
-import { el } from "./dom.js";
+import { $, el } from "./dom.js";
 
 export const SETTINGS = [
   { name: "temperature", label: "Temperature", max: 2, step: 0.05, value: 1, where: "sliders", about: "0 always takes the likeliest" },
@@ -18,60 +18,85 @@ export const SETTINGS = [
   { name: "min_new_tokens", label: "Shortest", max: 100, step: 1, value: 0, where: "ending", about: "tokens before the text may end" },
   { name: "seed", label: "Seed", max: 999, step: 1, value: 42, where: "ending", about: "the same seed, the same text" },
 ];
-const NOT_OF_CHOICE = ["max_tokens", "seed", "stop"];
 
-export const defaults = () => ({ ...Object.fromEntries(SETTINGS.map(({ name, value }) => [name, value])), stop: [] });
+// Those that are texts, one for each line. They are kept as they were typed.
+const LINES = [
+  { name: "logit_bias", label: "Logit bias", where: "more", about: 'id=bias or "text"=bias, one a line', hint: '"Rome"=5\n50256=-100' },
+  { name: "bad_words", label: "Bad words", where: "more", about: "never said; one a line", hint: "" },
+  { name: "stop", label: "Stop at", where: "ending", about: "ends before it; one a line, \\n for a new line", hint: "" },
+];
 
-// Those that say how a token is chosen.
-export function samplingOf(settings) {
-  return Object.fromEntries(Object.entries(settings).filter(([name]) => !NOT_OF_CHOICE.includes(name)));
+export function defaults() {
+  const numbers = SETTINGS.map(({ name, value }) => [name, value]);
+  return Object.fromEntries([...numbers, ...LINES.map(({ name }) => [name, ""])]);
 }
 
 // What came from a link or the browser's memory, with nothing in it that is no setting.
 export function checked(given) {
   const settings = defaults();
   for (const { name } of SETTINGS) if (Number.isFinite(given?.[name])) settings[name] = given[name];
-  if (Array.isArray(given?.stop)) settings.stop = given.stop.filter((text) => typeof text === "string" && text).slice(0, 4);
+  for (const { name } of LINES) if (typeof given?.[name] === "string") settings[name] = given[name].slice(0, 10000);
   return settings;
 }
 
-// Draws them once; the returned function shows other settings in them.
-export function drawSettings(onChange) {
-  const shows = SETTINGS.map((setting) => drawOne(setting, onChange));
-  shows.push(drawStop(onChange));
+export const linesOf = (typed) => typed.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+
+// The lines of a logit bias as [id or text, bias], and those that are none.
+export function biasesOf(typed) {
+  const pairs = [], unread = [];
+  for (const line of typed.split("\n").filter((each) => each.trim())) {
+    const [, what, bias] = line.match(/^\s*(\d+|".+")\s*=\s*([-+]?\d*\.?\d+(?:e[-+]?\d+)?)\s*$/i) ?? [];
+    try {
+      pairs.push([JSON.parse(what), Number(bias)]);
+    } catch {
+      unread.push(line.trim());
+    }
+  }
+  return { pairs, unread };
+}
+
+// Draws them once; the returned function shows settings in them, but for where somebody is typing.
+export function drawSettings(onInput) {
+  const shows = [...SETTINGS.map((setting) => drawNumber(setting, onInput)), ...LINES.map((setting) => drawLines(setting, onInput))];
   return (settings) => shows.forEach((show) => show(settings));
 }
 
-function drawOne({ name, label, min = 0, max, step, where, about }, onChange) {
+function frame(where, id, label, about, ...inputs) {
+  const hint = el("small", { id: `${id}-about`, title: about }, about);
+  $(where).append(el("div", { className: "setting" }, el("label", { htmlFor: id }, label), hint, ...inputs));
+  return hint;
+}
+
+function drawNumber({ name, label, min = 0, max, step, where, about }, onInput) {
   const id = `set-${name}`;
   const number = el("input", { id, type: "number", min, step: "any", "aria-describedby": `${id}-about` });
-  const range = el("input", { type: "range", min, max, step, "aria-label": `${label}, slider`, tabIndex: 0 });
-  const heading = el("label", { htmlFor: id }, label);
-  const hint = el("small", { id: `${id}-about` }, about);
-  document.getElementById(where).append(el("div", { className: "setting" }, heading, hint, number, range));
+  const range = el("input", { type: "range", min, max, step, "aria-label": `${label}, slider` });
+  frame(where, id, label, about, number, range);
   const fill = () => range.style.setProperty("--fill", `${(100 * (range.value - min)) / (max - min)}%`);
-  const change = (value) => {
-    if (!Number.isFinite(value)) return;
-    onChange(name, value);
+  const take = (from, to) => {
+    if (from.value === "") return;
+    to.value = from.value;
     fill();
+    onInput(name, Number(from.value));
   };
-  range.addEventListener("input", () => change(Number((number.value = range.value))));
-  number.addEventListener("input", () => change(Number((range.value = number.value))));
+  range.addEventListener("input", () => take(range, number));
+  number.addEventListener("input", () => take(number, range));
+  number.addEventListener("change", () => take(number.value === "" ? range : number, number.value === "" ? number : range));
   return (settings) => {
-    number.value = range.value = settings[name];
-    number.value = settings[name];
+    for (const input of [number, range]) if (input !== document.activeElement) input.value = settings[name];
     fill();
   };
 }
 
-function drawStop(onChange) {
-  const input = el("input", { id: "set-stop", type: "text", autocomplete: "off", "aria-describedby": "set-stop-about" });
-  const hint = el("small", { id: "set-stop-about" }, "ends before it; \\n for a new line");
-  const label = el("label", { htmlFor: "set-stop" }, "Stop at");
-  document.getElementById("ending").append(el("div", { className: "setting" }, label, hint, input));
-  input.addEventListener("input", () => {
-    const text = input.value.replaceAll("\\n", "\n");
-    onChange("stop", text ? [text] : []);
-  });
-  return (settings) => (input.value = (settings.stop[0] ?? "").replaceAll("\n", "\\n"));
+function drawLines({ name, label, where, about, hint }, onInput) {
+  const id = `set-${name}`;
+  const input = el("textarea", { id, rows: 1, spellcheck: false, placeholder: hint, "aria-describedby": `${id}-about` });
+  const note = frame(where, id, label, about, input);
+  input.addEventListener("input", () => onInput(name, input.value));
+  return (settings) => {
+    if (input !== document.activeElement) input.value = settings[name];
+    const [unread] = name === "logit_bias" ? biasesOf(settings[name]).unread : [];
+    input.setAttribute("aria-invalid", String(unread !== undefined));
+    note.textContent = unread === undefined ? about : `not id=bias or "text"=bias: ${unread}`;
+  };
 }

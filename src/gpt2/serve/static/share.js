@@ -1,4 +1,4 @@
-// A text as a link, a file, or a command; and the history that the browser keeps.
+// A text as a link or a file, and what the browser remembers.
 
 import { el } from "./dom.js";
 import { packed, textOf } from "./tree.js";
@@ -21,30 +21,6 @@ export function fromFragment(fragment) {
   } catch {
     return null;
   }
-}
-
-const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
-const CLI_NAMES = { max_tokens: "max-new-tokens" };
-
-export function asCurl(request, base) {
-  const body = shell(JSON.stringify(request, null, 2));
-  return `curl ${shell(`${base}v1/completions`)} \\\n  -H 'Content-Type: application/json' \\\n  -d ${body}`;
-}
-
-export function asPython(request, base) {
-  const { model, prompt, max_tokens, seed, stop, temperature, top_p, presence_penalty, frequency_penalty, ...extra } = request;
-  const own = { model, prompt, max_tokens, temperature, top_p, presence_penalty, frequency_penalty, seed, ...(stop && { stop }) };
-  const lines = Object.entries(own).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
-  if (Object.keys(extra).length) lines.push(`    extra_body=${JSON.stringify(extra)},`);
-  const client = `client = OpenAI(base_url="${base}v1", api_key="none")`;
-  return `from openai import OpenAI\n\n${client}\nanswer = client.completions.create(\n${lines.join("\n")}\n)\nprint(answer.choices[0].text)`;
-}
-
-export function asCommand(request) {
-  const { model, prompt, stop, ...numbers } = request;
-  const flags = Object.entries(numbers).map(([name, value]) => `--${CLI_NAMES[name] ?? name.replaceAll("_", "-")} ${value}`);
-  flags.push(...(stop ?? []).map((text) => `--stop ${shell(text)}`));
-  return `gpt2 sample ${shell(model)} --prompt=${shell(prompt)} \\\n  ${flags.join(" \\\n  ")}`;
 }
 
 export function asJson(path, side) {

@@ -1,8 +1,6 @@
 // A tree of what was typed and said. A node is a token that a model said, or a run of text that somebody typed;
 // the text in the editor is the path from the root to the leaf. Nothing that was said is ever lost by editing.
 
-import { ask } from "./api.js";
-
 export function makeTree() {
   const root = makeNode(null, "");
   return { root, leaf: root };
@@ -20,6 +18,13 @@ export function add(parent, text, said = null) {
   return child;
 }
 
+// More text for what was said last: the end of a character, or what might have been a stop string.
+export function lengthen(leaf, text) {
+  if (!leaf.said) return add(leaf, text);
+  const parent = leaf.children.length ? leaf.parent : forget(leaf);
+  return add(parent, leaf.text + text, leaf.said);
+}
+
 function isSame(child, text, said) {
   if (!said || !child.said) return !said && !child.said && child.text === text;
   return child.text === text && child.said.id === said.id && child.said.vocabulary === said.vocabulary;
@@ -27,8 +32,8 @@ function isSame(child, text, said) {
 
 export function pathTo(node) {
   const path = [];
-  for (let at = node; at.parent; at = at.parent) path.unshift(at);
-  return path;
+  for (let at = node; at.parent; at = at.parent) path.push(at);
+  return path.reverse();
 }
 
 export const textOf = (path) => path.map((node) => node.text).join("");
@@ -50,8 +55,8 @@ export function edit(tree, text) {
   let kept = tree.root, length = 0;
   for (const node of path) {
     if (!text.startsWith(node.text, length)) break;
-    kept = node;
     length += node.text.length;
+    if (node.text) kept = node; // one without text is a part of a character, and stands or falls with it
   }
   let rest = text.slice(length);
   if (rest && kept.parent && !kept.said && !kept.children.length) {
@@ -84,37 +89,7 @@ export function spansOf(path) {
   return path.map((node) => ({ node, start, end: (start += node.text.length) }));
 }
 
-const encoded = new Map();
-
-// The token ids of a path for a model: what it said as it said it, and text encoded. What nobody began stands after
-// the end of another text, as it does when the model begins one.
-export async function idsOf(path, shape, signal) {
-  const ids = begunByModel(path) ? [shape.end_of_text] : [];
-  for (let i = 0; i < path.length; ) {
-    if (isOf(path[i], shape)) {
-      ids.push(path[i++].said.id);
-      continue;
-    }
-    let text = "";
-    while (i < path.length && !isOf(path[i], shape)) text += path[i++].text;
-    ids.push(...(await encode(text, shape, signal)));
-  }
-  return ids;
-}
-
 export const begunByModel = (path) => !path.length || path[0].said !== null;
-
-const isOf = (node, shape) => node.said !== null && node.said.id !== null && node.said.vocabulary === shape.fingerprint;
-
-async function encode(text, shape, signal) {
-  if (!text) return [];
-  const key = `${shape.fingerprint}/${text}`;
-  if (!encoded.has(key)) {
-    if (encoded.size > 200) encoded.clear();
-    encoded.set(key, (await ask("tokenize", { model: shape.name, text }, signal)).tokens);
-  }
-  return encoded.get(key);
-}
 
 // A path as plain data, and back.
 export const packed = (path) => path.map(({ text, said }) => (said ? [text, said.id, said.logprob, said.vocabulary] : text));

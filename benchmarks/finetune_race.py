@@ -1,0 +1,143 @@
+"""From nothing, fine-tuned, or with adapters: validation loss by steps, on Shakespeare, for one shape of model.
+
+    python benchmarks/finetune_race.py BASE --data shakespeare [--steps 600]
+
+BASE is a model that was trained on other text. All three runs have its shape and tokenizer, the same batches, and the
+rate that was best for each of those tried (--rates tries them). Writes results/finetune_race.json and .png.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import RESULTS, write_result
+from matplotlib.figure import Figure
+
+import gpt2
+from gpt2.lora import attach, trainable_parameters
+from gpt2.model import GPT
+from gpt2.train.config import TrainConfig
+from gpt2.train.report import read_metrics
+from gpt2.train.start import lora_config
+from gpt2.train.trainer import train
+from gpt2.weights import find_model, load, save
+
+RATES = {"from nothing": (2e-3, 4e-3), "fine-tuned": (5e-4, 1e-3), "LoRA": (2e-3, 4e-3, 8e-3)}
+BEST = {"from nothing": 2e-3, "fine-tuned": 1e-3, "LoRA": 4e-3}
+COLOURS = {"from nothing": "#7f7f7f", "fine-tuned": "#1f77b4", "LoRA": "#d62728"}
+RANK = 8
+
+
+def learn(how: str, rate: float, base: str, data: str, steps: int, folder: Path) -> dict[str, Any]:
+    """One run's validation losses by step, and how much it learned with."""
+    model, tokenizer = load(base)
+    shape = model.config
+    if how == "from nothing":
+        torch.manual_seed(1)
+        save(GPT(replace(shape, dropout=0.0)), tokenizer, folder / "nothing")
+        base = str(folder / "nothing")
+    config = TrainConfig(
+        name=f"{how}-{rate}".replace(" ", "-"),
+        out_dir=str(folder),
+        data=data,
+        init_from=base,
+        block_size=shape.block_size,
+        batch_size=16,
+        max_steps=steps,
+        lr=rate,
+        warmup_steps=min(50, steps // 10),
+        dropout=0.0 if how == "LoRA" else 0.1,
+        weight_decay=0.01,
+        beta2=0.99,
+        lora_rank=RANK if how == "LoRA" else 0,
+        eval_every=max(1, steps // 24),
+        eval_tokens=0,
+        save_every=0,
+        sample_tokens=0,
+    )
+    run = train(config)
+    records = read_metrics(run / "metrics.jsonl")
+    curve = [{"step": r["step"], "val_loss": r["val_loss"]} for r in records if "val_loss" in r]
+    if how == "LoRA":
+        attach(model, lora_config(config))
+    learned = sum(p.numel() for p in trainable_parameters(model).values())
+    seconds = sorted(r["update_seconds"] for r in records)[len(records) // 2]
+    state = (run / "checkpoints" / f"step-{steps}" / "optimizer.safetensors").stat().st_size
+    return {
+        "lr": rate,
+        "parameters": model.num_parameters(),
+        "trainable_parameters": learned,
+        "trainable_bytes": 8 * learned + state,  # weights and gradients in float32, and what the optimizer remembers
+        "median_step_seconds": round(seconds, 3),
+        "best_val_loss": min(one["val_loss"] for one in curve),
+        "curve": curve,
+    }
+
+
+def reached(curve: list[dict[str, float]], loss: float) -> float | None:
+    """The step at which a curve first falls to `loss`, on a straight line between two measurements."""
+    if curve[0]["val_loss"] <= loss:
+        return curve[0]["step"]
+    for before, after in pairwise(curve):
+        if after["val_loss"] <= loss:
+            part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
+            return round(before["step"] + part * (after["step"] - before["step"]), 1)
+    return None
+
+
+def draw(found: dict[str, dict[str, Any]], target: float, path: Path) -> None:
+    """The curves, with the best that was reached from nothing as a line."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for how, run in found.items():
+        steps, losses = zip(*((one["step"], one["val_loss"]) for one in run["curve"]), strict=True)
+        share = run["trainable_parameters"] / run["parameters"]
+        axes.plot(steps, losses, color=COLOURS[how], label=f"{how} ({share:.0%} of the weights learn)")
+        if (step := reached(run["curve"], target)) is not None:
+            axes.plot([step], [target], "o", color=COLOURS[how])
+    axes.axhline(target, color="#7f7f7f", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("validation loss on Shakespeare (nats per token)")
+    axes.set_title("What a model that has read other books needs to learn Shakespeare")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("--data", default="shakespeare")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rates", action="store_true", help="try the rates, and keep the best of each")
+    args = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for how in BEST:
+            rates = RATES[how] if args.rates else (BEST[how],)
+            runs = [learn(how, rate, args.base, args.data, args.steps, Path(name)) for rate in rates]
+            found[how] = min(runs, key=lambda run: run["best_val_loss"])
+    target = found["from nothing"]["best_val_loss"]
+    steps = {how: reached(run["curve"], target) for how, run in found.items()}
+    full, lora = found["fine-tuned"], found["LoRA"]
+    told = {
+        "base": gpt2.load(find_model(args.base))[0].num_parameters(),
+        "target": target,
+        "steps_to_target": steps,
+        "lora_loss_over_full": lora["best_val_loss"] / full["best_val_loss"],
+        "lora_trainable_bytes_over_full": lora["trainable_bytes"] / full["trainable_bytes"],
+        "runs": found,
+    }
+    command = f"python benchmarks/finetune_race.py BASE --data {Path(args.data).stem} --steps {args.steps}"
+    print(json.dumps({key: value for key, value in told.items() if key != "runs"}, indent=2))
+    write_result("finetune_race", command, told)
+    draw(found, target, RESULTS / "finetune_race.png")
+
+
+if __name__ == "__main__":
+    main()

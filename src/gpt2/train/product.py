@@ -1,0 +1,74 @@
+"""What a run makes: a model folder, or an adapter for the model it began with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2.lora import LoRAConfig, adapter_tensors, peft_name, save_adapter
+from gpt2.model import GPT, GPTConfig
+from gpt2.templates import Template, save_template
+from gpt2.tokenizer import Tokenizer
+from gpt2.weights import TRANSPOSED, load, save
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a run makes of its weights: a model folder `model/`, or an `adapter/` for the model it began with.
+
+    base, base_fingerprint: of an adapter, what that model is called and which it is.
+    """
+
+    config: GPTConfig
+    tokenizer: Tokenizer | None
+    template: Template | None = None
+    lora: LoRAConfig | None = None
+    base: str = ""
+    base_fingerprint: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return "model" if self.lora is None else "adapter"
+
+    def weights(self, model: GPT) -> dict[str, Tensor]:
+        """What of a model is written, by name, where it is."""
+        if self.lora is not None:
+            return adapter_tensors(model)
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    def save(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write `folder/model` or `folder/adapter`."""
+        if self.lora is not None:
+            save_adapter(folder / self.name, self.lora, weights, self.base, self.base_fingerprint)
+        else:
+            save(_model_of(self.config, weights), self.tokenizer, folder / self.name)
+        self._save_template(folder / self.name)
+
+    def files(self, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+        """The safetensors files that `save` writes, as a pattern, and the tensors that are in them."""
+        weights = {name: weight.cpu() for name, weight in weights.items()}
+        if self.lora is not None:
+            return "adapter/*.safetensors", {peft_name(name): weight for name, weight in weights.items()}
+        return "model/*.safetensors", {n: w.t() if n.endswith(TRANSPOSED) else w for n, w in weights.items()}
+
+    def save_merged(self, run_folder: Path) -> None:
+        """Where it is an adapter: write the whole model, too, that the run's base and adapter are together."""
+        if self.lora is not None:
+            model, tokenizer = load(self.base, adapter=run_folder / self.name)
+            save(model, tokenizer, run_folder / "model")
+            self._save_template(run_folder / "model")
+
+    def _save_template(self, folder: Path) -> None:
+        if self.template is not None:
+            save_template(self.template, folder)
+
+
+def _model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model whose parameters are these very tensors. Draws no random numbers: there are none on `meta`."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model

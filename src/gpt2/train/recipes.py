@@ -1,0 +1,118 @@
+"""Recipes: named values for the settings of a run, and nothing else."""
+
+from pathlib import Path
+
+from gpt2.errors import UserError, did_you_mean
+from gpt2.train.config import TrainConfig, read_toml
+
+RECIPES = {
+    # a small GPT-2 that learns to talk like the Python reference in about half a minute on two cores, offline
+    "quickstart": TrainConfig(
+        data="python-docs",
+        tokenizer="bpe:1024",
+        n_layer=3,
+        n_head=4,
+        n_embd=128,
+        block_size=64,
+        batch_size=32,
+        max_steps=300,
+        optimizer="muon",
+        lr=0.01,
+        min_lr=0.0,
+        warmup_steps=50,
+        schedule="linear",
+        beta2=0.99,
+        eval_every=100,
+        save_every=100,
+        sample_prompt="The ",
+    ),
+    # bytes, in a minute or so on two cores: what benchmarks/shakespeare_race.py runs
+    "shakespeare-cpu": TrainConfig(
+        data="shakespeare",
+        tokenizer="bytes",
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        block_size=64,
+        batch_size=48,
+        max_steps=1000,
+        optimizer="muon",
+        lr=0.014,
+        min_lr=0.0,
+        warmup_steps=100,
+        schedule="linear",
+        beta2=0.99,
+        eval_every=0,
+        save_every=0,
+    ),
+    # bytes, the size of nanoGPT's shakespeare_char
+    "shakespeare": TrainConfig(
+        data="shakespeare",
+        tokenizer="bytes",
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        block_size=256,
+        dropout=0.2,
+        batch_size=64,
+        max_steps=5000,
+        lr=1e-3,
+        beta2=0.99,
+    ),
+    # the same size, on a vocabulary of its own
+    "shakespeare-bpe": TrainConfig(
+        data="shakespeare",
+        tokenizer="bpe:2048",
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        block_size=128,
+        dropout=0.3,
+        batch_size=64,
+        max_steps=2000,
+        lr=1e-3,
+        beta2=0.99,
+    ),
+    # what `gpt2 finetune` begins with: three times through the data, the best kept, no document sees another
+    "finetune": TrainConfig(
+        data="",
+        separate_documents=True,
+        dropout=0.1,
+        block_size=512,
+        batch_size=8,
+        epochs=3.0,
+        patience=3,
+        keep_best=True,
+        lr=5e-5,
+        warmup_steps=50,
+        schedule="linear",
+        weight_decay=0.01,
+        beta2=0.999,
+        eval_every=100,
+        sample_tokens=100,
+    ),
+    # Karpathy's reproduction: 0.5M tokens a step, 10B tokens in all, GPT-3's schedule
+    "gpt2-124m": TrainConfig(
+        data="",  # ten billion tokens, of your choice
+        tokenizer="gpt2",
+        batch_size=512,
+        micro_batch_size=16,
+        max_steps=19073,
+        lr=6e-4,
+        warmup_steps=715,
+        eval_every=250,
+        save_every=1000,
+        sample_prompt="Hello, I'm a language model,",
+        sample_tokens=32,
+    ),
+}
+
+
+def recipe(ref: str) -> TrainConfig:
+    """The recipe called `ref`, or the one in the TOML file at that path."""
+    if ref in RECIPES:
+        return RECIPES[ref]
+    if ref.endswith(".toml"):
+        return read_toml(Path(ref))
+    known = ", ".join(RECIPES)
+    raise UserError(f"no recipe '{ref}'{did_you_mean(ref, RECIPES)}: there are {known}, or a file.toml")

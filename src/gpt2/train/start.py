@@ -1,0 +1,116 @@
+"""What a run begins with: the model, what of it is learned, the data as its tokens, and what the run will leave."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt2.data.dataset import Dataset
+from gpt2.data.instruct import is_instruct, open_instruct
+from gpt2.data.prepare import open_data
+from gpt2.embeddings import extend_vocabulary
+from gpt2.errors import UserError
+from gpt2.files import path_of
+from gpt2.lora import LoRAConfig, attach, base_fingerprint
+from gpt2.model import GPT
+from gpt2.runtime import seed_everything
+from gpt2.templates import Template, find_template, get_template
+from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_special_tokens
+from gpt2.train.config import TrainConfig
+from gpt2.train.product import Product
+from gpt2.weights import find_model, load
+
+
+class Start(NamedTuple):
+    """A run before its first step, or before the state of a checkpoint is put in."""
+
+    model: GPT
+    data: Dataset
+    product: Product
+
+
+def start(config: TrainConfig, checkpoint: Path | None) -> Start:
+    """Begin as `config` says; where a checkpoint holds a whole model, with that one.
+
+    Raises UserError for data, models and settings that do not go together.
+    """
+    if checkpoint is not None and not config.lora_rank:
+        folder = checkpoint / "model"
+    else:
+        folder = find_model(config.init_from) if config.init_from else None
+    template = get_template(config.template) if config.template else find_template(folder) if folder else None
+    spoken = _tokenizer_of(folder, config, template) if config.init_from else config.tokenizer
+    data = open_dataset(config, spoken, template)
+    seed_everything(config.seed)
+    vocab_size = data.tokenizer.vocab_size
+    model = _given_model(config, folder, vocab_size) if folder else GPT(config.model_config(vocab_size))
+    if is_instruct(config.data, config.columns):
+        template = template or get_template("plain")
+    product = Product(model.config, data.tokenizer, template)
+    if config.lora_rank:
+        assert config.init_from is not None
+        assert folder is not None
+        lora = lora_config(config)
+        name = str(folder.resolve()) if path_of(config.init_from).exists() else config.init_from
+        product = replace(product, lora=lora, base=name, base_fingerprint=base_fingerprint(model))
+        attach(model, lora)
+    if config.freeze:
+        _freeze(model, config.freeze)
+    return Start(model, data, product)
+
+
+def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: Template | None) -> Dataset:
+    """The data of a run, as a tokenizer's tokens: rows of prompts and answers, or text."""
+    if not is_instruct(config.data, config.columns):
+        return replace(open_data(config.data, tokenizer, config.columns), separate=config.separate_documents)
+    return open_instruct(
+        config.data,
+        get_tokenizer(tokenizer or "gpt2") if isinstance(tokenizer, str | None) else tokenizer,
+        template or get_template("plain"),
+        columns=config.columns,
+        mask_prompt=config.mask_prompt,
+    )
+
+
+def lora_config(config: TrainConfig) -> LoRAConfig:
+    """The adapters that a run is to learn."""
+    targets = tuple(target.strip() for target in config.lora_targets.split(",") if target.strip())
+    return LoRAConfig(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank, config.lora_dropout, targets)
+
+
+def _tokenizer_of(folder: Path | None, config: TrainConfig, template: Template | None) -> str | Tokenizer | None:
+    """What to tokenize with for a model that is given: its own tokenizer, and the tokens that are to be added to it.
+
+    Only for a model without one, what was asked for.
+    """
+    own = load_tokenizer(folder) if folder is not None else None
+    wanted = [token for token in (config.add_tokens or "").split(",") if token]
+    if own is None and not wanted and template is None:
+        return config.tokenizer
+    tokenizer = own or get_tokenizer(config.tokenizer or "gpt2")
+    marks = [mark for mark in (template.missing_tokens(tokenizer) if template else []) if mark not in wanted]
+    if marks and (config.lora_rank or config.freeze):
+        raise UserError(
+            f"the template's {marks[0]} is no token of the model, and would have to be learned: "
+            "leave --lora-rank and --freeze out, or take --template plain"
+        )
+    new = [token for token in [*marks, *wanted] if token not in tokenizer.special_tokens]
+    return with_special_tokens(tokenizer, new) if new else tokenizer
+
+
+def _given_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
+    """The model in a folder, with this run's dropout, and with as many tokens as there are."""
+    given, _ = load(folder)
+    model = GPT(replace(given.config, dropout=config.dropout))
+    model.load_state_dict(given.state_dict())
+    if vocab_size > model.config.vocab_size and (config.add_tokens or config.template):
+        return extend_vocabulary(model, vocab_size)
+    return model
+
+
+def _freeze(model: GPT, blocks: int) -> None:
+    """Keep the embeddings, and with them a tied head, and the first blocks as they are."""
+    layers = model.transformer.h
+    if blocks > len(layers):
+        raise UserError(f"--freeze {blocks} is more than the model's {len(layers)} blocks")
+    for part in (model.transformer.wte, model.transformer.wpe, *layers[:blocks]):
+        part.requires_grad_(False)
