@@ -2,8 +2,8 @@
 
     python benchmarks/finetune_race.py BASE --data shakespeare [--steps 600]
 
-BASE is a model that was trained on other text. All three runs have its shape and tokenizer, the same batches, and the
-rate that was best for each of those tried (--rates tries them). Writes results/finetune_race.json and .png.
+BASE is a model that was trained on other text. All three runs have its shape and tokenizer and the same batches, and a
+rate of their own; --rates tries several of each and keeps the best. Writes results/finetune_race.json and .png.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from gpt2.train.trainer import train
 from gpt2.weights import find_model, load, save
 
 RATES = {"from nothing": (2e-3, 4e-3), "fine-tuned": (5e-4, 1e-3), "LoRA": (2e-3, 4e-3, 8e-3)}
-BEST = {"from nothing": 2e-3, "fine-tuned": 1e-3, "LoRA": 4e-3}
+USUAL = {"from nothing": 2e-3, "fine-tuned": 1e-3, "LoRA": 4e-3}
 COLOURS = {"from nothing": "#7f7f7f", "fine-tuned": "#1f77b4", "LoRA": "#d62728"}
 RANK = 8
 
@@ -98,7 +98,8 @@ def draw(found: dict[str, dict[str, Any]], target: float, path: Path) -> None:
         steps, losses = zip(*((one["step"], one["val_loss"]) for one in run["curve"]), strict=True)
         share = run["trainable_parameters"] / run["parameters"]
         axes.plot(steps, losses, color=COLOURS[how], label=f"{how} ({share:.0%} of the weights learn)")
-        if (step := reached(run["curve"], target)) is not None:
+        step = reached(run["curve"], target)
+        if step is not None and step > steps[0]:  # else it was below before it was first measured
             axes.plot([step], [target], "o", color=COLOURS[how])
     axes.axhline(target, color="#7f7f7f", linewidth=0.8, linestyle=":")
     axes.set_xlabel("steps")
@@ -118,8 +119,8 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
-        for how in BEST:
-            rates = RATES[how] if args.rates else (BEST[how],)
+        for how in USUAL:
+            rates = RATES[how] if args.rates else (USUAL[how],)
             runs = [learn(how, rate, args.base, args.data, args.steps, Path(name)) for rate in rates]
             found[how] = min(runs, key=lambda run: run["best_val_loss"])
     target = found["from nothing"]["best_val_loss"]

@@ -2,8 +2,8 @@
 
     python benchmarks/instructions.py [--steps 2000]
 
-The rows are made here, so all of it runs anywhere; those that are asked at the end were never seen. It learns twice from
-the same rows in the same order: once from the answers alone, once from the prompts, too.
+The rows are made here, so all of it runs anywhere; those that are asked at the end were never seen. It learns twice
+from the same rows in the same order: once from the answers alone, once from the prompts, too.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from gpt2.train.recipes import recipe
 from gpt2.train.trainer import train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-ROWS, ASKED = 30_000, 600  # to learn from (a tenth of them held out), and to answer in the end
+ROWS, ASKED = 60_000, 600  # to learn from (a tenth of them held out), and to answer in the end
 SHAPE = GPTConfig(vocab_size=257, block_size=128, n_layer=4, n_head=4, n_embd=128)
 
 
@@ -41,7 +41,7 @@ def make_row(random: random.Random) -> tuple[str, str, str]:
     keys = random.sample(LETTERS, 4)
     table = {key: str(random.randrange(10, 100)) for key in keys}
     asked = random.choice(keys)
-    return task, ", ".join(f"{key}={value}" for key, value in table.items()) + f"; {asked}? ", table[asked]
+    return task, ", ".join(f"{key}={value}" for key, value in table.items()) + f": {asked}=", table[asked]
 
 
 def make_rows(seed: int = 0) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:

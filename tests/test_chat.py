@@ -322,6 +322,23 @@ def test_the_plain_transcript_as_a_template_is_the_one_without() -> None:
         assert own.length == plain.length
 
 
+def test_an_answer_keeps_the_tokens_it_was_said_in(small_bpe: BPETokenizer) -> None:
+    """However oddly it was cut: they are in the cache."""
+    marked = with_special_tokens(small_bpe, CHATML.special_tokens)
+    oddly = [i for letter in "the fox" for i in marked.encode(letter)]
+    first = CHATML.encode_prompt(marked, [("user", "Who?")])
+    assert oddly != marked.encode("the fox")
+    actor = Actor(marked, "")
+    actor.text[len(first) :][: len(oddly)] = torch.tensor(oddly)
+    conversation = talk(actor, marked, BY_HEART, template=CHATML)
+    assert say(conversation, "Who?") == "the fox"
+    say(conversation, "Which?")
+    messages = [("user", "Who?"), ("assistant", "the fox"), ("user", "Which?")]
+    assert conversation.turns[0].tokens == oddly
+    assert conversation.length == len(CHATML.encode_prompt(marked, messages, [oddly]))
+    assert conversation.length > len(CHATML.encode_prompt(marked, messages))
+
+
 def test_with_a_template_the_oldest_turns_are_dropped_too() -> None:
     conversation = talk(random_model(replace(CONFIG, vocab_size=259)), MARKED, template=CHATML, system="S.")
     for i in range(8):

@@ -194,12 +194,12 @@ def test_the_best_of_a_resumed_run_is_the_best_of_all(tuning: TrainConfig) -> No
 def test_special_tokens_of_a_template_are_learned_and_written(tuning: TrainConfig) -> None:
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    folder = train(replace(tuning, template="chatml", add_tokens="<|calm|>,<|storm|>"))
+    folder = train(replace(tuning, template="chatml", add_tokens="<calm>,<storm>"))
     model, tokenizer = gpt2.load(folder)
     assert tokenizer is not None
     assert model.config.vocab_size == tokenizer.vocab_size == 257 + 4
     theirs = AutoTokenizer.from_pretrained(folder / "model")
-    for mark in ("<|im_start|>", "<|im_end|>", "<|calm|>", "<|storm|>"):
+    for mark in ("<|im_start|>", "<|im_end|>", "<calm>", "<storm>"):
         assert tokenizer.encode(mark, allow_special=True) == [theirs.convert_tokens_to_ids(mark)]
     assert GPT2LMHeadModel.from_pretrained(folder / "model").config.vocab_size == 261
 

@@ -22,7 +22,7 @@ from terminal import run
 import gpt2
 from gpt2.serve.listen import bind, is_loopback
 from gpt2.serve.models import name_of
-from gpt2.templates import PLAIN, load_template
+from gpt2.templates import PLAIN, Template, find_template
 
 STREAM = {"prompt": "x", "stream": True, "temperature": 0.1, "logit_bias": {"256": -100}}
 
@@ -108,6 +108,7 @@ def test_a_second_signal_does_not_wait(folder: str) -> None:
         assert "Traceback" not in server.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_does_not_keep_the_server(folder: str) -> None:
     with process(folder, "--grace", "0.1", "--max-tokens", "1000000") as (server, url):
         host, port = url.removeprefix("http://").split(":")
@@ -213,20 +214,28 @@ def test_names_of_models_and_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert bound.getsockname()[1] > 0
 
 
+def test_a_model_is_called_by_its_folder_or_its_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    assert name_of(str(tmp_path / "run" / "model")) == name_of(str(tmp_path / "run")) == "run"
+    assert name_of("openai-community/gpt2") == "openai-community/gpt2"
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert name_of("/model") == "model"
+
+
 def test_templates_are_read_from_the_folder(tmp_path: Path) -> None:
-    assert load_template(tmp_path).source == PLAIN
+    assert (find_template(tmp_path) or Template()).source == PLAIN
     config = tmp_path / "tokenizer_config.json"
     config.write_text(
         '{"chat_template": [{"name": "default", "template": "A{{ eos_token }}"}], "eos_token": {"content": "E"}}'
     )
-    assert load_template(tmp_path).prompt([("user", "x")]) == "AE"
+    assert (find_template(tmp_path) or Template()).prompt([("user", "x")]) == "AE"
     (tmp_path / "chat_template.jinja").write_text("B{{ messages[0].content }}")
-    assert load_template(tmp_path).prompt([("user", "x")]) == "Bx"
+    assert (find_template(tmp_path) or Template()).prompt([("user", "x")]) == "Bx"
     for broken in ("{% if %}", "{{ messages"):
         (tmp_path / "chat_template.jinja").write_text(broken)
         with pytest.raises(gpt2.UserError, match="chat template"):
-            load_template(tmp_path)
+            find_template(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     config.write_text("{")
     with pytest.raises(gpt2.UserError, match="chat template"):
-        load_template(tmp_path)
+        find_template(tmp_path)

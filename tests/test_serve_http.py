@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import json
-import os
 import random
 import shutil
 import socket
@@ -83,23 +82,6 @@ def test_curl_reads_the_events(server: Served) -> None:
     assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
 
 
-def test_the_documented_commands_work(home: None) -> None:
-    """Those of docs/serving.md, as a shell runs them."""
-    if shutil.which("curl") is None or shutil.which("bash") is None:
-        pytest.skip("curl or bash is not installed")
-    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
-    script = next(block for block in page.split("```sh\n")[1:] if block.startswith("curl ")).partition("```")[0]
-    with serving(SMALL, Access(keys=["a-key"])) as served:
-        script = script.replace("http://127.0.0.1:8000", served.url)
-        environment = {"PATH": os.environ["PATH"], "GPT2_API_KEY": "a-key", "no_proxy": "*"}
-        said = subprocess.check_output(["bash", "-ec", script.replace("\ncurl", "\necho; curl")], env=environment)
-    whole, *events, tokens = [line for line in said.decode().split("\n") if line]
-    assert json.loads(whole)["usage"]["prompt_tokens"] == len("The with statement")
-    assert events[-1] == "data: [DONE]"
-    assert json.loads(events[-2].removeprefix("data: "))["usage"]["prompt_tokens"] == len("The with statement")
-    assert json.loads(tokens)["count"] == len("The with")
-
-
 def test_texts_do_not_depend_on_their_neighbours(server: Served) -> None:
     """Thirty-two at once, each the same as alone."""
     asked = [
@@ -145,9 +127,11 @@ def test_health_and_metrics(server: Served, client: httpx.Client) -> None:
     names = ("gpt2_new_tokens_total", "gpt2_prompt_tokens_total", "gpt2_first_token_seconds_count")
     before = [value(name) for name in names]
     client.post(COMPLETIONS, json={"prompt": "abc", "max_tokens": 7, "logit_bias": {"256": -100}})
+    client.get("/inspect/models")
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [7, 3, 1]
     assert value('gpt2_slots{model="tiny"}') == 4
     assert value('gpt2_requests_total{path="/v1/completions",status="200"}') >= 1
+    assert value('gpt2_requests_total{path="/inspect/models",status="200"}') >= 1
 
 
 @pytest.mark.parametrize(
@@ -176,6 +160,11 @@ def test_every_error_has_openais_form(
     client: httpx.Client, send: Callable[[httpx.Client], httpx.Response], status: int
 ) -> None:
     error_of(send(client), status)
+
+
+def test_our_own_faults_have_it_too(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt2.serve.app.find", lambda models, name: 1 / 0)
+    assert error_of(client.get("/v1/models/tiny"), 500)["type"] == "server_error"
 
 
 def test_every_answer_protects_the_browser(client: httpx.Client) -> None:

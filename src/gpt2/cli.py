@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         name = message.removeprefix("unrecognized arguments: ")
         if name != message:
-            unknown = name.split()[0].partition("=")[0]
+            unknown = (name.split() or [name])[0].partition("=")[0]
             message = f"there is no {unknown}{did_you_mean(unknown.replace('_', '-'), self._flags())}"
         raise UserError(f"{message} (see {self.prog} --help)")
 

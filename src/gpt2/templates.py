@@ -299,11 +299,6 @@ def save_template(template: Template, folder: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def load_template(folder: Path) -> Template:
-    """The model folder's own template, or the plain one. Raises UserError for files that cannot be read."""
-    return find_template(folder) or Template()
-
-
 def find_template(folder: Path) -> Template | None:
     """What a model folder has in `chat_template.jinja`, else in `tokenizer_config.json`; None for neither.
 

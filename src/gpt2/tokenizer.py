@@ -17,7 +17,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +39,7 @@ from gpt2.vocabulary import (
     only_plain_marks,
     read_merges,
     recover_merges,
+    symbols_of_json,
     table_of_ids,
     table_of_json,
     unspell,
@@ -98,11 +99,12 @@ class _ByteLevelTokenizer(ABC):
 
     name: str
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, symbols: Collection[int] = ()) -> None:
+        """symbols: those of the added tokens that a text becomes wherever it has them."""
         self._table = table
         self.fingerprint = fingerprint_of(table)
         self.vocab_size = len(table.tokens)
-        self.special_tokens = {table.tokens[i].decode(): i for i in sorted(table.added)}
+        self.special_tokens = {table.tokens[i].decode(): i for i in sorted(table.added.difference(symbols))}
         self.end_of_text = self.special_tokens[END_OF_TEXT]
 
     @cached_property
@@ -171,7 +173,8 @@ class BPETokenizer(_ByteLevelTokenizer):
     name = "bpe"
 
     def __init__(self, backend: "tokenizers.Tokenizer") -> None:
-        super().__init__(table_of_json(json.loads(backend.to_str())))
+        spec = json.loads(backend.to_str())
+        super().__init__(table_of_json(spec), symbols_of_json(spec))
         backend.no_padding()
         backend.no_truncation()
         backend.add_special_tokens([END_OF_TEXT])
@@ -265,6 +268,21 @@ def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer
     return GPT2Tokenizer(encoding_of(table)) if isinstance(tokenizer, GPT2Tokenizer) else _bytes_of(table)
 
 
+def with_symbols(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+    """The same tokenizer with more words: wherever a text has one of these, it is that token; their ids come last.
+
+    Raises UserError as `with_special_tokens` does.
+    """
+    if not isinstance(tokenizer, _ByteLevelTokenizer):
+        raise TypeError(f"{type(tokenizer).__name__} is none of this module's tokenizers")
+    from tokenizers import AddedToken
+
+    extended(tokenizer._table, texts)  # for its errors
+    backend = copy.deepcopy(tokenizer._backend)
+    backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
+    return BPETokenizer(backend)
+
+
 def get_tokenizer(ref: str | Path) -> Tokenizer:
     """The tokenizer called ``gpt2`` or ``bytes``, or the one in a folder; anything else is a `UserError`."""
     if ref == "gpt2":
@@ -280,7 +298,7 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
     if not folder.is_dir():
         hint = did_you_mean(str(ref), ["gpt2", "bytes", "bpe:N"])
         raise UserError(f"no tokenizer '{ref}'{hint}: there are gpt2, bytes, bpe:N, and folders with tokenizer files")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) or load_tokenizer(folder / "model")  # of a run
     if tokenizer is None:
         raise UserError(f"no tokenizer in {folder}: it has neither tokenizer.json nor vocab.json with merges.txt")
     return tokenizer

@@ -74,6 +74,11 @@ def table_of_json(spec: Any) -> Table:
     return table_of_ids(ids, added.keys() | {END_OF_TEXT})
 
 
+def symbols_of_json(spec: dict[str, Any]) -> list[int]:
+    """The added tokens in a parsed `tokenizer.json` that are no special ones: text has them."""
+    return [token["id"] for token in spec.get("added_tokens") or [] if not token.get("special", True)]
+
+
 def table_of_ids(ids: Any, added: AbstractSet[str]) -> Table:
     """The table in a parsed `vocab.json`: each letter of a token is a byte, except in those `added`."""
     if not isinstance(ids, dict) or END_OF_TEXT not in ids:

@@ -29,17 +29,21 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 log = logging.getLogger("gpt2")
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+WORD_FILES = [  # how text becomes tokens
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+]
 HUB_FILES = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled copies, which nobody here needs
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
+    *WORD_FILES,
 ]
 GPT2_VOCABULARY = 50257
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -326,7 +330,6 @@ def _move_in(written: Path, folder: Path) -> None:
     for name in names:
         (written / name).chmod(mode)
         (written / name).replace(folder / name)
-    words = [folder / name for name in HUB_FILES if name.startswith(("tokenizer", "special", "vocab", "merges"))]
-    for stale in [*folder.glob("model*.safetensors*"), *words]:
+    for stale in [*folder.glob("model*.safetensors*"), *(folder / name for name in WORD_FILES)]:
         if stale.name not in names:
             stale.unlink(missing_ok=True)

@@ -22,13 +22,13 @@ from gpt2.commands.decoding import (
     logit_biases,
     sampling_from,
     shown,
+    template_from,
 )
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import path_of
 from gpt2.generation.chat import Conversation
 from gpt2.generation.text import check_stop
-from gpt2.templates import ASSISTANT, USER, find_template
-from gpt2.weights import find_model
+from gpt2.templates import ASSISTANT, USER
 
 DESCRIPTION = f"""\
 Talk with a model, in a terminal or through a pipe (each line of standard input is a turn).
@@ -81,7 +81,7 @@ def _conversation(args: Namespace) -> Conversation:
         seed=args.seed,
         system=args.system,
         roles=not args.plain,
-        template=None if args.plain else find_template(find_model(args.model)),
+        template=None if args.plain else template_from(args, args.model),
     )
 
 

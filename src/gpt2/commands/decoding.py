@@ -14,9 +14,11 @@ from gpt2.generation.engine import LanguageModel
 from gpt2.generation.fast import PRECISIONS, accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.text import check_stop
+from gpt2.lora import find_adapter
 from gpt2.runtime import DTYPES, pick_device
+from gpt2.templates import Template, find_template
 from gpt2.tokenizer import Tokenizer
-from gpt2.weights import load
+from gpt2.weights import find_model, load
 
 NUMBERS = {  # the settings that are one number, and what they do
     "temperature": "0 takes the most likely token, always",
@@ -129,6 +131,12 @@ def load_from(args: Namespace, model: str, *, adapted: bool = True) -> tuple[Lan
     adapter = args.adapter if adapted else None
     plain, tokenizer = load(model, device=pick_device(args.device), dtype=dtype, adapter=adapter)
     return accelerated(plain, args.dtype), tokenizer
+
+
+def template_from(args: Namespace, model: str) -> Template | None:
+    """How the model writes a conversation: as its adapter says, or its own folder; None where neither does."""
+    own = find_template(find_adapter(args.adapter)) if args.adapter else None
+    return own or find_template(find_model(model))
 
 
 def shown(text: str, out: TextIO | None) -> str:

@@ -92,6 +92,8 @@ def _check(args: Namespace) -> None:
         raise UserError(f"{ways[0]} makes one text: it does not go with --num-samples {args.num_samples}")
     if args.num_beams is not None and not 1 <= args.num_samples <= max(1, args.num_beams):
         raise UserError(f"--num-samples must be at least 1 and at most --num-beams, not {args.num_samples}")
+    if not 1 <= args.num_samples <= MAX_SAMPLES:
+        raise UserError(f"num_samples must be at least 1 and at most {MAX_SAMPLES:,}, not {args.num_samples}")
     search = _given(args, ("num_beams", "penalty_alpha"))
     idle = _given(args, (name for name in OF_CHANCE if name != "top_k" or args.num_beams is not None))
     if search and idle:
@@ -178,8 +180,6 @@ def _lines(
     """(sample, line) for each token, counted as `stream` does."""
     if tokenizer is None:
         raise UserError("this model folder has no tokenizer: text needs one")
-    if not 1 <= args.num_samples <= MAX_SAMPLES:
-        raise UserError(f"num_samples must be at least 1 and at most {MAX_SAMPLES:,}, not {args.num_samples}")
     end, seed = tokenizer.end_of_text, secrets.randbits(32) if args.seed is None else args.seed
     requests = [
         Request(ids, sampling, args.max_new_tokens, seed, sample, (end,), args.logprobs)

@@ -1,21 +1,22 @@
 """gpt2 serve MODEL [MODEL ...]"""
 
+import gc
 import logging
 import os
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_model_flags
+from gpt2.commands.decoding import add_model_flags, template_from
 from gpt2.errors import UserError, did_you_mean, missing_extra
 from gpt2.generation.fast import PRECISIONS, accelerated
 from gpt2.hardware import GiB
 from gpt2.runtime import DTYPES, pick_device
-from gpt2.weights import find_model, load
+from gpt2.templates import Template
+from gpt2.weights import load
 
 LIMITS = {
     "slots": (int, 32, "texts that are written at once"),
@@ -100,6 +101,8 @@ def _serve(args: Namespace) -> int:
             logging.getLogger("gpt2.serve").setLevel(logging.INFO)
 
         def ready() -> None:
+            gc.collect()
+            gc.freeze()  # or to search all of the libraries for garbage would stop every text for a tenth of a second
             slots = f"{limits.slots} slots, {_cache_bytes(models) / GiB:.2f} GiB of cache"
             _say(f"serving {', '.join(models)} at {address_of(bound)} ({slots})")
 
@@ -130,7 +133,6 @@ def _keys(args: Namespace, loopback: bool) -> list[str]:
 def _load(args: Namespace, limits: Any) -> dict[str, Any]:
     """The models by their names, ready to be served."""
     from gpt2.serve.models import name_of, serve_model
-    from gpt2.templates import load_template
 
     if args.dtype not in PRECISIONS:
         hint = did_you_mean(args.dtype, PRECISIONS)
@@ -144,8 +146,8 @@ def _load(args: Namespace, limits: Any) -> dict[str, Any]:
             raise UserError(f"two models are called {name}: clients could not tell them apart")
         dtype = DTYPES.get(args.dtype, torch.float32)
         plain, tokenizer = load(ref, device=pick_device(args.device), dtype=dtype, adapter=args.adapter)
-        template = load_template(Path(find_model(ref)))
         fast = accelerated(plain, args.dtype)
+        template = template_from(args, ref) or Template()
         models[name] = serve_model(name, plain, fast, tokenizer, limits, template, args.context)
     return models
 

@@ -175,7 +175,8 @@ def _is_wanted(own: Tokenizer, wanted: str | Tokenizer) -> bool:
     size = bpe_size(wanted)
     if size is not None:
         return own.name == "bpe" and own.vocab_size == size
-    return own.name == wanted or own.fingerprint == get_tokenizer(wanted).fingerprint
+    plain = own.name == wanted and len(own.special_tokens) == 1
+    return plain or own.fingerprint == get_tokenizer(wanted).fingerprint
 
 
 def bpe_size(spec: str) -> int | None:

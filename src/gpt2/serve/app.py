@@ -34,7 +34,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         408: "The request did not arrive in time",
         413: "The request is too large",
         429: "Too many requests: see Retry-After",
-        500: "The model is damaged",
+        500: "The model is damaged, or the server has a fault",
         503: "The server is shutting down",
         504: "The request took too long",
     }.items()
@@ -70,10 +70,11 @@ def create_app(
     app.state.models, app.state.limits = dict(models), limits
     _add_openai(app, limits, metrics, log_prompts)
     _add_tools(app, metrics)
-    app.include_router(playground_router(dict(models)))
+    playground = playground_router(dict(models))
+    app.include_router(playground)
     _add_errors(app)
     _describe(app)
-    paths = [path for route in app.routes if (path := getattr(route, "path", ""))]
+    paths = [path for route in (*app.routes, *playground.routes) if (path := getattr(route, "path", ""))]
     app.add_middleware(Guard, access=access, max_body=limits.max_body, metrics=metrics, paths=paths)
     return app
 
@@ -181,10 +182,14 @@ def _add_errors(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    async def tell_fault(request: Request, error: Exception) -> Response:
+        return APIError(500, "this is a fault of the server: its log says more").response()
+
     app.add_exception_handler(APIError, tell_error)
     app.add_exception_handler(UserError, tell_user_error)
     app.add_exception_handler(RequestValidationError, tell_invalid)
     app.add_exception_handler(HTTPException, tell_http)
+    app.add_exception_handler(Exception, tell_fault)
 
 
 def _about(request: Request, error: HTTPException) -> str:

@@ -64,7 +64,7 @@ def name_of(ref: str) -> str:
     if not path.exists():
         return ref
     path = path.resolve()
-    return path.parent.name if path.name == "model" else path.name
+    return path.parent.name or path.name if path.name == "model" else path.name  # /model has no other
 
 
 def find(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:

@@ -81,3 +81,4 @@ class EventStream(Response):
         body = f"data: {data}\n\n".encode("utf-8", "replace")
         async with asyncio.timeout(UNREAD_SECONDS):
             await send({"type": "http.response.body", "body": body, "more_body": True})
+        await asyncio.sleep(0)  # that the client has gone is noticed before more is written

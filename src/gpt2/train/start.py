@@ -14,7 +14,7 @@ from gpt2.lora import LoRAConfig, attach, base_fingerprint
 from gpt2.model import GPT
 from gpt2.runtime import seed_everything
 from gpt2.templates import Template, find_template, get_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_special_tokens
+from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_special_tokens, with_symbols
 from gpt2.train.config import TrainConfig
 from gpt2.train.product import Product
 from gpt2.weights import find_model, load
@@ -38,7 +38,9 @@ def start(config: TrainConfig, checkpoint: Path | None) -> Start:
     else:
         folder = find_model(config.init_from) if config.init_from else None
     template = get_template(config.template) if config.template else find_template(folder) if folder else None
-    spoken = _tokenizer_of(folder, config, template) if config.init_from else config.tokenizer
+    spoken: str | Tokenizer | None = config.tokenizer
+    if config.init_from is not None and folder is not None:
+        spoken = _tokenizer_of(folder, config, template, fresh=checkpoint is None)
     data = open_dataset(config, spoken, template)
     seed_everything(config.seed)
     vocab_size = data.tokenizer.vocab_size
@@ -77,33 +79,37 @@ def lora_config(config: TrainConfig) -> LoRAConfig:
     return LoRAConfig(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank, config.lora_dropout, targets)
 
 
-def _tokenizer_of(folder: Path | None, config: TrainConfig, template: Template | None) -> str | Tokenizer | None:
-    """What to tokenize with for a model that is given: its own tokenizer, and the tokens that are to be added to it.
+def _tokenizer_of(
+    folder: Path, config: TrainConfig, template: Template | None, *, fresh: bool
+) -> str | Tokenizer | None:
+    """What to tokenize with for a model that is given: its own tokenizer; only without one, what was asked for.
 
-    Only for a model without one, what was asked for.
+    fresh: the tokens that are to be added to it have to be added.
     """
-    own = load_tokenizer(folder) if folder is not None else None
-    wanted = [token for token in (config.add_tokens or "").split(",") if token]
-    if own is None and not wanted and template is None:
+    own = load_tokenizer(folder)
+    if own is not None and not fresh:
+        return own
+    symbols = [token for token in (config.add_tokens or "").split(",") if token]
+    if own is None and not symbols and template is None:
         return config.tokenizer
     tokenizer = own or get_tokenizer(config.tokenizer or "gpt2")
-    marks = [mark for mark in (template.missing_tokens(tokenizer) if template else []) if mark not in wanted]
+    marks = template.missing_tokens(tokenizer) if template else []
     if marks and (config.lora_rank or config.freeze):
         raise UserError(
             f"the template's {marks[0]} is no token of the model, and would have to be learned: "
             "leave --lora-rank and --freeze out, or take --template plain"
         )
-    new = [token for token in [*marks, *wanted] if token not in tokenizer.special_tokens]
-    return with_special_tokens(tokenizer, new) if new else tokenizer
+    tokenizer = with_special_tokens(tokenizer, marks) if marks else tokenizer
+    return with_symbols(tokenizer, symbols) if symbols else tokenizer
 
 
 def _given_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
     """The model in a folder, with this run's dropout, and with as many tokens as there are."""
-    given, _ = load(folder)
+    given, own = load(folder)
     model = GPT(replace(given.config, dropout=config.dropout))
     model.load_state_dict(given.state_dict())
-    if vocab_size > model.config.vocab_size and (config.add_tokens or config.template):
-        return extend_vocabulary(model, vocab_size)
+    if own is not None and vocab_size > own.vocab_size:  # there are new tokens
+        return extend_vocabulary(model, vocab_size, own.vocab_size)
     return model
 
 

@@ -8,8 +8,23 @@ export class ApiError extends Error {
 }
 
 const KEY = "gpt2-key";
-export const useKey = (key) => sessionStorage.setItem(KEY, key);
-export const hasKey = () => Boolean(sessionStorage.getItem(KEY));
+let held = ""; // where the browser lets pages keep nothing
+
+const storage = () => {
+  try {
+    return window.sessionStorage;
+  } catch {
+    return null;
+  }
+};
+
+const keyGiven = () => storage()?.getItem(KEY) ?? held;
+
+export const useKey = (key) => {
+  held = key;
+  storage()?.setItem(KEY, key);
+};
+export const hasKey = () => Boolean(keyGiven());
 
 export async function ask(path, body, signal) {
   const response = await request(path, body, signal);
@@ -18,7 +33,7 @@ export async function ask(path, body, signal) {
 
 async function request(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  const key = sessionStorage.getItem(KEY);
+  const key = keyGiven();
   if (key) headers.Authorization = `Bearer ${key}`;
   const how = body === undefined ? { headers, signal } : { method: "POST", headers, signal, body: JSON.stringify(body) };
   let response;

@@ -1,0 +1,68 @@
+"""GPT-2 124M, fine-tuned whole and with adapters: the memory of the whole command, and the time of a step.
+
+    python benchmarks/lora_memory.py [--rounds 2]
+
+Random weights in OpenAI's shape, rows of 512 tokens, one at a time; `gpt2 finetune` from beginning to end, the
+comparison included, in processes of their own and in turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import write_result
+
+import gpt2
+from gpt2.model import GPT, GPTConfig
+from gpt2.tokenizer import get_tokenizer
+
+MODES = {"whole": [], "LoRA, rank 8": ["--lora-rank", "8"]}
+STEPS = 6
+
+
+def tune(base: Path, folder: Path, flags: list[str]) -> dict[str, float]:
+    """One run of the command: its peak memory in GB, and the median of its steps, less the first two, in seconds."""
+    command = [sys.executable, "-m", "gpt2", "finetune", str(base), "--data", "python-docs", "--name", folder.name]
+    command += ["--out-dir", str(folder.parent), "--batch-size", "1", "--block-size", "512", "--max-steps", str(STEPS)]
+    command += ["--eval-every", "0", "--eval-tokens", "4096", "--sample-tokens", "20", "--dtype", "float32", *flags]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        told = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(told)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = statistics.median(line["update_seconds"] for line in lines[2:])
+    return {"peak_gb": usage.ru_maxrss * 1024 / 1e9, "step_seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    rounds = parser.parse_args().rounds
+    runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+    with tempfile.TemporaryDirectory() as name:
+        torch.manual_seed(1)
+        base = gpt2.save(GPT(GPTConfig()), get_tokenizer("bytes"), Path(name) / "base")
+        for number in range(rounds):
+            for mode, flags in MODES.items():
+                runs[mode].append(tune(base, Path(name) / f"{number}-{len(flags)}", flags))
+    found: dict[str, Any] = {
+        mode: {key: round(statistics.median(run[key] for run in some), 3) for key in some[0]}
+        for mode, some in runs.items()
+    }
+    print(
+        json.dumps(write_result("lora_memory", f"python benchmarks/lora_memory.py --rounds {rounds}", found), indent=2)
+    )
+
+
+if __name__ == "__main__":
+    main()
