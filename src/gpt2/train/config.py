@@ -66,9 +66,7 @@ class TrainConfig:
     data: str = option("python-docs", "a corpus by name, a text file, a folder of them, or a folder of shards")
     tokenizer: str | None = option(None, "gpt2, bytes, bpe:N or a folder; by default the data's own, else gpt2")
     init_from: str | None = option(None, "start from this model's weights, shape and tokenizer")
-    add_tokens: str | None = option(
-        None, "new tokens for that model's tokenizer, with commas between them"
-    )
+    add_tokens: str | None = option(None, "new tokens for that model's tokenizer, with commas between them")
     template: str | None = option(
         None, "of conversations: plain, raw, chatml, or a Jinja file; the model's own by default"
     )
