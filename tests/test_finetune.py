@@ -16,7 +16,7 @@ from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, read_adapter
 from gpt2.loss import IGNORE
-from gpt2.train.comparison import compare
+from gpt2.train.comparison import MOST_TOKENS, compare
 from gpt2.train.config import TrainConfig, read_toml, resumed
 from gpt2.train.report import read_metrics, without_times
 from gpt2.train.run import set_up
@@ -240,7 +240,7 @@ def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base:
     for model_folder, loss in ((base, general.before), (folder, general.after)):
         model, tokenizer = gpt2.load(model_folder)
         total, count = 0.0, 0
-        for batch in open_data("python-docs", tokenizer).validation(8, 48, 50_000):
+        for batch in open_data("python-docs", tokenizer).validation(8, 48, MOST_TOKENS):
             with torch.no_grad():
                 total += model.loss(batch.tokens, batch.targets, 1.0).item()
             count += batch.num_targets

@@ -169,9 +169,14 @@ def load_into(model: GPT, adapter: Adapter) -> None:
         own[name].copy_(tensor)
 
 
-def merge(model: GPT) -> GPT:
-    """A plain copy of an attached model that gives the same: ``W + scale * B A`` in place of W. All of it can learn."""
-    tensors = {name: p.detach().clone() for name, p in model.named_parameters() if not name.endswith((A, B))}
+def merge(model: GPT, *, keep: bool = True) -> GPT:
+    """A plain copy of an attached model that gives the same: ``W + scale * B A`` in place of W. All of it can learn.
+
+    keep: else the copy has the model's own memory, and only the copy is good for anything afterwards.
+    """
+    tensors = {name: p.detach() for name, p in model.named_parameters() if not name.endswith((A, B))}
+    if keep:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, layer in adapted(model).items():
         _add_product(tensors[f"{name}.weight"], layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
     with torch.device("meta"):  # no memory, and nothing is drawn

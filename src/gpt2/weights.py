@@ -79,19 +79,32 @@ def load(
         log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
         config = replace(config, tie_word_embeddings=False)
     _check_shapes(_outer_shapes(config), tensors, folder)  # or a mistyped config would build a model of any size
-    with torch.device("meta"), _Unfilled():
-        model = GPT(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: tuple(p.shape) for name, p in _unfilled(config).named_parameters()}
     _check_shapes(expected, tensors, folder)
     for name in tensors:
         if name not in expected and name != "lm_head.weight":
             raise UserError(f"{folder}: the weights hold {name}, which config.json does not call for")
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    model = model_of(config, tensors)
     if added is not None:
         merge_into(model, added)
         model = model.to(dtype or model.transformer.wte.weight.dtype)
     return model.to(device).eval(), _tokenizer_of(folder, config)
+
+
+def model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model whose parameters are these very tensors, by name; what else there is by name is left out.
+
+    Nothing is copied, and no random numbers are drawn.
+    """
+    model = _unfilled(config)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _unfilled(config: GPTConfig) -> GPT:
+    with torch.device("meta"), _Unfilled():
+        return GPT(config)
 
 
 class _Unfilled(TorchFunctionMode):

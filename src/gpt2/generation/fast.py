@@ -20,13 +20,15 @@ def accelerated(model: LanguageModel, precision: str | None = None) -> LanguageM
     """`model` for inference in a precision: "float32", "bfloat16", "float16", "int8" or "int4"; None for its own.
 
     On CUDA its decoding steps become CUDA graphs. On a CPU it runs through the kernel of `gpt2.native`; where that
-    cannot be compiled, the log says why, and torch runs it, with the same rounded weights. What adapters have learned
-    is merged into a copy first.
+    cannot be compiled, the log says why, and torch runs it, with the same rounded weights. A model with adapters runs
+    as it is, or merged into a copy if a precision is asked for.
     Raises UserError for a precision that the device does not have.
     """
     if not isinstance(model, GPT):  # somebody has chosen
         return model
     if adapted(model):
+        if precision is None:  # to merge a model while it learns would take as much memory again
+            return model
         model = merge(model)
     if precision is None:
         precision = str(model.lm_head.weight.dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ from gpt2.train.trainer import Sampler, mean_loss
 from gpt2.weights import load
 
 GENERAL = "python-docs"  # a text that everybody has, and hardly anybody fine-tunes for
-MOST_TOKENS = 50_000  # that are read of each text
+MOST_TOKENS = 16_384  # that are read of each text
 PROMPTS = 3
 
 

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from gpt2.lora import LoRAConfig, adapter_tensors, peft_name, save_adapter
+from gpt2.lora import LoRAConfig, adapter_tensors, load_into, merge, peft_name, read_adapter, save_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.templates import Template, save_template
 from gpt2.tokenizer import Tokenizer
-from gpt2.weights import TRANSPOSED, load, save
+from gpt2.weights import TRANSPOSED, model_of, save
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Product:
         if self.lora is not None:
             save_adapter(folder / self.name, self.lora, weights, self.base, self.base_fingerprint)
         else:
-            save(_model_of(self.config, weights), self.tokenizer, folder / self.name)
+            save(model_of(self.config, weights), self.tokenizer, folder / self.name)
         self._save_template(folder / self.name)
 
     def files(self, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -53,22 +52,13 @@ class Product:
             return "adapter/*.safetensors", {peft_name(name): weight for name, weight in weights.items()}
         return "model/*.safetensors", {n: w.t() if n.endswith(TRANSPOSED) else w for n, w in weights.items()}
 
-    def save_merged(self, run_folder: Path) -> None:
-        """Where it is an adapter: write the whole model, too, that the run's base and adapter are together."""
+    def save_merged(self, model: GPT, run_folder: Path) -> None:
+        """Where it is an adapter: write the whole model that it makes of `model`, too, whose own weights are lost."""
         if self.lora is not None:
-            model, tokenizer = load(self.base, adapter=run_folder / self.name)
-            save(model, tokenizer, run_folder / "model")
+            load_into(model, read_adapter(run_folder))
+            save(merge(model, keep=False), self.tokenizer, run_folder / "model")
             self._save_template(run_folder / "model")
 
     def _save_template(self, folder: Path) -> None:
         if self.template is not None:
             save_template(self.template, folder)
-
-
-def _model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    """A model whose parameters are these very tensors. Draws no random numbers: there are none on `meta`."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model

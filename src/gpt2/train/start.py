@@ -17,7 +17,7 @@ from gpt2.templates import Template, find_template, get_template
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_special_tokens, with_symbols
 from gpt2.train.config import TrainConfig
 from gpt2.train.product import Product
-from gpt2.weights import find_model, load
+from gpt2.weights import find_model, load, model_of
 
 
 class Start(NamedTuple):
@@ -106,8 +106,7 @@ def _tokenizer_of(
 def _given_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
     """The model in a folder, with this run's dropout, and with as many tokens as there are."""
     given, own = load(folder)
-    model = GPT(replace(given.config, dropout=config.dropout))
-    model.load_state_dict(given.state_dict())
+    model = model_of(replace(given.config, dropout=config.dropout), dict(given.named_parameters())).train()
     if own is not None and vocab_size > own.vocab_size:  # there are new tokens
         return extend_vocabulary(model, vocab_size, own.vocab_size)
     return model

@@ -59,7 +59,7 @@ def train(config: TrainConfig, sampler: Sampler | None = None) -> Path:
         folder.begin(run.config, run.checkpoint, published=run.publishes)
         train_steps(run, sampler, stop)
         finished = run.step == run.config.max_steps or run.given_up
-        run.product.save_merged(run.folder)
+        run.product.save_merged(run.model, run.folder)
         explain(run, "" if finished else stop.why())
     if not finished:
         raise Interrupted(run.folder, run.step, stop.why(), 128 + signals[0] if signals else OUT_OF_TIME)
