@@ -23,7 +23,12 @@ import gpt2
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
 
-MODES = {"whole": [], "LoRA, rank 8": ["--lora-rank", "8"]}
+MODES = {
+    "whole": [],
+    "whole, --recompute": ["--recompute"],
+    "LoRA, rank 8": ["--lora-rank", "8"],
+    "LoRA, rank 8, --recompute": ["--lora-rank", "8", "--recompute"],
+}
 STEPS = 6
 
 
