@@ -25,7 +25,6 @@ from gpt2.tokenizer import get_tokenizer
 
 MODES = {
     "whole": [],
-    "whole, --recompute": ["--recompute"],
     "LoRA, rank 8": ["--lora-rank", "8"],
     "LoRA, rank 8, --recompute": ["--lora-rank", "8", "--recompute"],
 }
