@@ -14,12 +14,12 @@ RUN python -m venv /opt/gpt2
 ENV PATH=/opt/gpt2/bin:$PATH
 COPY constraints.txt ./
 # Alone and first: it is large, and what it depends on comes from the other index.
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-deps -c constraints.txt --index-url "$TORCH_INDEX" torch
+RUN --mount=type=cache,target=/pip \
+    pip install --cache-dir /pip --no-deps -c constraints.txt --index-url "$TORCH_INDEX" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt '.[serve]'
+RUN --mount=type=cache,target=/pip \
+    pip install --cache-dir /pip -c constraints.txt '.[serve]'
 
 FROM ${PYTHON}
 # The CPU kernel is compiled on the machine that runs it, at the first start. Without g++ all works, and is slower.
