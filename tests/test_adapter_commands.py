@@ -10,6 +10,7 @@ from torch import nn
 
 from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, save_adapter
 from gpt2.model import GPTConfig
+from gpt2.templates import Template, find_template, save_template
 from gpt2.tokenizer import get_tokenizer
 from gpt2.weights import save
 
@@ -57,6 +58,19 @@ def test_the_adapter_is_not_for_the_draft(
     flags = ["--adapter", adapter, "--prompt", "What", "--max-new-tokens", "20", "--temperature", "0"]
     plain = run(capsys, "sample", base, *flags)
     assert run(capsys, "sample", base, *flags, "--draft", other)[:2] == plain[:2]
+
+
+def test_the_way_a_model_talks_is_exported_with_it(talker: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = talker
+    save_template(Template("{{ messages[0]['content'] }} of the model"), Path(base))
+    for name, flags in (("own", []), ("theirs", ["--adapter", adapter])):
+        out = Path(base).with_name(name)
+        if flags:
+            save_template(Template("{{ messages[0]['content'] }} of the adapter"), Path(adapter, "adapter"))
+        assert run(capsys, "export", base, str(out), *flags)[0] == 0
+        found = find_template(out)
+        assert found is not None
+        assert found.source.endswith("adapter" if flags else "model")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from starlette.routing import Route
 from terminal import run
 
 import gpt2
-from gpt2.commands.serve import LIMITS
 from gpt2.serve.app import ERRORS, create_app
 from gpt2.serve.limits import Limits
 from gpt2.serve.models import serve_model
@@ -189,7 +189,10 @@ def table(header: str) -> list[list[str]]:
 
 def test_the_table_of_limits_is_the_codes() -> None:
     rows = table("| flag | by default | |")
-    assert rows == [[f"--{name}", f"{default:.10g}", about] for name, (_, default, about) in LIMITS.items()]
+    assert rows == [
+        [f"--{limit.name.replace('_', '-')}", f"{limit.default:.10g}", limit.metadata["help"]]
+        for limit in fields(Limits)
+    ]
 
 
 def test_the_table_of_errors_is_the_codes() -> None:

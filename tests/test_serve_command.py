@@ -14,12 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 from reference import random_model
+from torch import nn
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 from serving import BYTES, CONFIG
 from terminal import run
 
 import gpt2
+from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, save_adapter
 from gpt2.serve.listen import bind, is_loopback
 from gpt2.serve.models import name_of
 from gpt2.templates import PLAIN, Template, find_template
@@ -148,6 +150,24 @@ def test_a_key_from_the_environment_and_prompts_in_the_log(folder: str, monkeypa
         log = server.stderr.read()
         assert log.count("hush") == 1
         assert "from-the-environment" not in log
+
+
+def test_an_adapter_is_served_with_its_model(folder: str, tmp_path: Path) -> None:
+    model, config = random_model(CONFIG), LoRAConfig(rank=3)
+    base = base_fingerprint(model)
+    attach(model, config)
+    for tensor in adapter_tensors(model).values():
+        nn.init.normal_(tensor, std=0.3)
+    save_adapter(tmp_path / "adapter", config, adapter_tensors(model), "tiny", base)
+    question = {"prompt": "What", "temperature": 0, "max_tokens": 12}
+    with process(folder, "--adapter", str(tmp_path / "adapter")) as (_, url):
+        text = httpx.post(f"{url}/v1/completions", json=question, timeout=60).json()["choices"][0]["text"]
+    adapted = gpt2.generate(merge(model), BYTES, "What", max_new_tokens=12, temperature=0)[0]
+    assert (
+        "What" + text
+        == adapted
+        != gpt2.generate(random_model(CONFIG), BYTES, "What", max_new_tokens=12, temperature=0)[0]
+    )
 
 
 def test_a_port_in_use_is_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from gpt2.files import path_of, work_folder
 from gpt2.lora import merge_into, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
+from gpt2.templates import Template, save_template
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 log = logging.getLogger("gpt2")
@@ -117,10 +118,18 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def save(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+def save(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    template: Template | None = None,
+) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
-    dtype: what the weights become on disk; None keeps theirs.
+    dtype:    what the weights become on disk; None keeps theirs.
+    template: how the model was taught to write a conversation, if it was.
 
     The files are written beside `folder` first and moved in when they are whole.
     Raises UserError when the folder cannot be written.
@@ -133,6 +142,8 @@ def save(model: GPT, tokenizer: Tokenizer | None, folder: str | Path, *, dtype: 
             _write_json(written / "generation_config.json", {"_from_model_config": True, **_text_ends(tokenizer)})
             if tokenizer is not None:
                 tokenizer.save(written)
+            if template is not None:
+                save_template(template, written)
             _write_json(written / "config.json", hf_config(model.config, tokenizer, dtype))
             _move_in(written, folder)
     except (OSError, SafetensorError) as error:

@@ -15,6 +15,7 @@ from gpt2.generation.fast import PRECISIONS, accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.text import check_stop
 from gpt2.lora import find_adapter
+from gpt2.model import GPT
 from gpt2.runtime import DTYPES, pick_device
 from gpt2.templates import Template, find_template
 from gpt2.tokenizer import Tokenizer
@@ -120,17 +121,22 @@ def add_adapter_flag(parser: Parser) -> None:
 
 
 def load_from(args: Namespace, model: str, *, adapted: bool = True) -> tuple[LanguageModel, Tokenizer | None]:
-    """A model on the device and in the precision that the flags ask for, and its tokenizer.
+    """A model as fast as it runs on the device and in the precision that the flags ask for, and its tokenizer.
 
     adapted: with the adapter that they name; a draft does without.
     """
+    plain, tokenizer = load_plain(args, model, adapted=adapted)
+    return accelerated(plain, args.dtype), tokenizer
+
+
+def load_plain(args: Namespace, model: str, *, adapted: bool = True) -> tuple[GPT, Tokenizer | None]:
+    """The same before it is made fast: what can be looked into."""
     if args.dtype not in PRECISIONS:
         hint = did_you_mean(args.dtype, PRECISIONS)
         raise UserError(f"dtype '{args.dtype}' is not one of {', '.join(PRECISIONS)}{hint}")
     dtype = DTYPES.get(args.dtype, torch.float32)
     adapter = args.adapter if adapted else None
-    plain, tokenizer = load(model, device=pick_device(args.device), dtype=dtype, adapter=adapter)
-    return accelerated(plain, args.dtype), tokenizer
+    return load(model, device=pick_device(args.device), dtype=dtype, adapter=adapter)
 
 
 def template_from(args: Namespace, model: str) -> Template | None:

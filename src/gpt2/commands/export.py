@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_adapter_flag
+from gpt2.commands.decoding import add_adapter_flag, template_from
 from gpt2.errors import UserError
 from gpt2.files import RUN_FILES, made_by_program, path_of
 from gpt2.runtime import parse_dtype
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     dtype = parse_dtype(args.dtype) if args.dtype else None
     _check_place(out, find_model(args.model))
     model, tokenizer = load(args.model, dtype=dtype, adapter=args.adapter)
-    print(save(model, tokenizer, out))
+    print(save(model, tokenizer, out, template=template_from(args, args.model)))
 
 
 def _check_place(out: Path, source: Path) -> None:

@@ -5,29 +5,16 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from dataclasses import fields
 from typing import Any
 
-import torch
-
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_model_flags, template_from
-from gpt2.errors import UserError, did_you_mean, missing_extra
-from gpt2.generation.fast import PRECISIONS, accelerated
+from gpt2.commands.decoding import add_model_flags, load_plain, template_from
+from gpt2.errors import UserError, missing_extra
+from gpt2.generation.fast import accelerated
 from gpt2.hardware import GiB
-from gpt2.runtime import DTYPES, pick_device
+from gpt2.serve.limits import Limits
 from gpt2.templates import Template
-from gpt2.weights import load
-
-LIMITS = {
-    "slots": (int, 32, "texts that are written at once"),
-    "max-waiting": (int, 256, "texts that wait for a slot; more are refused, with 429"),
-    "max-tokens": (int, 4096, "new tokens of a text at most"),
-    "max-n": (int, 16, "texts from one prompt at most"),
-    "max-prompts": (int, 128, "prompts in a request at most"),
-    "per-client": (int, 64, "requests of one client at a time"),
-    "max-body": (int, 4 * 2**20, "bytes of a request at most"),
-    "timeout": (float, 600.0, "seconds that a request may take"),
-}
 
 
 def main(argv: list[str]) -> int:
@@ -72,8 +59,10 @@ def _parse(argv: list[str]) -> Namespace:
         metavar="ADDRESS",
         help="whose X-Forwarded-For is believed; may be given several times",
     )
-    for name, (kind, default, about) in LIMITS.items():
-        parser.flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{about} [{default:g}]")
+    for limit in fields(Limits):
+        name, kind, default = limit.name.replace("_", "-"), type(limit.default), limit.default
+        about = f"{limit.metadata['help']} [{default:g}]"
+        parser.flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=about)
     parser.flag("context", type=int, metavar="INT", help="tokens a text may look back over [the model's]")
     parser.flag("grace", type=float, default=30.0, metavar="SECONDS", help="to finish what runs, at the end [30]")
     parser.flag("log-requests", action="store_true", help="a line for each request, without its text")
@@ -85,10 +74,9 @@ def _parse(argv: list[str]) -> Namespace:
 def _serve(args: Namespace) -> int:
     from gpt2.serve.app import create_app
     from gpt2.serve.guard import LOOPBACK_NAMES, Access
-    from gpt2.serve.limits import Limits
     from gpt2.serve.listen import Server, address_of, bind, is_loopback
 
-    limits = Limits(**{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in LIMITS})
+    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     loopback = is_loopback(args.host)
     keys = _keys(args, loopback)
     if not 0 <= args.port < 2**16:
@@ -130,13 +118,10 @@ def _keys(args: Namespace, loopback: bool) -> list[str]:
     return [] if args.no_api_key else keys
 
 
-def _load(args: Namespace, limits: Any) -> dict[str, Any]:
+def _load(args: Namespace, limits: Limits) -> dict[str, Any]:
     """The models by their names, ready to be served."""
     from gpt2.serve.models import name_of, serve_model
 
-    if args.dtype not in PRECISIONS:
-        hint = did_you_mean(args.dtype, PRECISIONS)
-        raise UserError(f"dtype '{args.dtype}' is not one of {', '.join(PRECISIONS)}{hint}")
     if args.context is not None and args.context < 1:
         raise UserError(f"--context must be at least 1, not {args.context}")
     models: dict[str, Any] = {}
@@ -144,8 +129,7 @@ def _load(args: Namespace, limits: Any) -> dict[str, Any]:
         name = name_of(ref)
         if name in models:
             raise UserError(f"two models are called {name}: clients could not tell them apart")
-        dtype = DTYPES.get(args.dtype, torch.float32)
-        plain, tokenizer = load(ref, device=pick_device(args.device), dtype=dtype, adapter=args.adapter)
+        plain, tokenizer = load_plain(args, ref)
         fast = accelerated(plain, args.dtype)
         template = template_from(args, ref) or Template()
         models[name] = serve_model(name, plain, fast, tokenizer, limits, template, args.context)

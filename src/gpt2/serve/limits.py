@@ -1,32 +1,27 @@
 """How much a client may ask for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from gpt2.errors import UserError
 
 
+def _limit(default: float, about: str) -> Any:
+    return field(default=default, metadata={"help": about})
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What is refused beyond.
+    """What is refused beyond; `gpt2 serve` has a flag for each."""
 
-    slots:        texts that are written at once, by each model; each holds a row of its cache.
-    max_waiting:  texts that wait for a slot, for each model.
-    max_tokens:   new tokens of a text.
-    max_n:        texts from one prompt (`n`, `best_of`).
-    max_prompts:  prompts in one request.
-    per_client:   requests that one client may have open at a time.
-    max_body:     bytes of a request.
-    timeout:      seconds that a request may take, from its arrival to its last token.
-    """
-
-    slots: int = 32
-    max_waiting: int = 256
-    max_tokens: int = 4096
-    max_n: int = 16
-    max_prompts: int = 128
-    per_client: int = 64
-    max_body: int = 4 * 2**20
-    timeout: float = 600.0
+    slots: int = _limit(32, "texts that are written at once")
+    max_waiting: int = _limit(256, "texts that wait for a slot; more are refused, with 429")
+    max_tokens: int = _limit(4096, "new tokens of a text at most")
+    max_n: int = _limit(16, "texts from one prompt at most")
+    max_prompts: int = _limit(128, "prompts in a request at most")
+    per_client: int = _limit(64, "requests of one client at a time")
+    max_body: int = _limit(4 * 2**20, "bytes of a request at most")
+    timeout: float = _limit(600.0, "seconds that a request may take")
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:

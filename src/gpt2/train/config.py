@@ -15,46 +15,17 @@ OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 AUTO = -1  # a --batch-size that is to be found out
 CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "matmul_precision": ("highest", "high", "medium")}
-TUNING = (  # what is for a given model: `gpt2 finetune --help` tells of it
-    "add_tokens",
-    "template",
-    "columns",
-    "mask_prompt",
-    "separate_documents",
-    "freeze",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_targets",
-    "patience",
-    "keep_best",
-)
-FIXED_WHEN_RESUMED = (  # what makes a run this run
-    "data",
-    "tokenizer",
-    "init_from",
-    "add_tokens",
-    "template",
-    "columns",
-    "mask_prompt",
-    "separate_documents",
-    "freeze",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "block_size",
-    "batch_size",
-    "optimizer",
-    "seed",
-)
 
 
-def option(default: Any, help: str, words: dict[str, Any] | None = None) -> Any:
-    """A dataclass field: its default, the sentence that `gpt2 train --help` shows, and words that stand for values."""
-    return field(default=default, metadata={"help": help, "words": words or {}})
+def option(
+    default: Any, help: str, words: dict[str, Any] | None = None, *, same: bool = False, tuning: bool = False
+) -> Any:
+    """A dataclass field: its default, the sentence that `--help` shows, and words that stand for values.
+
+    same:   it makes a run this run, and cannot change when that goes on.
+    tuning: it is for a given model, so that only `gpt2 finetune --help` tells of it.
+    """
+    return field(default=default, metadata={"help": help, "words": words or {}, "same": same, "tuning": tuning})
 
 
 @dataclass(frozen=True)
@@ -63,37 +34,52 @@ class TrainConfig:
 
     name: str | None = option(None, "the run's folder under --out-dir; by default the recipe's name, or recipe-2 ...")
     out_dir: str = option("runs", "where run folders are made")
-    data: str = option("python-docs", "a corpus by name, a text file, a folder of them, or a folder of shards")
-    tokenizer: str | None = option(None, "gpt2, bytes, bpe:N or a folder; by default the data's own, else gpt2")
-    init_from: str | None = option(None, "start from this model's weights, shape and tokenizer")
-    add_tokens: str | None = option(None, "new tokens for that model's tokenizer, with commas between them")
-    template: str | None = option(
-        None, "of conversations: plain, raw, chatml, or a Jinja file; the model's own by default"
+    data: str = option(
+        "python-docs", "a corpus by name, a text file, a folder of them, or a folder of shards", same=True
     )
-    columns: str | None = option(None, "which columns of the rows are what: prompt=question,answer=reply, or text=body")
-    mask_prompt: bool = option(True, "of rows with prompts and answers, learn the answers only")
-    separate_documents: bool = option(False, "documents that share a row do not see each other")
+    tokenizer: str | None = option(
+        None, "gpt2, bytes, bpe:N or a folder; by default the data's own, else gpt2", same=True
+    )
+    init_from: str | None = option(None, "start from this model's weights, shape and tokenizer", same=True)
+    add_tokens: str | None = option(
+        None, "new tokens for that model's tokenizer, with commas between them", same=True, tuning=True
+    )
+    template: str | None = option(
+        None,
+        "of conversations: plain, raw, chatml, or a Jinja file; the model's own by default",
+        same=True,
+        tuning=True,
+    )
+    columns: str | None = option(
+        None, "which columns of the rows are what: prompt=question,answer=reply, or text=body", same=True, tuning=True
+    )
+    mask_prompt: bool = option(True, "of rows with prompts and answers, learn the answers only", same=True, tuning=True)
+    separate_documents: bool = option(False, "documents that share a row do not see each other", same=True, tuning=True)
 
-    n_layer: int = option(12, "blocks")
-    n_head: int = option(12, "attention heads")
-    n_embd: int = option(768, "width; a multiple of the heads")
-    block_size: int = option(1024, "context in tokens")
+    n_layer: int = option(12, "blocks", same=True)
+    n_head: int = option(12, "attention heads", same=True)
+    n_embd: int = option(768, "width; a multiple of the heads", same=True)
+    block_size: int = option(1024, "context in tokens", same=True)
     dropout: float = option(0.0, "on embeddings, attention and residuals")
-    freeze: int = option(0, "keep the embeddings and so many of the first blocks as they are")
-    lora_rank: int = option(0, "learn adapters of this rank beside the matrices, which stay as they are; 0 for none")
-    lora_alpha: float | None = option(None, "adapters count alpha / rank times; by default twice the rank")
-    lora_dropout: float = option(0.0, "on what adapters read")
-    lora_targets: str = option("c_attn,c_proj,c_fc", "the matrices that have adapters")
+    freeze: int = option(0, "keep the embeddings and so many of the first blocks as they are", same=True, tuning=True)
+    lora_rank: int = option(
+        0, "learn adapters of this rank beside the matrices, which stay as they are; 0 for none", same=True, tuning=True
+    )
+    lora_alpha: float | None = option(
+        None, "adapters count alpha / rank times; by default twice the rank", same=True, tuning=True
+    )
+    lora_dropout: float = option(0.0, "on what adapters read", tuning=True)
+    lora_targets: str = option("c_attn,c_proj,c_fc", "the matrices that have adapters", same=True, tuning=True)
 
-    batch_size: int = option(8, "sequences in a step, over all ranks; auto for what fits", {"auto": AUTO})
+    batch_size: int = option(8, "sequences in a step, over all ranks; auto for what fits", {"auto": AUTO}, same=True)
     micro_batch_size: int | None = option(None, "sequences on the device at once; by default the whole batch")
     recompute: bool = option(False, "compute activations twice instead of keeping them: slower, in less memory")
     max_steps: int = option(1000, "optimizer steps in the whole run")
     epochs: float = option(0.0, "instead of --max-steps: how often to go through the data; 0 for --max-steps")
-    patience: int = option(0, "stop after so many validations without a better one; 0 for never")
-    keep_best: bool = option(False, "the run's model is the one of the best validation, not the last")
+    patience: int = option(0, "stop after so many validations without a better one; 0 for never", tuning=True)
+    keep_best: bool = option(False, "the run's model is the one of the best validation, not the last", tuning=True)
     max_minutes: float = option(0.0, "stop after so many minutes of this process, with all saved; 0 for no limit")
-    optimizer: str = option("adamw", "adamw, sgd, or muon (for the blocks' matrices, adamw for the rest)")
+    optimizer: str = option("adamw", "adamw, sgd, or muon (for the blocks' matrices, adamw for the rest)", same=True)
     lr: float = option(6e-4, "peak learning rate")
     min_lr: float | None = option(None, "learning rate at the end; by default a tenth of --lr")
     warmup_steps: int = option(100, "steps from zero to the peak")
@@ -105,7 +91,7 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no clipping")
     skip_spikes: float = option(0.0, "leave out a batch whose loss is so many deviations above the last; 0 for never")
 
-    seed: int = option(1337, "of the weights, the dropout and the order of the data")
+    seed: int = option(1337, "of the weights, the dropout and the order of the data", same=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto for the faster here")
     matmul_precision: str = option("high", "of float32 products on a GPU: highest, high (TF32) or medium")
@@ -176,6 +162,10 @@ class TrainConfig:
         )
 
 
+SAME_WHEN_RESUMED = tuple(f.name for f in fields(TrainConfig) if f.metadata["same"])
+TUNING = tuple(f.name for f in fields(TrainConfig) if f.metadata["tuning"])
+
+
 def _check_ranges(config: TrainConfig) -> None:
     at_least = {
         **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "max_steps", "keep_checkpoints"), 1),
@@ -241,7 +231,7 @@ def check_same_run(folder: Path, config: TrainConfig) -> None:
     """Raises UserError when `config` differs from that of the run in `folder` in what makes a run this run."""
     stored = read_toml(folder / "config.toml")
     shape = ("n_layer", "n_head", "n_embd", "block_size")
-    for name in FIXED_WHEN_RESUMED:
+    for name in SAME_WHEN_RESUMED:
         was, value = getattr(stored, name), getattr(config, name)
         if was != value and not (name in shape and config.init_from):  # there the given model's shape was stored
             raise UserError(f"{folder} was begun with {_flag(name)} {was}: it cannot go on with {value}")

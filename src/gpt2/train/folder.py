@@ -18,7 +18,7 @@ from gpt2.data.dataset import Dataset
 from gpt2.errors import UserError
 from gpt2.files import path_of, work_folder
 from gpt2.train.checkpoint import checkpoint_facts, publish, sweep_checkpoints, sync
-from gpt2.train.config import FIXED_WHEN_RESUMED, TrainConfig, check_same_run, to_toml
+from gpt2.train.config import SAME_WHEN_RESUMED, TrainConfig, check_same_run, to_toml
 
 try:
     import fcntl
@@ -138,7 +138,7 @@ def cut_samples(path: Path, step: int, kept: int | None = None) -> None:
 
 def run_facts(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """What every checkpoint of a run carries, so that a resumed run can be seen to be the same one."""
-    return {"data": data.fingerprint, "config": {name: getattr(config, name) for name in FIXED_WHEN_RESUMED}}
+    return {"data": data.fingerprint, "config": {name: getattr(config, name) for name in SAME_WHEN_RESUMED}}
 
 
 def check_facts(checkpoint: Path, facts: dict[str, Any]) -> None:

@@ -41,9 +41,10 @@ class Product:
         """Write `folder/model` or `folder/adapter`."""
         if self.lora is not None:
             save_adapter(folder / self.name, self.lora, weights, self.base, self.base_fingerprint)
+            if self.template is not None:
+                save_template(self.template, folder / self.name)
         else:
-            save(model_of(self.config, weights), self.tokenizer, folder / self.name)
-        self._save_template(folder / self.name)
+            save(model_of(self.config, weights), self.tokenizer, folder / self.name, template=self.template)
 
     def files(self, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         """The safetensors files that `save` writes, as a pattern, and the tensors that are in them."""
@@ -56,9 +57,4 @@ class Product:
         """Where it is an adapter: write the whole model that it makes of `model`, too, whose own weights are lost."""
         if self.lora is not None:
             load_into(model, read_adapter(run_folder))
-            save(merge(model, keep=False), self.tokenizer, run_folder / "model")
-            self._save_template(run_folder / "model")
-
-    def _save_template(self, folder: Path) -> None:
-        if self.template is not None:
-            save_template(self.template, folder)
+            save(merge(model, keep=False), self.tokenizer, run_folder / "model", template=self.template)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt2.data.dataset import Dataset
-from gpt2.data.instruct import is_instruct, open_instruct
+from gpt2.data.instruct import InstructData, is_instruct, open_instruct
 from gpt2.data.prepare import open_data
 from gpt2.embeddings import extend_vocabulary
 from gpt2.errors import UserError
@@ -45,8 +45,8 @@ def start(config: TrainConfig, checkpoint: Path | None) -> Start:
     seed_everything(config.seed)
     vocab_size = data.tokenizer.vocab_size
     model = _given_model(config, folder, vocab_size) if folder else GPT(config.model_config(vocab_size))
-    if is_instruct(config.data, config.columns):
-        template = template or get_template("plain")
+    if isinstance(data, InstructData):
+        template = template or Template()
     product = Product(model.config, data.tokenizer, template)
     if config.lora_rank:
         assert config.init_from is not None
@@ -67,7 +67,7 @@ def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, templat
     return open_instruct(
         config.data,
         get_tokenizer(tokenizer or "gpt2") if isinstance(tokenizer, str | None) else tokenizer,
-        template or get_template("plain"),
+        template or Template(),
         columns=config.columns,
         mask_prompt=config.mask_prompt,
     )
