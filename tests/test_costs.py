@@ -230,7 +230,7 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import manage_freed_memory
 from gpt2.train.config import TrainConfig
 from gpt2.train.optim import build_optimizers
-from gpt2.train.plan import _program_memory
+from gpt2.train.slices import program_memory
 
 cpu = torch.device("cpu")
 block = torch.ones(2**25)
@@ -238,7 +238,7 @@ before = peak_memory(cpu)
 del block
 forgot = reset_peak_memory(cpu) and before - peak_memory(cpu)
 manage_freed_memory(keep=True)
-program = _program_memory(TrainConfig())
+program = program_memory(TrainConfig())
 config = GPTConfig(vocab_size=1024, block_size=256, n_layer=5, n_head=4, n_embd=256)
 setup = Setup(rows=8, length=256, lora=LoRAConfig() if sys.argv[1] == "lora" else None)
 reset_peak_memory(cpu)

@@ -18,13 +18,15 @@ from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import can_compile, compile_blocks, random_state, recompute_blocks
+from gpt2.runtime import can_compile, compile_blocks, random_state, recompute_blocks, seed_step
 from gpt2.tokenizer import get_tokenizer
 from gpt2.train.config import TrainConfig
 from gpt2.train.culprit import Attempt, find_culprit, float32_helps
 from gpt2.train.guard import diagnose, excerpt, replay, write_dump
 from gpt2.train.optim import build_optimizers
+from gpt2.train.parallel import Spread
 from gpt2.train.product import Product
+from gpt2.train.ranks import ALONE
 from gpt2.train.run import Run
 from gpt2.train.trainer import update
 
@@ -208,6 +210,7 @@ def run_of(model: GPT, tmp_path: Path, **values: Any) -> Run:
     data = open_data(config.data, config.tokenizer)
     loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
     optimizers = build_optimizers(model, config)
+    cpu = torch.device("cpu")
     return Run(
         tmp_path / "run",
         config,
@@ -215,9 +218,11 @@ def run_of(model: GPT, tmp_path: Path, **values: Any) -> Run:
         loader,
         model,
         optimizers,
-        torch.device("cpu"),
+        cpu,
         torch.float32,
         Product(model.config, data.tokenizer),
+        ALONE,
+        Spread("none", model, ALONE, cpu),
     )
 
 
@@ -228,8 +233,9 @@ def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bo
     if recompute:
         recompute_blocks(model.transformer.h)
     run = run_of(model, tmp_path)
-    batch = run.loader.batch(3)
-    state, before = random_state(run.device), state_of(model)
+    batch, before, run.step = run.loader.batch(3), state_of(model), 4
+    seed_step(run.config.seed, run.step)
+    state = random_state(run.device)
     loss, norm = update(run, batch, 1e-3)[:2]
     model.load_state_dict(before)
     divisor = float(batch.num_targets)

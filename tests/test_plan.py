@@ -12,7 +12,7 @@ from gpt2.costs import Setup, training_memory
 from gpt2.errors import UserError
 from gpt2.model import OPENAI_SIZES, GPTConfig
 from gpt2.train.config import TrainConfig
-from gpt2.train.plan import Place, largest_batch, model_shape, plan, suggest
+from gpt2.train.plan import Place, fits_whole, largest_batch, model_shape, plan, suggest
 from gpt2.train.recipes import recipe
 
 CPU = torch.device("cpu")
@@ -23,7 +23,10 @@ def test_karpathys_reproduction_on_eight_h100s() -> None:
     assert (made.steps, made.tokens_per_step, made.micro_batch_size) == (19_074, 2**19, 16)
     assert made.parameters == 124_439_808
     assert made.flops_per_token == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 768 * 1024
-    assert made.seconds == pytest.approx(made.flops / (8 * 0.45 * 989.4e12))
+    computing = made.flops_per_step / (8 * 0.45 * 989.4e12)
+    assert made.ways["ddp"].step.compute == pytest.approx(computing, rel=0.02)  # and the update
+    assert made.seconds_per_step == made.ways[made.parallel].step.seconds > made.ways["ddp"].step.compute
+    assert made.seconds == made.seconds_per_step * made.steps
     assert made.cost == pytest.approx(made.seconds / 3600 * 24)
     assert made.fits
     assert not made.measured
@@ -71,6 +74,10 @@ def test_a_batch_found_for_you_fits_and_twice_as_many_rows_would_not(monkeypatch
     assert (
         training_memory(shape, setup).peak <= 0.9 * 2**30 < training_memory(shape, replace(setup, rows=2 * found)).peak
     )
+    monkeypatch.setattr("gpt2.train.plan.available_memory", lambda device: 2**31)
+    beside = replace(setup, buckets=True)  # two ranks on this machine have half of its memory each
+    assert largest_batch(config, shape, CPU, torch.float32, 2) in (found, found // 2)
+    assert training_memory(shape, beside).peak > training_memory(shape, setup).peak
     monkeypatch.setattr("gpt2.train.plan.available_memory", lambda device: 2**20)
     with pytest.raises(UserError, match="not even one row"):
         largest_batch(config, shape, CPU, torch.float32)
@@ -106,6 +113,7 @@ def test_a_plan_for_here_in_json_and_no_file_is_made(
     )
     made = json.loads(capsys.readouterr().out)
     assert set(made) == {
+        *("nodes", "parallel", "network", "ways"),
         *("device", "devices", "measured", "dtype", "compile", "parameters", "trainable", "vocab_size"),
         *("batch_size", "micro_batch_size", "recompute", "flops_per_token", "flops_per_step", "flops"),
         *("memory", "device_memory"),
@@ -113,8 +121,8 @@ def test_a_plan_for_here_in_json_and_no_file_is_made(
         *("tokens_per_second", "matmul_rate", "utilization", "cost"),
     }
     assert set(made["memory"]) == {
-        *("program", "weights", "gradients", "optimizer", "casts", "activations", "logits", "working"),
-        *("allocator", "snapshot", "step", "peak"),
+        *("program", "weights", "gradients", "optimizer", "gathered", "casts", "activations", "logits"),
+        *("working", "allocator", "snapshot", "step", "peak"),
     }
     assert made["measured"]
     assert made["steps"] == 3907  # of 16 * 16 tokens
@@ -152,3 +160,32 @@ def test_what_cannot_be_planned_is_one_line(flags: list[str], line: str) -> None
 @pytest.mark.parametrize(("text", "number"), [("10B", 10**10), ("500M", 5 * 10**8), ("1e9", 10**9), ("2,000", 2000)])
 def test_budgets_as_people_write_them(text: str, number: int) -> None:
     assert _count(text) == number
+
+
+@pytest.mark.parametrize(("share", "micro"), [(8, None), (8, 2), (1, 4)])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_whole_copy_fits_to_the_byte(
+    monkeypatch: pytest.MonkeyPatch, share: int, micro: int | None, ranks: int
+) -> None:
+    shape, config = GPTConfig(vocab_size=101, n_layer=3, n_head=4, n_embd=64), TrainConfig(micro_batch_size=micro)
+    rows = min(share, micro or share)
+    setup = Setup(rows=rows, micro_batches=share // rows, length=1024, buckets=ranks > 1)
+    memory = training_memory(shape, setup)
+    needed = ranks * memory.step + memory.peak - memory.step  # one of them saves
+    for free, fits in ((needed / 0.9 + 2, True), (needed / 0.9 - 2, False)):
+        monkeypatch.setattr("gpt2.train.plan.available_memory", lambda device, free=free: int(free))
+        assert fits_whole(config, shape, CPU, torch.float32, share, ranks) is fits
+
+
+def test_on_a_gpu_of_ones_own_other_ranks_take_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, gpu = OPENAI_SIZES["gpt2"], torch.device("cuda", 0)
+    needed = training_memory(shape, Setup(rows=8, length=1024, dtype=torch.bfloat16, device="cuda", buckets=True)).peak
+    monkeypatch.setattr("gpt2.train.plan.available_memory", lambda device: int(needed / 0.9) + 2)
+    assert fits_whole(TrainConfig(), shape, gpu, torch.bfloat16, 8, 8)
+    assert not fits_whole(TrainConfig(), shape, gpu, torch.bfloat16, 16, 8)
+
+
+def test_ddps_buckets_are_there_from_the_start() -> None:
+    setup = Setup(rows=16, length=1024, dtype=torch.bfloat16, device="cuda")
+    alone = training_memory(OPENAI_SIZES["gpt2"], setup)
+    assert training_memory(OPENAI_SIZES["gpt2"], replace(setup, buckets=True)).step == alone.step + alone.gradients

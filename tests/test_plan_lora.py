@@ -8,13 +8,19 @@ import pytest
 from gpt2.commands.plan import main
 from gpt2.costs import Setup, training_memory
 from gpt2.errors import UserError
+from gpt2.hardware import accelerator
 from gpt2.lora import LoRAConfig
 from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
 from gpt2.tokenizer import get_tokenizer
 from gpt2.train.config import TrainConfig
-from gpt2.train.plan import plan
+from gpt2.train.plan import Plan, plan
 from gpt2.train.recipes import recipe
 from gpt2.weights import save
+
+
+def passes(made: Plan) -> float:
+    """Seconds of a planned step without its update, which takes 40 bytes of memory for each number that learns."""
+    return made.seconds_per_step - 40 * made.trainable / (0.8 * accelerator(made.device).bandwidth)
 
 
 def test_adapters_of_the_largest_gpt2_fit_where_all_of_it_does_not() -> None:
@@ -28,7 +34,7 @@ def test_adapters_of_the_largest_gpt2_fit_where_all_of_it_does_not() -> None:
     assert made.memory.weights == 4 * (made.parameters + made.trainable)  # the base is all there, in float32
     assert made.memory.activations > whole.memory.activations  # A's results are kept too
     assert 2 / 3 < made.flops_per_token / whole.flops_per_token < 0.71  # attention has no weights to freeze
-    assert made.seconds_per_step / whole.seconds_per_step == pytest.approx(made.flops / whole.flops)
+    assert passes(made) / passes(whole) == pytest.approx(made.flops / whole.flops)
 
 
 def test_adapters_of_the_smallest_gpt2_are_learned_in_two_gigabytes() -> None:
@@ -41,7 +47,7 @@ def test_adapters_of_the_smallest_gpt2_are_learned_in_two_gigabytes() -> None:
 def test_computing_again_costs_another_forward_pass() -> None:
     config = replace(recipe("gpt2-124m"), micro_batch_size=8, recompute=True)
     made, once = plan(config, on="h100"), plan(replace(config, recompute=False), on="h100")
-    assert made.seconds_per_step == pytest.approx(4 / 3 * once.seconds_per_step)
+    assert passes(made) == pytest.approx(4 / 3 * passes(once))
     tuned = replace(config, init_from="gpt2", lora_rank=8)
     made, once = plan(tuned, on="h100"), plan(replace(tuned, recompute=False), on="h100")
     assert made.seconds_per_step == pytest.approx(3 / 2 * once.seconds_per_step, rel=0.05)

@@ -78,15 +78,15 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two batches of noise, among batches that are all alike."""
-    plain = Loader.batch
+    plain = Loader.rows
 
-    def batch(self: Loader, step: int) -> Batch:
-        tokens, targets, _ = plain(self, 0)
+    def rows(self: Loader, step: int, start: int, stop: int) -> Batch:
+        tokens, targets, _ = plain(self, 0, start, stop)
         if step in (45, 52):
             targets = torch.randint(128, 256, targets.shape, generator=torch.Generator().manual_seed(step))
         return Batch(tokens, targets)
 
-    monkeypatch.setattr(Loader, "batch", batch)
+    monkeypatch.setattr(Loader, "rows", rows)
     config = replace(tiny, skip_spikes=8.0, save_every=50, lr=1e-3)
     whole = train(config)
     skipped = [line["step"] for line in read_metrics(whole / "metrics.jsonl") if line.get("skipped")]
@@ -145,32 +145,35 @@ def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
     data = open_data(tiny.data, "bytes")
     loader = Loader(data.train, 4, 16, seed=3)
     threads: set[int] = set()
-    plain = loader.batch
+    plain = loader.rows
 
-    def watched(step: int) -> Batch:
+    def watched(step: int, start: int, stop: int) -> Batch:
         threads.add(threading.get_ident())
-        return plain(step)
+        return plain(step, start, stop)
 
-    loader.batch = watched
+    loader.rows = watched
     seen = list(prefetched(loader, 5, 9, torch.device("cpu")))
     assert len(seen) == 4
     for step, batch in enumerate(seen, start=5):
-        assert torch.equal(batch.tokens, plain(step).tokens)
-        assert torch.equal(batch.targets, plain(step).targets)
+        assert torch.equal(batch.tokens, plain(step, 0, 4).tokens)
+        assert torch.equal(batch.targets, plain(step, 0, 4).targets)
+    for part in range(2):
+        shared = list(prefetched(loader, 5, 9, torch.device("cpu"), part=part, parts=2))
+        assert all(torch.equal(one.tokens, all_.tokens[2 * part :][:2]) for one, all_ in zip(shared, seen, strict=True))
     assert threads
     assert threading.get_ident() not in threads
     assert list(prefetched(loader, 5, 5, torch.device("cpu"))) == []
 
 
 def test_an_error_while_reading_ahead_is_the_run_s(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Loader.batch
+    plain = Loader.rows
 
-    def batch(self: Loader, step: int) -> Any:
+    def rows(self: Loader, step: int, start: int, stop: int) -> Any:
         if step == 7:
             raise UserError("train.bin was cut short")
-        return plain(self, step)
+        return plain(self, step, start, stop)
 
-    monkeypatch.setattr(Loader, "batch", batch)
+    monkeypatch.setattr(Loader, "rows", rows)
     with pytest.raises(UserError, match="cut short"):
         train(tiny)
     assert len(read_metrics(Path(tiny.out_dir) / "tiny" / "metrics.jsonl")) == 7

@@ -21,7 +21,9 @@ from gpt2.loss import IGNORE
 from gpt2.model import GPT, GPTConfig
 from gpt2.train.config import TrainConfig, read_toml, resumed
 from gpt2.train.optim import build_optimizers, learning_rate
+from gpt2.train.parallel import Spread
 from gpt2.train.product import Product
+from gpt2.train.ranks import ALONE
 from gpt2.train.report import read_metrics
 from gpt2.train.run import Run
 from gpt2.train.trainer import train, update, validate
@@ -41,6 +43,8 @@ def ready_run(config: TrainConfig, model: GPT) -> Run:
         cpu,
         torch.float32,
         Product(model.config, data.tokenizer),
+        ALONE,
+        Spread("none", model, ALONE, cpu),
     )
 
 

@@ -81,7 +81,7 @@ def exit_after(program: Callable[[], int | None]) -> NoReturn:
             sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except MemoryError:
         _fail(NO_MEMORY)
     except RuntimeError as error:  # which is how torch tells of it
@@ -98,12 +98,12 @@ def exit_after(program: Callable[[], int | None]) -> NoReturn:
         _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
 
 
-def _fail(message: str) -> NoReturn:
-    """Say it in one line, with nothing in it that a terminal could obey, and exit with code 2."""
+def _fail(message: str, code: int = 2) -> NoReturn:
+    """Say it, if there is anything to say, in one line with nothing in it that a terminal could obey, and exit."""
     line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in message)
-    if sys.stderr is not None:
+    if line and sys.stderr is not None:
         print(f"gpt2: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _let_go_of_output() -> None:

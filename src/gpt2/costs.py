@@ -8,6 +8,7 @@ Shapes in the comments: x = rows * length positions, C = n_embd, I = width of th
 
 import platform
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ def num_parameters(config: GPTConfig) -> int:
     """How many numbers are learned, as `GPT(config).num_parameters()` counts them: the tied head once."""
     C, V, inner = config.n_embd, config.vocab_size, config.n_inner or 4 * config.n_embd
     biases_and_norms = (3 * C + C) + (inner + C) + 4 * C
-    block = _block_matrices(config) + biases_and_norms
+    block = _matrix_weights(config) + biases_and_norms
     head = 0 if config.tie_word_embeddings else V * C
     return V * C + config.block_size * C + config.n_layer * block + 2 * C + head
 
@@ -46,19 +47,19 @@ def num_trainable(config: GPTConfig, lora: LoRAConfig | None = None, freeze: int
     return num_parameters(config) - embeddings - freeze * block
 
 
-def _matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
+def block_matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
     """The matrices of a block, (out, in), by name."""
     C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     return {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (inner, C), "mlp.c_proj": (C, inner)}
 
 
-def _block_matrices(config: GPTConfig) -> int:
-    return sum(rows * columns for rows, columns in _matrices(config).values())
+def _matrix_weights(config: GPTConfig) -> int:
+    return sum(rows * columns for rows, columns in block_matrices(config).values())
 
 
 def _adapted(config: GPTConfig, lora: LoRAConfig) -> dict[str, tuple[int, int]]:
     """The matrices of all blocks that have an adapter, (out, in), by name."""
-    block = _matrices(config).items()
+    block = block_matrices(config).items()
     shapes = {f"transformer.h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block}
     return {name: shapes[name] for name in adapted_names(shapes, lora)}
 
@@ -76,7 +77,7 @@ def flops_per_token(
     A frozen weight counts 4, as it has no gradient, a tied head among them; in a block below all that learns, 2, and
     attention a third. With adapters the gradients still go through all blocks, but for the first one's c_attn.
     """
-    block, head = _block_matrices(config), config.vocab_size * config.n_embd
+    block, head = _matrix_weights(config), config.vocab_size * config.n_embd
     attention = 4 * config.n_embd * length
     forward = 2 * (config.n_layer * block + head) + config.n_layer * attention
     if lora is not None:
@@ -106,6 +107,8 @@ class Setup:
     saves_midway: bool = True  # do steps go on while a checkpoint is written?
     lora: LoRAConfig | None = None  # what learns in place of the model
     freeze: int = 0  # first blocks that do not learn, nor then the embeddings
+    buckets: bool = False  # are gradients kept where DDP sends them from, all of them from the start?
+    shards: int = 1  # how many devices divide weights, gradients and optimizer among them (FSDP)
 
     @property
     def width(self) -> int:
@@ -123,7 +126,9 @@ class Memory:
     """Bytes on the device while training, by part, each at its largest; they are not all so at once.
 
     program:     Python, torch and their libraries (on a CPU; a GPU's context is not counted, as torch does not).
-    weights, gradients, optimizer: of the parameters, in float32; the latter two of those that learn.
+    weights, gradients, optimizer: of the parameters, in float32; the latter two of those that learn. With FSDP a share.
+    gathered:    with FSDP what a device borrows of the others: the parameters outside of the blocks, two blocks, and
+                 gradients that are not divided yet.
     casts:       the matrices' copies in autocast's dtype.
     activations: what the forward pass keeps for the backward pass.
     logits:      the head and the loss: a chunk of logits, the head's cast and its gradient.
@@ -139,6 +144,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    gathered: int
     casts: int
     activations: int
     logits: int
@@ -156,8 +162,7 @@ class Memory:
 def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory:
     """The memory of training steps, by part and at its peak: the largest of four moments.
 
-    They are: the loss, with all activations there; the backward pass of the last block; the end of the backward pass,
-    with all gradients there; the optimizer's step.
+    They are the loss, with all activations, the last block's backward pass, the end of it all, and the update.
     """
     learned, half = num_trainable(config, setup.lora, setup.freeze), setup.dtype != torch.float32
     x, C, e = setup.rows * setup.length, config.n_embd, setup.width
@@ -165,30 +170,33 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
     weights, gradients = FLOAT * (num_parameters(config) + adapters), FLOAT * learned
     optimizer = optimizer_bytes(config, setup.optimizer, setup.lora, setup.freeze)
     layers = config.n_layer - setup.freeze  # that keep anything
-    casts = e * (layers * _block_matrices(config) + adapters) if half else 0
+    casts = e * (layers * _matrix_weights(config) + adapters) if half else 0
     block = block_activations(config, setup)
     stream = FLOAT * x * C  # one state of the residual stream
     kept = stream if setup.recompute else sum(block.values())
     outside = 2 * stream + 16 * x + 8 * x  # what ln_f reads and gives, its statistics, the tokens with their targets
     activations = layers * kept + outside
     logits, from_loss = _loss_bytes(config, setup)
-    again = sum(block.values()) - stream if setup.recompute else 0  # the block whose backward pass it is
-    working = again + 2 * stream + _working_bytes(config, setup)  # and the gradients inside it
+    again = sum(block.values()) - stream if setup.recompute else 0  # of the block whose backward pass it is
+    working = again + 2 * stream + _working_bytes(config, setup)
     if setup.device != "cpu":
         working += from_loss  # multiplied by what came from above, which on a CPU is known to be one
     embedding = FLOAT * config.vocab_size * C if setup.embeds else 0
-    gathered = gradients if setup.micro_batches > 1 else 0  # from the micro-batches before
-    always = weights + optimizer
+    before = gradients if setup.micro_batches > 1 or setup.buckets else 0  # of other micro-batches; whole with FSDP too
+    own_weights, own_gradients, own_optimizer = (-(-size // setup.shards) for size in (weights, gradients, optimizer))
+    borrowed = _borrowed(config, setup)
+    always = own_weights + own_optimizer + borrowed.root
     one_cast = casts // config.n_layer if setup.recompute else casts
     moments = (
-        always + gathered + (casts if setup.lora is None else one_cast) + activations + logits,
-        always + gathered + one_cast + activations + working + from_loss,
-        always + gradients + (2 if setup.micro_batches > 1 else 1) * embedding,
-        always + gradients + _update_bytes(config, setup),
+        always + before + borrowed.block + (casts if setup.lora is None else one_cast) + activations + logits,
+        always + before + borrowed.backward + one_cast + activations + working + from_loss,
+        always + max(own_gradients, before) + borrowed.end + (2 if setup.micro_batches > 1 else 1) * embedding,
+        always + own_gradients + _update_bytes(config, setup),
     )
     allocator = 0
     if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.recompute:
-        allocator = int(HEAP_WASTE * (activations + gradients + logits + working))  # see runtime.manage_freed_memory
+        coming_and_going = activations + own_gradients + borrowed.backward + logits + working
+        allocator = int(HEAP_WASTE * coming_and_going)  # see runtime.manage_freed_memory
     step = program + max(moments) + allocator
     copies, read_back = (weights if setup.lora is None else gradients) + optimizer, optimizer  # see `train.checkpoint`
     peak = step
@@ -198,9 +206,10 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
         peak = max(step + copies + read_back, at_the_end) if setup.saves_midway else at_the_end
     return Memory(
         program=program if setup.device == "cpu" else 0,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
+        weights=own_weights,
+        gradients=own_gradients,
+        optimizer=own_optimizer,
+        gathered=borrowed.root + max(borrowed.block, borrowed.backward, borrowed.end),
         casts=casts,
         activations=activations,
         logits=logits,
@@ -210,6 +219,39 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
         step=step,
         peak=peak,
     )
+
+
+class _Borrowed(NamedTuple):
+    """Bytes that FSDP has on a device besides its shards; nothing where nothing is divided.
+
+    root:     the parameters outside of the blocks: gathered once a pass, and kept to the end of it.
+    block:    one block's parameters, and those of the next, on their way.
+    backward: the same, with one block's gradients, and those of the one before in the buffer that sends them.
+    end:      the root's gradients in that buffer.
+    """
+
+    root: int = 0
+    block: int = 0
+    backward: int = 0
+    end: int = 0
+
+
+def _borrowed(config: GPTConfig, setup: Setup) -> _Borrowed:
+    if setup.shards == 1:
+        return _Borrowed()
+    block = FLOAT * sum(block_tensors(config))
+    root = FLOAT * num_parameters(config) - config.n_layer * block
+    adapters = FLOAT * num_trainable(config, setup.lora) // config.n_layer if setup.lora is not None else 0
+    learning = block if setup.lora is None else adapters
+    at_once = 2 * (block + adapters)
+    return _Borrowed(root, at_once, at_once + 2 * learning, root if setup.embeds else 0)
+
+
+def block_tensors(config: GPTConfig) -> list[int]:
+    """How many numbers each tensor of a block has, in the order of its parameters."""
+    C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
+    norm, attention = [C, C], [3 * C * C, 3 * C, C * C, C]
+    return [*norm, *attention, *norm, inner * C, inner, C * inner, C]
 
 
 def _working_bytes(config: GPTConfig, setup: Setup) -> int:
@@ -224,7 +266,7 @@ def optimizer_bytes(config: GPTConfig, optimizer: str, lora: LoRAConfig | None =
     learned = num_trainable(config, lora, freeze)
     if optimizer == "sgd":
         return FLOAT * learned
-    of_muon = (config.n_layer - freeze) * _block_matrices(config) if lora is None else learned
+    of_muon = (config.n_layer - freeze) * _matrix_weights(config) if lora is None else learned
     return 2 * FLOAT * learned - (FLOAT * of_muon if optimizer == "muon" else 0)
 
 
@@ -264,7 +306,7 @@ def _beside_adapters(kept: dict[str, int], config: GPTConfig, setup: Setup, lora
             if lora.dropout:
                 narrow = read == "gelu" or (read == "attention" and config.attention == "plain")
                 mask = 1 if setup.device == "cuda" else e if narrow else FLOAT
-                kept[f"{name}.lora_dropout"] = mask * x * _matrices(config)[name][1]
+                kept[f"{name}.lora_dropout"] = mask * x * block_matrices(config)[name][1]
         elif read == "attention" and "logsumexp" in kept:
             kept.pop("to_bfloat16", None)  # fused attention needs its result itself
         else:

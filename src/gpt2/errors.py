@@ -8,8 +8,20 @@ class UserError(Exception):
     """Something the user can mend: a wrong name, a broken file, a machine without what was asked for.
 
     The message is one line that names the thing and, where there is one, the mend.
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2
+
+
+class ToldElsewhere(UserError):
+    """A UserError that another rank of the run tells of: this one ends without a word."""
+
+
+class LostRanks(UserError):
+    """The other ranks of the run are gone, or hang: the run can go on from its last checkpoint."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, "try again"
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -26,6 +26,8 @@ class Accelerator:
     bf16, tf32, fp32: FLOP/s of matrix products (accumulated in float32); where a GPU has no bfloat16 or no TF32,
     `bf16` is its float16 rate and `tf32` its float32 rate.
     bandwidth: bytes/s of its memory. memory: bytes that a program can have, as torch reports them.
+    link: bytes/s, each way, to the other GPUs of its machine. network: bytes/s, each way, of the network card that such
+    a GPU usually has to itself; 0 where all GPUs of a machine share one.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Accelerator:
     fp32: float
     bandwidth: float
     memory: int
+    link: float
+    network: float
     bfloat16: bool = True  # has it bfloat16 in hardware?
 
     def flops(self, dtype: torch.dtype, matmul_precision: str = "high") -> float:
@@ -42,46 +46,69 @@ class Accelerator:
             return self.bf16
         return self.fp32 if matmul_precision == "highest" else self.tf32
 
+    def host_network(self, gpus: int) -> float:
+        """Bytes/s, each way, that a machine with so many of these usually has to other machines."""
+        return gpus * self.network or SHARED_NETWORK
+
+
+# GB/s each way. Sources: NVIDIA's whitepapers of V100, A100, H100 and Blackwell (half of what they give for both ways
+# together), AMD's of CDNA 3 (seven links of 64), PCI Express of 16 lanes. Bridges between PCIe cards are not counted.
+NVLINK_2, NVLINK_3, NVLINK_4, NVLINK_5, INFINITY_FABRIC = 150, 300, 450, 900, 448
+PCIE_3, PCIE_4, PCIE_5 = 16, 32, 64
+# A GPU's part of the network in the makers' own machines of eight (DGX-1 with V100: four cards of 100 Gbit/s; DGX A100:
+# eight of 200; DGX H100, DGX B200 and MI300X platforms: eight of 400). Machines with PCIe cards share one of 100.
+GBIT_400, GBIT_200, GBIT_50 = 50, 25, 6.25
+SHARED_NETWORK = 12.5e9
+
 
 def _gpu(
-    name: str, bf16: float, tf32: float, fp32: float, bandwidth: float, memory: float, *, bfloat16: bool = True
+    name: str,
+    bf16: float,
+    tf32: float,
+    fp32: float,
+    bandwidth: float,
+    memory: float,
+    link: float,
+    network: float = 0.0,
+    *,
+    bfloat16: bool = True,
 ) -> Accelerator:
     """From TFLOP/s, GB/s and GiB."""
     rates = (bf16 * 1e12, tf32 * 1e12, fp32 * 1e12)
-    return Accelerator(name, *rates, bandwidth * 1e9, int(memory * GiB), bfloat16)
+    return Accelerator(name, *rates, bandwidth * 1e9, int(memory * GiB), link * 1e9, network * 1e9, bfloat16)
 
 
 # Sources: NVIDIA's datasheets of each board and the whitepapers of GA102, AD102 and GB202 (GeForce: tensor cores with
 # float32 accumulation), AMD's datasheets of the Instinct series. Where a sheet gives rates "with sparsity", half of it.
 KNOWN: dict[str, Accelerator] = {
-    "b200": _gpu("NVIDIA B200", 2250, 1100, 75, 7700, 178.3),
-    "gh200": _gpu("NVIDIA GH200", 989.4, 494.7, 66.9, 4000, 94.5),
-    "h200-nvl": _gpu("NVIDIA H200 NVL", 835.5, 417.5, 60, 4800, 139.8),
-    "h200": _gpu("NVIDIA H200", 989.4, 494.7, 66.9, 4800, 139.8),
-    "h100-pcie": _gpu("NVIDIA H100 PCIe", 756, 378, 51, 2000, 79.2),
-    "h100-nvl": _gpu("NVIDIA H100 NVL", 835.5, 417.5, 60, 3900, 93.1),
-    "h100": _gpu("NVIDIA H100 SXM", 989.4, 494.7, 66.9, 3350, 79.2),
-    "a100-40gb": _gpu("NVIDIA A100 40GB", 312, 156, 19.5, 1555, 39.4),
-    "a100-pcie": _gpu("NVIDIA A100 80GB PCIe", 312, 156, 19.5, 1935, 79.2),
-    "a100": _gpu("NVIDIA A100 80GB SXM", 312, 156, 19.5, 2039, 79.2),
-    "a30": _gpu("NVIDIA A30", 165, 82, 10.3, 933, 23.5),
-    "a40": _gpu("NVIDIA A40", 149.7, 74.8, 37.4, 696, 44.4),
-    "a10g": _gpu("NVIDIA A10G", 70, 35, 31.5, 600, 22.1),
-    "a10": _gpu("NVIDIA A10", 125, 62.5, 31.2, 600, 22.1),
-    "a6000": _gpu("NVIDIA RTX A6000", 154.8, 77.4, 38.7, 768, 47.5),
-    "6000-ada": _gpu("NVIDIA RTX 6000 Ada", 364.2, 182.1, 91.1, 960, 47.4),
-    "l40s": _gpu("NVIDIA L40S", 362.05, 183, 91.6, 864, 44.4),
-    "l40": _gpu("NVIDIA L40", 181.05, 90.5, 90.5, 864, 44.4),
-    "l4": _gpu("NVIDIA L4", 121, 60, 30.3, 300, 22.0),
-    "v100-32gb": _gpu("NVIDIA V100 32GB", 125, 15.7, 15.7, 900, 31.7, bfloat16=False),
-    "v100": _gpu("NVIDIA V100 16GB", 125, 15.7, 15.7, 900, 15.8, bfloat16=False),
-    "t4": _gpu("NVIDIA T4", 65, 8.1, 8.1, 320, 14.6, bfloat16=False),
-    "5090": _gpu("NVIDIA RTX 5090", 209.5, 104.8, 104.8, 1792, 31.4),
-    "4090": _gpu("NVIDIA RTX 4090", 165.2, 82.6, 82.6, 1008, 23.6),
-    "4080": _gpu("NVIDIA RTX 4080", 97.5, 48.7, 48.7, 717, 15.7),
-    "3090": _gpu("NVIDIA RTX 3090", 71, 35.6, 35.6, 936, 23.7),
-    "mi325x": _gpu("AMD Instinct MI325X", 1307.4, 653.7, 163.4, 6000, 255.9),
-    "mi300x": _gpu("AMD Instinct MI300X", 1307.4, 653.7, 163.4, 5300, 191.9),
+    "b200": _gpu("NVIDIA B200", 2250, 1100, 75, 7700, 178.3, NVLINK_5, GBIT_400),
+    "gh200": _gpu("NVIDIA GH200", 989.4, 494.7, 66.9, 4000, 94.5, NVLINK_4, GBIT_400),
+    "h200-nvl": _gpu("NVIDIA H200 NVL", 835.5, 417.5, 60, 4800, 139.8, PCIE_5),
+    "h200": _gpu("NVIDIA H200", 989.4, 494.7, 66.9, 4800, 139.8, NVLINK_4, GBIT_400),
+    "h100-pcie": _gpu("NVIDIA H100 PCIe", 756, 378, 51, 2000, 79.2, PCIE_5),
+    "h100-nvl": _gpu("NVIDIA H100 NVL", 835.5, 417.5, 60, 3900, 93.1, PCIE_5),
+    "h100": _gpu("NVIDIA H100 SXM", 989.4, 494.7, 66.9, 3350, 79.2, NVLINK_4, GBIT_400),
+    "a100-40gb": _gpu("NVIDIA A100 40GB", 312, 156, 19.5, 1555, 39.4, NVLINK_3, GBIT_200),
+    "a100-pcie": _gpu("NVIDIA A100 80GB PCIe", 312, 156, 19.5, 1935, 79.2, PCIE_4),
+    "a100": _gpu("NVIDIA A100 80GB SXM", 312, 156, 19.5, 2039, 79.2, NVLINK_3, GBIT_200),
+    "a30": _gpu("NVIDIA A30", 165, 82, 10.3, 933, 23.5, PCIE_4),
+    "a40": _gpu("NVIDIA A40", 149.7, 74.8, 37.4, 696, 44.4, PCIE_4),
+    "a10g": _gpu("NVIDIA A10G", 70, 35, 31.5, 600, 22.1, PCIE_4),
+    "a10": _gpu("NVIDIA A10", 125, 62.5, 31.2, 600, 22.1, PCIE_4),
+    "a6000": _gpu("NVIDIA RTX A6000", 154.8, 77.4, 38.7, 768, 47.5, PCIE_4),
+    "6000-ada": _gpu("NVIDIA RTX 6000 Ada", 364.2, 182.1, 91.1, 960, 47.4, PCIE_4),
+    "l40s": _gpu("NVIDIA L40S", 362.05, 183, 91.6, 864, 44.4, PCIE_4),
+    "l40": _gpu("NVIDIA L40", 181.05, 90.5, 90.5, 864, 44.4, PCIE_4),
+    "l4": _gpu("NVIDIA L4", 121, 60, 30.3, 300, 22.0, PCIE_4),
+    "v100-32gb": _gpu("NVIDIA V100 32GB", 125, 15.7, 15.7, 900, 31.7, NVLINK_2, GBIT_50, bfloat16=False),
+    "v100": _gpu("NVIDIA V100 16GB", 125, 15.7, 15.7, 900, 15.8, NVLINK_2, GBIT_50, bfloat16=False),
+    "t4": _gpu("NVIDIA T4", 65, 8.1, 8.1, 320, 14.6, PCIE_3, bfloat16=False),
+    "5090": _gpu("NVIDIA RTX 5090", 209.5, 104.8, 104.8, 1792, 31.4, PCIE_5),
+    "4090": _gpu("NVIDIA RTX 4090", 165.2, 82.6, 82.6, 1008, 23.6, PCIE_4),
+    "4080": _gpu("NVIDIA RTX 4080", 97.5, 48.7, 48.7, 717, 15.7, PCIE_4),
+    "3090": _gpu("NVIDIA RTX 3090", 71, 35.6, 35.6, 936, 23.7, PCIE_4),
+    "mi325x": _gpu("AMD Instinct MI325X", 1307.4, 653.7, 163.4, 6000, 255.9, INFINITY_FABRIC, GBIT_400),
+    "mi300x": _gpu("AMD Instinct MI300X", 1307.4, 653.7, 163.4, 5300, 191.9, INFINITY_FABRIC, GBIT_400),
 }
 OTHER_CHIPS = {"laptop", "mobile", "mig", "d", "ti", "super", "max"}  # words after which a name means another chip
 

@@ -10,6 +10,7 @@ import shutil
 import time
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -143,6 +144,11 @@ def seed_everything(seed: int) -> None:
     if not -(2**63) <= seed < 2**64:
         raise UserError(f"the seed must lie between -2**63 and 2**64, and {seed} does not")
     torch.manual_seed(seed)
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch's global random state for one step of a run on one rank: what is drawn in it follows from these."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,15 +1,17 @@
 """gpt2 finetune MODEL --data SOURCE [--lora-rank 8] [--flags]"""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.train import add_training_flags, sampler_of, training_config
+from gpt2.commands.train import add_training_flags, agreed_config, sampler_of, training_config
 from gpt2.errors import UserError
 from gpt2.train.comparison import compare
-from gpt2.train.config import TrainConfig, read_toml, to_toml
+from gpt2.train.config import read_toml, to_toml, with_values
+from gpt2.train.ranks import joined
 from gpt2.train.recipes import RECIPES
-from gpt2.train.trainer import Interrupted, train
+from gpt2.train.trainer import Interrupted, Sampler, train
 
 LORA_LR = 5e-4  # adapters begin as nothing, and bear ten times what the weights do
 NOT_OURS = ("init_from", "n_layer", "n_head", "n_embd")  # the model says
@@ -26,28 +28,40 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a run folder, or a hub name")
     parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
     add_training_flags(parser, RECIPES["finetune"], without=NOT_OURS, quiet=())
-    given = vars(parser.parse_args(argv))
-    print_only = given.pop("print_config")
-    config = tuning_config(given.pop("model"), given).check()
-    if print_only:
-        print(to_toml(config), end="")
-        return 0
-    sampler = sampler_of(config)
-    try:
-        folder = train(config, sampler)
-    except Interrupted as stop:
-        print(f"gpt2: {str(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)
-        return stop.exit_code
+    with joined() as ranks:
+        with ranks.together():
+            given = vars(parser.parse_args(argv))
+            print_only = given.pop("print_config")
+            given = tuning_flags(given.pop("model"), given)
+            asked = with_values(RECIPES["finetune"], given, "the command line")
+        config = agreed_config(ranks, asked, lambda: training_config("finetune", given))
+        if print_only:
+            print(to_toml(config), end="")
+            return 0
+        sampler = sampler_of(config)
+        try:
+            folder = train(config, sampler, ranks)
+        except Interrupted as stop:
+            if ranks.main:
+                print(f"gpt2: {str(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)
+            return stop.exit_code
+        with ranks.together():
+            if ranks.main:
+                _tell(folder, sampler)
+    return 0
+
+
+def _tell(folder: Path, sampler: Sampler) -> None:
+    """What a run that is over has changed, in its report and on standard error; and where it is."""
     told = compare(read_toml(folder / "config.toml"), folder, sampler).markdown()
     with (folder / "report.md").open("a", encoding="utf-8") as report:
         report.write(f"\n{told}")
     print(told, file=sys.stderr)
     print(folder)
-    return 0
 
 
-def tuning_config(model: str | None, given: dict[str, Any]) -> TrainConfig:
-    """What `gpt2 finetune` should do: the recipe's values under the flags given, or a resumed run's."""
+def tuning_flags(model: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What the flags of `gpt2 finetune` come to, over its recipe's values or a resumed run's."""
     if given.get("resume", "never") in ("never", "auto"):
         if model is None:
             raise UserError("gpt2 finetune needs a MODEL to begin with: a model folder, a run folder, or a hub name")
@@ -60,4 +74,4 @@ def tuning_config(model: str | None, given: dict[str, Any]) -> TrainConfig:
             raise UserError("gpt2 finetune needs --data SOURCE: text, or rows of prompts and answers")
     elif model is not None:
         raise UserError("--resume goes on with a run's own model: leave MODEL out")
-    return training_config("finetune", given)
+    return given

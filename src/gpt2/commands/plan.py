@@ -1,4 +1,4 @@
-"""gpt2 plan [RECIPE|FILE.toml] [--flags of train] [--on DEVICE] [--gpus N] [--tokens 10B] [--price-per-hour 24]"""
+"""gpt2 plan [RECIPE|FILE.toml] [--flags of train] [--on DEVICE] [--nodes N] [--gpus M] [--tokens 10B] ..."""
 
 import argparse
 import json
@@ -29,18 +29,20 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
     parser.flag("on", default="here", metavar="DEVICE", help="here (measured), or a GPU by name (estimated) [here]")
-    parser.flag("gpus", type=_count, default=1, metavar="N", help="how many share the batch [1]")
+    parser.flag("gpus", type=_count, default=1, metavar="N", help="how many, in each machine, share the batch [1]")
+    parser.flag("nodes", type=_count, default=1, metavar="N", help="machines [1]")
+    parser.flag(
+        "network", type=_gbit, metavar="GBIT", help="Gbit/s of each machine to the others; by default what is usual"
+    )
     parser.flag("tokens", type=_count, metavar="N", help="a budget such as 500M or 10B; by default that of --max-steps")
     parser.flag("price-per-hour", type=_price, metavar="PRICE", help="of the whole machine, in any currency")
     parser.flag("json", action="store_true", help="print the plan as JSON")
     add_training_flags(parser, quiet=())
     given = vars(parser.parse_args(argv))
-    asked = {name: given.pop(name) for name in ("recipe", "on", "gpus", "tokens", "price_per_hour", "json")}
-    config = _config(asked["recipe"], given)
-    made = plan(
-        config, on=asked["on"], devices=asked["gpus"], tokens=asked["tokens"], price_per_hour=asked["price_per_hour"]
-    )
-    if asked["json"]:
+    recipe, as_json = given.pop("recipe"), given.pop("json")
+    asked = {name: given.pop(name) for name in ("on", "nodes", "network", "tokens", "price_per_hour")}
+    made = plan(devices=given.pop("gpus"), config=_config(recipe, given), **asked)
+    if as_json:
         print(json.dumps(made.as_dict(), indent=2))
     else:
         show(made, Console())
@@ -66,6 +68,17 @@ def _count(text: str) -> int:
     return number
 
 
+def _gbit(text: str) -> float:
+    """Gbit/s as bytes/s."""
+    try:
+        gbit = float(text)
+    except ValueError:
+        gbit = 0.0
+    if not 0 < gbit < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no speed over 0, such as 100 for 100 Gbit/s")
+    return gbit * 1e9 / 8
+
+
 def _price(text: str) -> float:
     try:
         price = float(text)
@@ -82,7 +95,10 @@ def show(made: Plan, console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    for title, rows in (("Model", _model_rows(made)), ("Memory", _memory_rows(made)), ("Time", _time_rows(made))):
+    sections = [("Model", _model_rows(made)), ("Memory", _memory_rows(made)), ("Time", _time_rows(made))]
+    if made.ways:
+        sections.append((f"Parallel: {made.parallel}", _parallel_rows(made)))
+    for title, rows in sections:
         table.add_row(f"[bold]{title}[/bold]", "", "")
         for name, value, remark in rows:
             table.add_row(f"  {name}", value, remark)
@@ -112,6 +128,7 @@ REMARKS = {
     "weights": "float32",
     "gradients": "float32, of what learns",
     "optimizer": "what it remembers of each parameter that learns",
+    "gathered": "of the other devices' shards, for a while",
     "casts": "the matrices in the dtype of the products",
     "activations": "what the backward pass needs",
     "logits": "a chunk of them, and the head's gradient",
@@ -144,8 +161,8 @@ def _time_rows(made: Plan) -> list[tuple[str, str, str]]:
     else:
         source = f"an estimate: {ASSUMED_MFU:.0%} of the datasheet's rate is assumed"
         of_rate = f"of the datasheet's {made.matmul_rate / 1e12:.4g} TFLOP/s{' each' if made.devices > 1 else ''}"
-    if made.devices > 1 and made.measured:
-        source += "; the devices' talk is not counted"
+    if made.ways:
+        source += f"; with {made.parallel}, see below"
     compiled = ", compiled" if made.compile else ""
     rows = [
         ("per step", _seconds(made.seconds_per_step), source),
@@ -155,6 +172,25 @@ def _time_rows(made: Plan) -> list[tuple[str, str, str]]:
     ]
     if made.cost is not None:
         rows.append(("cost", f"{made.cost:,.2f}", "at the price given for the whole machine"))
+    return rows
+
+
+def _parallel_rows(made: Plan) -> list[tuple[str, str, str]]:
+    """What each of the two ways takes; in bytes of one device."""
+    rows = []
+    for name, way in made.ways.items():
+        step, sent = way.step, [f"{byte_size(way.step.sent_inside)} inside its machine"] if way.step.sent_inside else []
+        if step.sent_between:
+            sent.append(f"{byte_size(step.sent_between)} to others")
+        share = f"{way.memory.peak / made.device_memory:.0%} of the device's"
+        rows += [
+            (f"{name}: memory", byte_size(way.memory.peak), share if way.fits else f"{share}: does not fit"),
+            (f"{name}: a step", _seconds(step.seconds), f"{step.efficiency:.0%} of it computing"),
+            (f"{name}: sending", _seconds(step.communication), f"{_seconds(step.exposed)} not hidden behind computing"),
+            (f"{name}: sent", byte_size(step.sent_inside + step.sent_between), ", ".join(sent)),
+        ]
+    if made.nodes > 1:
+        rows.append(("network", f"{made.network * 8 / 1e9:,.4g} Gbit/s", "of each machine (--network)"))
     return rows
 
 

@@ -3,10 +3,13 @@
 import argparse
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
+
+import gpt2
 from gpt2.cli import Parser
 from gpt2.data.prepare import named_shards
 from gpt2.errors import UserError
@@ -16,6 +19,7 @@ from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.config import TUNING, TrainConfig, resumed, run_name, to_toml, with_values
 from gpt2.train.guard import replay
+from gpt2.train.ranks import Ranks, joined, restarts
 from gpt2.train.recipes import RECIPES, recipe
 from gpt2.train.trainer import Interrupted, Sampler, train
 
@@ -31,25 +35,46 @@ def main(argv: list[str]) -> int:
     parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
     parser.flag("replay", metavar="DUMP", help="compute a step of RUN/dumps/ again: what went bad first?")
     add_training_flags(parser)
-    given = vars(parser.parse_args(argv))
-    if (dump := given.pop("replay")) is not None:
-        print(replay(path_of(dump)))
-        return 0
-    base, print_only = given.pop("recipe"), given.pop("print_config")
-    config = training_config(base, given).check()
-    if print_only:
-        if "name" not in given and recipe(base).name is None:  # one was only made up for a run that begins now
-            config = replace(config, name=None)
-        print(to_toml(config), end="")
-        return 0
-
-    try:
-        folder = train(config, sampler_of(config))
-    except Interrupted as stop:
-        print(f"gpt2: {stop}", file=sys.stderr)
-        return stop.exit_code
-    print(folder)
+    with joined() as ranks:
+        with ranks.together():
+            given = vars(parser.parse_args(argv))
+            dump, base, print_only = (given.pop(name) for name in ("replay", "recipe", "print_config"))
+            asked = with_values(recipe(base), given, "the command line")
+        if dump is not None:
+            print(replay(path_of(dump)))
+            return 0
+        config = agreed_config(ranks, asked, lambda: training_config(base, given))
+        if print_only:
+            if asked.name is None:  # one was only made up for a run that begins now
+                config = replace(config, name=None)
+            print(to_toml(config), end="")
+            return 0
+        try:
+            folder = train(config, sampler_of(config), ranks)
+        except Interrupted as stop:
+            if ranks.main:
+                print(f"gpt2: {stop}", file=sys.stderr)
+            return stop.exit_code
+        if ranks.main:
+            print(folder)
     return 0
+
+
+def agreed_config(ranks: Ranks, asked: TrainConfig, make: Callable[[], TrainConfig]) -> TrainConfig:
+    """What rank 0 makes of what all were asked, once it is the same: it alone looks at the run folders.
+
+    Raises UserError where ranks were asked different things, and for a run that torchrun could not start anew.
+    """
+    versions = {"torch": torch.__version__, "gpt2": gpt2.__version__}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()}
+    ranks.same(versions | flags, "start every rank with the same command")
+
+    def make_and_check() -> TrainConfig:
+        if restarts() and asked.resume == "never":
+            raise UserError("torchrun --max-restarts starts the run again: give --resume auto, so that it goes on")
+        return make().check()
+
+    return ranks.first(make_and_check)
 
 
 def sampler_of(config: TrainConfig) -> Sampler:

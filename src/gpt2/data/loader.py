@@ -40,6 +40,10 @@ class Batch(NamedTuple):
         """Micro-batches of `rows` rows each."""
         return [self._with(lambda tensor, i=i: tensor[i : i + rows]) for i in range(0, len(self.tokens), rows)]
 
+    def blank(self) -> "Batch":
+        """A batch of the same shape, of which nothing is to be learned."""
+        return self._replace(targets=torch.full_like(self.targets, IGNORE))
+
     @property
     def num_targets(self) -> int:
         """How many targets count."""
@@ -51,7 +55,9 @@ class Batch(NamedTuple):
 
 
 class Batches(Protocol):
-    """Batches by step: of each step, counted from 0, always the same one."""
+    """Batches by step: of each step, counted from 0, always the same one, of `batch_size` rows."""
+
+    batch_size: int
 
     @property
     def windows_per_epoch(self) -> int:
@@ -59,6 +65,10 @@ class Batches(Protocol):
         ...
 
     def batch(self, step: int) -> Batch: ...
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of `batch(step)`, without reading the others."""
+        ...
 
 
 class Tokens(Protocol):
@@ -160,14 +170,18 @@ def evaluation_batches(
         yield _batch(inputs, targets, begin)
 
 
-def prefetched(loader: Batches, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
+def prefetched(
+    loader: Batches, start: int, stop: int, device: torch.device, *, part: int = 0, parts: int = 1
+) -> Iterator[Batch]:
     """The batches of steps [start, stop), each read by a thread while the device still works on the one before.
 
-    On the CPU; for a GPU in page-locked memory, from where they go fast.
+    On the CPU; for a GPU in page-locked memory, from where they go fast. Of each batch it is the rows that fall to
+    `part` when all are shared by as many `parts`, which divide them.
     """
+    share = loader.batch_size // parts
 
     def read(step: int) -> Batch:
-        batch = loader.batch(step)
+        batch = loader.rows(step, part * share, (part + 1) * share)
         return batch.pinned() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:

@@ -1,11 +1,12 @@
 """A checkpoint is whole or it is not there.
 
 `step-N/` holds `model/` (a model folder like any other: `gpt2 sample RUN/checkpoints/step-N` works) or, where adapters
-are learned, `adapter/` in PEFT's form; the optimizer's state and the random state in safetensors; and `state.json`,
-which is written last and knows every file's checksum.
+are learned, `adapter/` in PEFT's form; the optimizer's state in safetensors; and `state.json`, which is written last
+and knows every file's checksum.
 All of it is written to a hidden folder, synced to disk, read back and compared, and renamed into place.
 
 `CheckpointWriter` does so while the training goes on: only the copy of the state into memory of its own holds it up.
+Rank 0 writes, for all: the files are the same whatever the number of ranks, and any number of them can go on from them.
 """
 
 import hashlib
@@ -29,11 +30,10 @@ from torch.optim import Optimizer
 
 from gpt2.errors import UserError
 from gpt2.files import sha256_of
-from gpt2.lora import adapted, base_fingerprint, load_into, read_adapter
 from gpt2.model import GPT
-from gpt2.runtime import random_state, set_random_state, synchronize
+from gpt2.runtime import synchronize
+from gpt2.train.parallel import part_like, whole
 from gpt2.train.product import Product
-from gpt2.weights import load
 
 log = logging.getLogger("gpt2")
 
@@ -48,7 +48,6 @@ class State:
     product: Product
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    random: dict[str, Tensor]
     facts: dict[str, Any]  # what a resumed run is compared with; anything JSON can hold
 
 
@@ -69,8 +68,12 @@ class CheckpointWriter:
     write_seconds: how long the last finished write took beside it.
     """
 
-    def __init__(self, run_folder: Path, product: Product, keep: int, facts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, run_folder: Path, product: Product, keep: int, facts: dict[str, Any] | None = None, *, writes: bool = True
+    ) -> None:
+        """writes: False on the ranks that only give their parts of the state to the one that does."""
         self.stall_seconds = self.write_seconds = 0.0
+        self._writes = writes
         self._folder, self._product, self._keep, self._facts = run_folder, product, keep, facts or {}
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -87,7 +90,10 @@ class CheckpointWriter:
             log.warning("%s", self._writing.exception())
 
     def save(self, step: int, model: GPT, optimizers: Sequence[Optimizer], *, publish: bool = True) -> None:
-        """Copy the state after update `step`, and have it written; `publish` makes its weights the run's own."""
+        """Copy the state after update `step`, and have it written; `publish` makes its weights the run's own.
+
+        Where ranks have parts of it, each of them must call this.
+        """
         began = time.perf_counter()
         self.wait()
         samples = self._folder / "samples.txt"
@@ -95,8 +101,9 @@ class CheckpointWriter:
         weights = {name: self._copied(f"weight.{name}", w) for name, w in self._product.weights(model).items()}
         tensors = {name: self._copied(name, value) for name, value in optimizer_tensors(model, optimizers).items()}
         synchronize(model.device)
-        state = State(step, self._product, weights, tensors, random_state(model.device), facts)
-        self._writing = self._thread.submit(self._write, state, publish)
+        if self._writes:
+            state = State(step, self._product, weights, tensors, facts)
+            self._writing = self._thread.submit(self._write, state, publish)
         self.stall_seconds = time.perf_counter() - began
 
     def check(self) -> None:
@@ -112,6 +119,9 @@ class CheckpointWriter:
 
     def _copied(self, name: str, value: Tensor) -> Tensor:
         """`value` in memory of our own, the same one at every save; page-locked for a GPU's, which then goes fast."""
+        value = whole(value)
+        if not self._writes:
+            return value
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
@@ -144,30 +154,23 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> int:
-    """Put the state of a checkpoint into `model`, `optimizers` and torch's random state; returns its step.
+def load_optimizers(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> int:
+    """Put the state in a checkpoint into the `optimizers` of `model`, which has its weights; returns its step.
 
     Raises UserError when the checkpoint holds the state of another kind of optimizer.
     """
-    if adapted(model):
-        adapter = read_adapter(path / "adapter")
-        if adapter.base_fingerprint != base_fingerprint(model):
-            raise UserError(f"{path} has an adapter for {adapter.base}, which has changed since")
-        load_into(model, adapter)
-    else:
-        weights, _ = load(path / "model", dtype=None)
-        model.load_state_dict(weights.state_dict())
+    parameters = dict(model.named_parameters())
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         kind, name = key.split(".", 1)
-        state.setdefault(name, {})[kind] = tensor
+        matching = name in parameters and parameters[name].shape == tensor.shape  # its number of steps is no part of it
+        state.setdefault(name, {})[kind] = part_like(tensor, parameters[name]) if matching else tensor
     for optimizer in optimizers:
         names = _names(model, optimizer)
         own = {index: state.pop(name) for index, name in enumerate(names) if name in state}
         optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
     if state:
         raise UserError(f"{path} has optimizer state for {next(iter(state))}, which this run does not train")
-    set_random_state(load_file(path / "random.safetensors"), model.device)
     return int(_read_state(path)["step"])
 
 
@@ -219,7 +222,6 @@ def write_checkpoint(folder: Path, state: State, keep: int) -> Path:
         unfinished.mkdir(parents=True)
         state.product.save(state.weights, unfinished)
         save_file(state.optimizer, unfinished / "optimizer.safetensors")
-        save_file(state.random, unfinished / "random.safetensors")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         sync(files)
         _check_written(unfinished, state)
@@ -307,7 +309,6 @@ def _check_written(folder: Path, state: State) -> None:
     for pattern, meant in (
         state.product.files(state.weights),
         ("optimizer.safetensors", state.optimizer),
-        ("random.safetensors", state.random),
     ):
         left = dict(meant)
         for path in folder.glob(pattern):

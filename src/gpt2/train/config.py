@@ -14,7 +14,12 @@ from gpt2.model import GPTConfig
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 AUTO = -1  # a --batch-size that is to be found out
-CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "matmul_precision": ("highest", "high", "medium")}
+CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "matmul_precision": ("highest", "high", "medium"),
+    "parallel": ("auto", "ddp", "fsdp"),
+}
 
 
 def option(
@@ -96,6 +101,8 @@ class TrainConfig:
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto for the faster here")
     matmul_precision: str = option("high", "of float32 products on a GPU: highest, high (TF32) or medium")
     compile: bool | None = option(None, "torch.compile the blocks; by default where it pays")
+    parallel: str = option("auto", "under torchrun: ddp, fsdp, or auto for ddp where a whole copy fits")
+    rank_timeout: float = option(300.0, "seconds after which a rank that the others wait for counts as lost")
 
     eval_every: int = option(250, "steps between validations (with a sample); 0 for only at the end")
     eval_tokens: int = option(2**20, "validation tokens read each time; 0 for all there are")
@@ -129,7 +136,7 @@ class TrainConfig:
                 raise UserError(f"{_flag(name)} '{value}' is not one of {known}{did_you_mean(value, choices)}")
         if self.resume not in ("never", "auto"):
             raise UserError(f"resume must be never or auto, not '{self.resume}'")
-        for name in ("weight_decay", "grad_clip", "skip_spikes", "max_minutes", "epochs"):
+        for name in ("weight_decay", "grad_clip", "skip_spikes", "max_minutes", "epochs", "rank_timeout"):
             if getattr(self, name) == float("inf"):
                 raise UserError(f"{_flag(name)} must be finite")
         for name, value in asdict(self).items():
@@ -172,6 +179,7 @@ def _check_ranges(config: TrainConfig) -> None:
         **dict.fromkeys(("warmup_steps", "eval_every", "eval_tokens", "save_every", "sample_tokens"), 0),
         **dict.fromkeys(("weight_decay", "grad_clip", "skip_spikes", "max_minutes", "seed"), 0),
         **dict.fromkeys(("freeze", "lora_rank", "epochs", "patience"), 0),
+        "rank_timeout": 1,
     }
     if config.batch_size != AUTO:
         at_least["batch_size"] = 1

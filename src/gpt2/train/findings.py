@@ -36,7 +36,7 @@ class RunFacts:
     train_tokens: int
     val_tokens: int | None  # None where nothing was held out
     flops_per_token: float  # of a training step, forward and backward
-    matmul_flops: float | None = None  # FLOP/s of a large matrix product on this device in the run's dtype
+    matmul_flops: float | None = None  # FLOP/s of large matrix products in the run's dtype, on all its devices
     peak_memory_bytes: int | None = None
     unigram_entropy: float | None = None  # nats per token, of the train split
     bytes_per_token: float | None = None  # of the validation text

@@ -1,8 +1,5 @@
 """What a run will take, before it begins: memory from `gpt2.costs`, time from a few steps of a slice of the model."""
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,39 +9,41 @@ from gpt2.costs import Memory, Setup, flops_per_token, num_parameters, num_train
 from gpt2.data.prepare import bpe_size, named_shards
 from gpt2.data.shards import ShardsMeta
 from gpt2.errors import UserError
-from gpt2.hardware import Accelerator, accelerator, available_memory, device_name, measure_matmul, resident_memory
-from gpt2.lora import attach
-from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
-from gpt2.runtime import (
-    DTYPE_NAMES,
-    autocast,
-    compile_blocks,
-    manage_freed_memory,
-    pick_compile,
-    pick_device,
-    pick_training_dtype,
-    recompute_blocks,
-    synchronize,
-)
+from gpt2.hardware import Accelerator, accelerator, available_memory, device_name, known_accelerator, measure_matmul
+from gpt2.model import OPENAI_SIZES, GPTConfig
+from gpt2.runtime import DTYPE_NAMES, manage_freed_memory, pick_compile, pick_device, pick_training_dtype
 from gpt2.tokenizer import get_tokenizer, load_tokenizer
+from gpt2.train.cluster import Cluster, cpu_cluster, gpu_cluster
 from gpt2.train.config import AUTO, TrainConfig
-from gpt2.train.optim import build_optimizers
+from gpt2.train.scaling import ASSUMED_MFU, Step, divided_work, predict, update_seconds
+from gpt2.train.slices import Timed, can_time, program_memory, time_step
 from gpt2.train.start import lora_config
 from gpt2.weights import find_model, read_config
 
-ASSUMED_MFU = 0.45  # of the datasheet's peak, for a device that is not here to be measured
+PARALLEL = ("ddp", "fsdp")
 FULL = 0.9  # the share of free memory that a plan may fill
 MOST_TOKENS = 2**19  # in a batch that nobody chose: that of GPT-3's small models, past which few runs gain
-SLICE = 3  # layers that are timed, and one: the rest is their difference, many times
-PASS_SECONDS = 1.5  # about how long a timed pass may take; long ones are timed with fewer rows
+
+
+@dataclass(frozen=True)
+class Way:
+    """A run by DDP or by FSDP: the memory of a device, whether that fits, and a step with what is sent in it."""
+
+    memory: Memory
+    fits: bool
+    step: Step
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run takes. Memory is of one device, time and rates are of all together.
 
+    nodes:       how many machines the devices are in.
+    parallel:    "none" on one device; "ddp" or "fsdp" on several, as asked for or as `--parallel auto` would choose.
+    network:     bytes/s, each way, that is assumed between machines, for each of them.
+    ways:        on several devices, what each of the two takes; `memory`, `fits` and the times are those of `parallel`.
     trainable:   how many of the parameters learn; of adapters, those beside them.
-    measured:    was the time taken from this machine (and not assumed from a datasheet)?
+    measured:    was computing timed on this machine (and not assumed from a datasheet)? Communication never is.
     utilization: the share of the matmul rate (measured, or the datasheet's) that the step reaches.
     suggestion:  settings for the largest micro-batch that fits; None when nothing does.
     seconds:     of the training steps alone, without validation, samples and checkpoints.
@@ -52,6 +51,10 @@ class Plan:
 
     device: str
     devices: int
+    nodes: int
+    parallel: str
+    network: float
+    ways: dict[str, Way]
     measured: bool
     dtype: str
     compile: bool
@@ -94,37 +97,47 @@ class Place:
     memory: int  # bytes that a run could have, with what this program holds already
     program: int  # bytes that Python and torch take of it
 
+    def cluster(self, nodes: int, gpus: int, network: float | None) -> Cluster:
+        """Machines with so many devices like this; network: bytes/s between them, or what they usually have."""
+        if self.datasheet is not None:
+            return gpu_cluster(self.datasheet, nodes, gpus, network)
+        return cpu_cluster(nodes, gpus, network)
+
 
 def plan(
     config: TrainConfig,
     *,
     on: str = "here",
     devices: int = 1,
+    nodes: int = 1,
+    network: float | None = None,
     tokens: int | None = None,
     price_per_hour: float | None = None,
 ) -> Plan:
-    """What the run of `config` takes on `devices` devices called `on`: "here", or a name known to `gpt2.hardware`.
+    """What the run of `config` takes on `nodes` machines of `devices` devices each.
 
-    tokens:         how many to train on; by default those of max_steps.
-    price_per_hour: of all devices together, in any currency.
+    on:             what the devices are: "here" for those of this machine, or a name known to `gpt2.hardware`.
+    network:        bytes/s, each way, of each machine to the others; by default what such machines usually have.
+    tokens:         how many to train on; by default those of max_steps. price_per_hour: of all devices together.
 
-    Here the time is measured, on a slice of the model at its real width and precision; elsewhere it is the
-    datasheet's rate at a utilization of 45%. Raises UserError for an unknown device, or a batch they cannot share.
+    Here computing is timed, on a slice of the model at its real width and precision; elsewhere it has 45% of the rate
+    on the datasheet. Communication is predicted by `train.scaling`. Raises UserError for what cannot be.
     """
-    place = _here(config) if on == "here" else _elsewhere(on)
-    shape = model_shape(config)
-    compiled = config.compile is not False
-    if place.device is not None:
-        compiled = pick_compile(config.compile, place.device, config.max_steps)
-    batch_size, setup = _divided(config, shape, place, devices)
-    memory = training_memory(shape, setup, place.program)
-    rate, seconds = _rate_and_seconds(config, shape, setup, place, compiled)
-    tokens_per_step = batch_size * setup.length
+    place, shape = _here(config) if on == "here" else _elsewhere(on), model_shape(config)
+    cluster, compiled = place.cluster(nodes, devices, network), _compiles(config, place)
+    batch_size, setup = _divided(config, shape, place, cluster)
+    rate, timed = _rate_and_times(config, shape, setup, place, compiled)
+    ways, chosen = _ways(config, shape, setup, place, cluster, timed)
+    tokens_per_step, seconds = batch_size * setup.length, chosen.step.seconds
     steps = config.max_steps if tokens is None else max(1, -(-tokens // tokens_per_step))
-    per_token = _flops(shape, setup)
+    flops = _flops(shape, setup) * tokens_per_step
     return Plan(
         device=place.name,
-        devices=devices,
+        devices=cluster.devices,
+        nodes=nodes,
+        parallel=chosen.step.parallel,
+        network=cluster.network,
+        ways=ways,
         measured=place.device is not None,
         dtype=DTYPE_NAMES[setup.dtype],
         compile=compiled,
@@ -134,13 +147,13 @@ def plan(
         batch_size=batch_size,
         micro_batch_size=setup.rows,
         recompute=setup.recompute,
-        flops_per_token=per_token,
-        flops_per_step=per_token * tokens_per_step,
-        flops=per_token * tokens_per_step * steps,
-        memory=memory,
+        flops_per_token=_flops(shape, setup),
+        flops_per_step=flops,
+        flops=flops * steps,
+        memory=chosen.memory,
         device_memory=place.memory,
-        fits=memory.peak <= FULL * place.memory,
-        suggestion=suggest(shape, setup, place, batch_size // devices),
+        fits=chosen.fits,
+        suggestion=suggest(shape, shared(setup, cluster, chosen.step.parallel), place, batch_size // cluster.devices),
         tokens_per_step=tokens_per_step,
         steps=steps,
         tokens=steps * tokens_per_step,
@@ -148,19 +161,90 @@ def plan(
         seconds=seconds * steps,
         tokens_per_second=tokens_per_step / seconds,
         matmul_rate=rate,
-        utilization=per_token * tokens_per_step / seconds / (devices * rate),
+        utilization=flops / seconds / (cluster.devices * rate),
         cost=None if price_per_hour is None else seconds * steps / 3600 * price_per_hour,
     )
 
 
-def largest_batch(config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype) -> int:
+def _compiles(config: TrainConfig, place: Place) -> bool:
+    if place.device is None:
+        return config.compile is not False
+    return pick_compile(config.compile, place.device, config.max_steps)
+
+
+def shared(setup: Setup, cluster: Cluster, parallel: str) -> Setup:
+    """`setup` on one of the devices of `cluster`: what DDP or FSDP adds to its memory, and what they take off it."""
+    if parallel == "fsdp":
+        return replace(setup, shards=cluster.shards)
+    return replace(setup, buckets=parallel == "ddp")
+
+
+def _possible(config: TrainConfig, cluster: Cluster) -> tuple[str, ...]:
+    """The ways to run `config` on several devices; Muon and adapters want whole matrices (see `train.parallel`)."""
+    if cluster.devices == 1:
+        return ()
+    if config.optimizer != "muon" and not config.lora_rank:
+        return PARALLEL
+    if config.parallel == "fsdp":
+        whole = "--optimizer muon" if config.optimizer == "muon" else "--lora-rank"
+        raise UserError(f"{whole} wants whole matrices, and --parallel fsdp divides them: --parallel ddp")
+    return ("ddp",)
+
+
+def _ways(
+    config: TrainConfig, shape: GPTConfig, setup: Setup, place: Place, cluster: Cluster, timed: Timed
+) -> tuple[dict[str, Way], Way]:
+    """What each way takes, and the one to go: as asked for; by default FSDP where DDP does not fit."""
+    work = divided_work(shape, setup, *timed)
+
+    def way(parallel: str) -> Way:
+        memory = training_memory(shape, shared(setup, cluster, parallel), place.program)
+        return Way(memory, memory.peak <= FULL * place.memory, predict(work, cluster, parallel))
+
+    ways = {parallel: way(parallel) for parallel in _possible(config, cluster)}
+    if not ways:
+        return {}, way("none")
+    whole_fits = ways["ddp"].fits or "fsdp" not in ways
+    return ways, ways.get(config.parallel) or ways["ddp" if whole_fits else "fsdp"]
+
+
+def largest_batch(
+    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype, ranks_here: int = 1
+) -> int:
     """What `--batch-size auto` means: the most rows, a power of two, whose training fits in the free memory at once.
+
+    ranks_here: how many ranks this machine has; on a CPU they divide its memory.
 
     The memory is predicted by `gpt2.costs`, nothing is tried out; a tenth stays free, and a batch has half a million
     tokens at most. Raises UserError when not even one row fits.
     """
-    place = Place(str(device), device.type, device, None, available_memory(device), 0)
-    return _largest(shape, _setup(config, shape, device.type, dtype, rows=1), place)
+    free = available_memory(device) // (ranks_here if device.type == "cpu" else 1)
+    setup = replace(_setup(config, shape, device.type, dtype, rows=1), buckets=ranks_here > 1)
+    return _largest(shape, setup, Place(str(device), device.type, device, None, free, 0))
+
+
+def fits_whole(
+    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype, share: int, ranks_here: int
+) -> bool:
+    """Can a rank on `device` hold all of the model, its gradients and its optimizer, as DDP wants it?
+
+    share:      rows of the batch that are this rank's, done in micro-batches as `config` says.
+    ranks_here: how many ranks this machine has. On a CPU they divide its free memory, and one of them saves.
+
+    The memory is predicted by `gpt2.costs`, nothing is tried out; a tenth of what is free stays free. What is free
+    changes: ask before anything large is made, and let one rank's answer be that of all.
+    """
+    setup = replace(_setup(config, shape, device.type, dtype, rows=1), buckets=ranks_here > 1)
+    setup = in_micro_batches(setup, share, config.micro_batch_size)
+    memory = training_memory(shape, setup)
+    sharing = ranks_here if device.type == "cpu" else 1
+    return sharing * memory.step + (memory.peak - memory.step) <= FULL * available_memory(device)
+
+
+def in_micro_batches(setup: Setup, share: int, micro_batch_size: int | None) -> Setup:
+    """`setup` with a device's `share` of the batch, at once or in micro-batches."""
+    rows = min(share, micro_batch_size or share)
+    return replace(setup, rows=rows, micro_batches=-(-share // rows))
 
 
 def suggest(shape: GPTConfig, setup: Setup, place: Place, share: int) -> dict[str, Any] | None:
@@ -209,8 +293,10 @@ def ready_device(config: TrainConfig) -> torch.device:
 
 def _here(config: TrainConfig) -> Place:
     device = ready_device(config)
-    program = _program_memory(config) if device.type == "cpu" else 0
-    return Place(device_name(device), device.type, device, None, available_memory(device) + program, program)
+    program = program_memory(config) if device.type == "cpu" else 0
+    name = device_name(device)
+    datasheet = known_accelerator(name) if device.type == "cuda" else None
+    return Place(name, device.type, device, datasheet, available_memory(device) + program, program)
 
 
 def _elsewhere(name: str) -> Place:
@@ -220,36 +306,49 @@ def _elsewhere(name: str) -> Place:
 
 def _dtype(config: TrainConfig, place: Place, width: int) -> torch.dtype:
     """The dtype of matrix products, as `gpt2 train` would choose it there."""
-    if place.datasheet is not None and config.dtype == "auto":
+    if place.device is None and place.datasheet is not None and config.dtype == "auto":
         return torch.bfloat16 if place.datasheet.bfloat16 else torch.float32
     return pick_training_dtype(config.dtype, place.device or torch.device(place.kind), width)
 
 
-def _divided(config: TrainConfig, shape: GPTConfig, place: Place, devices: int) -> tuple[int, Setup]:
+def _divided(config: TrainConfig, shape: GPTConfig, place: Place, cluster: Cluster) -> tuple[int, Setup]:
     """The batch, found out if it is to be, and how each device does its share of it."""
     setup = _setup(config, shape, place.kind, _dtype(config, place, shape.n_embd), rows=1)
     if config.batch_size == AUTO:
-        share = rows = _largest(shape, setup, place)
-    else:
-        share = config.batch_size // devices
-        rows = min(share, config.micro_batch_size or share)
-        if config.batch_size % devices:
-            raise UserError(f"--batch-size ({config.batch_size}) must be a multiple of --gpus ({devices})")
-    return share * devices, replace(setup, rows=rows, micro_batches=-(-share // rows))
+        share = _largest(shape, _roomiest(config, shape, setup, place, cluster), place)
+        return share * cluster.devices, in_micro_batches(setup, share, None)
+    share, left = divmod(config.batch_size, cluster.devices)
+    rows = min(share, config.micro_batch_size or share)
+    if left:
+        asked = f"--gpus ({cluster.gpus})" if cluster.nodes == 1 else f"the {cluster.devices} devices"
+        raise UserError(f"--batch-size ({config.batch_size}) must be a multiple of {asked}")
+    if share % rows:
+        raise UserError(f"each device has {share} rows of the batch, which --micro-batch-size {rows} does not divide")
+    return config.batch_size, in_micro_batches(setup, share, config.micro_batch_size)
 
 
-def _rate_and_seconds(
+def _roomiest(config: TrainConfig, shape: GPTConfig, setup: Setup, place: Place, cluster: Cluster) -> Setup:
+    """One row, the way it is to be run; by default with FSDP only where it would not fit without."""
+    tried = [shared(setup, cluster, way) for way in _possible(config, cluster) if config.parallel in ("auto", way)]
+    fitting = (each for each in tried if training_memory(shape, each, place.program).peak <= FULL * place.memory)
+    return next(fitting, tried[-1] if tried else setup)
+
+
+def _rate_and_times(
     config: TrainConfig, shape: GPTConfig, setup: Setup, place: Place, compiled: bool
-) -> tuple[float, float]:
-    """FLOP/s of matrix products on one device, and the seconds of a step: measured here, assumed elsewhere."""
+) -> tuple[float, Timed]:
+    """FLOP/s of matrix products on one device, and its seconds of a step: measured here, assumed elsewhere."""
+    tokens = setup.rows * setup.micro_batches * setup.length
     if place.device is not None:
         rate = measure_matmul(place.device, setup.dtype, 0.3)
-        return rate, seconds_per_step(config, shape, setup, place, rate, compiled)
+        if can_time(shape, setup, rate, place.program, place.memory):
+            return rate, time_step(config, shape, setup, place.device, rate, compiled)
+        return rate, Timed(_flops(shape, setup) * tokens / (ASSUMED_MFU * rate), 0.0)
     assert place.datasheet is not None
     rate = place.datasheet.flops(setup.dtype, config.matmul_precision)
     again = flops_per_token(shape, setup.length, backward=False) if setup.recompute else 0  # a second forward pass
-    flops = (_flops(shape, setup) + again) * setup.rows * setup.micro_batches * setup.length
-    return rate, flops / (ASSUMED_MFU * rate)
+    passes = (_flops(shape, setup) + again) * tokens / (ASSUMED_MFU * rate)
+    return rate, Timed(passes, update_seconds(shape, setup, place.datasheet))
 
 
 def _flops(shape: GPTConfig, setup: Setup) -> float:
@@ -281,101 +380,3 @@ def _largest(shape: GPTConfig, setup: Setup, place: Place) -> int:
     while 2 * rows * setup.length <= MOST_TOKENS and fits(2 * rows):
         rows *= 2
     return rows
-
-
-def seconds_per_step(
-    config: TrainConfig, shape: GPTConfig, setup: Setup, place: Place, rate: float, compiled: bool
-) -> float:
-    """Seconds of one optimizer step, from timing real passes and updates of a model with one layer and with three.
-
-    What a layer adds is their difference; embeddings, head and loss are in both. A model of few layers is timed whole.
-    Where first blocks are frozen, time is taken to shrink as FLOPs and learning parameters do.
-    Where not even that fits in memory, the step is taken to run at `ASSUMED_MFU` of `rate`.
-    """
-    device = place.device
-    assert device is not None
-    counts = [shape.n_layer] if shape.n_layer <= SLICE else [1, SLICE]
-    thin = replace(shape, n_layer=counts[-1])
-    rows = _timed_rows(thin, setup, rate)
-    timed = replace(setup, rows=rows, micro_batches=1, saves_midway=False, freeze=0)
-    step_tokens = setup.rows * setup.micro_batches * setup.length
-    if training_memory(thin, timed, place.program).peak > place.memory:
-        return _flops(shape, setup) * step_tokens / (ASSUMED_MFU * rate)
-    slices = [_Slice(config, replace(shape, n_layer=count), timed, device, compiled) for count in counts]
-    passes = _alternating([each.forward_backward for each in slices], device)
-    updates = _alternating([each.update for each in slices], device)
-    one_pass, update = (_at_depth(seconds, counts, shape.n_layer) for seconds in (passes, updates))
-    if setup.freeze:
-        one_pass *= _flops(shape, setup) / flops_per_token(shape, setup.length)
-        update *= num_trainable(shape, freeze=setup.freeze) / num_parameters(shape)
-    return one_pass * setup.micro_batches * setup.rows / rows + update
-
-
-def _timed_rows(thin: GPTConfig, setup: Setup, rate: float) -> int:
-    """The micro-batch's rows, or as many (a power of two) as keep a timed pass short."""
-    seconds_per_row = flops_per_token(thin, setup.length, lora=setup.lora) * setup.length / (0.5 * rate)
-    rows = 1
-    while 2 * rows * seconds_per_row <= PASS_SECONDS and 2 * rows <= setup.rows:
-        rows *= 2
-    return setup.rows if setup.rows * seconds_per_row <= PASS_SECONDS else rows
-
-
-def _at_depth(seconds: list[float], counts: list[int], n_layer: int) -> float:
-    """On the line through the times of two depths; with one depth, its time."""
-    if len(counts) == 1:
-        return seconds[0]
-    per_layer = max(0.0, seconds[1] - seconds[0]) / (counts[1] - counts[0])
-    return seconds[1] + (n_layer - counts[1]) * per_layer
-
-
-class _Slice:
-    """A model with some of the layers, and its optimizers: what can be timed of a step."""
-
-    def __init__(
-        self, config: TrainConfig, shape: GPTConfig, setup: Setup, device: torch.device, compiled: bool
-    ) -> None:
-        self.model = GPT(shape).to(device).train()
-        if setup.lora is not None:
-            attach(self.model, setup.lora)
-        if setup.recompute:
-            recompute_blocks(self.model.transformer.h)
-        if compiled:
-            compile_blocks(self.model.transformer.h)
-        self.optimizers = build_optimizers(self.model, config)
-        self.tokens = torch.randint(0, shape.vocab_size, (setup.rows, setup.length), device=device)  # (B, T)
-        self.device, self.dtype, self.grad_clip = device, setup.dtype, config.grad_clip or torch.inf
-
-    def forward_backward(self) -> None:
-        with autocast(self.device, self.dtype):
-            loss = self.model.loss(self.tokens, self.tokens, float(self.tokens.numel()))
-        loss.backward()
-
-    def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-def _alternating(works: list[Callable[[], None]], device: torch.device, rounds: int = 5) -> list[float]:
-    """Median seconds of each, timed in turns, after two rounds to warm up."""
-    times: list[list[float]] = [[] for _ in works]
-    for round_number in range(rounds + 2):
-        for work, seconds in zip(works, times, strict=True):
-            synchronize(device)
-            began = time.perf_counter()
-            work()
-            synchronize(device)
-            if round_number >= 2:
-                seconds.append(time.perf_counter() - began)
-    return [statistics.median(seconds) for seconds in times]
-
-
-def _program_memory(config: TrainConfig) -> int:
-    """Bytes that Python, torch and its kernels take in this process: after one step of the smallest of models."""
-    tiny = GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16)
-    cpu = torch.device("cpu")
-    for dtype in (torch.float32, torch.bfloat16):
-        step = _Slice(config, tiny, Setup(rows=1, length=8, dtype=dtype), cpu, compiled=False)
-        step.forward_backward()
-        step.update()
-    return resident_memory()

@@ -23,11 +23,14 @@ BLUE, RED = "#1f77b4", "#d62728"  # training and validation
 class Report:
     """Writes one JSON line a step, and keeps a person informed on standard error."""
 
-    def __init__(self, folder: Path, first_step: int, max_steps: int) -> None:
-        """A report for the steps after `first_step`; lines that an interrupted run wrote beyond it are dropped."""
+    def __init__(self, folder: Path, first_step: int, max_steps: int, *, silent: bool = False) -> None:
+        """A report for the steps after `first_step`; lines that an interrupted run wrote beyond it are dropped.
+
+        silent: say and write nothing, as on every rank but the first.
+        """
         self.max_steps = max_steps
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._file = _reopen(folder / "metrics.jsonl", first_step)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
+        self._file = None if silent else _reopen(folder / "metrics.jsonl", first_step)
         self._progress = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=24),
@@ -35,7 +38,7 @@ class Report:
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=silent or not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=max_steps, completed=first_step, line="")
         self._first_step, self._began, self._said = first_step, time.monotonic(), 0.0
@@ -48,10 +51,13 @@ class Report:
 
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def step(self, record: dict[str, Any]) -> None:
         """Take the record of one step: written at once, shown on the progress line."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         rate, old = record["tokens_per_second"], self._smooth_rate

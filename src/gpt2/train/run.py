@@ -16,20 +16,22 @@ from gpt2.lora import trainable_parameters
 from gpt2.model import GPT
 from gpt2.runtime import (
     DTYPE_NAMES,
+    DTYPES,
     compile_blocks,
     pick_compile,
     pick_training_dtype,
     recompute_blocks,
-    seed_everything,
 )
 from gpt2.train.best import Best
-from gpt2.train.checkpoint import load_checkpoint, newest_checkpoint
+from gpt2.train.checkpoint import load_optimizers, newest_checkpoint
 from gpt2.train.config import AUTO, TrainConfig
 from gpt2.train.findings import RunFacts
 from gpt2.train.folder import check_facts, run_facts
 from gpt2.train.optim import build_optimizers
-from gpt2.train.plan import largest_batch, ready_device
+from gpt2.train.parallel import Spread, pick_kind
+from gpt2.train.plan import fits_whole, largest_batch, ready_device
 from gpt2.train.product import Product
+from gpt2.train.ranks import ALONE, Ranks
 from gpt2.train.report import plot_loss, read_metrics
 from gpt2.train.spikes import SpikeGuard
 from gpt2.train.start import start
@@ -51,6 +53,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     product: Product
+    ranks: Ranks
+    spread: Spread
     step: int = 0  # updates done
     checkpoint: Path | None = None  # the one that the run goes on from
     facts: dict[str, Any] = field(default_factory=dict)  # what every checkpoint carries: see `run_facts`
@@ -68,55 +72,86 @@ class Run:
         return not self.config.keep_best or self.best.step in (None, self.step)
 
     @property
+    def rows(self) -> int:
+        """Rows of a micro-batch on each rank."""
+        return shared(self.config, self.ranks)
+
+    @property
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.block_size
 
 
-def set_up(config: TrainConfig, folder: Path) -> Run:
+def set_up(config: TrainConfig, folder: Path, ranks: Ranks = ALONE) -> Run:
     """From a config to a run that is ready for its next step: fresh, or where a checkpoint in `folder` left off.
 
-    Writes nothing. Raises UserError for data, models and settings that do not go together.
+    All ranks of a run set it up together, each with its part. Writes nothing.
+    Raises UserError for data, models and settings that do not go together, and for ranks that differ.
     """
-    if not config.data:
-        raise UserError(
-            "--data is missing: name what the model should learn from (gpt2 data list shows what has a name)"
-        )
-    device = ready_device(config)
-    checkpoint = newest_checkpoint(folder / "checkpoints")
-    if checkpoint is None and any((folder / name).exists() for name in ("model", "adapter")):
-        raise UserError(f"{folder} has no whole checkpoint to go on from: --init-from {folder}, with another --name")
-    model, data, product = start(config, checkpoint)
-    config, dtype = _resolved(config, model, device)
+    with ranks.together():
+        device = ready_device(config)
+        ranks.take(device)
+    checkpoint = ranks.first(lambda: _begin_at(config, folder))
+    with ranks.together():
+        if checkpoint is not None and not checkpoint.exists():
+            raise UserError(f"{checkpoint} is not here: the run folder must be on a disk that every host sees")
+    model, data, product = ranks.in_turn(lambda: start(config, checkpoint))
+    config, kind = ranks.first(lambda: _resolved(config, model, device, ranks))
+    ranks = ranks.with_timeout(config.rank_timeout)
     facts = run_facts(config, data)
-    if checkpoint is not None:
-        check_facts(checkpoint, facts)
-    _check_fit(config, model, data)
-    model.to(device)
-    loader = data.loader(config.batch_size, config.block_size, config.seed)
-    config = config.in_epochs(loader.windows_per_epoch).check()
-    optimizers = build_optimizers(model, config)
-    run = Run(
-        folder, config, data, loader, model, optimizers, device, dtype, product, checkpoint=checkpoint, facts=facts
-    )
-    if checkpoint is None:
-        seed_everything(config.seed)  # anew: what was measured on the way drew numbers that a resumed run does not draw
-    else:
-        run.step = load_checkpoint(checkpoint, model, optimizers)
-        if run.step > config.max_steps:
-            raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
-    records = _records_until(run.step, folder)
-    run.best = Best(records)
-    if config.skip_spikes:
-        run.spikes = SpikeGuard(config.skip_spikes, records)
+    ranks.same({"a device of kind": device.type, "data": data.fingerprint}, "all ranks must read the same, on the same")
+    with ranks.together():
+        if checkpoint is not None:
+            check_facts(checkpoint, facts)
+        _check_fit(config, model, data)
+        loader = data.loader(config.batch_size, config.block_size, config.seed)
+        config = config.in_epochs(loader.windows_per_epoch).check()
     if config.recompute:
         recompute_blocks(model.transformer.h)
     if config.compile:
         compile_blocks(model.transformer.h)
+    spread = Spread(kind, model, ranks, device)
+    optimizers = build_optimizers(model, config)
+    run = Run(
+        folder=folder,
+        config=config,
+        data=data,
+        loader=loader,
+        model=model,
+        optimizers=optimizers,
+        device=device,
+        dtype=DTYPES[config.dtype],
+        product=product,
+        ranks=ranks,
+        spread=spread,
+        checkpoint=checkpoint,
+        facts=facts,
+    )
+    if checkpoint is not None:
+        with ranks.together():
+            run.step = load_optimizers(checkpoint, model, optimizers)
+            if run.step > config.max_steps:
+                raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
+    records = ranks.first(lambda: _records_until(run.step, folder))
+    run.best = Best(records)
+    if config.skip_spikes:
+        run.spikes = SpikeGuard(config.skip_spikes, records)
     return run
 
 
-def _resolved(config: TrainConfig, model: GPT, device: torch.device) -> tuple[TrainConfig, torch.dtype]:
-    """The config with all that was left to us chosen, and the dtype of matrix products."""
+def _begin_at(config: TrainConfig, folder: Path) -> Path | None:
+    """The checkpoint that the run goes on from; None for a fresh one."""
+    if not config.data:
+        raise UserError(
+            "--data is missing: name what the model should learn from (gpt2 data list shows what has a name)"
+        )
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None and any((folder / name).exists() for name in ("model", "adapter")):
+        raise UserError(f"{folder} has no whole checkpoint to go on from: --init-from {folder}, with another --name")
+    return checkpoint
+
+
+def _resolved(config: TrainConfig, model: GPT, device: torch.device, ranks: Ranks) -> tuple[TrainConfig, str]:
+    """The config with all that was left to us chosen, and how the ranks share the model: see `parallel.pick_kind`."""
     shape, dtype = model.config, pick_training_dtype(config.dtype, device, model.config.n_embd)
     config = replace(
         config,
@@ -129,8 +164,24 @@ def _resolved(config: TrainConfig, model: GPT, device: torch.device) -> tuple[Tr
         compile=pick_compile(config.compile, device, config.max_steps),
     )
     if config.batch_size == AUTO:
-        config = replace(config, batch_size=largest_batch(config, shape, device, dtype), micro_batch_size=None)
-    return config, dtype
+        rows = largest_batch(config, shape, device, dtype)
+        config = replace(config, batch_size=rows * ranks.size, micro_batch_size=None)
+    shared(config, ranks)  # for its errors
+    fits = fits_whole(config, shape, device, dtype, config.batch_size // ranks.size, ranks.local_size)
+    return config, pick_kind(config, ranks, fits=fits)
+
+
+def shared(config: TrainConfig, ranks: Ranks) -> int:
+    """Rows of a micro-batch on each rank. Raises UserError where the batch cannot be shared so."""
+    share, left = divmod(config.batch_size, ranks.size)
+    if left:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be shared by {ranks.size} ranks: make it a multiple of them"
+        )
+    rows = min(config.micro_batch_size or share, share)
+    if share % rows:
+        raise UserError(f"each rank has {share} rows of the batch, which --micro-batch-size {rows} does not divide")
+    return rows
 
 
 def _check_fit(config: TrainConfig, model: GPT, data: Dataset) -> None:
@@ -155,11 +206,12 @@ def describe(run: Run) -> str:
     config, data = run.config, run.data
     held_out = f"{data.val_tokens:,} held out" if data.val_tokens else "none held out"
     compiled = ", compiled" if config.compile else ""
+    together = "" if run.ranks.alone else f"{run.ranks.size} ranks ({run.spread.kind}) of "
     learned = sum(parameter.numel() for parameter in trainable_parameters(run.model).values())
     some = f", {learned:,} of them learned" if learned < run.model.num_parameters() else ""
     return (
         f"model: {run.model.num_parameters():,} parameters{some}, {config.n_layer} layers of {config.n_embd}, "
-        f"context {config.block_size}, on {run.device} in {config.dtype}{compiled}\n"
+        f"context {config.block_size}, on {together}{run.device} in {config.dtype}{compiled}\n"
         f"data: {data.name}, {data.train_tokens:,} tokens to learn from, {held_out}"
     )
 
@@ -183,12 +235,12 @@ def _facts(run: Run, entropy: float, peak: int, why_stopped: str) -> RunFacts:
         parameters=run.model.num_parameters(),
         vocab_size=data.tokenizer.vocab_size,
         tokenizer=data.tokenizer.name,
-        device=device_name(run.device),
+        device=device_name(run.device) if run.ranks.size == 1 else f"{run.ranks.size} x {device_name(run.device)}",
         data=data.name,
         train_tokens=data.train_tokens,
         val_tokens=data.val_tokens,
         flops_per_token=flops_per_token(run.model.config, config.block_size),
-        matmul_flops=None if why_stopped else measure_matmul(run.device, run.dtype),
+        matmul_flops=None if why_stopped else run.ranks.size * measure_matmul(run.device, run.dtype),
         peak_memory_bytes=peak or None,
         unigram_entropy=entropy,
         bytes_per_token=data.bytes_per_token,

@@ -10,7 +10,7 @@ from gpt2.data.prepare import open_data
 from gpt2.embeddings import extend_vocabulary
 from gpt2.errors import UserError
 from gpt2.files import path_of
-from gpt2.lora import LoRAConfig, attach, base_fingerprint
+from gpt2.lora import LoRAConfig, attach, base_fingerprint, load_into, read_adapter
 from gpt2.model import GPT
 from gpt2.runtime import seed_everything
 from gpt2.templates import Template, find_template, get_template
@@ -21,7 +21,7 @@ from gpt2.weights import find_model, load, model_of
 
 
 class Start(NamedTuple):
-    """A run before its first step, or before the state of a checkpoint is put in."""
+    """A run before its first step, or before the optimizers' state is put in."""
 
     model: GPT
     data: Dataset
@@ -29,7 +29,7 @@ class Start(NamedTuple):
 
 
 def start(config: TrainConfig, checkpoint: Path | None) -> Start:
-    """Begin as `config` says; where a checkpoint holds a whole model, with that one.
+    """Begin as `config` says, with the weights of a checkpoint where there is one.
 
     Raises UserError for data, models and settings that do not go together.
     """
@@ -55,6 +55,8 @@ def start(config: TrainConfig, checkpoint: Path | None) -> Start:
         name = str(folder.resolve()) if path_of(config.init_from).exists() else config.init_from
         product = replace(product, lora=lora, base=name, base_fingerprint=base_fingerprint(model))
         attach(model, lora)
+        if checkpoint is not None:
+            _load_adapter(model, checkpoint, product.base_fingerprint)
     if config.freeze:
         _freeze(model, config.freeze)
     return Start(model, data, product)
@@ -110,6 +112,13 @@ def _given_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
     if own is not None and vocab_size > own.vocab_size:  # there are new tokens
         return extend_vocabulary(model, vocab_size, own.vocab_size)
     return model
+
+
+def _load_adapter(model: GPT, checkpoint: Path, base: str) -> None:
+    adapter = read_adapter(checkpoint / "adapter")
+    if adapter.base_fingerprint != base:
+        raise UserError(f"{checkpoint} has an adapter for {adapter.base}, which has changed since")
+    load_into(model, adapter)
 
 
 def _freeze(model: GPT, blocks: int) -> None:

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 
 from gpt2.data.loader import Batch, prefetched
 from gpt2.model import GPT
-from gpt2.runtime import autocast, random_state, synchronize
+from gpt2.runtime import autocast, random_state, seed_step, synchronize
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.checkpoint import CheckpointWriter
 from gpt2.train.config import TrainConfig
@@ -21,6 +22,7 @@ from gpt2.train.folder import RunFolder
 from gpt2.train.guard import diagnose, excerpt
 from gpt2.train.optim import learning_rate
 from gpt2.train.profile import StepProfiler
+from gpt2.train.ranks import ALONE, Ranks
 from gpt2.train.report import Report
 from gpt2.train.run import Run, describe, explain, set_up
 from gpt2.train.spikes import skipped_line, worst_row
@@ -45,24 +47,32 @@ class Interrupted(Exception):
         self.folder, self.step, self.exit_code = folder, step, exit_code
 
 
-def train(config: TrainConfig, sampler: Sampler | None = None) -> Path:
+def train(config: TrainConfig, sampler: Sampler | None = None, ranks: Ranks = ALONE) -> Path:
     """Train as `config` says, and return the run folder.
 
     sampler: writes a text with the model as it is; asked at every validation.
+    ranks:   the processes that do it together, each calling this; the first alone touches the run folder.
 
     Raises UserError for what the user can mend, and Interrupted when a signal or --max-minutes stopped the run.
     """
     deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
-    with RunFolder(config.check()) as folder, noted_signals() as signals:
-        stop = Stop(signals, deadline)
-        run = set_up(config, folder.path)
-        folder.begin(run.config, run.checkpoint, published=run.publishes)
+    with ExitStack() as stack:
+        with ranks.together():
+            held = stack.enter_context(RunFolder(config.check())) if ranks.main else None
+        stop = Stop(stack.enter_context(noted_signals(insist=ranks.alone)), deadline)
+        run = set_up(config, ranks.first(lambda: held.path if held else Path()), ranks)
+        with ranks.together():
+            if held is not None:
+                held.begin(run.config, run.checkpoint, published=run.publishes)
         train_steps(run, sampler, stop)
         finished = run.step == run.config.max_steps or run.given_up
-        run.product.save_merged(run.model, run.folder)
-        explain(run, "" if finished else stop.why())
+        code, why = (0, "") if finished else max(ranks.gathered((stop.exit_code(), stop.why())))
+        with ranks.together():
+            if ranks.main:
+                run.product.save_merged(run.model, run.folder)
+                explain(run, why)
     if not finished:
-        raise Interrupted(run.folder, run.step, stop.why(), 128 + signals[0] if signals else OUT_OF_TIME)
+        raise Interrupted(run.folder, run.step, why, code)
     return run.folder
 
 
@@ -78,17 +88,23 @@ class Stop(NamedTuple):
     def why(self) -> str:
         return signal.Signals(self.signals[0]).name if self.signals else "--max-minutes"
 
+    def exit_code(self) -> int:
+        return 128 + self.signals[0] if self.signals else OUT_OF_TIME
+
 
 def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
     """From the step a run is at to its last one, or to where `stop` is due; what is left is a saved run."""
     config = run.config
     with ExitStack() as stack:
-        report = stack.enter_context(Report(run.folder, run.step, config.max_steps))
-        writer = stack.enter_context(CheckpointWriter(run.folder, run.product, config.keep_checkpoints, run.facts))
-        profiler = stack.enter_context(
-            StepProfiler(run.folder, run.device, config.max_steps - run.step, enabled=config.profile)
+        main = run.ranks.main
+        report = stack.enter_context(Report(run.folder, run.step, config.max_steps, silent=not main))
+        writer = stack.enter_context(
+            CheckpointWriter(run.folder, run.product, config.keep_checkpoints, run.facts, writes=main)
         )
-        trackers = open_trackers(config, run.folder, run.step)
+        profiler = stack.enter_context(
+            StepProfiler(run.folder, run.device, config.max_steps - run.step, enabled=config.profile and main)
+        )
+        trackers = open_trackers(config, run.folder, run.step) if main else []
         for tracker in trackers:
             stack.callback(tracker.close)
         report.say(f"{describe(run)}\nrun folder: {run.folder}")
@@ -97,7 +113,8 @@ def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
             report.say(f"nothing to do: all {end:,} steps were done")
         stall = 0.0
         began = time.perf_counter()
-        for batch in prefetched(run.loader, run.step, end, run.device):
+        part = {"part": run.ranks.rank, "parts": run.ranks.size}
+        for batch in prefetched(run.loader, run.step, end, run.device, **part):
             waited = time.perf_counter() - began - stall
             record: dict[str, Any] = {"step": run.step + 1, "save_seconds": stall, "data_seconds": waited}
             record |= one_step(run, batch, report)
@@ -117,7 +134,7 @@ def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
                 tracker.log(record)
             profiler.step()
             began, stall = time.perf_counter(), 0.0
-            stopping = stop.due() or run.given_up
+            stopping = run.ranks.any(stop.due()) or run.given_up
             if last or stopping or _due(run.step, config.save_every) or (better and config.keep_best):
                 writer.save(run.step, run.model, run.optimizers, publish=run.publishes)
                 stall = writer.stall_seconds
@@ -133,8 +150,11 @@ def one_step(run: Run, batch: Batch, report: Report) -> dict[str, Any]:
     loss, norm, score = update(run, batch, rate)
     record: dict[str, Any] = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": run.step * run.tokens_per_step}
     if score is not None:
-        row = worst_row(run.model, batch, run.dtype)
-        report.say(skipped_line(run.step, loss, score, row, excerpt(run.data.tokenizer, batch.tokens[row])))
+        model = run.spread.whole_model()
+        if run.ranks.main:
+            batch = _whole_batch(run, batch)
+            row = worst_row(model, batch, run.dtype)
+            report.say(skipped_line(run.step, loss, score, row, excerpt(run.data.tokenizer, batch.tokens[row])))
         record["skipped"] = True
     return {**record, "update_seconds": time.perf_counter() - began}
 
@@ -148,29 +168,30 @@ class Update(NamedTuple):
 
 
 def update(run: Run, batch: Batch, rate: float) -> Update:
-    """One optimizer step on a global batch, on the CPU.
+    """One optimizer step on a global batch, of which `batch` is this rank's part, on the CPU.
 
     The micro-batches' losses are sums divided by the whole batch's number of targets, so their gradients add up to
     the gradient of the whole, however it is cut. Raises UserError, with all there is to know, before a loss or a
     gradient that is not finite could reach the weights.
     """
     run.model.train()
-    config, random = run.config, random_state(run.device)
-    divisor = float(batch.num_targets)
-    rows = config.micro_batch_size or config.batch_size
+    seed_step(run.config.seed, run.step, run.ranks.rank)
+    random = random_state(run.device)
+    (divisor,) = run.ranks.sum(float(batch.num_targets))
     total = torch.zeros((), device=run.device)
-    for part in batch.split(rows):
+    parts = batch.split(run.rows)
+    for number, part in enumerate(parts, 1):
         part = part.to(run.device)
-        with autocast(run.device, run.dtype):
-            part_loss = run.model.loss(part.tokens, part.targets, divisor, part.documents)
-        part_loss.backward()
+        with run.spread.accumulating(last=number == len(parts)):
+            with autocast(run.device, run.dtype):
+                part_loss = run.spread.loss(part.tokens, part.targets, divisor, part.documents)
+            part_loss.backward()
         total += part_loss.detach()
         del part_loss  # with it goes what the backward pass has kept
-    total_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or torch.inf)
-    loss, norm = torch.stack((total, total_norm)).tolist()
+    total_norm = run.spread.clip(run.config.grad_clip or torch.inf)
+    loss, norm = torch.stack((run.ranks.add_up(total), total_norm)).tolist()
     if not (abs(loss) < torch.inf and norm < torch.inf):
-        attempt = Attempt(run.step, batch, rows, divisor, run.dtype, rate, random, loss, norm, config.recompute)
-        raise diagnose(run.folder, run.model, run.data.tokenizer, attempt)
+        _tell(run, batch, partial(Attempt, random=random, divisor=divisor, rate=rate, loss=loss, grad_norm=norm))
     spike = run.spikes.spike(loss)
     run.spikes.note(loss, skipped=spike is not None)
     for optimizer in run.optimizers:
@@ -183,37 +204,60 @@ def update(run: Run, batch: Batch, rate: float) -> Update:
     return Update(loss, norm, spike)
 
 
+def _tell(run: Run, batch: Batch, attempt: Callable[..., Attempt]) -> None:
+    """Raise what there is to know of a step whose loss or gradient is not finite: rank 0 computes it all again."""
+    model = run.spread.whole_model()
+    with run.ranks.together():
+        if run.ranks.main:
+            made = attempt(
+                run.step, _whole_batch(run, batch), run.rows, dtype=run.dtype, recompute=run.config.recompute
+            )
+            raise diagnose(run.folder, model, run.data.tokenizer, made)
+
+
+def _whole_batch(run: Run, part: Batch) -> Batch:
+    """The global batch of the step under way, of which this rank has a part."""
+    return part if run.ranks.size == 1 else run.loader.batch(run.step - 1)
+
+
 def validate(run: Run) -> float:
     """Mean loss over the validation tokens in nats, every one of them a target once (up to `eval_tokens`)."""
     config = run.config
-    rows = config.micro_batch_size or config.batch_size
-    batches = run.data.validation(rows, config.block_size, config.eval_tokens or None)
-    return mean_loss(run.model, batches, run.dtype)
+    batches = run.data.validation(run.rows, config.block_size, config.eval_tokens or None)
+    loss = mean_loss(run.model, batches, run.dtype, run.ranks)
+    run.spread.settle()
+    return loss
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, batches: Iterable[Batch], dtype: torch.dtype) -> float:
-    """The mean loss in nats over every target of the batches, which are read in evaluation mode."""
+def mean_loss(model: GPT, batches: Iterable[Batch], dtype: torch.dtype, ranks: Ranks = ALONE) -> float:
+    """The mean loss in nats over every target of the batches, which the ranks share, read in evaluation mode."""
     model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        part = batch.to(model.device)
-        with autocast(model.device, dtype):
+    total, count, device = 0.0, 0, model.device
+    for batch in ranks.dealt(batches):
+        part = batch.to(device)
+        with autocast(device, dtype):
             total += model.loss(part.tokens, part.targets, 1.0, part.documents).item()
         count += batch.num_targets
+    total, count = ranks.sum(total, count)
     return total / count
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP only leave a note, read at the end of a step; a second one does what it always did."""
+def noted_signals(*, insist: bool = True) -> Iterator[list[int]]:
+    """SIGINT, SIGTERM and SIGHUP only leave a note, read at the end of a step.
+
+    insist: let a second one do what it always did. Under torchrun it would be the same once more: torchrun passes on
+        what a terminal has sent to all already, and ends by itself who does not end in time.
+    """
     noted: list[int] = []
     numbers = [int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
-        signal.signal(number, before[number])
+        if insist:
+            signal.signal(number, before[number])
 
     try:
         for number in before:
@@ -240,10 +284,11 @@ def _look(run: Run, sampler: Sampler | None) -> dict[str, float]:
         record["eval_seconds"] = time.perf_counter() - began
         began = time.perf_counter()
     config, tokenizer = run.config, run.data.tokenizer
-    if sampler is not None and config.sample_tokens:
-        run.model.eval()
+    model = run.spread.whole_model() if sampler is not None and config.sample_tokens else run.model
+    if sampler is not None and config.sample_tokens and run.ranks.main:
+        model.eval()
         with torch.compiler.set_stance("force_eager"):  # a prompt of every length would be compiled anew
-            text = sampler(run.model, tokenizer, config.sample_prompt, config.sample_tokens)
+            text = sampler(model, tokenizer, config.sample_prompt, config.sample_tokens)
         with (run.folder / "samples.txt").open("a", encoding="utf-8", newline="") as file:
             file.write(f"--- step {run.step}\n{text}\n\n")
         record["sample_seconds"] = time.perf_counter() - began

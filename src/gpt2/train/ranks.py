@@ -1,0 +1,267 @@
+"""The processes of one run: which of them this is, and how they agree.
+
+torchrun starts them, and tells each by its environment who it is; nothing here starts, watches or restarts anything.
+Every step's talk goes through `group`, where whoever keeps the others waiting for too long is given up; what comes
+before and after the steps (a corpus that one rank tokenizes, a report that one writes) through `patient`.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from gpt2.data.loader import Batch
+from gpt2.errors import LostRanks, ToldElsewhere, UserError
+
+T = TypeVar("T")
+
+WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+WHERE = ("MASTER_ADDR", "MASTER_PORT")
+JOINING = timedelta(minutes=10)  # for all to be there
+PATIENCE = timedelta(hours=12)  # for what one does while the others wait, before and after the steps
+OF_TORCHS_TALK = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out|Broken pipe|TCPStore|barrier")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run.
+
+    rank, size:             of all.
+    local_rank, local_size: of those on this host.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    patient: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
+    timeout: timedelta | None = None
+
+    @property
+    def main(self) -> bool:
+        """Is this the one that writes the run folder and speaks?"""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Is there no process group: was this started without torchrun?"""
+        return self.patient is None
+
+    def with_timeout(self, seconds: float) -> "Ranks":
+        """The same, with a group for the steps: who keeps the others waiting for so long counts as lost."""
+        if self.alone:
+            return self
+        timeout = timedelta(seconds=seconds)
+        return replace(self, timeout=timeout, group=dist.new_group(timeout=timeout))
+
+    def take(self, device: torch.device) -> None:
+        """Make `device` this rank's own. Raises UserError where there are not enough, or they cannot talk."""
+        if self.alone:
+            return
+        if device.type == "mps" or device.index is not None:
+            raise UserError(
+                f"--device {device} is one device: under torchrun take cuda or cpu, and each rank has its own"
+            )
+        if device.type == "cuda":
+            if not dist.is_nccl_available():
+                raise UserError(
+                    "this torch has no NCCL, without which GPUs cannot talk: --device cpu, or another torch"
+                )
+            if self.local_rank >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                raise UserError(f"there are {count} GPUs on {socket.gethostname()}: --nproc-per-node={count}")
+            torch.cuda.set_device(self.local_rank)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block whose UserError on any rank is one on all of them; the first that has one tells of it."""
+        if self.alone:
+            yield
+            return
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        told = self.gathered(None if error is None else str(error))
+        failed = [rank for rank, line in enumerate(told) if line is not None]
+        if not failed:
+            return
+        if failed[0] != self.rank:
+            raise ToldElsewhere
+        assert error is not None
+        if self.rank == 0:
+            raise error
+        raise type(error)(f"rank {self.rank} on {socket.gethostname()}: {error}") from error
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, for all of them."""
+        if self.alone:
+            return make()
+        made: list[Any] = [None]
+        with self.together():
+            made = [make() if self.main else None]
+        dist.broadcast_object_list(made, src=0, group=self.patient)
+        return made[0]
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """What each makes for itself: the first of every host, and then the others, who find what that one cached."""
+        made: list[T] = []
+        for firsts in (True, False):
+            with self.together():
+                if (self.local_rank == 0) == firsts:
+                    made.append(make())
+        return made[0]
+
+    def same(self, facts: Mapping[str, Any], mend: str) -> None:
+        """Raises UserError where a rank's `facts`, by name, are not those of rank 0."""
+        if self.alone:
+            return
+        told = self.gathered((socket.gethostname(), dict(facts)))
+        (first_host, first), differing = (
+            told[0],
+            [(rank, *each) for rank, each in enumerate(told) if each[1] != told[0][1]],
+        )
+        if differing:
+            if not self.main:
+                raise ToldElsewhere
+            rank, host, others = differing[0]
+            name = next(name for name in [*first, *others] if first.get(name) != others.get(name))
+            raise UserError(
+                f"rank {rank} on {host} has {name} {_shown(others.get(name))}, "
+                f"rank 0 on {first_host} {_shown(first.get(name))}: {mend}"
+            )
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.patient)
+        return values
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each of the numbers, summed over the ranks, as float64."""
+        if self.alone:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Is it so on any rank?"""
+        return flag if self.alone else bool(self.sum(float(flag))[0])
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device, summed over the ranks in place."""
+        if not self.alone:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def dealt(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """This rank's part of the batches, dealt like cards; each rank has as many, the last one perhaps a blank."""
+        batches = iter(batches)
+        while some := list(islice(batches, self.size)):
+            yield some[self.rank] if self.rank < len(some) else some[0].blank()
+
+    def wait(self) -> None:
+        """Wait until all are here."""
+        self.gathered(None)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """This process among those that torchrun started with it; `ALONE` without it.
+
+    Raises UserError when the environment is not what torchrun makes it, and when the others cannot be reached; and
+    LostRanks when they are lost on the way.
+    """
+    place = _place(os.environ)
+    if place is None:
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=JOINING)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        ranks = replace(place, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise _not_joined(place, error) from error
+    try:
+        yield ranks
+        ranks.wait()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or OF_TORCHS_TALK.search(str(error))):
+            raise
+        raise LostRanks(_lost(ranks, error)) from error
+    dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun would start the run anew."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def _place(environment: Mapping[str, str]) -> Ranks | None:
+    """Who the environment says this process is; None when it says nothing."""
+    if not any(environment.get(name) for name in WHO):
+        return None
+    missing = [name for name in (*WHO, *WHERE) if not environment.get(name)]
+    if environment.get("RANK", "0") != "0" and missing:
+        raise ToldElsewhere
+    if missing:
+        there = next(name for name in WHO if environment.get(name))
+        raise UserError(
+            f"{there} is set and {missing[0]} is not: start with torchrun, which sets all it takes, or unset it"
+        )
+    numbers = [environment[name] for name in WHO]
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"{', '.join(WHO)} are {', '.join(numbers)}: each must be a number, as torchrun sets them")
+    rank, size, local_rank, local_size = map(int, numbers)
+    if not (rank < size and local_rank < local_size <= size):
+        raise UserError(
+            f"{', '.join(WHO)} are {', '.join(numbers)}, which cannot be: start with torchrun, which sets them"
+        )
+    return Ranks(rank, size, local_rank, local_size)
+
+
+def _not_joined(place: Ranks, error: Exception) -> UserError:
+    """One line for what kept the ranks from finding each other."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    why = _one_line(error)
+    if "EADDRINUSE" in why or "address already in use" in why.lower():
+        return UserError(f"the port of {address} is in use by another program: give torchrun another --master-port")
+    return UserError(f"rank {place.rank} on {socket.gethostname()} does not find the others at {address}: {why}")
+
+
+def _lost(ranks: Ranks, error: Exception) -> str:
+    return (
+        f"rank {ranks.rank} on {socket.gethostname()} lost the others, or waited too long for them "
+        f"({_one_line(error)}): with --resume auto the run goes on from its last checkpoint"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """The heart of what torch says, without the places in its source and the errors on the way."""
+    text = " ".join(str(error).split()).split("RuntimeError: ")[-1].split(" At: ")[0]
+    text = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\]\s*", "", text)
+    return text[:160].rstrip(" .")
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
