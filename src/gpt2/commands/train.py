@@ -72,7 +72,12 @@ def agreed_config(ranks: Ranks, asked: TrainConfig, make: Callable[[], TrainConf
     def make_and_check() -> TrainConfig:
         if restarts() and asked.resume == "never":
             raise UserError("torchrun --max-restarts starts the run again: give --resume auto, so that it goes on")
-        return make().check()
+        config = make().check()
+        if restarts() and config.max_minutes:
+            raise UserError(
+                "torchrun --max-restarts takes what --max-minutes ends for a failure: leave one of them out"
+            )
+        return config
 
     return ranks.first(make_and_check)
 

@@ -8,16 +8,19 @@ before and after the steps (a corpus that one rank tokenizes, a report that one 
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from gpt2.data.loader import Batch
@@ -197,6 +200,7 @@ def joined() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=JOINING)))
+        store = _of_this_attempt(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         ranks = replace(place, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
     except (dist.DistError, RuntimeError, ValueError) as error:
@@ -209,6 +213,29 @@ def joined() -> Iterator[Ranks]:
             raise
         raise LostRanks(_lost(ranks, error)) from error
     dist.destroy_process_group()
+
+
+def _of_this_attempt(store: Store, rank: int, size: int) -> Store:
+    """The store where the ranks find each other, under a name that only those who live now agree on.
+
+    torchrun keeps one store through all its restarts, and the addresses that the dead have left there are still in it.
+    Rank 0 makes up a name, the others answer under it, and it says whose answers it has seen: a name on which none of
+    ours is was of an attempt before this one.
+    """
+    own, deadline = uuid4().hex, time.monotonic() + JOINING.total_seconds()
+    if rank == 0:
+        store.set("gpt2/attempt", own)
+        seen = [store.get(f"gpt2/{own}/{other}").decode() for other in range(1, size)]  # waits for each
+        store.set(f"gpt2/{own}/seen", " ".join(seen))
+        return PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        if store.check(["gpt2/attempt"]):
+            name = store.get("gpt2/attempt").decode()
+            store.set(f"gpt2/{name}/{rank}", own)
+            if store.check([f"gpt2/{name}/seen"]) and own in store.get(f"gpt2/{name}/seen").decode().split():
+                return PrefixStore(name, store)
+        time.sleep(0.1)
+    raise RuntimeError(f"rank 0 has not come in {JOINING.total_seconds():.0f} seconds")
 
 
 def restarts() -> int:
@@ -244,7 +271,7 @@ def _not_joined(place: Ranks, error: Exception) -> UserError:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     why = _one_line(error)
     if "EADDRINUSE" in why or "address already in use" in why.lower():
-        return UserError(f"the port of {address} is in use by another program: give torchrun another --master-port")
+        return UserError(f"another program has the port of {address}: take another (--rdzv-endpoint, --master-port)")
     return UserError(f"rank {place.rank} on {socket.gethostname()} does not find the others at {address}: {why}")
 
 
@@ -256,10 +283,10 @@ def _lost(ranks: Ranks, error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The heart of what torch says, without the places in its source and the errors on the way."""
+    """The first sentence of what torch says, without the places in its source and the errors on the way."""
     text = " ".join(str(error).split()).split("RuntimeError: ")[-1].split(" At: ")[0]
     text = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\]\s*", "", text)
-    return text[:160].rstrip(" .")
+    return text.split(". ")[0][:160].rstrip(" .")
 
 
 def _shown(value: Any) -> str:

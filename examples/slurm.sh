@@ -1,0 +1,67 @@
+#!/bin/bash
+# GPT-2 on several hosts of a SLURM cluster:
+#
+#     VENV=/shared/gpt2/.venv DATA=/shared/fineweb10B sbatch examples/slurm.sh
+#
+# Change the nodes, the GPUs and the time below, and add what your cluster asks for (--partition, --account). Where it does
+# not know --gpus-per-node, it is --gres=gpu:8. --batch-size (512 in this recipe) must be a multiple of all GPUs together.
+#
+# Out of time, the run is saved, queued again under the same job id, and goes on. --signal has SLURM tell this shell
+# (B: for the batch shell alone) 300 seconds before the limit, or up to a minute earlier. After the loss of a host
+# or a preemption, --requeue has SLURM itself queue the job again.
+#
+#SBATCH --job-name=gpt2
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+shared=${SHARED:-$SLURM_SUBMIT_DIR}  # a folder on a disk that all hosts see: the runs, and what they go on from
+venv=${VENV:-$shared/.venv}          # where pip installed gpt2, there too
+data=${DATA:-$shared/data}           # token shards that `gpt2 data prepare` has made, there too
+
+export GPT2_HOME=${GPT2_HOME:-/tmp/gpt2-$(id -u)}  # of each host: a text given as --data is tokenized into it, once a host
+export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$shared/tiktoken}  # GPT-2's vocabulary, for hosts without a network
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds to save in, before torchrun kills; an older torch gives 30
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# export NCCL_SOCKET_IFNAME=ib0  # if hosts have several networks, the one between them
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+# TERM goes to the steps, which is to say to each torchrun, and not to srun, which would kill them on the spot.
+out_of_time=
+trap 'out_of_time=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+# One torchrun a host. When one has ended, the others have --wait seconds for what they may be saving.
+result=$(mktemp)
+{
+    code=0
+    srun --kill-on-bad-exit=0 --wait=300 "$venv/bin/torchrun" \
+        --nnodes "${#hosts[@]}" \
+        --nproc-per-node gpu \
+        --rdzv-backend c10d \
+        --rdzv-endpoint "${hosts[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
+        --rdzv-id "$SLURM_JOB_ID" \
+        --max-restarts 3 \
+        -m gpt2 train gpt2-124m \
+        --data "$data" \
+        --out-dir "$shared/runs" \
+        --name gpt2-124m \
+        --resume auto || code=$?
+    echo "$code" >"$result"
+} &
+step=$!
+
+while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a signal ends the wait, not the step
+code=$(<"$result")
+rm "$result"
+if [[ $out_of_time && $code != 0 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "${code:-1}"
