@@ -14,8 +14,8 @@ from gpt2.hardware import Accelerator
 ACHIEVED = 0.8
 # Seconds to begin a collective operation, and of each hop of it: NCCL's estimates for its ring (the same file).
 START, NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 5.7e-6, 9.6e-6
-# Between CPUs, through gloo: what benchmarks/gloo_check.py has seen on two cores, and the usual Ethernet.
-CPU_LINK, CPU_NETWORK, CPU_START, CPU_HOP = 0.8e9, 1.25e9, 1e-4, 1e-4
+# Between CPUs, through gloo: of the order that benchmarks/gloo_check.py sees, and Ethernet of 10 Gbit/s.
+CPU_LINK, CPU_NETWORK, CPU_START, CPU_HOP, CPU_GATHERS = 0.8e9, 1.25e9, 1e-4, 1e-4, 0.75
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Cluster:
           that is divided takes a whole all-reduce, so twice as much is sent (torch 2.13: benchmarks/gloo_check.py).
     busy: the part of a message's time that the device cannot compute in: nothing with NCCL, as far as is assumed; with
           gloo what the CPU does for it.
+    gather_rate: the part of a link's speed that gathering reaches: all with NCCL; gloo does not keep both ways busy.
     """
 
     nodes: int
@@ -47,6 +48,7 @@ class Cluster:
     between: Link
     gloo: bool = False
     busy: float = 0.0
+    gather_rate: float = 1.0
 
     @property
     def devices(self) -> int:
@@ -75,7 +77,7 @@ def cpu_cluster(nodes: int, ranks: int, network: float | None = None) -> Cluster
     """Machines with so many processes each, that talk through gloo."""
     inside = Link(CPU_LINK, CPU_START, CPU_HOP)
     between = Link(ACHIEVED * (network or CPU_NETWORK) / ranks, CPU_START, CPU_HOP)
-    return Cluster(nodes, ranks, inside, between, gloo=True)
+    return Cluster(nodes, ranks, inside, between, gloo=True, gather_rate=CPU_GATHERS)
 
 
 class Sent(NamedTuple):

@@ -144,6 +144,11 @@ class TrainConfig:
                 raise UserError(f"{_flag(name)} is not UTF-8 text")
         return self
 
+    @property
+    def keeps_whole(self) -> bool:
+        """Has every rank to have the whole model, whatever else would fit?"""
+        return self.optimizer == "muon" or self.lora_rank > 0
+
     def in_epochs(self, windows: int) -> "TrainConfig":
         """`epochs` as steps, where one goes through `windows` rows; what is counted in steps shrinks to fit them."""
         if not self.epochs:
@@ -198,13 +203,16 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_tuning(config: TrainConfig) -> None:
-    """What makes sense for a given model only, and what of that goes together."""
+    """What makes sense for a given model only, and what of that goes together, or with whole matrices only."""
     asked = [name for name in ("add_tokens", "freeze", "lora_rank") if getattr(config, name)]
     if asked and config.init_from is None:
         raise UserError(f"{_flag(asked[0])} needs a model to begin with: --init-from")
     if len(asked) > 1:
         why = {"add_tokens": "the new tokens could not be learned", "freeze": "adapters freeze all the rest anyway"}
         raise UserError(f"{_flag(asked[0])} and {_flag(asked[1])} do not go together: {why[asked[0]]}")
+    if config.parallel == "fsdp" and config.keeps_whole:
+        what = "--optimizer muon works on" if config.optimizer == "muon" else "adapters are learned beside"
+        raise UserError(f"{what} whole matrices, and --parallel fsdp divides them: --parallel ddp")
     if config.lora_alpha is not None and not 0 < config.lora_alpha < float("inf"):
         raise UserError(f"--lora-alpha must be over 0, not {config.lora_alpha}")
 

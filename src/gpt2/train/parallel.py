@@ -120,7 +120,7 @@ def _is_part(tensor: Tensor) -> bool:
 def pick_kind(config: TrainConfig, ranks: Ranks, *, fits: bool) -> str:
     """How the ranks share a run: "none", "ddp" or "fsdp"; for `--parallel auto`, ddp where a whole copy `fits`.
 
-    Raises UserError for what cannot be shared so.
+    Raises UserError where there is nobody to share with.
     """
     if ranks.alone:
         if config.parallel != "auto":
@@ -128,16 +128,9 @@ def pick_kind(config: TrainConfig, ranks: Ranks, *, fits: bool) -> str:
                 f"--parallel {config.parallel} is for several processes: torchrun --nproc-per-node=N -m gpt2 ..."
             )
         return "none"
-    whole_only = {
-        "--optimizer muon works on whole matrices": config.optimizer == "muon",
-        "adapters leave the model whole": config.lora_rank > 0,
-    }
-    why = next((why for why, holds in whole_only.items() if holds), None)
-    if config.parallel == "fsdp" and why is not None:
-        raise UserError(f"{why}, and --parallel fsdp cuts them up: --parallel ddp")
     if config.parallel != "auto":
         return config.parallel
-    return "ddp" if fits or ranks.size == 1 or why is not None else "fsdp"
+    return "ddp" if fits or ranks.size == 1 or config.keeps_whole else "fsdp"
 
 
 def _add_up(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -180,15 +180,10 @@ def shared(setup: Setup, cluster: Cluster, parallel: str) -> Setup:
 
 
 def _possible(config: TrainConfig, cluster: Cluster) -> tuple[str, ...]:
-    """The ways to run `config` on several devices; Muon and adapters want whole matrices (see `train.parallel`)."""
+    """The ways to run `config` on several devices."""
     if cluster.devices == 1:
         return ()
-    if config.optimizer != "muon" and not config.lora_rank:
-        return PARALLEL
-    if config.parallel == "fsdp":
-        whole = "--optimizer muon" if config.optimizer == "muon" else "--lora-rank"
-        raise UserError(f"{whole} wants whole matrices, and --parallel fsdp divides them: --parallel ddp")
-    return ("ddp",)
+    return ("ddp",) if config.keeps_whole else PARALLEL
 
 
 def _ways(

@@ -164,7 +164,7 @@ def _resolved(config: TrainConfig, model: GPT, device: torch.device, ranks: Rank
         compile=pick_compile(config.compile, device, config.max_steps),
     )
     if config.batch_size == AUTO:
-        rows = largest_batch(config, shape, device, dtype)
+        rows = largest_batch(config, shape, device, dtype, ranks.local_size)
         config = replace(config, batch_size=rows * ranks.size, micro_batch_size=None)
     shared(config, ranks)  # for its errors
     fits = fits_whole(config, shape, device, dtype, config.batch_size // ranks.size, ranks.local_size)

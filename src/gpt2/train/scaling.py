@@ -115,7 +115,7 @@ class Step:
     """A step as predicted. Times in seconds, bytes of one device.
 
     compute:       of the device, if it had never to wait.
-    communication: of its messages alone, on the link that has most to do.
+    communication: of its messages alone, on the link that has most to do; of all where they wait for each other.
     exposed:       what the step takes beyond computing.
     efficiency:    the share of the step that is computing.
     """
@@ -145,11 +145,12 @@ def predict(work: Work, cluster: Cluster, parallel: str, bucket: int = BUCKET) -
     total = {
         lane: sum(task.seconds for task in timeline.tasks if task.lane == lane) for lane in (COMPUTE, INSIDE, BETWEEN)
     }
+    sending = total[INSIDE], total[BETWEEN]
     return Step(
         parallel=parallel,
         seconds=seconds,
         compute=total[COMPUTE],
-        communication=max(total[INSIDE], total[BETWEEN]),
+        communication=sum(sending) if timeline.serial else max(sending),
         exposed=seconds - total[COMPUTE],
         efficiency=total[COMPUTE] / seconds,
         messages=sum(task.lane != COMPUTE for task in timeline.tasks),
@@ -208,18 +209,18 @@ class _Timeline:
 
     def gather(self, size: float, *needs: int) -> int:
         """Shards to a whole, among those who divide the model."""
-        return self._around(size, needs)
+        return self._around(size, needs, self.cluster.gather_rate)
 
     def reduce_scatter(self, size: float, *needs: int) -> int:
         """Wholes to shards of their sum, among the same."""
         return self._around(2 * size if self.cluster.gloo else size, needs)
 
-    def _around(self, size: float, needs: Sequence[int]) -> int:
+    def _around(self, size: float, needs: Sequence[int], rate: float = 1.0) -> int:
         ranks, inside = self.cluster.shards, self.cluster.gpus > 1
         sent = (ranks - 1) / ranks * size
         self._sent(Sent(sent, 0.0) if inside else Sent(0.0, sent))
         link = self.cluster.inside if inside else self.cluster.between
-        return self._add(INSIDE if inside else BETWEEN, gather_seconds(size, ranks, link), needs)
+        return self._add(INSIDE if inside else BETWEEN, gather_seconds(size / rate, ranks, link), needs)
 
     def reduce_across(self, shard: float, *needs: int) -> int:
         """The sum of a shard over the machines, where each has the whole model."""
