@@ -23,6 +23,7 @@ test-all: lint
 
 soak: $(VENV)/test
 	$(BIN)/python benchmarks/soak.py --kills 50
+	$(BIN)/python benchmarks/restart_soak.py --kills 20
 
 lint: $(VENV)/test
 	$(BIN)/ruff check

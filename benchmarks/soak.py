@@ -118,11 +118,13 @@ def kill(home: Home, process: subprocess.Popen[bytes], moment: str, chance: rand
     return True
 
 
-def wait_until(process: subprocess.Popen[bytes], happened: Callable[[], bool], seconds: float = TIMEOUT) -> None:
+def wait_until(
+    process: subprocess.Popen[bytes], happened: Callable[[], bool], seconds: float = TIMEOUT, every: float = 0.0005
+) -> None:
     """Wait for something, for the end of the process, or for so many seconds, whatever is first."""
     end = time.monotonic() + seconds
     while not happened() and process.poll() is None and (left := end - time.monotonic()) > 0:
-        time.sleep(min(0.0005, left))
+        time.sleep(min(every, left))
 
 
 def disturbed_run(home: Home, chance: random.Random, kills: int) -> Tally:

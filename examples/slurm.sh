@@ -29,6 +29,7 @@ data=${DATA:-$shared/data}           # token shards that `gpt2 data prepare` has
 export GPT2_HOME=${GPT2_HOME:-/tmp/gpt2-$(id -u)}  # of each host: a text given as --data is tokenized into it, once a host
 export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$shared/tiktoken}  # GPT-2's vocabulary, for hosts without a network
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds to save in, before torchrun kills; an older torch gives 30
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or a torchrun that is started anew cannot join one that lives
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # export NCCL_SOCKET_IFNAME=ib0  # if hosts have several networks, the one between them
 

@@ -33,6 +33,7 @@ on_host() { # which host, by its number
     local command=(
         env GPT2_HOME="$cache"
         TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds to save in, before torchrun kills; an older torch gives 30
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a torchrun that is started anew cannot join one that lives
         "$venv/bin/torchrun"
         --nnodes "${#hosts[@]}"
         --nproc-per-node "$gpus"

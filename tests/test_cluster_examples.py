@@ -61,6 +61,7 @@ def test_torchrun_and_gpt2_are_told_what_they_understand(
     given = cluster.variables("two")
     assert given["GPT2_HOME"]
     assert int(given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30
+    assert given["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 def hosts_and_gpus(example: str) -> int:

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def exit_after(program: Callable[[], int | None]) -> NoReturn:
     """Run a program and exit with its code; what the user did wrong becomes one line on standard error and code 2."""
     _harden_streams()
-    logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING)
+    first = os.environ.get("RANK", "0") == "0"  # the other ranks of a run would say the same
+    logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING if first else logging.ERROR)
     try:
         code = program() or 0
         if sys.stdout is not None:

@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
             asked = with_values(RECIPES["finetune"], given, "the command line")
         config = agreed_config(ranks, asked, lambda: training_config("finetune", given))
         if print_only:
-            print(to_toml(config), end="")
+            if ranks.main:
+                print(to_toml(config), end="")
             return 0
         sampler = sampler_of(config)
         try:

@@ -41,13 +41,15 @@ def main(argv: list[str]) -> int:
             dump, base, print_only = (given.pop(name) for name in ("replay", "recipe", "print_config"))
             asked = with_values(recipe(base), given, "the command line")
         if dump is not None:
-            print(replay(path_of(dump)))
+            if ranks.main:
+                print(replay(path_of(dump)))
             return 0
         config = agreed_config(ranks, asked, lambda: training_config(base, given))
         if print_only:
             if asked.name is None:  # one was only made up for a run that begins now
                 config = replace(config, name=None)
-            print(to_toml(config), end="")
+            if ranks.main:
+                print(to_toml(config), end="")
             return 0
         try:
             folder = train(config, sampler_of(config), ranks)

@@ -201,7 +201,7 @@ def joined() -> Iterator[Ranks]:
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=JOINING)))
         store = _of_this_attempt(store, rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=JOINING)
         ranks = replace(place, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise _not_joined(place, error) from error
@@ -247,32 +247,45 @@ def _place(environment: Mapping[str, str]) -> Ranks | None:
     """Who the environment says this process is; None when it says nothing."""
     if not any(environment.get(name) for name in WHO):
         return None
-    missing = [name for name in (*WHO, *WHERE) if not environment.get(name)]
-    if environment.get("RANK", "0") != "0" and missing:
-        raise ToldElsewhere
-    if missing:
+    trouble = _trouble(environment)
+    if trouble is not None:
+        raise UserError(trouble) if _tells(environment) else ToldElsewhere
+    return Ranks(*(int(environment[name]) for name in WHO))
+
+
+def _trouble(environment: Mapping[str, str]) -> str | None:
+    """What is wrong with what the environment says of this process, and the mend."""
+    missing = next((name for name in (*WHO, *WHERE) if not environment.get(name)), None)
+    if missing is not None:
         there = next(name for name in WHO if environment.get(name))
-        raise UserError(
-            f"{there} is set and {missing[0]} is not: start with torchrun, which sets all it takes, or unset it"
-        )
-    numbers = [environment[name] for name in WHO]
+        return f"{there} is set and {missing} is not: start with torchrun, which sets all it takes, or unset it"
+    numbers, port = [environment[name] for name in WHO], environment["MASTER_PORT"]
+    said = f"{', '.join(WHO)} are {', '.join(numbers)}"
     if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"{', '.join(WHO)} are {', '.join(numbers)}: each must be a number, as torchrun sets them")
+        return f"{said}: each must be a number, as torchrun sets them"
     rank, size, local_rank, local_size = map(int, numbers)
     if not (rank < size and local_rank < local_size <= size):
-        raise UserError(
-            f"{', '.join(WHO)} are {', '.join(numbers)}, which cannot be: start with torchrun, which sets them"
-        )
-    return Ranks(rank, size, local_rank, local_size)
+        return f"{said}, which cannot be: start with torchrun, which sets them"
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        return f"MASTER_PORT is {port}, which is no port: start with torchrun, which sets it"
+    return None
+
+
+def _tells(environment: Mapping[str, str]) -> bool:
+    """Is it for this process to say what is wrong with the environment: is there no rank 0 beside it that will?"""
+    rank, size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "")
+    if not rank.isdecimal() or int(rank) == 0:
+        return True
+    return sum(bool(environment.get(name)) for name in WHO) == 1 or (size.isdecimal() and int(rank) >= int(size))
 
 
 def _not_joined(place: Ranks, error: Exception) -> UserError:
     """One line for what kept the ranks from finding each other."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    why = _one_line(error)
-    if "EADDRINUSE" in why or "address already in use" in why.lower():
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return UserError(f"another program has the port of {address}: take another (--rdzv-endpoint, --master-port)")
-    return UserError(f"rank {place.rank} on {socket.gethostname()} does not find the others at {address}: {why}")
+    who = f"rank {place.rank} on {socket.gethostname()}"
+    return UserError(f"{who} does not find the others at {address}: {_one_line(error)}")
 
 
 def _lost(ranks: Ranks, error: Exception) -> str:

@@ -98,7 +98,7 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks = ALONE) -> Run:
     config, kind = ranks.first(lambda: _resolved(config, model, device, ranks))
     ranks = ranks.with_timeout(config.rank_timeout)
     facts = run_facts(config, data)
-    ranks.same({"a device of kind": device.type, "data": data.fingerprint}, "all ranks must read the same, on the same")
+    ranks.same({"a device of kind": device.type, "data": data.fingerprint}, "give all ranks the same data and device")
     with ranks.together():
         if checkpoint is not None:
             check_facts(checkpoint, facts)

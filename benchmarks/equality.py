@@ -1,0 +1,160 @@
+"""How far apart are 1, 2 and 4 processes after the same steps? One process by itself says what is right.
+
+    python benchmarks/equality.py --steps 50
+
+A small model learns the Python documentation, byte by byte, in float32, through the real command: alone, and under
+torchrun with DDP and with FSDP2, at the same global batch; of four ranks also as two hosts with two each, in whose
+hosts FSDP2 cuts the model up and between which it is copied. Then the weights they end with, the loss of each step and
+the validation losses are compared. What float32 rounding alone does is in the row of one process that adds up its
+gradients from micro-batches of one row. Every process has one thread. Writes benchmarks/results/equality.json.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import write_result
+
+import gpt2
+from gpt2.train.config import TrainConfig, to_toml
+from gpt2.train.report import read_metrics
+
+CONFIG = TrainConfig(
+    data="python-docs",
+    tokenizer="bytes",
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    block_size=128,
+    batch_size=8,
+    lr=1e-3,
+    warmup_steps=10,
+    schedule="constant",
+    device="cpu",
+    dtype="float32",
+    eval_every=10,
+    eval_tokens=20_000,
+    save_every=0,
+    sample_tokens=0,
+)
+SECONDS = 600  # that one run may take
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run is done: by so many processes (0: one, without torchrun) on so many hosts, which share it somehow."""
+
+    processes: int
+    parallel: str = "auto"
+    hosts: int = 1
+    flags: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.processes:
+            return "1, in micro-batches" if self.flags else "1"
+        return f"{self.processes} {self.parallel}" + (f", {self.hosts} hosts" if self.hosts > 1 else "")
+
+    def commands(self) -> list[list[str]]:
+        """What is started, one command a host."""
+        program = ["-m", "gpt2", "train", "equality.toml", "--parallel", self.parallel, *self.flags]
+        if not self.processes:
+            return [[sys.executable, *program]]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        torchrun += ["--nnodes", str(self.hosts), "--nproc-per-node", str(self.processes // self.hosts)]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_port()}"]
+        return [[*torchrun, *program] for _ in range(self.hosts)]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left: its weights by name, the loss of every step, and the validation losses."""
+
+    weights: dict[str, torch.Tensor]
+    losses: torch.Tensor
+    val_losses: torch.Tensor
+
+
+def run(way: Way, place: Path) -> Trained:
+    """Do the run, in a folder of its own under `place`."""
+    name = str(way).replace(",", "").replace(" ", "-")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [*command, "--name", name],
+            cwd=place,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in way.commands()
+    ]
+    try:
+        said = [process.communicate(timeout=SECONDS)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    if any(process.returncode for process in running):
+        sys.exit("\n".join(said))
+    folder = place / "runs" / name
+    records = read_metrics(folder / "metrics.jsonl")
+    return Trained(
+        weights={name: p.detach() for name, p in gpt2.load(folder)[0].named_parameters()},
+        losses=torch.tensor([record["loss"] for record in records], dtype=torch.float64),
+        val_losses=torch.tensor([record["val_loss"] for record in records if "val_loss" in record]).double(),
+    )
+
+
+def differences(one: Trained, other: Trained) -> dict[str, float]:
+    """The largest of each kind."""
+    return {
+        "weights": max(float((p - other.weights[name]).abs().max()) for name, p in one.weights.items()),
+        "loss": float((one.losses - other.losses).abs().max()),
+        "val_loss": float((one.val_losses - other.val_losses).abs().max()),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("localhost", 0))
+        return held.getsockname()[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], help="they must divide 8, the batch")
+    args = parser.parse_args()
+    ways = [Way(0, flags=("--micro-batch-size", "1"))]
+    ways += [Way(ranks, parallel) for ranks in args.ranks for parallel in ("ddp", "fsdp")]
+    if 4 in args.ranks:
+        ways.append(Way(4, "fsdp", hosts=2))
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        config = replace(CONFIG, max_steps=args.steps, name="equality")
+        (place / "equality.toml").write_text(to_toml(config), encoding="utf-8")
+        alone = run(Way(0), place)
+        scale = max(float(p.abs().max()) for p in alone.weights.values())
+        print(f"one process: loss {alone.losses[0]:.3f} -> {alone.losses[-1]:.3f}, largest weight {scale:.2f}")
+        print(f"largest difference from it after {args.steps} steps:\n")
+        print("| processes | weights | loss of a step | validation loss |\n|:--|--:|--:|--:|")
+        for way in ways:
+            found = differences(alone, run(way, place))
+            rows.append({"processes": max(1, way.processes), "parallel": way.parallel, "hosts": way.hosts, **found})
+            rows[-1] |= {"way": str(way)}
+            print(f"| {way} | {found['weights']:.1e} | {found['loss']:.1e} | {found['val_loss']:.1e} |", flush=True)
+    result: dict[str, Any] = {"steps": args.steps, "rows": rows, "largest_weight": scale}
+    result |= {"first_loss": alone.losses[0].item(), "last_loss": alone.losses[-1].item()}
+    write_result("equality", f"python benchmarks/equality.py --steps {args.steps}", result)
+
+
+if __name__ == "__main__":
+    main()

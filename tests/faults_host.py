@@ -1,0 +1,104 @@
+"""Ranks for the tests of faults and errors, started and listened to: see faults_ranks.py."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+WITHOUT = dict.fromkeys(WHO, "")  # the environment of a process that is no rank
+
+
+class Ended(NamedTuple):
+    """What became of the ranks, each by its number: exit code (of a signal n, -n), standard output, standard error."""
+
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """What we say on standard error, on whatever rank; not what torch does."""
+        return [line.removeprefix("gpt2: ") for err in self.err for line in err.splitlines() if line[:6] == "gpt2: "]
+
+
+class Nursery:
+    """Runs ranks, those of one run at a time, as torchrun would."""
+
+    def __init__(self, folder: Path) -> None:
+        script = Path(__file__).with_name("faults_ranks.py")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPT2_HOME": str(folder)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._said = folder / "said"
+        self.pids: list[int] = []
+
+    def start(
+        self,
+        argv: Sequence[str],
+        folder: Path,
+        size: int = 2,
+        port: int | None = None,
+        odd: dict[int, Any] | None = None,
+    ) -> None:
+        """Start as many ranks in `folder`.
+
+        odd: what is different, by rank: `argv`, `folder`, `change` (what of faults_ranks.CHANGES), `environment`.
+        """
+        there = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+        there["MASTER_PORT"] = free_port() if port is None else port
+        ranks = []
+        for number in range(size):
+            own = (odd or {}).get(number, {})
+            environment = {**there, "RANK": number, "LOCAL_RANK": number, **own.get("environment", {})}
+            words = {name: str(value) for name, value in environment.items()}
+            rank = {"argv": list(argv), "change": "", **own, "environment": words}
+            ranks.append({"folder": str(folder), **rank, "said": f"{self._said}-{number}"})
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"ranks": ranks}) + "\n")
+        self._process.stdin.flush()
+        self.pids = self._answer(60)
+
+    def ended(self, seconds: float = 120) -> Ended:
+        """Wait for all of them; who takes longer is killed, which its code tells."""
+        codes = self._answer(seconds)
+        texts = [[Path(f"{self._said}-{n}.{name}").read_text() for n in range(len(codes))] for name in ("out", "err")]
+        self.pids = []
+        return Ended(codes, *texts)
+
+    def run(self, argv: Sequence[str], folder: Path, **given: Any) -> Ended:
+        """Start ranks, and wait for them."""
+        self.start(argv, folder, **given)
+        return self.ended()
+
+    def close(self) -> None:
+        self._kill()
+        self._process.kill()
+        self._process.wait()
+
+    def _kill(self) -> None:
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _answer(self, seconds: float) -> list[int]:
+        timer = threading.Timer(seconds, self._kill)
+        timer.start()
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        timer.cancel()
+        return json.loads(line)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
