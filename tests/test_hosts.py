@@ -184,7 +184,8 @@ def assert_same(run: Path, alone: Path) -> None:
     assert told[-1]["val_loss"] == pytest.approx(right[-1]["val_loss"], abs=5e-5)
 
 
-@pytest.mark.parametrize("job", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["fsdp", "ddp"], indirect=True)
 def test_two_hosts_train_what_one_process_does(job: Job, alone: Path) -> None:
     for host in job.hosts:
         job.start(host)

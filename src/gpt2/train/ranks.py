@@ -250,7 +250,8 @@ def _place(environment: Mapping[str, str]) -> Ranks | None:
     trouble = _trouble(environment)
     if trouble is not None:
         raise UserError(trouble) if _tells(environment) else ToldElsewhere
-    return Ranks(*(int(environment[name]) for name in WHO))
+    rank, size, local_rank, local_size = (int(environment[name]) for name in WHO)
+    return Ranks(rank, size, local_rank, local_size)
 
 
 def _trouble(environment: Mapping[str, str]) -> str | None:
