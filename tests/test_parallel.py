@@ -113,6 +113,16 @@ def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
     assert_same_mathematics(alone[0].folder, shared[0][0].folder, "compile")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gpus_do_it_over_nccl(parallel: str, place: Path) -> None:
+    given, size = {"device": "cuda", "matmul_precision": "highest"}, min(4, torch.cuda.device_count())
+    (alone,) = world(0, trainings, [config_of(f"one-gpu-{parallel}", **given)])
+    shared = world(size, trainings, [config_of(f"gpus-{parallel}", parallel=parallel, **given)])
+    assert_same_mathematics(alone[0].folder, shared[0][0].folder)
+
+
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_the_ranks_read_what_one_process_reads_row_for_row(case: Case, runs: Runs) -> None:
     alone, shared = runs(case.way)[0], runs(case)

@@ -41,6 +41,8 @@ class Ranks:
 
     rank, size:             of all.
     local_rank, local_size: of those on this host.
+    patient, group:         what they talk through, before and after the steps and in them; None for a process alone.
+    timeout:                how long `group` waits for a rank.
     """
 
     rank: int = 0
