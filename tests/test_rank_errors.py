@@ -176,7 +176,8 @@ def test_a_run_that_exists_or_is_in_use_is_let_alone(nursery: Nursery, folder: P
     assert sorted(run.rglob("*")) == before
 
 
-@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_bug_on_one_rank_has_one_traceback_and_ends_all(nursery: Nursery, folder: Path, which: int) -> None:
     ended = nursery.run(TRAIN, folder, odd={which: {"change": "clumsy"}})
     other = 1 - which

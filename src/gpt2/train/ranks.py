@@ -214,6 +214,9 @@ def joined() -> Iterator[Ranks]:
         if not (isinstance(error, dist.DistError) or OF_TORCHS_TALK.search(str(error))):
             raise
         raise LostRanks(_lost(ranks, error)) from error
+    except UserError:
+        dist.destroy_process_group()  # or its threads may abort the process on its way out
+        raise
     dist.destroy_process_group()
 
 
