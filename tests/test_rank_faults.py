@@ -63,33 +63,42 @@ def lines(home: Any) -> list[str]:
     return [line.removeprefix("gpt2: ") for line in said if line.startswith("gpt2: ")]
 
 
-def test_a_killed_and_a_hung_rank_are_started_anew_and_nothing_is_lost(
-    soak: Any, undisturbed: Any, tmp_path: Path
-) -> None:
-    """One torchrun; each start of it takes some six seconds."""
+def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbed: Any, tmp_path: Path) -> None:
+    """Rank 0, while it writes a checkpoint."""
     home, chance, seen = soak.RanksHome(tmp_path / "home"), random.Random(1), set[int]()
-    torchrun = home.start_ranks("--parallel", "ddp", "--rank-timeout", "2", restarts=9, shutdown=1)
+    torchrun = home.start_ranks("--parallel", "ddp", restarts=9, shutdown=2)
     try:
         pids = soak.fresh_ranks(torchrun, seen)
         assert soak.strike(home, torchrun, pids, "saving", 0, chance)
-        pids = soak.fresh_ranks(torchrun, seen)
-        told = len(lines(home))
-        until_it_goes_on(soak, home, torchrun)
-        os.kill(pids[1], signal.SIGSTOP)
-        soak.wait_until(torchrun, lambda: len(lines(home)) > told, 60, every=0.02)
-        (hung, *more) = lines(home)[told:]
-        assert hung.startswith("rank 0 on ")
-        assert "lost the others, or waited too long for them" in hung
-        assert more == []
         home.finish(torchrun)
     finally:
         torchrun.terminate()
         torchrun.wait()
     assert not soak.ranks_of(torchrun.pid)
     assert not any(Path(f"/proc/{pid}").exists() for pid in seen)
-    config = home.run / "config.toml"
-    config.write_text(config.read_text().replace("rank_timeout = 2.0", "rank_timeout = 300.0"))
     assert soak.differences(undisturbed.run, home.run) == []
+
+
+def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(soak: Any, nursery: Nursery, tmp_path: Path) -> None:
+    home = soak.RanksHome(tmp_path / "home")
+    nursery.start([*soak.TRAIN, "--parallel", "ddp", "--rank-timeout", "3"], home.folder)
+    until_it_goes_on(soak, home)
+    (waiting, hung), began = nursery.pids, time.monotonic()
+    os.kill(hung, signal.SIGSTOP)
+    soak.wait_until(Living(), lambda: is_over(waiting), 60, every=0.02)
+    assert 2 < time.monotonic() - began < 30
+    os.kill(hung, signal.SIGKILL)
+    ended = nursery.ended()
+    assert ended.codes == [75, -signal.SIGKILL]
+    (line,) = ended.lines
+    assert line.startswith("rank 0 on ")
+    assert "lost the others, or waited too long for them" in line
+
+
+def is_over(pid: int) -> bool:
+    """Has a process ended, whether or not it was waited for?"""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def stopped_at(ended: Ended, why: str) -> int:
