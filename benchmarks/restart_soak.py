@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import write_result
-from soak import CONFIG, MOMENTS, Home, differences, wait_until
+from soak import CONFIG, MOMENTS, Home, differences, reached, wait_until
 
 RANKS = 2
 KINDS = ("ddp", "fsdp")
@@ -90,16 +90,7 @@ def strike(
     home: Home, torchrun: subprocess.Popen[bytes], pids: dict[int, int], moment: str, rank: int, chance: random.Random
 ) -> bool:
     """Wait for the moment and kill a rank, whose processes are `pids`; False when the run was done before that."""
-    if moment == "starting":
-        wait_until(torchrun, lambda: False, chance.uniform(0.0, 6.0))
-    else:
-        before = home.steps_recorded()  # of the life before, to be cut back when this one begins
-        wait_until(torchrun, lambda: home.steps_recorded() != before)
-        wait_until(torchrun, lambda: False, chance.random() ** 3)  # mostly soon, a second at most
-        if moment == "saving":
-            wait_until(torchrun, lambda: bool(home.unfinished()))
-            wait_until(torchrun, lambda: False, chance.uniform(0.0, 0.03))
-    if torchrun.poll() is not None:
+    if not reached(home, torchrun, moment, chance, start_seconds=6.0):
         return False
     try:
         os.kill(pids[rank], signal.SIGKILL)

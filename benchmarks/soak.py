@@ -102,8 +102,19 @@ class Home:
 
 def kill(home: Home, process: subprocess.Popen[bytes], moment: str, chance: random.Random) -> bool:
     """Wait for the moment and kill the process; False when it was done before that."""
+    if not reached(home, process, moment, chance, start_seconds=4.0):
+        return False
+    process.kill()
+    process.wait()
+    return True
+
+
+def reached(
+    home: Home, process: subprocess.Popen[bytes], moment: str, chance: random.Random, start_seconds: float
+) -> bool:
+    """Wait for the moment; False when the process was done before that. start_seconds: how long a start may last."""
     if moment == "starting":
-        wait_until(process, lambda: False, chance.uniform(0.0, 4.0))
+        wait_until(process, lambda: False, chance.uniform(0.0, start_seconds))
     else:
         before = home.steps_recorded()  # of the life before, to be cut back when this one begins
         wait_until(process, lambda: home.steps_recorded() != before)
@@ -111,11 +122,7 @@ def kill(home: Home, process: subprocess.Popen[bytes], moment: str, chance: rand
         if moment == "saving":
             wait_until(process, lambda: bool(home.unfinished()))
             wait_until(process, lambda: False, chance.uniform(0.0, 0.03))
-    if process.poll() is not None:
-        return False
-    process.kill()
-    process.wait()
-    return True
+    return process.poll() is None
 
 
 def wait_until(

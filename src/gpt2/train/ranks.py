@@ -134,19 +134,18 @@ class Ranks:
         if self.alone:
             return
         told = self.gathered((socket.gethostname(), dict(facts)))
-        (first_host, first), differing = (
-            told[0],
-            [(rank, *each) for rank, each in enumerate(told) if each[1] != told[0][1]],
+        first_host, first = told[0]
+        rank = next((rank for rank, (_, theirs) in enumerate(told) if theirs != first), None)
+        if rank is None:
+            return
+        if not self.main:
+            raise ToldElsewhere
+        host, theirs = told[rank]
+        name = next(name for name in [*first, *theirs] if first.get(name) != theirs.get(name))
+        raise UserError(
+            f"rank {rank} on {host} has {name} {_shown(theirs.get(name))}, "
+            f"rank 0 on {first_host} {_shown(first.get(name))}: {mend}"
         )
-        if differing:
-            if not self.main:
-                raise ToldElsewhere
-            rank, host, others = differing[0]
-            name = next(name for name in [*first, *others] if first.get(name) != others.get(name))
-            raise UserError(
-                f"rank {rank} on {host} has {name} {_shown(others.get(name))}, "
-                f"rank 0 on {first_host} {_shown(first.get(name))}: {mend}"
-            )
 
     def gathered(self, value: T) -> list[T]:
         """Every rank's value, by rank."""

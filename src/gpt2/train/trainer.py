@@ -284,8 +284,10 @@ def _look(run: Run, sampler: Sampler | None) -> dict[str, float]:
         record["eval_seconds"] = time.perf_counter() - began
         began = time.perf_counter()
     config, tokenizer = run.config, run.data.tokenizer
-    model = run.spread.whole_model() if sampler is not None and config.sample_tokens else run.model
-    if sampler is not None and config.sample_tokens and run.ranks.main:
+    if sampler is None or not config.sample_tokens:
+        return record
+    model = run.spread.whole_model()
+    if run.ranks.main:
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # a prompt of every length would be compiled anew
             text = sampler(model, tokenizer, config.sample_prompt, config.sample_tokens)
