@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from machine import write_result
 
+from gpt2.config import TrainConfig
 from gpt2.model import GPT, GPTConfig
+from gpt2.optimizers import build_optimizers
 from gpt2.runtime import manage_freed_memory, pick_device
+from gpt2.train.artifact import Product
 from gpt2.train.checkpoint import CheckpointWriter
-from gpt2.train.config import TrainConfig
-from gpt2.train.optim import build_optimizers
-from gpt2.train.product import Product
 
 SAVES = 4
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from machine import write_result
 
+from gpt2.config import TrainConfig
 from gpt2.data.loader import Batch
+from gpt2.distributed.process_group import ALONE, joined
 from gpt2.runtime import manage_freed_memory
-from gpt2.train.config import TrainConfig
-from gpt2.train.ranks import ALONE, joined
 from gpt2.train.run import Run, set_up
 from gpt2.train.trainer import update
 

@@ -23,8 +23,8 @@ import torch
 from machine import write_result
 
 import gpt2
-from gpt2.train.config import TrainConfig, to_toml
-from gpt2.train.report import read_metrics
+from gpt2.config import TrainConfig, to_toml
+from gpt2.reporting.metrics import read_metrics
 
 CONFIG = TrainConfig(
     data="python-docs",

@@ -19,11 +19,10 @@ from machine import RESULTS, write_result
 from matplotlib.figure import Figure
 
 import gpt2
+from gpt2.config import TrainConfig
 from gpt2.lora import attach, trainable_parameters
 from gpt2.model import GPT
-from gpt2.train.config import TrainConfig
-from gpt2.train.report import read_metrics
-from gpt2.train.start import lora_config
+from gpt2.reporting.metrics import read_metrics
 from gpt2.train.trainer import train
 from gpt2.weights import find_model, load, save
 
@@ -64,7 +63,7 @@ def learn(how: str, rate: float, base: str, data: str, steps: int, folder: Path)
     records = read_metrics(run / "metrics.jsonl")
     curve = [{"step": r["step"], "val_loss": r["val_loss"]} for r in records if "val_loss" in r]
     if how == "LoRA":
-        attach(model, lora_config(config))
+        attach(model, config.lora_config())
     learned = sum(p.numel() for p in trainable_parameters(model).values())
     seconds = sorted(r["update_seconds"] for r in records)[len(records) // 2]
     state = (run / "checkpoints" / f"step-{steps}" / "optimizer.safetensors").stat().st_size

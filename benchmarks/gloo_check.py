@@ -1,4 +1,4 @@
-"""Does `gpt2.train.scaling` tell the truth? Predicted steps against real ones, over links of a known speed.
+"""Does `gpt2.planning.scaling` tell the truth? Predicted steps against real ones, over links of a known speed.
 
     python benchmarks/gloo_check.py [--rates 50 200 1000] [--ranks 2] [--only NAME ...]
 
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2.costs import Setup
+from gpt2.config import TrainConfig
 from gpt2.model import GPT, GPTConfig
-from gpt2.train.cluster import Cluster, Link
-from gpt2.train.config import TrainConfig
-from gpt2.train.optim import build_optimizers
-from gpt2.train.scaling import divided_work, predict
+from gpt2.optimizers import build_optimizers
+from gpt2.planning.cluster import Cluster, Link
+from gpt2.planning.costs import Setup
+from gpt2.planning.scaling import divided_work, predict
 
 ROWS, LENGTH = 4, 128
 SHAPES = {

@@ -15,9 +15,9 @@ from machine import write_result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gpt2.config import TrainConfig
 from gpt2.model import OPENAI_SIZES
-from gpt2.train.config import TrainConfig
-from gpt2.train.plan import PARALLEL, plan
+from gpt2.planning.plan import PARALLEL, plan
 from gpt2.train.recipes import recipe
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

@@ -24,8 +24,8 @@ from typing import Any
 
 from machine import write_result
 
-from gpt2.train.config import TrainConfig, to_toml
-from gpt2.train.report import read_metrics, without_times
+from gpt2.config import TrainConfig, to_toml
+from gpt2.reporting.metrics import read_metrics, without_times
 
 MOMENTS = ("starting", "training", "saving", "saving")  # when to kill; saving is what this is about
 NOT_COMPARED = (".png", ".md", ".jsonl")  # pictures and words with times in them; metrics.jsonl is compared by line

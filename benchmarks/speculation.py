@@ -22,7 +22,7 @@ from machine import write_result
 from gpt2.bench.timing import timed
 from gpt2.errors import UserError
 from gpt2.generation.engine import Engine, LanguageModel, Request
-from gpt2.generation.fast import accelerated
+from gpt2.generation.inference import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, Speculation
 from gpt2.runtime import pick_device

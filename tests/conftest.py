@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import NUMBERS
-from texts import MAKERS, SENTENCES
 
+from gpt2.config import TrainConfig
 from gpt2.tokenizer import BPETokenizer, Tokenizer, train_bpe
-from gpt2.train.config import TrainConfig
+from tests.helpers.runs import NUMBERS
+from tests.helpers.texts import MAKERS, SENTENCES
 
 SHARED = Path(os.environ.get("GPT2_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TIKTOKEN_CACHE = SHARED / "tiktoken-cache"
@@ -88,7 +88,7 @@ def here(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
 @pytest.fixture
 def nanogpt(tmp_path: Path) -> str:
     """A folder with a stand-in for nanoGPT's model.py."""
-    from bench_work import NANOGPT
+    from tests.helpers.bench_work import NANOGPT
 
     folder = tmp_path / "nanoGPT"
     folder.mkdir()

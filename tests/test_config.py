@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from gpt2.config import TrainConfig, read_toml, run_name, to_toml, with_values
 from gpt2.errors import UserError
-from gpt2.train.config import TrainConfig, read_toml, run_name, to_toml, with_values
 from gpt2.train.recipes import RECIPES, recipe
 
 

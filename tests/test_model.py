@@ -5,11 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, relative_error, transformers_twin
 from torch.nn import functional as F
 
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
+from tests.helpers.reference import (
+    ODD_CONFIGS,
+    as_conv1d,
+    random_batch,
+    random_model,
+    relative_error,
+    transformers_twin,
+)
 
 
 @pytest.mark.parametrize("config", ODD_CONFIGS, ids=lambda c: f"{c.n_layer}x{c.n_embd}/{c.n_head}")

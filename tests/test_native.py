@@ -13,17 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ODD_CONFIGS, random_batch, random_model, relative_error
 
 from gpt2.errors import UserError
-from gpt2.generation import fast
+from gpt2.generation import inference
 from gpt2.generation.engine import Engine, Request, Token
-from gpt2.generation.fast import accelerated
+from gpt2.generation.inference import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.model import ACTIVATIONS, GPT, GPTConfig
 from gpt2.native import build
 from gpt2.native.model import NativeGPT
 from gpt2.native.pack import GROUPS, dequantize, pack, quantize
+from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, relative_error
 
 WIDE = GPTConfig(vocab_size=501, block_size=300, n_layer=2, n_head=2, n_embd=192)
 ALL = [*ODD_CONFIGS, WIDE]
@@ -58,7 +58,7 @@ def everything(native: NativeGPT, tokens: torch.Tensor) -> torch.Tensor:
 
 def expected(model: GPT, tokens: torch.Tensor, precision: str) -> torch.Tensor:
     with torch.inference_mode():
-        return (fast._rounded(model, precision) if precision in GROUPS else model)(tokens)
+        return (inference._rounded(model, precision) if precision in GROUPS else model)(tokens)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -243,7 +243,7 @@ def test_without_a_compiler_torch_runs_the_same_weights(
     wanted = (
         model(tokens).detach() if precision == "float16" else everything(NativeGPT(model, precision, kernel), tokens)
     )
-    monkeypatch.setattr(fast, "library", lambda: None)
+    monkeypatch.setattr(inference, "library", lambda: None)
     slow = accelerated(model, precision)
     assert isinstance(slow, GPT)
     assert model.lm_head.weight.dtype == torch.float32  # what was given stays as it was

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import random_model
 
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE
 from gpt2.model import GPT, GPTConfig
 from gpt2.packing import Packing
 from gpt2.runtime import recompute_blocks
+from tests.helpers.reference import random_model
 
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=16)
 

@@ -4,11 +4,11 @@ import pickle
 from pathlib import Path
 
 import pytest
-from texts import SENTENCES
 
 from gpt2.errors import UserError
 from gpt2.templates import get_template
 from gpt2.tokenizer import Tokenizer, load_tokenizer, with_special_tokens, with_symbols
+from tests.helpers.texts import SENTENCES
 
 TEXT = "In BRCA1 and<go>, not in BRCA. <|endoftext|>"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import SENTENCES
 
 from gpt2.errors import UserError
 from gpt2.templates import NAMED, Template, find_template, get_template, save_template
 from gpt2.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe, with_special_tokens
+from tests.helpers.texts import SENTENCES
 
 TALK = [
     ("system", "Be brief."),

@@ -16,7 +16,6 @@ import tiktoken
 import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from texts import HARD_TEXTS, SENTENCES, gpt2
 
 from gpt2.errors import UserError
 from gpt2.tokenizer import (
@@ -32,6 +31,7 @@ from gpt2.tokenizer import (
     with_special_tokens,
 )
 from gpt2.vocabulary import cut_long_words
+from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2
 
 # The same as others
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from texts import HARD_TEXTS, SENTENCES, gpt2
 
 from gpt2 import vocabulary
 from gpt2.errors import UserError
@@ -27,6 +26,7 @@ from gpt2.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hub import serve_hub
-from reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, transformers_twin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +18,8 @@ from gpt2 import weights
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
+from tests.helpers.hub import serve_hub
+from tests.helpers.reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, transformers_twin
 
 SMALL = ODD_CONFIGS[0]
 BYTES = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gpt2.errors import UserError, did_you_mean
 from gpt2.generation.engine import Engine, LanguageModel, Request, evaluating
-from gpt2.generation.fast import accelerated
+from gpt2.generation.inference import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig

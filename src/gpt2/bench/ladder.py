@@ -27,11 +27,11 @@ from gpt2.bench.timing import (
     timed,
     update,
 )
-from gpt2.costs import flops_per_token
 from gpt2.errors import UserError, did_you_mean
 from gpt2.hardware import Accelerator, device_name, known_accelerator, measure_matmul, peak_memory, reset_peak_memory
 from gpt2.loss import PAD_TO
 from gpt2.model import GPT
+from gpt2.planning.costs import flops_per_token
 from gpt2.runtime import autocast, can_compile, compile_blocks, manage_freed_memory
 
 # How far a loss in nats may be from the float32 one after some updates. A product is rounded by 2^-8 of its size in

@@ -26,7 +26,7 @@ from gpt2.bench.decode import Decoding
 from gpt2.bench.timing import Elsewhere, Failed, Here, Say, silent
 from gpt2.errors import UserError
 from gpt2.generation.engine import CHUNK, Request
-from gpt2.generation.fast import accelerated
+from gpt2.generation.inference import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.runtime import DTYPES
 from gpt2.tokenizer import Tokenizer

@@ -23,8 +23,8 @@ from torch.optim import AdamW
 
 from gpt2.errors import UserError
 from gpt2.model import GPTConfig
+from gpt2.optimizers import parameter_groups
 from gpt2.runtime import synchronize
-from gpt2.train.optim import parameter_groups
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]

@@ -15,7 +15,7 @@ from gpt2.bench.timing import CONTEXT, Elsewhere, Failed, environment
 from gpt2.cli import Parser
 from gpt2.commands.bench_output import check_outputs, say, wide_console, write
 from gpt2.errors import UserError, did_you_mean, missing_extra
-from gpt2.generation.fast import PRECISIONS
+from gpt2.generation.inference import PRECISIONS
 from gpt2.hardware import device_name
 from gpt2.model import OPENAI_SIZES, GPTConfig
 from gpt2.runtime import pick_device

@@ -11,7 +11,7 @@ import torch
 from gpt2.cli import Parser
 from gpt2.errors import UserError, did_you_mean
 from gpt2.generation.engine import LanguageModel
-from gpt2.generation.fast import PRECISIONS, accelerated
+from gpt2.generation.inference import PRECISIONS, accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.text import check_stop
 from gpt2.lora import find_adapter

@@ -6,10 +6,10 @@ from typing import Any
 
 from gpt2.cli import Parser
 from gpt2.commands.train import add_training_flags, agreed_config, sampler_of, training_config
+from gpt2.config import read_toml, to_toml, with_values
+from gpt2.distributed.process_group import joined
 from gpt2.errors import UserError
 from gpt2.train.comparison import compare
-from gpt2.train.config import read_toml, to_toml, with_values
-from gpt2.train.ranks import joined
 from gpt2.train.recipes import RECIPES
 from gpt2.train.trainer import Interrupted, Sampler, train
 

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from gpt2.cli import Parser
 from gpt2.commands.train import add_training_flags, training_config
+from gpt2.config import TrainConfig
 from gpt2.hardware import KNOWN
-from gpt2.train.config import TrainConfig
-from gpt2.train.plan import ASSUMED_MFU, FULL, Plan, plan
+from gpt2.planning.plan import ASSUMED_MFU, FULL, Plan, plan
+from gpt2.reporting.units import byte_size, count
 from gpt2.train.recipes import RECIPES
-from gpt2.train.units import byte_size, count
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from gpt2.cli import Parser
 from gpt2.commands.decoding import add_model_flags, add_sampling_flags, bad_words, load_from, sampling_from, shown
 from gpt2.errors import UserError
-from gpt2.generation.beam import beam_texts
-from gpt2.generation.contrastive import contrastive_stream
+from gpt2.generation.beam_search import beam_texts
+from gpt2.generation.contrastive_search import contrastive_stream
 from gpt2.generation.engine import Engine, LanguageModel, Request
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.speculative import ModelDraft, PromptLookup, SpeculatedText, speculate

@@ -11,7 +11,7 @@ from typing import Any
 from gpt2.cli import Parser
 from gpt2.commands.decoding import add_model_flags, load_plain, template_from
 from gpt2.errors import UserError, missing_extra
-from gpt2.generation.fast import accelerated
+from gpt2.generation.inference import accelerated
 from gpt2.hardware import GiB
 from gpt2.serve.limits import Limits
 from gpt2.templates import Template
@@ -73,8 +73,8 @@ def _parse(argv: list[str]) -> Namespace:
 
 def _serve(args: Namespace) -> int:
     from gpt2.serve.app import create_app
-    from gpt2.serve.guard import LOOPBACK_NAMES, Access
     from gpt2.serve.listen import Server, address_of, bind, is_loopback
+    from gpt2.serve.middleware import LOOPBACK_NAMES, Access
 
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     loopback = is_loopback(args.host)

@@ -11,15 +11,15 @@ import torch
 
 import gpt2
 from gpt2.cli import Parser
+from gpt2.config import TUNING, TrainConfig, resumed, run_name, to_toml, with_values
 from gpt2.data.prepare import named_shards
+from gpt2.distributed.process_group import Ranks, joined, restarts
 from gpt2.errors import UserError
 from gpt2.files import path_of
 from gpt2.generation.text import generate
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.config import TUNING, TrainConfig, resumed, run_name, to_toml, with_values
-from gpt2.train.guard import replay
-from gpt2.train.ranks import Ranks, joined, restarts
+from gpt2.train.non_finite import replay
 from gpt2.train.recipes import RECIPES, recipe
 from gpt2.train.trainer import Interrupted, Sampler, train
 

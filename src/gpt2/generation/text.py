@@ -6,7 +6,7 @@ from typing import Any, overload
 
 from gpt2.errors import UserError, did_you_mean
 from gpt2.generation.engine import Continuation, Engine, LanguageModel, Request
-from gpt2.generation.fast import accelerated
+from gpt2.generation.inference import accelerated
 from gpt2.generation.sampling import Sampling
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 

@@ -13,15 +13,15 @@ from starlette.responses import JSONResponse, Response
 
 from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
-from gpt2.serve import chats, completions, schema
+from gpt2.serve import chat_completions, completions, schema
 from gpt2.serve.answers import Answer, Ask
 from gpt2.serve.errors import APIError, api_error
-from gpt2.serve.guard import Access, Guard
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
+from gpt2.serve.middleware import Access, Guard
 from gpt2.serve.models import ServedModel, find
 from gpt2.serve.playground import playground_router
-from gpt2.serve.streams import EventStream, answer
+from gpt2.serve.sse import EventStream, answer
 
 FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -99,11 +99,11 @@ def _add_openai(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: boo
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion)
     async def create_chat_completion(body: schema.ChatRequest, request: Request) -> Response:
         """Go on with a conversation."""
-        ask = chats.ask_of(body, find(models, body.model), limits)
+        ask = chat_completions.ask_of(body, find(models, body.model), limits)
         reply = begin(request, body, ask)
         if body.stream:
-            return EventStream(chats.chat_chunks(body, reply))
-        return await answer(request, chats.chat(body, reply))
+            return EventStream(chat_completions.chat_chunks(body, reply))
+        return await answer(request, chat_completions.chat(body, reply))
 
     @app.get("/v1/models", response_model=schema.ModelList)
     async def list_models() -> dict[str, Any]:

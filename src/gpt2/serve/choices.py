@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gpt2.generation.engine import Alternatives, Token
 from gpt2.generation.text import TextStream
-from gpt2.serve.scoring import Scored
+from gpt2.serve.prompt_logprobs import Scored
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
 

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gpt2.errors import UserError
 from gpt2.serve.errors import APIError
 from gpt2.serve.models import ServedModel
-from gpt2.serve.streams import UNREAD_SECONDS
+from gpt2.serve.sse import UNREAD_SECONDS
 
 LAST_SECONDS = 3  # for answers on their way, once all texts have ended
 HEAD_SECONDS = 30.0  # in which the head of a request has to arrive

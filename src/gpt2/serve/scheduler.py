@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gpt2.errors import UserError
 from gpt2.generation.engine import CHUNK, Continuation, Engine, LanguageModel, Request, Token
-from gpt2.serve.scoring import Scored, Scorer
+from gpt2.serve.prompt_logprobs import Scored, Scorer
 
 GOODBYE = "the server is shutting down"
 LEAST_READ = 24  # tokens of prompts in a step, however few texts wait for it

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gpt2.distributed.parallel import part_like, whole
 from gpt2.errors import UserError
 from gpt2.files import sha256_of
 from gpt2.model import GPT
 from gpt2.runtime import synchronize
-from gpt2.train.parallel import part_like, whole
-from gpt2.train.product import Product
+from gpt2.train.artifact import Product
 
 log = logging.getLogger("gpt2")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from gpt2.config import TrainConfig
 from gpt2.data.dataset import Dataset
 from gpt2.data.prepare import open_data
 from gpt2.model import GPT
 from gpt2.runtime import parse_dtype
-from gpt2.train.config import TrainConfig
-from gpt2.train.start import start
+from gpt2.train.setup import start
 from gpt2.train.trainer import Sampler, mean_loss
 from gpt2.weights import load
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from gpt2.config import TrainConfig, read_toml
 from gpt2.errors import UserError, did_you_mean
-from gpt2.train.config import TrainConfig, read_toml
 
 RECIPES = {
     # a small GPT-2 that learns to talk like the Python reference in about half a minute on two cores, offline

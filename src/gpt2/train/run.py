@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 
-from gpt2.costs import flops_per_token
+from gpt2.config import AUTO, TrainConfig
 from gpt2.data.dataset import Dataset
 from gpt2.data.loader import Batches
+from gpt2.distributed.parallel import Spread, pick_kind
+from gpt2.distributed.process_group import ALONE, Ranks
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, measure_matmul, peak_memory
 from gpt2.lora import trainable_parameters
 from gpt2.model import GPT
+from gpt2.optimizers import build_optimizers
+from gpt2.planning.costs import flops_per_token
+from gpt2.planning.plan import fits_whole, largest_batch, ready_device
+from gpt2.reporting.findings import RunFacts
+from gpt2.reporting.metrics import plot_loss, read_metrics
+from gpt2.reporting.report import ENTROPY_TOKENS, unigram_entropy, write_report
 from gpt2.runtime import (
     DTYPE_NAMES,
     DTYPES,
@@ -22,20 +30,12 @@ from gpt2.runtime import (
     pick_training_dtype,
     recompute_blocks,
 )
-from gpt2.train.best import Best
+from gpt2.train.artifact import Product
 from gpt2.train.checkpoint import load_optimizers, newest_checkpoint
-from gpt2.train.config import AUTO, TrainConfig
-from gpt2.train.findings import RunFacts
-from gpt2.train.folder import check_facts, run_facts
-from gpt2.train.optim import build_optimizers
-from gpt2.train.parallel import Spread, pick_kind
-from gpt2.train.plan import fits_whole, largest_batch, ready_device
-from gpt2.train.product import Product
-from gpt2.train.ranks import ALONE, Ranks
-from gpt2.train.report import plot_loss, read_metrics
-from gpt2.train.spikes import SpikeGuard
-from gpt2.train.start import start
-from gpt2.train.summary import ENTROPY_TOKENS, unigram_entropy, write_report
+from gpt2.train.early_stopping import Best
+from gpt2.train.outlier_batches import SpikeGuard
+from gpt2.train.run_folder import check_facts, run_facts
+from gpt2.train.setup import start
 
 log = logging.getLogger("gpt2")
 

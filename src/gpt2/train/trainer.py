@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpt2.config import TrainConfig
 from gpt2.data.loader import Batch, prefetched
+from gpt2.distributed.process_group import ALONE, Ranks
 from gpt2.model import GPT
+from gpt2.optimizers import learning_rate
+from gpt2.reporting.metrics import Report
+from gpt2.reporting.profiler import StepProfiler
+from gpt2.reporting.trackers import open_trackers
 from gpt2.runtime import autocast, random_state, seed_step, synchronize
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.checkpoint import CheckpointWriter
-from gpt2.train.config import TrainConfig
-from gpt2.train.culprit import Attempt
-from gpt2.train.folder import RunFolder
-from gpt2.train.guard import diagnose, excerpt
-from gpt2.train.optim import learning_rate
-from gpt2.train.profile import StepProfiler
-from gpt2.train.ranks import ALONE, Ranks
-from gpt2.train.report import Report
+from gpt2.train.non_finite import diagnose, excerpt
+from gpt2.train.non_finite_origin import Attempt
+from gpt2.train.outlier_batches import skipped_line, worst_row
 from gpt2.train.run import Run, describe, explain, set_up
-from gpt2.train.spikes import skipped_line, worst_row
-from gpt2.train.trackers import open_trackers
+from gpt2.train.run_folder import RunFolder
 
 Sampler = Callable[[GPT, Tokenizer, str, int], str]  # (model, tokenizer, prompt, number of tokens) -> text
 

@@ -1,0 +1,133 @@
+"""The time of a step on this machine, from passes and updates of a few layers; the rest is multiplication."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from gpt2.config import TrainConfig
+from gpt2.hardware import resident_memory
+from gpt2.lora import attach
+from gpt2.model import GPT, GPTConfig
+from gpt2.optimizers import build_optimizers
+from gpt2.planning.costs import Setup, flops_per_token, num_parameters, num_trainable, training_memory
+from gpt2.runtime import autocast, compile_blocks, recompute_blocks, synchronize
+
+SLICE = 3  # layers that are timed, and one: the rest is their difference, many times
+PASS_SECONDS = 1.5  # about how long a timed pass may take; long ones are timed with fewer rows
+
+
+class Timed(NamedTuple):
+    """Seconds of one step on one device: all forward and backward passes, and the update after them."""
+
+    passes: float
+    update: float
+
+
+def time_step(
+    config: TrainConfig, shape: GPTConfig, setup: Setup, device: torch.device, rate: float, compiled: bool
+) -> Timed:
+    """The seconds of one optimizer step on `device`, from real ones of a model with one layer and with three.
+
+    rate: FLOP/s of its matrix products, from which a pass's length is guessed.
+
+    What a layer adds is their difference; embeddings, head and loss are in both. A model of few layers is timed whole.
+    Where first blocks are frozen, time is taken to shrink as FLOPs and learning parameters do.
+    """
+    counts = [shape.n_layer] if shape.n_layer <= SLICE else [1, SLICE]
+    timed = timed_setup(shape, setup, rate)
+    slices = [_Slice(config, replace(shape, n_layer=count), timed, device, compiled) for count in counts]
+    passes = _alternating([each.forward_backward for each in slices], device)
+    updates = _alternating([each.update for each in slices], device)
+    one_pass, update = (_at_depth(seconds, counts, shape.n_layer) for seconds in (passes, updates))
+    if setup.freeze:
+        flops = flops_per_token(shape, setup.length, freeze=setup.freeze)
+        one_pass *= flops / flops_per_token(shape, setup.length)
+        update *= num_trainable(shape, freeze=setup.freeze) / num_parameters(shape)
+    return Timed(one_pass * setup.micro_batches * setup.rows / timed.rows, update)
+
+
+def can_time(shape: GPTConfig, setup: Setup, rate: float, program: int, memory: int) -> bool:
+    """Do the few layers that `time_step` runs fit in `memory` bytes, `program` of which are taken?"""
+    timed = timed_setup(shape, setup, rate)
+    return training_memory(_thin(shape), timed, program).peak <= memory
+
+
+def timed_setup(shape: GPTConfig, setup: Setup, rate: float) -> Setup:
+    """The step that is timed: one micro-batch, or as many of its rows (a power of two) as keep a pass short."""
+    flops = flops_per_token(_thin(shape), setup.length, lora=setup.lora)
+    seconds_per_row = flops * setup.length / (0.5 * rate)
+    rows = setup.rows
+    if rows * seconds_per_row > PASS_SECONDS:
+        rows = 1
+        while 2 * rows * seconds_per_row <= PASS_SECONDS and 2 * rows <= setup.rows:
+            rows *= 2
+    return replace(setup, rows=rows, micro_batches=1, saves_midway=False, freeze=0, shards=1, buckets=False)
+
+
+def _thin(shape: GPTConfig) -> GPTConfig:
+    return replace(shape, n_layer=min(SLICE, shape.n_layer))
+
+
+def _at_depth(seconds: list[float], counts: list[int], n_layer: int) -> float:
+    """On the line through the times of two depths; with one depth, its time."""
+    if len(counts) == 1:
+        return seconds[0]
+    per_layer = max(0.0, seconds[1] - seconds[0]) / (counts[1] - counts[0])
+    return seconds[1] + (n_layer - counts[1]) * per_layer
+
+
+class _Slice:
+    """A model with some of the layers, and its optimizers: what can be timed of a step."""
+
+    def __init__(
+        self, config: TrainConfig, shape: GPTConfig, setup: Setup, device: torch.device, compiled: bool
+    ) -> None:
+        self.model = GPT(shape).to(device).train()
+        if setup.lora is not None:
+            attach(self.model, setup.lora)
+        if setup.recompute:
+            recompute_blocks(self.model.transformer.h)
+        if compiled:
+            compile_blocks(self.model.transformer.h)
+        self.optimizers = build_optimizers(self.model, config)
+        self.tokens = torch.randint(0, shape.vocab_size, (setup.rows, setup.length), device=device)  # (B, T)
+        self.device, self.dtype, self.grad_clip = device, setup.dtype, config.grad_clip or torch.inf
+
+    def forward_backward(self) -> None:
+        with autocast(self.device, self.dtype):
+            loss = self.model.loss(self.tokens, self.tokens, float(self.tokens.numel()))
+        loss.backward()
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def _alternating(works: list[Callable[[], None]], device: torch.device, rounds: int = 5) -> list[float]:
+    """Median seconds of each, timed in turns, after two rounds to warm up."""
+    times: list[list[float]] = [[] for _ in works]
+    for round_number in range(rounds + 2):
+        for work, seconds in zip(works, times, strict=True):
+            synchronize(device)
+            began = time.perf_counter()
+            work()
+            synchronize(device)
+            if round_number >= 2:
+                seconds.append(time.perf_counter() - began)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def program_memory(config: TrainConfig) -> int:
+    """Bytes that Python, torch and its kernels take in this process: after one step of the smallest of models."""
+    tiny = GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16)
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        step = _Slice(config, tiny, Setup(rows=1, length=8, dtype=dtype), cpu, compiled=False)
+        step.forward_backward()
+        step.update()
+    return resident_memory()

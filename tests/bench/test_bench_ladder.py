@@ -1,0 +1,205 @@
+"""The speed ladder: every rung does the same work, and one that does not is flagged."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt2.bench.ladder import (
+    RUNGS,
+    TOLERANCE,
+    Rung,
+    chunked_loss,
+    climb,
+    compare,
+    full_loss,
+    padded_loss,
+    run_rung,
+    unsteadiness,
+)
+from gpt2.bench.peers import Lane, race
+from gpt2.bench.timing import Failed, Here, Workload, in_this_process, silent
+from gpt2.model import GPT, GPTConfig
+from gpt2.planning.costs import flops_per_token
+from tests.helpers.bench_work import TINY, WORK, not_a_number, scaled_loss
+
+pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
+
+EAGER_RUNGS = tuple(rung for rung in RUNGS if rung.name != "compile")
+
+
+def by_name(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {record["name"]: record for record in records}
+
+
+def raw(seconds: list[float], losses: list[float | None], matmul: float = 1e9) -> dict[str, Any]:
+    return {"seconds": seconds, "losses": losses, "peak_memory": 1000, "matmul": matmul}
+
+
+@pytest.mark.parametrize("loss", [padded_loss, chunked_loss])
+def test_every_loss_of_the_ladder_is_the_plain_one_with_its_gradient(loss: Any) -> None:
+    torch.manual_seed(0)
+    model = GPT(TINY).double()
+    tokens, targets = WORK.batches()[0]
+    found = []
+    for one in (full_loss, loss):
+        model.zero_grad()
+        value = one(model, tokens, targets)
+        value.backward()
+        found.append((value.item(), [p.grad for p in model.parameters()]))
+    (expected, gradients), (value, others) = found
+    assert value == pytest.approx(expected, rel=1e-6)  # full_loss ends in float32
+    for a, b in zip(gradients, others, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_all_rungs_give_the_same_loss() -> None:
+    records = climb(WORK, rungs=EAGER_RUNGS, run=in_this_process)
+    found = by_name(records)
+    assert list(found) == [rung.name for rung in EAGER_RUNGS]
+    assert found["tf32"]["reason"].startswith("not applicable")
+    assert found["tf32"]["runs"] == []
+    ran = [record for record in records if record["runs"]]
+    assert len(ran) == 7
+    for record in ran:
+        assert record["reason"] is None
+        assert not record["wrong"]
+        assert record["drift"] < (1e-3 if record["arithmetic"] == "float32" else 3e-2)
+        assert record["loss"] < 5.68 < record["runs"][0]["losses"][0] < 5.75  # ln 301 = 5.707, and it learns
+        assert record["peak_memory"] > 2**20
+        assert record["matmul"] > 0
+    assert [record["arithmetic"] for record in ran] == ["float32"] + 6 * ["bfloat16"]
+
+
+def test_the_foot_of_the_ladder_is_plain_training() -> None:
+    """Beside a loop written out here: torch's own AdamW and clipping, on plain attention."""
+    found = climb(WORK, ["float32"], run=in_this_process)[0]
+    torch.manual_seed(WORK.seed)
+    model = GPT(GPTConfig(**{**TINY.__dict__, "attention": "plain"}))
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    losses = []
+    for tokens, targets in WORK.batches():
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert found["runs"][0]["losses"] == pytest.approx(losses, abs=1e-5)
+
+
+def wrong_gradient(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(model.hidden_states(tokens), model.lm_head.weight.detach())  # the head does not learn
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def no_memory(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.\nmore lines")
+
+
+def no_kernel(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize("loss", [scaled_loss, wrong_gradient, not_a_number])
+def test_a_rung_that_changes_the_loss_is_flagged(loss: Any) -> None:
+    rungs = (RUNGS[0], Rung("wrong", "", {"loss": loss}), Rung("right", "", {"loss": chunked_loss}))
+    found = by_name(climb(WORK, rungs=rungs, run=in_this_process))
+    assert not found["float32"]["wrong"]
+    assert found["wrong"]["wrong"]
+    assert found["wrong"]["drift"] is None or found["wrong"]["drift"] > TOLERANCE["float32"]
+    assert not found["right"]["wrong"]
+
+
+def test_a_rung_that_cannot_run_is_listed_and_the_others_go_on() -> None:
+    rungs = (
+        Rung("too big", "", {"loss": no_memory}),
+        Rung("still too big", "", {"attention": "sdpa"}),  # on top of what had too little memory
+        Rung("broken", "", {"loss": no_kernel}),
+        Rung("small", "", {"loss": full_loss}),
+    )
+    found = by_name(climb(WORK, rungs=rungs, run=in_this_process))
+    assert found["too big"]["reason"] == "out of memory: CUDA out of memory. Tried to allocate 3.07 GiB."
+    assert found["still too big"]["reason"].startswith("out of memory")
+    assert found["broken"]["reason"] == "no kernel image is available"
+    assert found["small"]["reason"] is None
+    rungs = (RUNGS[0], Rung("broken", "", {"loss": no_kernel}), Rung("above", "", {"attention": "sdpa"}))
+    found = by_name(climb(WORK, rungs=rungs, run=in_this_process))
+    assert found["above"]["reason"] is None  # went on without the broken one
+    assert not found["above"]["wrong"]
+
+
+def test_without_a_compiler_the_rung_says_so(no_compiler: None) -> None:
+    found = by_name(climb(WORK, ["float32", "compile", "chunked-loss"], run=in_this_process))
+    assert "needs a C++ compiler" in found["compile"]["reason"]
+    assert not found["chunked-loss"]["wrong"]
+
+
+def test_chosen_rungs_stand_on_all_below_them(no_compiler: None) -> None:
+    seen = []
+
+    def watch(work: Any, settings: Any, workload: Workload) -> Any:
+        seen.append(settings)
+        return work(settings, workload)
+
+    (record,) = climb(WORK, ["fused-adamw"], rounds=2, run=watch)
+    assert len(record["runs"]) == 2
+    assert seen[0] == seen[1]
+    assert (seen[0].dtype, seen[0].attention, seen[0].loss) == (torch.bfloat16, "sdpa", padded_loss)
+    assert seen[0].kernels == {"fused": True}
+    assert not seen[0].compiled
+    assert record["compared_with"] == "fused-adamw"
+
+
+def test_what_follows_from_the_raw_times_is_right() -> None:
+    records: list[dict[str, Any]] = [
+        {"name": "a", "arithmetic": "float32", "runs": [raw([0.2, 0.4], [5.0, 4.0], 1e9), raw([0.3], [5.0, 4.0], 3e9)]},
+        {"name": "b", "arithmetic": "bfloat16", "runs": [raw([0.1, 0.1], [5.01, 4.02], 4e9)]},
+        {"name": "c", "arithmetic": "float32", "runs": []},
+        {"name": "d", "arithmetic": "float32", "runs": [raw([0.1], [5.0, 4.0011], 2e9)]},
+    ]
+    a, b, c, d = compare(records, WORK)
+    assert a["ms"]["median"] == pytest.approx(300)
+    assert a["tokens_per_second"] == pytest.approx(32 / 0.3)
+    assert a["matmul"] == 2e9  # the median of 1, 3 and d's 2
+    assert a["mfu"] == pytest.approx(32 / 0.3 * flops_per_token(TINY, 16) / 2e9)
+    assert a["mfu_datasheet"] is None
+    assert (a["drift"], a["wrong"]) == (0, False)
+    assert b["drift"] == pytest.approx(0.02)
+    assert not b["wrong"]
+    assert "ms" not in c
+    assert d["wrong"]
+    assert unsteadiness(records) == pytest.approx(2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_ladder_on_a_gpu() -> None:
+    config = GPTConfig(n_layer=2, n_head=4, n_embd=256)
+    work = Workload("cuda", config, batch_size=4, block_size=256, steps=5)
+    for record in climb(work):
+        assert record["runs"] or record["reason"].startswith("not applicable")
+        assert not record.get("wrong", False), record
+        assert 0 < record.get("mfu", 0.5) < 1
+    peaks = [run_rung(settings, work)["peak_memory"] for settings in _first_and_last(work)]
+    assert peaks[1] < peaks[0]
+    found = race(work, {}, Here, silent)["gpt2"]["modes"]
+    assert len(found["eager"]["seconds"]) == 5
+    assert Lane("gpt2", None, work).peak("eager") > 2**20
+
+
+def _first_and_last(work: Workload) -> list[Any]:
+    seen: list[Any] = []
+
+    def note(work: Any, settings: Any, workload: Workload) -> Any:
+        seen.append(settings)
+        raise Failed("only looked at", out_of_memory=True)
+
+    climb(work, ["float32", "chunked-loss"], run=note)
+    return seen

@@ -1,0 +1,338 @@
+"""However many ranks share a step, and however they share the model: the mathematics of one process, on the same rows.
+
+The ranks are real processes that talk over gloo. One by itself says what is right, and another number of ranks may
+differ from it by the rounding of float32 sums, whose order is another one; in what they read, by nothing.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.data.loader import Batch, Batches, Loader, prefetched
+from gpt2.distributed.parallel import pick_kind
+from gpt2.distributed.process_group import ALONE, Ranks
+from gpt2.errors import UserError
+from gpt2.loss import IGNORE
+from gpt2.model import GPT
+from gpt2.reporting.metrics import read_metrics
+from gpt2.train.setup import start
+from tests.helpers.ranks_cases import (
+    ANSWERS,
+    LENGTH,
+    ROWS,
+    WAYS,
+    assert_same_mathematics,
+    config_of,
+    furthest,
+    weights,
+    work_place,
+)
+from tests.helpers.ranks_work import Told, Trained, first_weights, trainings, typed, updates
+from tests.helpers.ranks_world import world
+
+WEIGHTS = 34_720  # of the model below
+FEW = ("micro", "plain", "answers")
+WHOLE_ONLY = ("muon", "lora")  # what FSDP does not do
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many ranks, on hosts of `local_size` where that is given, which share the model and do the steps in a way."""
+
+    size: int
+    parallel: str
+    way: str
+    local_size: int = 0
+
+    def __str__(self) -> str:
+        hosts = f"{self.size // self.local_size}x{self.local_size}" if self.local_size else str(self.size)
+        return f"{hosts}-{self.parallel}-{self.way}"
+
+
+def cases() -> list[Case]:
+    found = [Case(1, parallel, "plain") for parallel in ("ddp", "fsdp")]
+    usual = [way for way in WAYS if way != "compile"]
+    found += [Case(2, "ddp", way) for way in usual] + [Case(2, "fsdp", way) for way in usual if way not in WHOLE_ONLY]
+    found += [Case(size, parallel, way) for size in (3, 4) for parallel in ("ddp", "fsdp") for way in FEW[size < 4 :]]
+    return found + [Case(4, "fsdp", way, local_size=2) for way in FEW[1:]]
+
+
+Runs = Callable[[Case | str], list[Trained]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Path]:
+    with work_place(tmp_path_factory.mktemp("parallel"), compiled) as folder:
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("GPT2_HOME", str(place / "home"))
+
+
+@pytest.fixture(scope="module")
+def runs(place: Path) -> Runs:
+    """The trainings of a case, by rank, or of one process alone in a way; those of one world are done in one go."""
+    done: dict[Case | str, list[Trained]] = {}
+
+    def fill(size: int, local_size: int, found: list[Case | str]) -> None:
+        configs = [
+            config_of(f"alone-{case}", **WAYS[case])
+            if isinstance(case, str)
+            else config_of(str(case), parallel=case.parallel, **WAYS[case.way])
+            for case in found
+        ]
+        by_rank = world(size, trainings, configs, local_size)
+        done.update(zip(found, map(list, zip(*by_rank, strict=True)), strict=True))
+
+    def of(case: Case | str) -> list[Trained]:
+        if case not in done and isinstance(case, str):
+            fill(0, 0, [way for way in WAYS if way != "compile"])
+        elif case not in done:
+            assert isinstance(case, Case)
+            like = (case.size, case.local_size)
+            fill(*like, [other for other in cases() if (other.size, other.local_size) == like])
+        return done[case]
+
+    return of
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_any_number_of_ranks_does_what_one_process_does(case: Case, runs: Runs) -> None:
+    alone, shared = runs(case.way)[0], runs(case)
+    assert {each.kind for each in shared} == {case.parallel}
+    assert alone.kind == "none"
+    assert_same_mathematics(alone.folder, shared[0].folder, case.way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
+    (alone,) = world(0, trainings, [config_of(f"compile-alone-{parallel}", **WAYS["compile"])])
+    shared = world(2, trainings, [config_of(f"compile-{parallel}", parallel=parallel, **WAYS["compile"])])
+    assert_same_mathematics(alone[0].folder, shared[0][0].folder, "compile")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gpus_do_it_over_nccl(parallel: str, place: Path) -> None:
+    given, size = {"device": "cuda", "matmul_precision": "highest"}, min(4, torch.cuda.device_count())
+    (alone,) = world(0, trainings, [config_of(f"one-gpu-{parallel}", **given)])
+    shared = world(size, trainings, [config_of(f"gpus-{parallel}", parallel=parallel, **given)])
+    assert_same_mathematics(alone[0].folder, shared[0][0].folder)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_the_ranks_read_what_one_process_reads_row_for_row(case: Case, runs: Runs) -> None:
+    alone, shared = runs(case.way)[0], runs(case)
+    for step, batch in enumerate(alone.stream):
+        assert np.array_equal(np.concatenate([each.stream[step] for each in shared], axis=1), batch)
+    assert len(alone.stream) == config_of("none").max_steps
+    first_rows = {batch[0, row].tobytes() for batch in alone.stream for row in range(ROWS)}
+    assert (
+        len(first_rows) < len(alone.stream) * ROWS or case.way not in FEW
+    )  # some came twice: an epoch ended on the way
+
+
+def test_the_cases_are_uneven_where_they_are_meant_to_be(runs: Runs, place: Path) -> None:
+    by_rank = runs(Case(4, "ddp", "answers"))
+    counts = [[int((batch[1] != IGNORE).sum()) for batch in each.stream] for each in by_rank]
+    assert all(len(set(step)) > 1 for step in zip(*counts, strict=True))
+    data = start(config_of("none"), None).data
+    batches = {size: len(list(data.validation(ROWS // size, LENGTH, None))) for size in (2, 3, 4)}
+    assert all(count % size for size, count in batches.items()), batches  # at the end a rank or more has none
+
+
+def test_one_rank_is_one_process_to_the_bit(place: Path) -> None:
+    given = config_of("dropping", dropout=0.2)
+    (alone,) = world(0, trainings, [given])
+    (one,) = world(1, trainings, [replace(given, name="dropping-1", parallel="ddp")])
+    name = "model/model.safetensors"
+    assert (one[0].folder / name).read_bytes() == (alone[0].folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_the_parts_of_every_batch_are_the_batch(parts: int, place: Path) -> None:
+    text, rows = config_of("none"), config_of("none", **ANSWERS)
+    plain, packed = (start(each, None).data.loader(ROWS, each.block_size, 7) for each in (text, rows))
+    tokens = np.arange(3_000, dtype=np.uint16) % 250
+    apart = Loader(_Tokens(tokens), ROWS, LENGTH, 7, begin=100)  # documents in a row that do not see each other
+    loader: Batches
+    for loader in (plain, packed, apart):
+        steps = 2 * loader.windows_per_epoch // ROWS + 2  # over two borders of epochs
+        shared = [list(prefetched(loader, 1, steps, torch.device("cpu"), part=i, parts=parts)) for i in range(parts)]
+        assert {len(each) for each in shared} == {steps - 1}
+        for step, some in enumerate(zip(*shared, strict=True), 1):
+            for field, whole in zip(zip(*some, strict=True), loader.batch(step), strict=True):
+                assert (whole is None) == (field[0] is None)
+                assert whole is None or torch.equal(torch.cat(field), whole)
+
+
+class _Tokens:
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+
+def random_batches(count: int, *, without: slice = slice(0)) -> list[Batch]:
+    """Batches of random tokens; the rows `without` have no targets, and each of the others some."""
+    own = torch.Generator().manual_seed(5)
+    tokens = torch.randint(257, (count, 2, ROWS, LENGTH), generator=own)
+    lengths = torch.randint(1, LENGTH, (ROWS, 1), generator=own)
+    tokens[:, 1] = tokens[:, 1].where(torch.arange(LENGTH) < lengths, IGNORE)
+    tokens[:, 1, without] = IGNORE
+    return [Batch(each[0], each[1]) for each in tokens]
+
+
+def assert_same_updates(alone: Told, shared: list[Told]) -> None:
+    for told in shared:
+        np.testing.assert_allclose(told.updates, alone.updates, rtol=3e-6)
+        assert furthest(told.weights, alone.weights) < 1e-5
+        assert told.tied
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
+def test_a_rank_without_a_single_target_takes_no_part_in_the_mean(size: int, parallel: str, place: Path) -> None:
+    given = config_of("none", micro_batch_size=3)
+    batches = random_batches(3, without=slice(ROWS - ROWS // size, ROWS))  # the last rank's share
+    (alone,) = world(0, updates, given, batches)
+    shared = world(size, updates, replace(given, parallel=parallel), batches)
+    assert set(shared[-1].part_losses[0]) == {0.0}
+    assert_same_updates(alone, shared)
+    summed = np.sum([np.sum(told.part_losses, axis=1) for told in shared], axis=0)
+    np.testing.assert_allclose(summed, [loss for loss, _ in alone.updates], rtol=3e-6)
+
+
+def elements(told: Told, name: str) -> list[int]:
+    """What the third update gave to a collective operation, but for single numbers; DDP has settled by then."""
+    return [count for operation, count in told.sent[2] if operation == name and count > 1]
+
+
+@pytest.mark.parametrize("micro", [1, 6])
+def test_gradients_travel_once_a_step(micro: int, place: Path) -> None:
+    batches, parts = random_batches(3), 6 // micro
+    ddp, fsdp = (
+        world(2, updates, config_of("none", micro_batch_size=micro, parallel=parallel), batches)
+        for parallel in ("ddp", "fsdp")
+    )
+    for told in ddp:
+        assert sum(elements(told, "allreduce_")) == WEIGHTS
+        assert {name for name, _ in told.sent[2]} == {"allreduce_"}
+    for told in fsdp:
+        sent = elements(told, "_reduce_scatter_base_")
+        assert len(sent) == 3  # two blocks, and what is outside them
+        assert WEIGHTS <= sum(sent) < WEIGHTS + 64  # where it does not divide, it is filled up
+        assert elements(told, "allreduce_") == []
+        assert len(elements(told, "_allgather_base_")) == parts * (2 * 2 + 1)  # a block twice for each micro-batch
+
+
+def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(place: Path) -> None:
+    given, batches = config_of("none", parallel="fsdp", micro_batch_size=1), random_batches(3)
+    (alone,) = world(0, updates, replace(given, parallel="auto"), batches)
+    assert (alone.cut, alone.kept) == ((0, WEIGHTS), 2 * WEIGHTS + 28)  # two moments, and a count for each parameter
+    for size, local_size, parts in ((2, 0, 2), (3, 0, 3), (4, 0, 4), (4, 2, 2)):
+        shared = world(size, updates, given, batches, local_size)
+        assert_same_updates(alone, shared)
+        hosts = size // parts
+        assert {told.cut[0] for told in shared} == {28}  # the head's matrix is the embedding's, and no parameter more
+        assert sum(told.cut[1] for told in shared) == hosts * WEIGHTS
+        for told in shared:
+            assert told.cut[1] < 1.1 * WEIGHTS / parts
+            assert told.kept == 2 * told.cut[1] + 28
+            assert (elements(told, "allreduce_") != []) == (hosts > 1)  # of shards, from host to host
+            assert sum(elements(told, "allreduce_")) < 1.1 * WEIGHTS / parts
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_begin_with_the_weights_of_rank_0(parallel: str, place: Path) -> None:
+    one, other, third = world(3, first_weights, config_of("none"), parallel)
+    assert furthest(one, other) == furthest(one, third) == 0.0
+    torch.manual_seed(0)
+    meant = GPT(config_of("none").model_config(257)).transformer.wte.weight.detach().numpy()
+    assert np.array_equal(one["transformer.wte.weight"], meant)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_draw_dropout_each_its_own(parallel: str, place: Path) -> None:
+    (batch,) = random_batches(1)
+    same = Batch(batch.tokens[:1].expand(ROWS, -1), batch.targets[:1].expand(ROWS, -1))
+    for dropout in (0.0, 0.5):
+        given = config_of("none", dropout=dropout, parallel=parallel)
+        one, other = world(2, updates, given, [same, same])
+        assert (one.part_losses == other.part_losses) == (dropout == 0.0)
+        assert one.updates == other.updates
+
+
+def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
+    """Every rank a process of torchrun's, through the real command, which speaks once."""
+    flags = ["--data", "doubles.jsonl", "--epochs", "2", "--batch-size", "4", "--lora-rank", "2", "--lr", "0.003"]
+    flags += ["--dropout", "0", "--lora-dropout", "0"]  # which each rank would draw for itself
+    flags += ["--device", "cpu", "--dtype", "float32", "--eval-every", "3", "--sample-tokens", "8"]
+    world(0, typed, ["base/model", "--name", "typed-alone", *flags])
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gpt2", "finetune"]
+    command = [sys.executable, "-m", *torchrun, "base/model", "--name", "typed-shared", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == "runs/typed-shared\n"
+    assert "on 2 ranks (ddp) of cpu" in said.stderr
+    for text in ("model: ", "data: ", "run folder: ", "## Before and after", "documents are longer"):
+        assert said.stderr.count(text) == 1, text
+    alone, shared = Path("runs/typed-alone"), Path("runs/typed-shared")
+    one, other = (read_metrics(folder / "metrics.jsonl") for folder in (alone, shared))
+    assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=3e-6)
+    assert furthest(weights(alone), weights(shared)) < 1e-5
+    names = [sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (alone, shared)]
+    assert names[0] == names[1]
+
+
+OF_TWO = Ranks(1, 2, 1, 2, patient=cast(Any, object()))
+
+
+def test_how_the_ranks_share_a_model() -> None:
+    given = config_of("none")
+    sharded, muon = replace(given, parallel="fsdp"), replace(given, optimizer="muon")
+    adapters = replace(given, init_from="x", lora_rank=2)
+    assert pick_kind(given, ALONE, fits=True) == "none"
+    for fits, kind in ((True, "ddp"), (False, "fsdp")):
+        assert pick_kind(given, OF_TWO, fits=fits) == kind
+        assert pick_kind(replace(given, parallel="ddp"), OF_TWO, fits=fits) == "ddp"
+        assert pick_kind(sharded, OF_TWO, fits=fits) == "fsdp"
+        assert pick_kind(muon, OF_TWO, fits=fits) == pick_kind(adapters, OF_TWO, fits=fits) == "ddp"
+    assert pick_kind(given, replace(OF_TWO, rank=0, size=1), fits=False) == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"optimizer": "muon"}, "--optimizer muon works on whole matrices"),
+        ({"init_from": "x", "lora_rank": 2}, "adapters are learned beside whole matrices"),
+    ],
+)
+def test_what_fsdp_cannot_divide_is_told(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as raised:
+        config_of("none", parallel="fsdp", **given).check()
+    assert str(raised.value) == f"{told}, and --parallel fsdp divides them: --parallel ddp"
+    config_of("none", parallel="ddp", **given).check()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_has_nobody_to_share_with(parallel: str) -> None:
+    with pytest.raises(UserError, match=f"--parallel {parallel} is for several processes: torchrun"):
+        pick_kind(config_of("none", parallel=parallel), ALONE, fits=True)

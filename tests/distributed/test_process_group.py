@@ -1,0 +1,258 @@
+"""Who a process is among the ranks of its run, and what they say to each other: what needs no second process."""
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gpt2.data.loader import Batch
+from gpt2.distributed import process_group as ranks_module
+from gpt2.distributed.process_group import ALONE, Ranks, _lost, _one_line, _place, joined, restarts
+from gpt2.errors import LostRanks, ToldElsewhere, UserError
+from gpt2.loss import IGNORE
+from tests.helpers.ranks_world import RankFailed, world
+
+TORCHRUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ({}, Ranks(0, 4, 0, 2)),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, Ranks(3, 4, 1, 2)),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, Ranks(0, 1, 0, 1)),
+        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3", "RANK": "3"}, Ranks(3, 4, 3, 4)),
+        ({"OTHER": "7"}, Ranks(0, 4, 0, 2)),
+    ],
+)
+def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: Ranks) -> None:
+    assert _place(TORCHRUN | given) == ranks
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"RANK": "", "WORLD_SIZE": ""}, {"OMP_NUM_THREADS": "1"}],
+)
+def test_without_torchrun_it_is_alone(environment: dict[str, str]) -> None:
+    assert _place(environment) is None
+
+
+@pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "RANK"])
+def test_half_an_environment_is_told_by_rank_0_alone(missing: str) -> None:
+    left = {name: value for name, value in TORCHRUN.items() if name != missing}
+    with pytest.raises(UserError) as raised:
+        _place(left)
+    assert (
+        str(raised.value)
+        == f"RANK is set and {missing} is not: start with torchrun, which sets all it takes, or unset it"
+    )
+    with pytest.raises(ToldElsewhere):
+        _place(left | {"RANK": "1"})
+
+
+def test_a_rank_that_does_not_know_its_number_tells_of_it() -> None:
+    with pytest.raises(UserError, match="WORLD_SIZE is set and RANK is not: start with torchrun"):
+        _place({"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"RANK": "-1"}, "are -1, 4, 0, 2: each must be a number"),
+        ({"WORLD_SIZE": "four"}, "are 0, four, 0, 2: each must be a number"),
+        ({"RANK": "4"}, "are 4, 4, 0, 2, which cannot be: start with torchrun"),
+        ({"LOCAL_RANK": "2"}, "are 0, 4, 2, 2, which cannot be"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "are 0, 4, 0, 5, which cannot be"),
+        ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "are 0, 0, 0, 0, which cannot be"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told(given: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError) as raised:
+        _place(TORCHRUN | given)
+    assert str(raised.value).startswith(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE {told}")
+
+
+def test_joining_without_torchrun_is_being_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    with joined() as ranks:
+        assert ranks is ALONE
+    assert not dist.is_initialized()
+
+
+def test_torchs_restarts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    assert restarts() == 0
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert restarts() == 3
+
+
+def test_one_alone_agrees_with_itself() -> None:
+    assert (ALONE.main, ALONE.alone, ALONE.rank, ALONE.size) == (True, True, 0, 1)
+    assert ALONE.with_timeout(5.0) is ALONE
+    assert ALONE.first(lambda: 3) == ALONE.in_turn(lambda: 3) == 3
+    assert ALONE.gathered("x") == ["x"]
+    assert ALONE.sum(1.5, 2.0) == [1.5, 2.0]
+    assert (ALONE.any(True), ALONE.any(False)) == (True, False)
+    tensor = torch.ones(2)
+    assert ALONE.add_up(tensor) is tensor
+    ALONE.same({"data": "x"}, "mend")
+    ALONE.wait()
+    for device in ("cpu", "mps", "cuda:1"):
+        ALONE.take(torch.device(device))
+    with pytest.raises(UserError, match="no such thing"), ALONE.together():
+        raise UserError("no such thing")
+
+
+def batches(count: int) -> list[Batch]:
+    return [Batch(torch.full((2, 3), i), torch.full((2, 3), i), torch.zeros(2, 3)) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_batches_are_dealt_like_cards(count: int, size: int) -> None:
+    hands = [list(Ranks(rank, size).dealt(batches(count))) for rank in range(size)]
+    assert {len(hand) for hand in hands} == {-(-count // size)}  # each as many, or some would wait for the others
+    in_order = [batch for turn in zip(*hands, strict=True) for batch in turn]
+    assert [int(batch.tokens[0, 0]) for batch in in_order[:count]] == list(range(count))
+    assert all(batch.num_targets == 6 for batch in in_order[:count])
+    for blank in in_order[count:]:
+        assert blank.num_targets == 0
+        assert blank.tokens.shape == blank.targets.shape == (2, 3)
+        assert bool((blank.targets == IGNORE).all())
+
+
+def test_dealing_reads_no_further_than_the_turn_under_way() -> None:
+    read = []
+
+    def source() -> Any:
+        for number, batch in enumerate(batches(6)):
+            read.append(number)
+            yield batch
+
+    hand = Ranks(1, 2).dealt(source())
+    assert int(next(hand).tokens[0, 0]) == 1
+    assert read == [0, 1]
+
+
+SOMEONE = Ranks(1, 4, 1, 2, patient=cast(Any, object()), timeout=timedelta(seconds=5))
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1", "cpu:0"])
+def test_one_device_is_not_enough_for_many_ranks(device: str) -> None:
+    with pytest.raises(UserError, match=f"--device {device} is one device: under torchrun take cuda or cpu"):
+        SOMEONE.take(torch.device(device))
+
+
+def test_gpus_need_nccl_and_one_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match="this torch has no NCCL, without which GPUs cannot talk: --device cpu"):
+        SOMEONE.take(torch.device("cuda"))
+    monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: True)
+    with pytest.raises(UserError, match=r"there are 1 GPUs on .*: --nproc-per-node=1"):
+        SOMEONE.take(torch.device("cuda"))
+    replace(SOMEONE, rank=2, local_rank=0).take(torch.device("cuda"))
+    assert taken == [0]
+    SOMEONE.take(torch.device("cpu"))
+
+
+def test_what_torch_says_becomes_a_line() -> None:
+    long = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by\n peer [10.0.0.1]:12. ")
+    assert _one_line(long) == "Connection closed by peer [10.0.0.1]:12"
+    assert len(_one_line(RuntimeError("word " * 100))) <= 160
+    told = _lost(SOMEONE, long)
+    assert told.startswith("rank 1 on ")
+    assert "lost the others, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in told
+    assert told.endswith("with --resume auto the run goes on from its last checkpoint")
+    assert LostRanks(told).exit_code == 75
+
+
+def talk(ranks: Ranks) -> dict[str, Any]:
+    """On each rank: what they say to each other."""
+    made: list[int] = []
+    found: dict[str, Any] = {
+        "who": (ranks.rank, ranks.main, ranks.alone),
+        "gathered": ranks.gathered({"rank": ranks.rank}),
+        "first": ranks.first(lambda: made.append(1) or f"made by {ranks.rank}"),
+        "made": len(made),
+    }
+    ranks.same({"data": "x", "seed": 1}, "mend")
+    ranks = ranks.with_timeout(60.0)
+    found["sum"] = ranks.sum(0.1 * ranks.rank, 1.0)
+    found["any"] = [ranks.any(False), ranks.any(ranks.rank == 1), ranks.any(True)]
+    found["tensor"] = ranks.add_up(torch.tensor([1.0, float(ranks.rank)])).tolist()
+    found["errors"] = [
+        raised_in(ranks, ranks.rank == 1),
+        raised_in(ranks, ranks.rank != 1),
+        raised_in(ranks, True),
+        differing(ranks, {"seed": 1, "data": f"text {ranks.rank == 2}"}),
+        differing(ranks, {"seed": 1} if ranks.main else {"seed": 1, "more": "x" * 90}),
+    ]
+    return found
+
+
+def raised_in(ranks: Ranks, fails: bool) -> str:
+    try:
+        with ranks.together():
+            if fails:
+                raise UserError(f"it fails on {ranks.rank}")
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "fine"
+
+
+def differing(ranks: Ranks, facts: dict[str, Any]) -> str:
+    try:
+        ranks.same(facts, "start every rank with the same command")
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "fine"
+
+
+def test_three_that_talk() -> None:
+    """These three are processes, and gloo is between them."""
+    told = world(3, talk)
+    for rank, each in enumerate(told):
+        assert each["who"] == (rank, rank == 0, False)
+        assert each["gathered"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert (each["first"], each["made"]) == ("made by 0", int(rank == 0))
+        assert each["sum"] == pytest.approx([0.3, 3.0])
+        assert each["any"] == [False, True, True]
+        assert each["tensor"] == [3.0, 3.0]
+    errors = [each["errors"] for each in told]
+    for number, teller in ((0, 1), (1, 0), (2, 0), (3, 0), (4, 0)):
+        assert [each[number].split(":")[0] for each in errors] == [
+            "UserError" if rank == teller else "ToldElsewhere" for rank in range(3)
+        ]
+    assert errors[1][0].startswith("UserError: rank 1 on ")
+    assert errors[1][0].endswith(": it fails on 1")
+    assert errors[0][1] == errors[0][2] == "UserError: it fails on 0"
+    assert errors[0][3].startswith("UserError: rank 2 on ")
+    assert "has data text True, rank 0 on " in errors[0][3]
+    assert errors[0][3].endswith(" text False: start every rank with the same command")
+    assert f"has more {'x' * 37}..., rank 0 on" in errors[0][4]
+
+
+def fail(ranks: Ranks) -> None:
+    """On each rank: one of them has a bug."""
+    if ranks.rank == 1:
+        raise ZeroDivisionError("one of us")
+    ranks.wait()
+
+
+def test_the_tests_own_worlds_end_when_a_rank_fails() -> None:
+    with pytest.raises(RankFailed, match=r"ZeroDivisionError: one of us|lost the others"):
+        world(3, fail)

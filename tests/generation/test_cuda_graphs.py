@@ -1,0 +1,43 @@
+"""What a CUDA graph would capture is the model's own step; the capture itself needs a GPU."""
+
+import pytest
+import torch
+
+from gpt2.generation import cuda_graphs
+from gpt2.generation.cuda_graphs import GraphedGPT
+from gpt2.generation.engine import Engine, LanguageModel, Request
+from gpt2.generation.sampling import Sampling
+from gpt2.model import GPTConfig
+from tests.helpers.reference import random_model
+
+CONFIG = GPTConfig(vocab_size=257, block_size=300, n_layer=2, n_head=2, n_embd=32)
+
+
+def several(model: LanguageModel) -> list[list[int]]:
+    """Texts of unequal length that join and leave, beyond two graphs' lengths and the context."""
+    engine = Engine(model, 3)
+    asked = [
+        engine.submit(Request(list(range(1, 2 + 40 * i)), Sampling(0.7 * (i % 2)), 60 + 50 * i, seed=i))
+        for i in range(6)
+    ]
+    while not engine.idle:
+        engine.step()
+    return [continuation.new_tokens for continuation in asked]
+
+
+def test_the_step_that_is_captured_is_the_models_own() -> None:
+    model, captured = random_model(CONFIG), []
+
+    def capture(step: cuda_graphs.Step) -> cuda_graphs.Step:
+        captured.append(step)
+        return step
+
+    assert several(GraphedGPT(model, capture)) == several(model)
+    assert len(captured) >= 5  # 1 to 3 rows, three lengths
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_replayed_equals_launched() -> None:
+    model = random_model(CONFIG).to("cuda")
+    assert several(GraphedGPT(model)) == several(model)

@@ -1,0 +1,134 @@
+"""What speculation says has the distribution of the model, whatever the draft: by chi-square, with fixed seeds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gpt2.generation import speculative
+from gpt2.generation.engine import LanguageModel, Request
+from gpt2.generation.sampling import History, Sampling, probabilities, random_stream
+from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, keep_or_redraw
+from gpt2.model import GPTConfig
+from tests.helpers.drafts import Pairs, opinionated, said
+
+TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
+FEW = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
+
+
+def chi_square_p(counts: Tensor, probs: Tensor) -> float:
+    """How likely a sample as unlikely as `counts` (n,) is under `probs` (n,); rare outcomes count as one."""
+    expected = probs.double() * counts.sum()
+    assert counts[probs == 0].sum() == 0
+    rare = expected < 5
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None])).double()
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    there = expected > 0
+    statistic = ((counts - expected)[there] ** 2 / expected[there]).sum()
+    freedom = there.sum().double() - 1
+    return float(torch.special.gammaincc(freedom / 2, statistic / 2))
+
+
+def distribution(model: LanguageModel, request: Request) -> Tensor:
+    """The exact probability of each continuation of all new tokens: (V ** max_new_tokens,)."""
+    size, count, prompt = model.config.vocab_size, request.max_new_tokens, list(request.prompt)
+    texts = torch.tensor([prompt + list(new) for new in product(range(size), repeat=count)])
+    with torch.no_grad():
+        logits = model.lm_head(model.hidden_states(texts, model.make_cache(len(texts))))  # (V ** count, P + count, V)
+    total = torch.ones(len(texts), dtype=torch.float64)
+    for i in range(len(prompt), texts.size(1)):
+        pasts = [History(text[:i].tolist(), len(prompt)) for text in texts]
+        probs = probabilities(logits[:, i - 1], request.sampling, pasts)
+        total *= probs.double().gather(-1, texts[:, i : i + 1])[:, 0]
+    return total
+
+
+def sampled_p(draft: Draft, model: LanguageModel, sampling: Sampling, longest: int = 16, runs: int = 400) -> float:
+    """Three new tokens in each of `runs` runs against their exact distribution."""
+    request, size = Request([0, 1, 2, 0, 1], sampling, 3), model.config.vocab_size
+    counts = torch.zeros(size**3)
+    for sample in range(runs):
+        tokens = said(model, draft, replace(request, seed=1, sample=sample), longest)
+        counts[sum(token * size ** (2 - i) for i, token in enumerate(tokens))] += 1
+    return chi_square_p(counts, distribution(model, request))
+
+
+SETTINGS = {
+    "plain": Sampling(),
+    "top-k, cold": Sampling(0.7, top_k=3),
+    "top-p, hot": Sampling(1.5, top_p=0.9),
+    "looking back": Sampling(repetition_penalty=1.4, frequency_penalty=0.5, bad_words=((1, 3),)),
+}
+
+
+@pytest.mark.parametrize(("sampling", "longest"), [("plain", 1), *((name, 16) for name in SETTINGS)])
+@pytest.mark.parametrize("draft", ["model", "lookup"])
+def test_samples_have_the_distribution_of_the_model(draft: str, sampling: str, longest: int) -> None:
+    guesser = ModelDraft(Pairs(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, Pairs(FEW, 153), SETTINGS[sampling], longest) > 0.01
+
+
+@pytest.mark.parametrize("draft", ["model", "lookup"])
+def test_samples_have_the_distribution_of_gpt2(draft: str) -> None:
+    guesser = ModelDraft(opinionated(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, opinionated(FEW), Sampling(0.8, top_k=3)) > 0.01
+
+
+def always_kept(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
+    return guess
+
+
+def redrawn_from_p(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
+    """Right but for the distribution that a rejected token is redrawn from."""
+    kept = keep_or_redraw(guess, p, q, stream)
+    return kept if kept == guess else int(torch.multinomial(p, 1, generator=stream))
+
+
+@pytest.mark.parametrize("wrong", [always_kept, redrawn_from_p])
+@pytest.mark.parametrize("draft", ["model", "lookup"])
+def test_the_test_finds_a_wrong_rule(draft: str, wrong: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculative, "keep_or_redraw", wrong)
+    guesser = ModelDraft(Pairs(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, Pairs(FEW, 153), Sampling()) < 1e-4
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), size=st.integers(2, 6))
+def test_one_token_exactly(data: st.DataObject, size: int) -> None:
+    """Sum over guesses of q(guess) times what the rule makes of it is p, for fine steps of the random numbers."""
+    weights = st.lists(st.integers(0, 5), min_size=size, max_size=size).filter(any)
+    p, q = (torch.tensor(data.draw(weights), dtype=torch.float32) for _ in range(2))
+    p, q = p / p.sum(), q / q.sum()
+    rest = (p - q).clamp_min(0)
+    keep = torch.minimum(torch.ones(size), p / q.clamp_min(1e-9))
+    expected = q * keep + (q * (1 - keep)).sum() * (rest / rest.sum().clamp_min(1e-9))
+    assert torch.allclose(expected, p, atol=1e-6)
+    own = random_stream(0, 0)
+    for guess in range(size):
+        if q[guess] == 0:
+            continue
+        drawn = torch.tensor([keep_or_redraw(guess, p, q, own) for _ in range(400)])
+        share = (drawn == guess).float().mean()
+        assert abs(share - keep[guess]) < 5 * math.sqrt(0.25 / 400)
+        assert (rest[drawn[drawn != guess]] > 0).all()
+
+
+def test_the_random_numbers_are_the_requests_own() -> None:
+    model = opinionated(TALKER)
+    for draft in (ModelDraft(opinionated(TALKER, 1)), PromptLookup()):
+        request = Request([1, 2, 1, 2], Sampling(), 40, seed=3)
+        before = torch.get_rng_state()
+        once = said(model, draft, request)
+        torch.rand(7)
+        assert said(model, draft, request) == once
+        assert said(model, draft, replace(request, seed=4)) != once
+        assert said(model, draft, replace(request, sample=1)) != once
+        torch.set_rng_state(before)
+        said(model, draft, request)
+        assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,85 @@
+"""Models and drafts for the tests of speculative decoding."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gpt2.cache import KVCache
+from gpt2.generation.engine import Engine, LanguageModel, Request
+from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, Speculation
+from gpt2.model import GPT, GPTConfig
+from tests.helpers.reference import random_model
+
+
+def opinionated(config: GPTConfig, seed: int = 0) -> GPT:
+    """A random model that hears what was said before, and is far from thinking all tokens equally likely."""
+    model = random_model(config, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.sub_(1)  # of mean 0, or a few tokens would be likely anywhere
+            elif parameter.dim() == 2:
+                parameter.mul_(12 if "attn" in name else 3)
+    return model
+
+
+class Pairs:
+    """A language model in a table: what comes next depends on the last two tokens. Quick, and it needs its cache."""
+
+    def __init__(self, config: GPTConfig, seed: int = 0) -> None:
+        self.config, self.device = config, torch.device("cpu")
+        size = config.vocab_size
+        table = 2 * torch.randn(size, size, size, generator=torch.Generator().manual_seed(seed))
+        self.lm_head = lambda hidden: table[hidden[..., 0], hidden[..., 1]]  # (..., 2) -> (..., V)
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        length = max_length or self.config.block_size
+        return KVCache.allocate(1, (batch_size, 1, length, 1), self.device, torch.float32)
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        cache = self.make_cache(len(tokens)) if cache is None else cache
+        keys, values = (tokens[:, None, :, None].float() for _ in range(2))
+        kept, _ = cache.extended(tokens.size(1)).layer(0).append(keys, values)  # (B, 1, S, 1)
+        text = torch.cat((torch.zeros(len(tokens), 1), kept[:, 0, :, 0]), 1).long()  # as if a 0 came before
+        return torch.stack((text[:, :-1], text[:, 1:]), -1)[:, -tokens.size(1) :]
+
+
+def plain(model: LanguageModel, request: Request) -> list[int]:
+    """The same request without a draft."""
+    engine = Engine(model, 1)
+    continuation = engine.submit(request)
+    while not engine.idle:
+        engine.step()
+    if continuation.error:
+        raise continuation.error
+    return continuation.new_tokens
+
+
+def said(model: LanguageModel, draft: Draft, request: Request, longest: int = 16) -> list[int]:
+    speculation = Speculation(model, draft, request, longest)
+    tokens = [token for tokens in speculation for token in tokens]
+    assert tokens == speculation.continuation.new_tokens
+    return tokens
+
+
+DRAFTS: dict[str, Callable[[GPT], Draft]] = {
+    "itself": ModelDraft,
+    "another": lambda model: ModelDraft(opinionated(replace(model.config, n_layer=1), 5)),
+    "shorter": lambda model: ModelDraft(opinionated(replace(model.config, block_size=5), 5)),
+    "nearly": lambda model: ModelDraft(perturbed(model)),
+    "lookup": lambda model: PromptLookup(),
+    "lookup 1": lambda model: PromptLookup(1),
+}
+
+
+def perturbed(model: GPT) -> GPT:
+    """Nearly the same model."""
+    other = GPT(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.manual_seed(9)
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter, alpha=0.05)
+    return other

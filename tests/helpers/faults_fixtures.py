@@ -1,0 +1,17 @@
+"""Ranks for each file of tests that disturbs them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.faults_host import Nursery
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Nursery]:
+    folder = tmp_path_factory.mktemp("nursery")
+    (folder / "native").symlink_to(compiled)
+    nursery = Nursery(folder)
+    yield nursery
+    nursery.close()

@@ -1,0 +1,110 @@
+"""A nursery of ranks: one process that has imported torch, and forks those of a run when it is told to.
+
+Each is what torchrun would have started, an environment and a command line of `gpt2`, in a second less than six. Read
+from standard input, one JSON object a line: {"ranks": [{"argv", "environment", "folder", "said", "change"}]}. Written
+to standard output: the process ids, and when all of them have ended, their exit codes; of a signal n, -n.
+"""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import gpt2.commands.train  # noqa: F401 (so that no rank has to)
+from gpt2.cli import main
+from gpt2.distributed import process_group
+from gpt2.train import run, trainer
+
+
+def nursery() -> list[str]:
+    """Fork ranks until standard input ends. Returns only in a rank, with its command line."""
+    for line in sys.stdin:
+        pids = []
+        for rank in json.loads(line)["ranks"]:
+            if (pid := os.fork()) == 0:
+                return become(**rank)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+    sys.exit()
+
+
+def become(argv: list[str], environment: dict[str, str], folder: str, said: str, change: str) -> list[str]:
+    """Make this process a rank: its environment, its folder, where it talks to, and what is odd about it."""
+    out = os.open(f"{said}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    err = os.open(f"{said}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, err)):
+        os.dup2(file, number)
+    os.environ.update(environment)
+    os.chdir(folder)
+    run.measure_matmul = lambda *_: 1e9  # which takes a second
+    if change:
+        CHANGES[change]()
+    return argv
+
+
+def other_torch() -> None:
+    """Another version of torch."""
+    torch.__version__ = "1.0"
+
+
+def impatient() -> None:
+    """The others have three seconds to come."""
+    process_group.JOINING = timedelta(seconds=3)
+
+
+def no_nccl() -> None:
+    """There are GPUs, of which this torch cannot make use together."""
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 2
+    dist.is_nccl_available = lambda: False
+
+
+def other_host() -> None:
+    """Another machine, by its name."""
+    socket.gethostname = lambda: "elsewhere"
+
+
+def at_step(number: int, act: Callable[[Any], None]) -> None:
+    """Do something to the run before the update of a step."""
+    update = trainer.update
+
+    def changed(now: Any, *rest: Any) -> Any:
+        if now.step == number:
+            act(now)
+        return update(now, *rest)
+
+    trainer.update = changed
+
+
+def clumsy() -> None:
+    """A bug, at step 4."""
+
+    def stumble(now: Any) -> None:
+        raise KeyError("nobody has thought of this")
+
+    at_step(4, stumble)
+
+
+def spoilt() -> None:
+    """Weights that overflow, at step 4."""
+
+    def spoil(now: Any) -> None:
+        with torch.no_grad():
+            now.model.transformer.ln_f.weight.mul_(1e38)
+
+    at_step(4, spoil)
+
+
+CHANGES: dict[str, Callable[[], None]] = {
+    change.__name__: change for change in (other_torch, other_host, impatient, no_nccl, clumsy, spoilt)
+}
+
+if __name__ == "__main__":
+    main(nursery())

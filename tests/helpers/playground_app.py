@@ -1,0 +1,212 @@
+"""A server, a browser and somebody who uses it, for the tests of the playground."""
+
+import asyncio
+import shutil
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from torch import Tensor
+
+import gpt2
+from gpt2.cache import KVCache
+from gpt2.model import GPT, GPTConfig
+from gpt2.serve.app import create_app
+from gpt2.serve.limits import Limits
+from gpt2.serve.middleware import Access
+from gpt2.serve.models import ServedModel, serve_model
+from gpt2.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from tests.helpers.reference import random_model
+from tests.helpers.serving import listening
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+SENTENCE = "the cat sat on the mat and the dog ran to the barn while a bird sang in the tree "
+TOKENIZER = train_bpe([SENTENCE * 9, *(SENTENCE[i:] + SENTENCE[:i] for i in range(len(SENTENCE)))], 300)
+CONFIG = GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=96, n_layer=3, n_head=2, n_embd=32)
+PROMPT = "the cat sat on"
+LIMITS = Limits(slots=4)
+BYTES = ByteTokenizer()
+
+
+def sharp(model: GPT) -> GPT:
+    """Surer of what it says than random weights are, and not likely to say a part of a character."""
+    spelled = [TOKENIZER.token_bytes(i) for i in range(CONFIG.vocab_size)]
+    parts = [i for i, word in enumerate(spelled) if not (word.isascii() and word.decode().isprintable())]
+    model.transformer.wte.weight.data[parts] = 0
+    model.transformer.ln_f.weight.data.mul_(8)
+    return model
+
+
+MODELS = {"one": sharp(random_model(CONFIG, 1)), "two": sharp(random_model(CONFIG, 2))}
+
+
+class SlowGPT(GPT):
+    """Takes its time for every step, so that somebody can be quicker."""
+
+    seconds = 0.1
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+        time.sleep(self.seconds)
+        return super().hidden_states(tokens, cache, documents)
+
+
+def served(models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits) -> dict[str, ServedModel]:
+    """Models by name, run as they are."""
+    return {name: serve_model(name, model, model, tokenizer, limits) for name, model in models.items()}
+
+
+@contextmanager
+def playing(
+    models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits = LIMITS, access: Access | None = None
+) -> Iterator[str]:
+    """The address of a server of these models."""
+    with listening(create_app(served(models, tokenizer, limits), limits, access)) as address:
+        yield f"{address}/"
+
+
+class Cable:
+    """A way to a server that can be cut and mended; it has an address of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._to, self._ends, self._port = urlsplit(address), set(), 0
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.mend()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._port}/"
+
+    def mend(self) -> None:
+        self._do(self._listen())
+
+    def cut(self) -> None:
+        """Nobody answers any more, and who is being answered hears no end."""
+        self._do(self._break())
+
+    def close(self) -> None:
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._meet, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def _break(self) -> None:
+        self._server.close()
+        for end in self._ends:
+            end.transport.abort()
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._to.hostname, self._to.port)
+        self._ends |= {writer, back}
+        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+def chromium() -> str:
+    """Where the browser is; skips, with the reason, where there is none."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    return path
+
+
+@contextmanager
+def browsing() -> Iterator[Any]:
+    """A browser of playwright's."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    path = chromium()
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Reader:
+    """Somebody with a browser, who writes down what goes wrong in it."""
+
+    def __init__(self, browser: Any, address: str, ready: str = "#next li", **how: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
+        self.context.set_default_timeout(30_000)
+        self.page, self.troubles, self.expected = self.context.new_page(), [], ()
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.page.on("console", lambda said: said.type == "error" and self.troubles.append(said.text))
+        self.page.on("request", lambda request: self._check_origin(request.url, address))
+        self.page.goto(address)
+        self.page.wait_for_selector(ready)
+
+    def _check_origin(self, url: str, address: str) -> None:
+        if not url.startswith((address, "blob:", "data:")):
+            self.troubles.append(f"asked {url}")
+
+    def set(self, name: str, value: Any) -> None:
+        """Type a setting."""
+        if not self.page.is_visible(f"#set-{name}"):
+            self.page.click("summary:has-text('More')")
+            self.page.click("summary:has-text('How it ends')")
+        self.page.fill(f"#set-{name}", str(value))
+
+    def write(self, text: str, key: str | None = None) -> str:
+        """Type a text, let the model go on, and give all of it."""
+        self.page.fill("#text", text)
+        return self.go_on(key)
+
+    def go_on(self, key: str | None = None) -> str:
+        self.page.keyboard.press(key) if key else self.page.click("#go")
+        return self.wait()
+
+    def wait(self) -> str:
+        """Until nothing is written any more."""
+        self.page.wait_for_selector("body:not(.running) #status:has-text('a second')")
+        return self.text
+
+    @property
+    def text(self) -> str:
+        return self.page.input_value("#text")
+
+    def click_token(self, number: int) -> str:
+        """Click on a token that was said; gives it."""
+        token = self.page.locator("#backdrop > span:has(> span)").nth(number)
+        box = token.locator("span").bounding_box()
+        self.page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
+        self.page.wait_for_selector("#alternatives:not([hidden])")
+        return token.text_content()
+
+    def violations(self) -> list[str]:
+        """What axe finds wrong for those who cannot see, point or hear."""
+        reason = "no axe: pip install axe-playwright-python"
+        module = pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason)
+        found = module.Axe().run(self.page).response["violations"]
+        return [f"{one['id']}: {node['html'][:120]} {node['any'][:1]}" for one in found for node in one["nodes"]]
+
+
+def said(prompt: str = PROMPT, model: str = "one", **settings: Any) -> str:
+    settings = {"max_new_tokens": 12, "top_k": 50, "seed": 42, **settings}
+    return gpt2.generate(MODELS[model], TOKENIZER, prompt, **settings)[0]

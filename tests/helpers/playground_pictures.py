@@ -1,0 +1,61 @@
+"""Pictures of the playground for the docs: python tests/playground_pictures.py MODEL [PROMPT] [FOLDER]"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpt2
+from gpt2.serve.models import name_of
+from tests.helpers.playground_app import browsing, playing
+
+WIDE, PHONE = {"width": 1320, "height": 820}, {"width": 375, "height": 780}
+PROMPT = "The history of the city began when"
+PICTURES = {  # name: (which of the tokens is chosen, what is shown of it, the browser)
+    "light": (6, "alternatives", {"viewport": WIDE, "color_scheme": "light"}),
+    "dark": (24, "Attention", {"viewport": WIDE, "color_scheme": "dark"}),
+    "phone": (6, "alternatives", {"viewport": PHONE, "color_scheme": "light", "device_scale_factor": 2}),
+}
+SETTINGS = {"temperature": 0.7, "repetition_penalty": 1.1, "max_tokens": 60}
+MOST_BYTES = 250_000
+
+
+def picture(browser: Any, address: str, prompt: str, path: Path, number: int, tab: str, how: dict[str, Any]) -> None:
+    """One picture: a text, one of its tokens chosen, and its alternatives or a tab of the inspector."""
+    context = browser.new_context(reduced_motion="reduce", **how)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#next li")
+    for name, value in SETTINGS.items():
+        page.fill(f"#set-{name}", str(value))
+    page.fill("#text", prompt)
+    page.click("#go")
+    page.wait_for_selector("body:not(.running) #status:has-text('a second')")
+    page.evaluate("document.getElementById('status').textContent = ''")  # the speed of a machine that draws pictures
+    said = page.locator("#backdrop > span > span").nth(number)
+    said.scroll_into_view_if_needed()
+    box = said.bounding_box()
+    page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#alternatives:not([hidden])")
+    if tab == "alternatives":
+        page.wait_for_load_state("networkidle")  # the chances beside it are drawn
+    else:
+        page.click(f"#alternatives button:has-text('{tab}')")
+        page.wait_for_selector(f"#panel-{tab.lower()} .bars li, #panel-{tab.lower()} table")
+    page.screenshot(path=path)
+    context.close()
+    if path.stat().st_size > MOST_BYTES:
+        sys.exit(f"{path} has {path.stat().st_size:,} bytes: more than {MOST_BYTES:,} are too many for the docs")
+
+
+def main(model: str, prompt: str = PROMPT, folder: str = "docs/images") -> None:
+    plain, tokenizer = gpt2.load(model, device=torch.device("cpu"), dtype=torch.float32)
+    assert tokenizer is not None
+    with playing({name_of(model): plain}, tokenizer) as address, browsing() as browser:
+        for name, (number, tab, how) in PICTURES.items():
+            picture(browser, address, prompt, Path(folder) / f"playground-{name}.png", number, tab, how)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

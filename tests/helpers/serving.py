@@ -1,0 +1,98 @@
+"""A server for the tests: the real app under uvicorn, on a port of its own, over a tiny model that speaks bytes."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from gpt2.generation.inference import accelerated
+from gpt2.model import GPT, GPTConfig
+from gpt2.serve.app import create_app
+from gpt2.serve.limits import Limits
+from gpt2.serve.listen import Connection
+from gpt2.serve.middleware import Access
+from gpt2.serve.models import ServedModel, serve_model
+from gpt2.serve.scheduler import Scheduler
+from gpt2.tokenizer import get_tokenizer
+from tests.helpers.reference import random_model
+
+CONFIG = GPTConfig(vocab_size=257, block_size=128, n_layer=2, n_head=2, n_embd=16)
+BYTES = get_tokenizer("bytes")
+SMALL = Limits(slots=4)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs: where it is, and what it is made of."""
+
+    url: str
+    models: dict[str, ServedModel]
+    app: Any
+
+    @property
+    def model(self) -> GPT:
+        """The plain model behind it."""
+        return self.models["tiny"].model
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What runs it."""
+        return self.models["tiny"].scheduler
+
+    def client(self, key: str | None = None) -> httpx.Client:
+        """A plain HTTP client."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+
+    def wait_until_idle(self) -> None:
+        """All slots are free, within a few seconds."""
+        until = time.monotonic() + 10
+        while not (self.scheduler.idle and self.scheduler.engine.idle):
+            assert time.monotonic() < until, f"{self.scheduler.running} running, {self.scheduler.waiting} waiting"
+            time.sleep(0.005)
+
+
+@contextmanager
+def at_home(compiled: Path, folder: Path) -> Iterator[None]:
+    """A home for a module's own fixtures, with the compiled kernel in it. folder: an empty one."""
+    with pytest.MonkeyPatch.context() as patch:
+        (folder / "native").symlink_to(compiled)
+        patch.setenv("GPT2_HOME", str(folder))
+        yield
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address at which the app answers, from a thread of its own."""
+    config = uvicorn.Config(app, http=Connection, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 20
+    while not server.started:
+        assert thread.is_alive(), "the server ended"
+        assert time.monotonic() < until, "the server does not start"
+        time.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@contextmanager
+def serving(limits: Limits = SMALL, access: Access | None = None, **given: Any) -> Iterator[Served]:
+    """A server of one model, "tiny". given: other arguments of `serve_model`."""
+    model = random_model(CONFIG)
+    models = {"tiny": serve_model("tiny", model, accelerated(model), BYTES, limits, **given)}
+    app = create_app(models, limits, access)
+    with listening(app) as address:
+        yield Served(address, models, app)

@@ -1,0 +1,189 @@
+"""Adapters beside `peft` on `transformers`: what they compute and learn, and their files, both ways."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, read_adapter, save_adapter
+from gpt2.model import GPT, GPTConfig
+from gpt2.weights import load, save
+from tests.helpers.reference import random_batch, random_model, relative_error, transformers_twin
+
+peft = pytest.importorskip("peft")
+
+SHAPE = GPTConfig(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=24, n_inner=40)
+CONFIGS = [
+    LoRAConfig(rank=4, alpha=6.0),
+    LoRAConfig(rank=4, alpha=6.0, use_rslora=True),
+    LoRAConfig(rank=3, alpha=1.5, dropout=0.3, targets=("c_attn",)),
+    LoRAConfig(rank=2, alpha=4.0, targets=("mlp.c_proj", "c_fc")),
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """peft warns of what it finds by itself: the layout of GPT-2's matrices, and a base that is not on the hub."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def randomize(tensors: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _, tensor in sorted(tensors.items()):
+        nn.init.normal_(tensor, std=0.1, generator=generator)
+
+
+def ours(config: LoRAConfig) -> GPT:
+    model = random_model(SHAPE)
+    attach(model, config)
+    randomize(adapter_tensors(model))
+    return model
+
+
+def theirs(config: LoRAConfig, base: Any = None) -> Any:
+    """peft's adapter of the same kind, random, on the same base."""
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM" if base is None else "FEATURE_EXTRACTION",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        use_rslora=config.use_rslora,
+    )
+    model = peft.get_peft_model(base or transformers_twin(random_model(SHAPE)), settings)
+    randomize({name: p.data for name, p in model.named_parameters() if "lora_" in name})
+    return model
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    return model.eval()(tokens).logits
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_peft_reads_our_adapter(tmp_path: Path, config: LoRAConfig) -> None:
+    model, tokens = ours(config), random_batch(SHAPE)[0]
+    save_adapter(tmp_path, config, adapter_tensors(model), "base", base_fingerprint(model))
+    read = peft.PeftModel.from_pretrained(transformers_twin(random_model(SHAPE)), tmp_path)
+    assert relative_error(model(tokens), logits(read, tokens)) < 1e-5
+    assert read.peft_config["default"].base_model_name_or_path == "base"
+    assert relative_error(model(tokens), logits(read.merge_and_unload(), tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_we_read_pefts_adapter(tmp_path: Path, config: LoRAConfig) -> None:
+    reference, tokens = theirs(config), random_batch(SHAPE)[0]
+    reference.save_pretrained(tmp_path / "adapter")
+    read = read_adapter(tmp_path / "adapter")
+    assert replace(read.config, targets=tuple(sorted(read.config.targets))) == replace(
+        config, targets=tuple(sorted(config.targets))
+    )
+    save(random_model(SHAPE), None, tmp_path / "base")
+    merged, _ = load(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert relative_error(merged(tokens), logits(reference, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more", [{"target_modules": r".*\.h\.1\..*c_(attn|proj)"}, {"layers_to_transform": [1], "layers_pattern": "h"}]
+)
+def test_we_read_pefts_patterns_and_pick_of_blocks(tmp_path: Path, more: dict[str, Any]) -> None:
+    base, tokens = transformers_twin(random_model(SHAPE)), random_batch(SHAPE)[0]
+    settings = {"target_modules": ["c_attn", "c_proj"], **more}
+    reference = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+    randomize({name: p.data for name, p in reference.named_parameters() if "lora_" in name})
+    reference.save_pretrained(tmp_path / "adapter")
+    save(random_model(SHAPE), None, tmp_path / "base")
+    merged, _ = load(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert relative_error(merged(tokens), logits(reference, tokens)) < 1e-5
+    read = read_adapter(tmp_path / "adapter")  # and what we make of it, peft reads again
+    again = save_adapter(tmp_path / "again", read.config, read.tensors, read.base, "")
+    rebuilt = peft.PeftModel.from_pretrained(transformers_twin(random_model(SHAPE)), again)
+    assert relative_error(merged(tokens), logits(rebuilt, tokens)) < 1e-5
+
+
+def test_we_read_an_adapter_that_peft_put_on_a_model_without_its_head(tmp_path: Path) -> None:
+    config, tokens = CONFIGS[0], random_batch(SHAPE)[0]
+    twin = transformers_twin(random_model(SHAPE))
+    reference = theirs(config, twin.transformer)
+    reference.save_pretrained(tmp_path / "adapter")
+    save(random_model(SHAPE), None, tmp_path / "base")
+    merged, _ = load(tmp_path / "base", adapter=tmp_path / "adapter")
+    hidden = reference.eval()(tokens).last_hidden_state
+    assert relative_error(merged.hidden_states(tokens), hidden) < 1e-5
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_files_are_pefts_own(tmp_path: Path, config: LoRAConfig) -> None:
+    model = ours(config)
+    save_adapter(tmp_path / "ours", config, adapter_tensors(model), "base", base_fingerprint(model))
+    theirs(config).save_pretrained(tmp_path / "theirs")
+    mine, reference = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert {name: (t.shape, t.dtype) for name, t in mine.items()} == {
+        name: (t.shape, t.dtype) for name, t in reference.items()
+    }
+    settings, usual = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
+    usual |= {"base_model_name_or_path": "base", "target_modules": sorted(usual["target_modules"])}
+    assert {key: usual[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3]])
+def test_a_step_of_training_teaches_what_it_teaches_with_peft(config: LoRAConfig) -> None:
+    model, reference = ours(config).train(), theirs(config).train()
+    paired = {
+        name: reference.get_parameter(f"base_model.model.{name}.default.weight") for name in adapter_tensors(model)
+    }
+    for name, tensor in adapter_tensors(model).items():
+        paired[name].data.copy_(tensor)
+    tokens, targets = random_batch(SHAPE)
+    own = model.loss(tokens, targets)
+    own.backward()
+    given = reference(tokens).logits
+    loss = nn.functional.cross_entropy(given.flatten(0, 1), targets.flatten())
+    loss.backward()
+    assert relative_error(own, loss) < 1e-6
+    for name, p in paired.items():
+        assert relative_error(model.get_parameter(name).grad, p.grad) < 1e-4, name  # pyright: ignore[reportArgumentType]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in learning) == reference.get_nb_trainable_parameters()[0]
+
+
+def test_both_begin_with_an_a_of_the_same_kind_and_no_b() -> None:
+    wide = GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=1, n_embd=512)
+    model = GPT(wide)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=["c_fc", "c_proj"])
+    reference = peft.get_peft_model(transformers_twin(model), settings)
+    attach(model, LoRAConfig(rank=64, targets=("c_fc", "c_proj")))
+    for name, tensor in adapter_tensors(model).items():
+        other = reference.get_parameter(f"base_model.model.{name}.default.weight")
+        if name.endswith("lora_B"):
+            assert not tensor.any()
+            assert not other.any()
+        else:
+            assert tensor.std().item() == pytest.approx(other.std().item(), rel=0.02)  # of 32,768 numbers at least
+            assert tensor.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2])
+def test_transformers_reads_the_merged_folder_and_it_holds_what_peft_would_merge(
+    tmp_path: Path, config: LoRAConfig
+) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model, tokens = ours(config), random_batch(SHAPE)[0]
+    save(merge(model), None, tmp_path / "merged")
+    read: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    assert relative_error(model(tokens), logits(read, tokens)) < 1e-5
+    save_adapter(tmp_path / "adapter", config, adapter_tensors(model), "base", base_fingerprint(model))
+    base = transformers_twin(random_model(SHAPE))
+    reference = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    assert reference.keys() == read.state_dict().keys()
+    for name, tensor in read.state_dict().items():
+        assert relative_error(tensor, reference[name]) < 1e-6, name

@@ -1,0 +1,388 @@
+"""How a step scales: what is sent, how long it takes, what computing hides; by hand, and against torch."""
+
+import json
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gpt2.commands.plan import main
+from gpt2.errors import UserError
+from gpt2.hardware import KNOWN
+from gpt2.lora import LoRAConfig
+from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
+from gpt2.optimizers import build_optimizers
+from gpt2.planning.cluster import Cluster, Link, all_reduce_seconds, all_reduce_sent, cpu_cluster, gpu_cluster
+from gpt2.planning.costs import (
+    FLOAT,
+    Setup,
+    block_tensors,
+    flops_per_token,
+    num_parameters,
+    num_trainable,
+    training_memory,
+)
+from gpt2.planning.plan import plan
+from gpt2.planning.scaling import (
+    BETWEEN,
+    COMPUTE,
+    INSIDE,
+    Part,
+    Task,
+    Work,
+    buckets,
+    divided_work,
+    predict,
+    update_seconds,
+    walk,
+)
+from gpt2.runtime import autocast
+from gpt2.train.recipes import recipe
+
+H100 = KNOWN["h100"]
+TINY = GPTConfig(vocab_size=101, block_size=32, n_layer=3, n_head=4, n_embd=64)
+MIB = 2**20
+
+
+def work_of(name: str, rows: int = 8, micro_batches: int = 1, **changes: Any) -> Work:
+    shape = OPENAI_SIZES[name]
+    setup = replace(Setup(rows=rows, length=1024, micro_batches=micro_batches, dtype=torch.bfloat16), **changes)
+    passes = flops_per_token(shape, 1024) * rows * micro_batches * 1024 / (0.45 * H100.bf16)
+    return divided_work(shape, setup, passes, update_seconds(shape, setup, H100))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_blocks_tensors_are_those_of_the_model(tie: bool) -> None:
+    shape = replace(TINY, n_inner=100, tie_word_embeddings=tie)
+    with torch.device("meta"):
+        model = GPT(shape)
+    assert block_tensors(shape) == [p.numel() for p in model.transformer.h[0].parameters()]
+    work = divided_work(shape, Setup(rows=1, length=32), 1.0, 0.0)
+    gradients = [size for part in work.parts for size in part.gradients]
+    assert gradients == [FLOAT * p.numel() for p in model.parameters()]
+    assert work.weights == work.gradients == FLOAT * num_parameters(shape)
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}])
+def test_the_parts_of_a_step_take_as_long_as_the_step(changes: dict[str, Any]) -> None:
+    work = work_of("gpt2", micro_batches=3, **changes)
+    assert 3 * work.one_pass == pytest.approx(
+        flops_per_token(OPENAI_SIZES["gpt2"], 1024) * 24 * 1024 / (0.45 * H100.bf16)
+    )
+    assert all(part.forward >= 0 and part.backward >= 0 for part in work.parts)
+
+
+def test_a_ring_sends_each_byte_nearly_twice_and_a_machine_sends_out_what_one_device_would() -> None:
+    link = Link(1e9)
+    for devices in (2, 3, 8, 1024):
+        ring = 2 * (devices - 1) / devices * 7e6
+        assert all_reduce_sent(7e6, Cluster(1, devices, link, link)) == (pytest.approx(ring), 0)
+        assert all_reduce_sent(7e6, Cluster(devices, 1, link, link)) == (0, pytest.approx(ring))
+        assert 8 * all_reduce_sent(7e6, Cluster(devices, 8, link, link)).between == pytest.approx(ring)
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (4, 8), (4, 1)])
+def test_what_a_step_sends_is_known_beforehand(nodes: int, gpus: int) -> None:
+    work, cluster = work_of("gpt2", micro_batches=2), gpu_cluster(H100, nodes, gpus)
+    size = FLOAT * 124_439_808
+    ddp, fsdp = (predict(work, cluster, way) for way in ("ddp", "fsdp"))
+    loss = all_reduce_sent(FLOAT, cluster)
+    assert ddp.sent_inside == pytest.approx(all_reduce_sent(size, cluster).inside + loss.inside)
+    assert ddp.sent_between == pytest.approx(all_reduce_sent(size, cluster).between + loss.between)
+    block = FLOAT * sum(block_tensors(OPENAI_SIZES["gpt2"]))
+    shards = gpus if gpus > 1 else nodes
+    gathered = 2 * (size + 12 * block)  # in each pass everything once, the blocks twice
+    around = (shards - 1) / shards * (gathered + size)
+    across = 2 * (nodes - 1) / nodes * size / shards if gpus > 1 else 0
+    assert fsdp.sent_inside + fsdp.sent_between == pytest.approx(around + across + sum(loss))
+    assert fsdp.sent_inside == (pytest.approx(around + loss.inside) if gpus > 1 else 0)
+
+
+def test_a_step_of_three_parts_by_hand() -> None:
+    ready = (MIB, 30 * MIB, 40 * MIB)  # bytes of the last part's gradients, the middle's, the first's
+    parts = (Part(0, 1, 0, ready[2:]), Part(2, 4, 0, ready[1:2]), Part(1, 3, 0, ready[:1]))
+    link = Link(bandwidth=MIB, start=0.5, hop=0.25)  # two devices send as many bytes as there are: 1, 30 and 40 s
+    made = predict(Work(parts, 1, update=7), Cluster(1, 2, link, link), "ddp")
+    sends = [each + 0.5 + 2 * 0.25 for each in (1, 30, 40)]
+    last = 0.5 + 2 * 0.25 + 4 / MIB
+    first_sent = 3 + 3 + sends[0]  # the forward pass, the head's backward
+    middle_sent = max(first_sent, 3 + 3 + 4) + sends[1]
+    assert made.seconds == pytest.approx(middle_sent + sends[2] + last + 7)
+    assert made.compute == 3 + 8 + 7
+    assert made.communication == pytest.approx(sum(sends) + last)
+    assert made.messages == 4
+
+
+def test_a_step_of_fsdp_by_hand() -> None:
+    """Two devices, one block: gather (3 s of bytes, half of it sent) and compute, and divide the gradients."""
+    outside, block = Part(0, 0, 3 * MIB, (3 * MIB,)), Part(1, 2, 8 * MIB, (8 * MIB,))
+    head = Part(10, 20, 0, ())
+    link = Link(bandwidth=MIB)
+    work = Work((outside, block, head), 1, update=6)
+    made = predict(work, Cluster(1, 2, link, link), "fsdp")
+    # root gathered at 1.5, block at 5.5, computed at 6.5, head at 16.5; gathered again under the head's 20 s, at 20.5;
+    # backward at 38.5; 4 s for the block's gradients, 1.5 for the root's, almost nothing for the loss; half the update
+    assert made.seconds == pytest.approx(38.5 + 4 + 1.5 + 3, abs=1e-4)
+    with_gloo = predict(work, Cluster(1, 2, link, link, gloo=True), "fsdp")
+    # nothing at once, and dividing the gradients takes twice as long
+    assert with_gloo.seconds == pytest.approx(1.5 + 4 + 1 + 10 + 4 + 20 + 2 + 8 + 3 + 3, abs=1e-4)
+    assert with_gloo.communication == pytest.approx(with_gloo.exposed)
+    slower = predict(work, Cluster(1, 2, link, link, gloo=True, gather_rate=0.5), "fsdp")
+    assert slower.seconds == pytest.approx(with_gloo.seconds + 1.5 + 4 + 4)  # of what is gathered, and not of sums
+    assert slower.sent_inside == with_gloo.sent_inside
+
+
+def test_where_messages_wait_for_each_other_none_is_hidden() -> None:
+    made = predict(work_of("gpt2"), cpu_cluster(2, 2), "fsdp")
+    assert made.exposed == pytest.approx(made.communication)
+
+
+def test_machines_work_at_a_sum_in_stages_that_overlap() -> None:
+    cluster = Cluster(4, 2, Link(2e9, 1e-3, 1e-4), Link(1e9, 2e-3, 5e-4))
+    inside, between = 8e8 / 2e9, 2 * 3 / 4 * 4e8 / 1e9
+    assert all_reduce_seconds(8e8, cluster) == pytest.approx(2e-3 + 2 * 1e-4 + 4 * 5e-4 + max(inside, between))
+
+
+def test_what_waits_and_what_does_not() -> None:
+    tasks = [Task(COMPUTE, 2, ()), Task(INSIDE, 5, (0,)), Task(COMPUTE, 4, ()), Task(BETWEEN, 1, (1,))]
+    assert walk(tasks) == 8
+    assert walk([*tasks, Task(COMPUTE, 1, (3,))]) == 9
+    assert walk([]) == 0
+
+
+def test_a_message_that_needs_the_processor_slows_what_it_hides_behind() -> None:
+    tasks = [Task(COMPUTE, 4, ()), Task(INSIDE, 2, ())]
+    assert walk(tasks) == 4
+    assert walk(tasks, busy=0.5) == pytest.approx(5)
+    assert walk(tasks, busy=1.0) == pytest.approx(6)
+
+
+def test_messages_are_filled_as_torch_fills_them() -> None:
+    """The same tensors in as many buckets as DDP itself makes of them, in its order."""
+    from torch._C import _distributed_c10d as c10d
+
+    with torch.device("meta"):
+        tensors = list(GPT(OPENAI_SIZES["gpt2-medium"]).parameters())[::-1]
+    tensors = [torch.empty(p.shape, device="meta") for p in tensors]
+    made, _ = c10d._compute_bucket_assignment_by_size(tensors, [MIB, 25 * MIB])
+    sizes = [sum(FLOAT * tensors[i].numel() for i in bucket) for bucket in made]
+    assert [size for size, _ in buckets(work_of("gpt2-medium").parts)] == sizes
+    assert sizes[-1] > FLOAT * 50257 * 1024  # with the tied embedding, which is the last to be ready
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
+def test_steps_are_no_shorter_than_computing_or_sending_and_faster_links_never_hurt(name: str, way: str) -> None:
+    work, before = work_of(name, rows=2), float("inf")
+    for gbit in (1, 10, 100, 400, 3200, 10**6):
+        made = predict(work, gpu_cluster(H100, 16, 8, gbit * 1e9 / 8), way)
+        assert made.seconds >= made.compute
+        assert made.seconds >= made.communication
+        assert made.exposed == pytest.approx(made.seconds - made.compute)
+        assert made.efficiency == pytest.approx(made.compute / made.seconds)
+        assert made.seconds <= before
+        before = made.seconds
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "none"])
+def test_one_device_says_nothing_to_anyone(way: str) -> None:
+    work = work_of("gpt2", micro_batches=3)
+    made = predict(work, gpu_cluster(H100, 1, 1), way)
+    assert (made.messages, made.sent_inside, made.sent_between, made.communication) == (0, 0, 0, 0)
+    assert made.seconds == pytest.approx(3 * work.one_pass + work.update)
+    assert made.efficiency == pytest.approx(1)
+
+
+def test_the_tied_embedding_cannot_hide() -> None:
+    cluster = gpu_cluster(H100, 1, 8)
+    embedding = FLOAT * 50257 * 768
+    made = predict(work_of("gpt2", rows=64), cluster, "ddp")
+    assert made.exposed > all_reduce_seconds(embedding, cluster)
+    assert made.exposed < 1.5 * all_reduce_seconds(embedding, cluster)
+
+
+def test_micro_batches_are_summed_before_they_are_sent() -> None:
+    cluster = gpu_cluster(H100, 2, 8)
+    once, often = (predict(work_of("gpt2", micro_batches=count), cluster, "ddp") for count in (1, 5))
+    assert (once.sent_inside, once.sent_between) == (often.sent_inside, often.sent_between)
+    assert once.exposed == pytest.approx(often.exposed)
+    gathered = predict(work_of("gpt2", micro_batches=5), cluster, "fsdp").sent_inside
+    assert gathered > 3 * predict(work_of("gpt2"), cluster, "fsdp").sent_inside
+
+
+def test_memory_of_fsdp_becomes_that_of_one_device() -> None:
+    shape, setup = OPENAI_SIZES["gpt2-xl"], Setup(rows=1, length=1024, dtype=torch.bfloat16, device="cuda")
+    alone = training_memory(shape, setup)
+    assert training_memory(shape, replace(setup, shards=1)) == alone
+    assert alone.gathered == 0
+    steps = [training_memory(shape, replace(setup, shards=shards)).step for shards in (2, 4, 8, 64)]
+    assert steps == sorted(steps, reverse=True)
+    eighth = training_memory(shape, replace(setup, shards=8))
+    for part in ("weights", "gradients", "optimizer"):
+        assert 8 * getattr(eighth, part) == getattr(alone, part)
+
+
+def test_memory_of_fsdp_that_sums_micro_batches_holds_whole_gradients() -> None:
+    shape, setup = OPENAI_SIZES["gpt2-xl"], Setup(rows=1, length=1024, dtype=torch.bfloat16, device="cuda", shards=8)
+    once, often = (training_memory(shape, replace(setup, micro_batches=count)) for count in (1, 2))
+    assert often.step - once.step > 0.7 * FLOAT * num_parameters(shape)
+
+
+def test_the_planned_step_has_what_the_devices_send() -> None:
+    made = plan(recipe("gpt2-124m"), on="h100", devices=8, nodes=4)
+    assert (made.devices, made.nodes, made.parallel, made.micro_batch_size) == (32, 4, "ddp", 16)
+    assert made.seconds_per_step == made.ways["ddp"].step.seconds > made.ways["ddp"].step.compute
+    assert made.network == pytest.approx(8 * 50e9)
+    assert made.flops_per_step == plan(recipe("gpt2-124m"), on="h100").flops_per_step
+    slow = plan(recipe("gpt2-124m"), on="h100", devices=8, nodes=4, network=1e9)
+    assert slow.seconds_per_step > 2 * made.seconds_per_step
+    assert plan(recipe("gpt2-124m"), on="h100").parallel == "none"
+
+
+def test_fsdp_is_taken_where_a_whole_copy_does_not_fit() -> None:
+    xl = replace(recipe("gpt2-124m"), n_layer=48, n_head=25, n_embd=1600, batch_size=64, micro_batch_size=None)
+    made = plan(xl, on="a10g", devices=8, nodes=8)
+    assert (made.parallel, made.ways["ddp"].fits, made.ways["fsdp"].fits, made.fits) == ("fsdp", False, True, True)
+    assert made.memory == made.ways["fsdp"].memory
+    found = plan(replace(xl, batch_size=-1), on="a10g", devices=8, nodes=8)
+    assert (found.parallel, found.fits, found.batch_size % 64) == ("fsdp", True, 0)
+
+
+@pytest.mark.parametrize(("changes", "gpus"), [({"optimizer": "muon"}, 8), ({"init_from": "gpt2", "lora_rank": 8}, 2)])
+def test_what_cannot_be_divided_is_not_planned_so(changes: dict[str, Any], gpus: int) -> None:
+    config = replace(recipe("gpt2-124m"), **changes)
+    made = plan(config, on="h100", devices=gpus)
+    assert (made.parallel, set(made.ways)) == ("ddp", {"ddp"})
+    with pytest.raises(UserError, match="whole matrices, and --parallel fsdp divides them: --parallel ddp"):
+        replace(config, parallel="fsdp").check()
+
+
+def test_adapters_are_little_to_send() -> None:
+    shape = OPENAI_SIZES["gpt2"]
+    work = work_of("gpt2", lora=LoRAConfig(rank=8))
+    assert work.gradients == FLOAT * num_trainable(shape, LoRAConfig(rank=8))
+    frozen = work_of("gpt2", freeze=4)
+    assert frozen.gradients == FLOAT * num_trainable(shape, freeze=4)
+    assert sum(part.backward == 0 for part in frozen.parts) == 5  # four blocks, and the embeddings as ever
+
+
+def test_what_is_asked_for_is_what_is_planned() -> None:
+    for way in ("ddp", "fsdp"):
+        made = plan(replace(recipe("gpt2-124m"), parallel=way), on="h100", devices=8)
+        assert made.parallel == way
+        assert made.seconds_per_step == made.ways[way].step.seconds
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors have at once; FSDP's gathered ones keep their storages and empty them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor):
+                local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+                storage = local.untyped_storage()
+                self.storages[storage._cdata] = weakref.ref(storage)
+        alive = [storage for storage in (each() for each in self.storages.values()) if storage is not None]
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive))
+        return result
+
+
+@pytest.fixture
+def one_of_eight() -> Iterator[None]:
+    """This process as one of eight ranks whose others are not there: what it is sent means nothing."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_of_eight")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1024, 8192])  # the most is in the blocks' part of a step, or in the head's
+def test_memory_of_fsdp_is_what_torch_takes(vocab_size: int, micro_batches: int, dtype: torch.dtype) -> None:
+    shape = GPTConfig(vocab_size=vocab_size, block_size=128, n_layer=6, n_head=4, n_embd=256)
+    model, tokens = GPT(shape), torch.zeros(1, 128, dtype=torch.int64)
+    for block in model.transformer.h:
+        fully_shard(block)
+    sharded = fully_shard(model)
+    register_fsdp_forward_method(model, "loss")
+    (optimizer,) = build_optimizers(model, recipe("gpt2-124m"))
+
+    def step() -> None:
+        for number in range(micro_batches):
+            sharded.set_requires_gradient_sync(number == micro_batches - 1)
+            with autocast(torch.device("cpu"), dtype):
+                loss = model.loss(tokens, tokens)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with LiveBytes() as alive:
+        step()
+    setup = Setup(rows=1, length=128, dtype=dtype, micro_batches=micro_batches, shards=8)
+    said = training_memory(shape, setup)
+    moments = said.optimizer  # which no operation but the update's sees
+    assert 1.0 <= (said.step - said.allocator) / (alive.peak + moments) < 1.2
+
+
+def test_devices_without_a_datasheet_talk_through_gloo() -> None:
+    cluster = cpu_cluster(2, 4, network=1e8)
+    assert cluster.gloo
+    assert cluster.network == pytest.approx(1e8)
+    assert cluster.between.bandwidth == pytest.approx(0.8 * 1e8 / 4)
+
+
+def test_a_plan_for_many_in_json_and_as_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["gpt2-124m", "--on", "h100", "--nodes", "4", "--gpus", "8", "--network", "800"]
+    main([*flags, "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert set(made["ways"]) == {"ddp", "fsdp"}
+    assert set(made["ways"]["ddp"]) == {"memory", "fits", "step"}
+    assert set(made["ways"]["ddp"]["step"]) == {
+        *("parallel", "seconds", "compute", "communication", "exposed", "efficiency", "messages"),
+        *("sent_inside", "sent_between"),
+    }
+    assert made["network"] == pytest.approx(1e11)
+    main([*flags, "--json"])
+    assert json.loads(capsys.readouterr().out) == made
+    monkeypatch.setenv("COLUMNS", "160")
+    main(flags)
+    out = capsys.readouterr().out
+    for words in ("Parallel: ddp", "ddp: sent", "830.7 MiB inside its machine, 89.0 MiB to others", "fsdp: memory"):
+        assert words in out
+    assert "800 Gbit/s" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--nodes", "3", "--gpus", "2"], r"--batch-size \(512\) must be a multiple of the 6 devices"),
+        (["--gpus", "8", "--micro-batch-size", "32", "--batch-size", "384"], "each device has 48 rows of the batch"),
+        (["--nodes", "0"], "'0' is no number of at least 1"),
+        (["--network", "0"], "'0' is no speed over 0"),
+        (["--network", "fast"], "'fast' is no speed over 0"),
+        (["--nods", "2"], "did you mean '--nodes'"),
+    ],
+)
+def test_clusters_that_cannot_be_are_one_line(flags: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=line) as caught:
+        main(["gpt2-124m", "--on", "h100", *flags])
+    assert "\n" not in str(caught.value)

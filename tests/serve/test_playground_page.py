@@ -1,0 +1,250 @@
+"""The playground's page in a real browser. What it shows is compared with what the model says without it."""
+
+import math
+from typing import Any
+
+import pytest
+
+from gpt2.commands.decoding import bad_words
+from gpt2.generation.engine import Engine, Request
+from gpt2.generation.filters import History
+from gpt2.generation.sampling import Sampling
+from gpt2.model import GPT, GPTConfig
+from gpt2.serve.inspect import attention, candidates_of, lens, next_logits, perplexity, score
+from gpt2.tokenizer import Tokenizer
+from tests.helpers.playground_app import BYTES, CONFIG, MODELS, PROMPT, TOKENIZER, Reader, playing, said
+from tests.helpers.reference import random_model
+
+pytest_plugins = "tests.helpers.playground_fixtures"
+
+
+def test_it_says_what_the_model_says(reader: Reader) -> None:
+    reader.set("max_tokens", 12)
+    assert reader.write(PROMPT) == said()
+    words = reader.page.locator("#backdrop > span:has(> span)").all_text_contents()
+    assert PROMPT + "".join(words) == said()
+    shades = reader.page.locator("#backdrop > span > span").evaluate_all("all => all.map((one) => one.className)")
+    ids = TOKENIZER.encode(said())
+    bits = [-token.logprob / math.log(2) for token in score(MODELS["one"], TOKENIZER, ids)][-len(shades) :]
+    assert shades == [f"p{min(5, int(each // 2))}" for each in bits]
+
+
+def test_it_goes_on_from_what_was_edited(reader: Reader) -> None:
+    reader.set("max_tokens", 5)
+    first = reader.write(PROMPT)
+    reader.page.locator("#text").press("Control+End")
+    reader.page.keyboard.type(" and")
+    assert reader.text == first + " and"
+    assert reader.page.locator("#backdrop > span > span").count() == 5
+    assert reader.go_on().startswith(first + " and")
+    reader.page.fill("#text", "a bird" + first[len(PROMPT) :])
+    assert reader.page.locator("#backdrop > span > span").count() == 0
+
+
+def test_a_text_that_the_model_begins(reader: Reader) -> None:
+    reader.set("max_tokens", 8)
+    reader.page.wait_for_selector("#next-note:has-text('50 tokens')")
+    assert reader.write("") == said("", max_new_tokens=8)
+    reader.click_token(1)
+    reader.page.click("#tab-tokens")
+    reader.page.wait_for_selector(".tokens button")
+    assert "".join(reader.page.locator(".tokens button").all_text_contents()).replace("␣", " ") == reader.text
+    end = TOKENIZER.end_of_text
+    scored = score(MODELS["one"], TOKENIZER, [end, *said_ids([end])])
+    ranks = reader.page.locator(".tokens button").evaluate_all("all => all.map((one) => one.title.split('rank ')[1])")
+    assert [token.rank for token in scored] == list(map(int, ranks))
+
+
+def test_sliders_redraw_the_chances(reader: Reader) -> None:
+    reader.page.fill("#text", PROMPT)
+    reader.page.wait_for_selector("#next-note:has-text('50 tokens have a chance')")
+    before = reader.page.locator("#next .number").all_text_contents()
+    reader.page.locator("[aria-label='Temperature, slider']").fill("0.3")
+    reader.page.wait_for_selector(f"#next li:first-child .number:not(:text-is('{before[0]}'))")
+    assert reader.page.input_value("#set-temperature") == "0.3"
+    reader.set("temperature", 0)
+    reader.page.wait_for_selector("#next-note:has-text('1 token has a chance')")
+    assert reader.page.locator("#next .number").all_text_contents() == ["100.0 %", *["0 %"] * 11]
+    reader.set("seed", 7)
+    for slider in reader.page.locator("input[type=range]").all():
+        assert slider.get_attribute("aria-label")
+        slider.press("ArrowRight")
+    assert reader.page.input_value("#set-top_k") == "51"
+    reader.page.click("#reset")
+    reader.page.wait_for_selector("#next-note:has-text('50 tokens have a chance')")
+
+
+def test_another_token_makes_a_branch_that_one_can_leave_again(reader: Reader) -> None:
+    reader.set("max_tokens", 6)
+    first = reader.write(PROMPT)
+    token = reader.click_token(2)
+    card = reader.page.locator("#alternatives")
+    current = card.locator("[aria-current] .word").text_content()
+    assert current.replace("␣", " ") == token
+    other = card.locator("button:not([aria-current]):not(.out) .word").first
+    word = other.text_content().replace("␣", " ")
+    other.click()
+    second = reader.wait()
+    kept = PROMPT + "".join(reader.page.locator("#backdrop > span:has(> span)").all_text_contents()[:2])
+    assert first.startswith(kept)
+    assert second.startswith(kept + word)
+    reader.page.click("#tab-tree")
+    reader.page.wait_for_selector(".tree .tree button")
+    assert reader.page.locator(".tree .tree button").count() == 2
+    assert reader.page.locator(".tree [aria-current]").count() == 1
+    reader.page.locator(".tree .tree button:not([aria-current])").click()
+    assert reader.text == first
+    reader.page.wait_for_selector(".tree .tree li:first-child [aria-current]")
+
+
+def test_a_token_can_be_looked_into(reader: Reader) -> None:
+    reader.set("max_tokens", 8)
+    text = reader.write(PROMPT)
+    reader.click_token(4)
+    reader.page.click("#alternatives button:has-text('Attention')")
+    heads = reader.page.locator(".heads button")
+    heads.first.wait_for()
+    assert heads.count() == CONFIG.n_layer * CONFIG.n_head
+    heads.first.focus()
+    reader.page.keyboard.press("ArrowDown")
+    assert reader.page.locator(".heads [aria-pressed=true]").get_attribute("aria-label") == "Layer 2, head 1"
+    looked = reader.page.locator(".looked span").all_text_contents()
+    assert text.startswith("".join(looked))
+    prompt = TOKENIZER.encode(PROMPT)
+    ids = [*prompt, *said_ids(prompt)[:4]]
+    assert "".join(looked) == TOKENIZER.decode(ids)
+    strongest = max(attention(MODELS["one"], ids, len(ids) - 1)[1, 0].tolist())
+    assert reader.page.locator("#panel-attention .bars .number").first.text_content() == f"{100 * strongest:.1f} %"
+    reader.page.click("#tab-layers")
+    reader.page.wait_for_selector(".lens tbody tr")
+    assert reader.page.locator(".lens tbody th").all_text_contents() == ["3", "2", "1", "in"]
+    best = [layer.tokens[0][1] for layer in lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 1)][::-1]
+    shown = [cell.replace("␣", " ") for cell in reader.page.locator(".lens td:nth-child(2)").all_text_contents()]
+    assert shown == best
+
+
+def said_ids(prompt: list[int], model: GPT = MODELS["one"], tokenizer: Tokenizer = TOKENIZER, **how: Any) -> list[int]:
+    """The eight tokens that follow a prompt, as the model says them."""
+    engine = Engine(model, 1)
+    sampling = Sampling(**{"top_k": 50, **how})
+    new = engine.submit(Request(prompt, sampling, 8, 42, 0, (tokenizer.end_of_text,)))
+    while not engine.idle:
+        engine.step()
+    return new.new_tokens
+
+
+def test_every_token_of_a_text_with_its_perplexity(reader: Reader) -> None:
+    text = "the dog ran to\nthe barn, naïvely"
+    reader.page.fill("#text", text)
+    reader.page.click("#tab-tokens")
+    reader.page.wait_for_selector(".tokens button")
+    ids = TOKENIZER.encode(text)
+    scored = score(MODELS["one"], TOKENIZER, ids)
+    assert float(reader.page.text_content(".big").split()[0]) == pytest.approx(perplexity(scored), rel=1e-3)
+    assert reader.page.locator(".tokens button").count() == len(ids)
+    reader.page.locator(".tokens button").first.focus()
+    reader.page.keyboard.press("ArrowRight")
+    reader.page.keyboard.press("Enter")
+    reader.page.wait_for_selector("#alternatives:not([hidden])")
+    assert f"rank {scored[0].rank}" in reader.page.text_content("#alternatives .head")
+    word = reader.page.locator("#alternatives .bars .word").first.text_content().replace("␣", " ")
+    reader.page.locator("#alternatives .bars button").first.press("Enter")
+    assert reader.wait().startswith(TOKENIZER.decode(ids[:1]) + word)
+
+
+def test_two_models_and_two_settings_side_by_side(reader: Reader) -> None:
+    reader.set("max_tokens", 12)
+    reader.page.fill("#text", PROMPT)
+    reader.page.click("#compare")
+    reader.set("max_tokens", 12)
+    reader.set("temperature", 1)
+    first = reader.go_on()
+    other = reader.page.text_content("#other")
+    assert (first, other) == (said(), said(model="two"))
+    reader.page.select_option("#model-b", "one")
+    reader.page.fill("#text", PROMPT)
+    assert reader.go_on() == reader.page.text_content("#other") == said()
+    reader.set("temperature", 0)
+    reader.page.fill("#text", PROMPT)
+    reader.go_on()
+    assert reader.page.text_content("#other") == said(temperature=0)
+    reader.page.click("#adopt")
+    assert reader.text == said(temperature=0)
+
+
+def test_it_can_be_used_from_the_keyboard(reader: Reader) -> None:
+    reader.set("max_tokens", 4)
+    reader.page.focus("#text")
+    reader.page.keyboard.type(PROMPT)
+    text = reader.go_on("Control+Enter")
+    assert len(text) > len(PROMPT)
+    reader.page.keyboard.press("Control+End")
+    reader.page.keyboard.press("Alt+Enter")
+    reader.page.wait_for_selector("#alternatives:not([hidden])")
+    assert reader.page.evaluate("document.activeElement.closest('#alternatives') !== null")
+    reader.page.keyboard.press("Escape")
+    assert reader.page.evaluate("document.activeElement.id") == "text"
+    reader.page.focus("#tab-settings")
+    for name in ("attention", "layers", "tokens", "tree", "settings"):
+        reader.page.keyboard.press("ArrowRight")
+        assert reader.page.evaluate("document.activeElement.id") == f"tab-{name}"
+        assert reader.page.locator("[role=tabpanel]:not([hidden])").get_attribute("id") == f"panel-{name}"
+
+
+def test_words_can_be_forbidden_and_favoured(reader: Reader) -> None:
+    reader.set("max_tokens", 8)
+    usual = reader.write(PROMPT)
+    first = usual[len(PROMPT) :].split()[0]
+    reader.page.fill("#text", PROMPT)
+    reader.set("bad_words", f"{first}\nnever\n\n")
+    reader.set("logit_bias", '7 = 2.5\n"the dog"=3\nfoo')
+    assert reader.page.get_attribute("#set-logit_bias", "aria-invalid") == "true"
+    assert reader.page.text_content("#set-logit_bias-about") == 'not id=bias or "text"=bias: foo'
+    words = bad_words(TOKENIZER, [first, "never"])
+    biases = {7: 2.5} | dict.fromkeys(TOKENIZER.encode("the dog"), 3.0)
+    told = reader.go_on()
+    assert told == said(max_new_tokens=8, bad_words=words, logit_bias=biases) != usual
+    sampling = Sampling(top_k=50, bad_words=words, logit_bias=biases)
+    ids = TOKENIZER.encode(PROMPT)
+    likely = candidates_of(next_logits(MODELS["one"], ids), TOKENIZER, sampling, History(ids, len(ids), ()), 12)
+    reader.page.fill("#text", PROMPT)
+    reader.page.wait_for_selector(f"#next li:first-child .number:text-is('{100 * likely.tokens[0].probability:.1f} %')")
+    shown = [word.replace("␣", " ") for word in reader.page.locator("#next .word").all_text_contents()]
+    assert shown == [token.text for token in likely.tokens]
+
+
+def test_parts_of_characters_stay_as_the_model_said_them(browser: Any) -> None:
+    model = random_model(GPTConfig(vocab_size=BYTES.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=32), 1)
+    with playing({"bytes": model}, BYTES) as address:
+        reader = Reader(browser, address)
+        reader.set("max_tokens", 8)
+        reader.set("top_k", 0)
+        for bias in ({}, {0xE2: 100}):  # the second begins a new character with every byte, and ends none
+            reader.set("logit_bias", "\n".join(f"{token}={bias[token]}" for token in bias))
+            for start in ("naïve", "naïve", "€"):  # taken back to what was typed, and another
+                ids, text = BYTES.encode(start), start
+                reader.page.fill("#text", start)
+                for _ in range(2):  # what it said is the prompt of what it says next
+                    with reader.page.expect_request("**/v1/completions") as asked:
+                        reader.page.click("#go")
+                    new = said_ids(ids, model, BYTES, top_k=0, logit_bias=bias)
+                    text += BYTES.decode(new)
+                    assert reader.wait() == text
+                    assert asked.value.post_data_json["prompt"] == ids
+                    ids += new
+        assert text == "€" + 16 * "\ufffd"
+        assert reader.troubles == []
+        reader.context.close()
+
+
+def test_a_token_after_a_character_of_many_tokens_can_be_replaced(reader: Reader) -> None:
+    text = "the cat 😀 sat"
+    before = TOKENIZER.decode(TOKENIZER.encode(text)[:-1])
+    reader.set("max_tokens", 2)
+    reader.page.fill("#text", text)
+    reader.page.click("#tab-tokens")
+    reader.page.locator(".tokens button").last.click()
+    choice = reader.page.locator("#alternatives .bars button").first
+    word = choice.locator(".word").text_content().replace("␣", " ")
+    choice.click()
+    assert reader.wait().startswith(before + word)

@@ -1,0 +1,106 @@
+"""Texts are kept, shared and taken away; what is copied from the page gives the page's text elsewhere."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpt2
+from gpt2.cli import main
+from tests.helpers.playground_app import MODELS, PROMPT, TOKENIZER, Reader
+
+pytest_plugins = "tests.helpers.playground_fixtures"
+AWKWARD = 'the cat\'s "mat"\n$HOME `sat` \\ on é 😀 '
+
+
+def test_texts_are_kept_shared_and_taken_away(reader: Reader, browser: Any, address: str, tmp_path: Path) -> None:
+    reader.set("max_tokens", 6)
+    reader.set("bad_words", "barn")
+    reader.set("logit_bias", "3=-1")
+    text = reader.write(PROMPT)
+    reader.page.reload()
+    reader.page.wait_for_selector("#next li")
+    assert reader.text == text
+    reader.page.fill("#text", "")
+    reader.page.click("#reset")
+    reader.page.click("#open-history")
+    reader.page.locator("#entries button").first.click()
+    assert reader.text == text
+    assert reader.page.input_value("#set-bad_words") == "barn"
+    reader.page.click("#open-share")
+    for name, part in {"curl": "v1/completions", "Python": "OpenAI(", "command line": "gpt2 sample"}.items():
+        reader.page.click(f"#choices button:has-text('{name}')")
+        reader.page.wait_for_selector(f"#preview:has-text('{part}')")
+    with reader.page.expect_download() as download:
+        reader.page.click("text=Save as JSON")
+    download.value.save_as(tmp_path / "saved.json")
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    assert (saved["text"], saved["model"], saved["settings"]["max_tokens"]) == (text, "one", 6)
+    reader.page.click("text=Copy link")
+    reader.page.wait_for_selector("#preview:has-text('#s=')")
+    link = reader.page.text_content("#preview")
+    other = browser.new_context().new_page()
+    other.goto(link)
+    other.wait_for_selector("#next li")
+    assert other.input_value("#text") == text
+    shown = [other.input_value(f"#set-{name}") for name in ("max_tokens", "bad_words", "logit_bias")]
+    assert shown == ["6", "barn", "3=-1"]
+    assert other.locator("#backdrop > span > span").count() == 6
+    other.context.close()
+
+
+def test_a_broken_link_is_an_empty_page(reader: Reader, address: str) -> None:
+    for fragment in ("#s=!", "#s=e30", "#s=bnVsbA", "#s=eyJwYXRoIjpbMSx7fSxbXSxudWxsXX0"):
+        reader.page.goto("about:blank")
+        reader.page.goto(address + fragment)
+        reader.page.wait_for_selector("#next li")
+        assert reader.text == "", fragment
+
+
+def copied(reader: Reader, name: str) -> str:
+    """What the page copies, as this or that."""
+    reader.page.click("#open-share")
+    reader.page.click(f"text=Copy as {name}")
+    reader.page.wait_for_selector("#copied:has-text('Copied')")
+    snippet = reader.page.text_content("#preview")
+    reader.page.click("#share .close")
+    return snippet
+
+
+def in_bash(command: str) -> str:
+    """What it prints."""
+    return subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=True).stdout.decode()
+
+
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="no bash or curl to run what is copied")
+def test_what_is_copied_gives_the_same_text(
+    reader: Reader, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai", reason="no openai: pip install openai")
+    reader.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    settings = {"max_tokens": 12, "top_k": 0, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.1}
+    settings |= {"presence_penalty": 0.2, "no_repeat_ngram_size": 3, "seed": 7, "stop": "zz\nit's $(never)"}
+    settings |= {"bad_words": "bird's\ndog", "logit_bias": '7=1.5\n"mat"=-2'}
+    for name, value in settings.items():
+        reader.set(name, value)
+    text = reader.write(AWKWARD)
+
+    exec(copied(reader, "Python"), {})  # as somebody would who had copied it
+    assert AWKWARD + capsys.readouterr().out == f"{text}\n"
+    answer = json.loads(in_bash(f"{copied(reader, 'curl')} --silent"))
+    assert AWKWARD + answer["choices"][0]["text"] == text
+
+    command = copied(reader, "command line")
+    arguments = in_bash(f"gpt2() {{ printf '%s\\0' \"$@\"; }}\n{command}").split("\0")[:-1]
+    gpt2.save(MODELS["one"], TOKENIZER, tmp_path / "one")
+    monkeypatch.chdir(tmp_path)  # where the folder has the name of the model
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert capsys.readouterr().out == f"{text}\n"
+
+    more = reader.go_on()  # the prompt is now partly what the model said, token by token
+    answer = json.loads(in_bash(f"{copied(reader, 'curl')} --silent"))
+    assert text + answer["choices"][0]["text"] == more

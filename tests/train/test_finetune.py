@@ -1,0 +1,291 @@
+"""Fine-tuning: a model that exists learns a text, or prompts and answers, whole or through adapters."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpt2
+from gpt2.commands.finetune import tuning_flags
+from gpt2.commands.train import training_config
+from gpt2.config import TrainConfig, read_toml, resumed
+from gpt2.data.prepare import open_data
+from gpt2.errors import UserError
+from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, read_adapter
+from gpt2.loss import IGNORE
+from gpt2.reporting.metrics import read_metrics, without_times
+from gpt2.train.comparison import MOST_TOKENS, compare
+from gpt2.train.run import set_up
+from gpt2.train.trainer import train
+from tests.helpers.learner import contents
+from tests.helpers.runs import NUMBERS, talk
+
+DOUBLES = [{"prompt": f"double {i}", "answer": str(2 * i)} for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned a little of numbers; it speaks bytes."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "numbers.txt").write_text(NUMBERS)
+    shape: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 48}
+    config = TrainConfig(
+        name="base",
+        out_dir=str(folder),
+        data=str(folder / "numbers.txt"),
+        tokenizer="bytes",
+        **shape,
+        batch_size=8,
+        max_steps=20,
+        warmup_steps=5,
+        lr=3e-3,
+        dtype="float32",
+        device="cpu",
+        sample_tokens=0,
+        save_every=0,
+        eval_every=0,
+    )
+    return train(config)
+
+
+@pytest.fixture
+def tuning(base: Path, tmp_path: Path) -> TrainConfig:
+    """A run of a second or so on prompts and answers."""
+    (tmp_path / "doubles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOUBLES))
+    given: dict[str, Any] = {
+        "data": str(tmp_path / "doubles.jsonl"),
+        "name": "tuned",
+        "out_dir": str(tmp_path / "runs"),
+    }
+    given |= {"batch_size": 4, "lr": 3e-3, "dtype": "float32", "device": "cpu", "sample_tokens": 0, "epochs": 0.0}
+    given |= {"max_steps": 12, "eval_every": 4, "save_every": 4, "warmup_steps": 2, "patience": 0, "block_size": 48}
+    return training_config("finetune", tuning_flags(str(base), given))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in gpt2.load(folder)[0].named_parameters()}
+
+
+def test_answers_are_learned_and_prompts_only_read(tuning: TrainConfig) -> None:
+    run = set_up(tuning, Path(tuning.out_dir) / "none")
+    batch = run.loader.batch(0)
+    assert batch.documents is not None
+    ids = batch.targets[batch.targets != IGNORE].tolist()
+    said = run.data.tokenizer.decode(ids).split("<|endoftext|>")
+    assert {text.strip() for text in said} - {""} <= {row["answer"] for row in DOUBLES}
+    everything = set_up(replace(tuning, mask_prompt=False), Path(tuning.out_dir) / "none").loader.batch(0).targets
+    assert "ser: double" in run.data.tokenizer.decode(everything[everything != IGNORE].tolist())
+
+
+def test_it_gets_better_at_it_and_the_run_folder_is_as_any(tuning: TrainConfig, base: Path) -> None:
+    folder = train(replace(tuning, max_steps=40), talk)
+    losses = [line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
+    assert min(losses) < 0.6 * losses[0]
+    assert (folder / "report.md").exists()
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel.from_pretrained(folder / "model")
+    tokens = torch.tensor([list(b"User: double 7\nAssistant:")])
+    torch.testing.assert_close(theirs(tokens).logits, gpt2.load(folder)[0](tokens), rtol=1e-4, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    talk_of = [{"role": "user", "content": "double 7"}]
+    text = tokenizer.apply_chat_template(talk_of, tokenize=False, add_generation_prompt=True)
+    assert text == "User: double 7\nAssistant:"
+
+
+@pytest.mark.parametrize("how", [{}, {"lora_rank": 2, "lora_dropout": 0.1}, {"freeze": 2}, {"template": "chatml"}])
+def test_a_tuning_that_was_killed_ends_as_one_that_was_not(tuning: TrainConfig, how: dict[str, Any]) -> None:
+    whole = train(replace(tuning, name="whole", **how), talk)
+    folder = train(replace(tuning, name="parts", keep_checkpoints=9, **how), talk)
+    for step in (12, 8):  # as if killed after step 8 was recorded and before it was saved
+        for path in (folder / "checkpoints" / f"step-{step}").rglob("*"):
+            path.unlink() if path.is_file() else None
+    train(resumed(folder, {}), talk)
+    one, other = (without_times(read_metrics(path / "metrics.jsonl")) for path in (whole, folder))
+    assert one == other
+    assert contents(whole / "model") == contents(folder / "model")
+    product = "adapter" if "lora_rank" in how else "model"
+    for name in (product, "optimizer.safetensors"):
+        ours, theirs = (path / "checkpoints" / "step-12" / name for path in (folder, whole))
+        assert (contents(ours) == contents(theirs)) if ours.is_dir() else (ours.read_bytes() == theirs.read_bytes())
+
+
+def test_adapters_are_all_that_is_learned_and_saved(tuning: TrainConfig, base: Path) -> None:
+    folder = train(replace(tuning, lora_rank=2, lora_targets="c_attn", max_steps=24, lr=1e-2))
+    assert sorted(p.name for p in (folder / "checkpoints" / "step-24").iterdir()) == [
+        "adapter",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    adapter = read_adapter(folder)
+    assert len(adapter.tensors) == 2 * 3
+    assert adapter.base == str(base / "model")
+    assert adapter.base_fingerprint == base_fingerprint(gpt2.load(base)[0])
+    before, after = weights(base), weights(folder)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"transformer.h.{i}.attn.c_attn.weight" for i in range(3)}
+    merged = weights_with_adapter(base, folder)
+    assert all(torch.equal(merged[name], after[name]) for name in after)
+    losses = [line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
+    assert losses[-1] < losses[0]
+    state = (folder / "checkpoints" / "step-24" / "optimizer.safetensors").stat().st_size
+    assert state < 100 * sum(t.numel() for t in adapter.tensors.values()) < 4 * sum(w.numel() for w in after.values())
+
+
+def weights_with_adapter(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in gpt2.load(base, adapter=adapter)[0].named_parameters()}
+
+
+def test_a_model_with_adapters_speaks_as_the_merged_one(base: Path) -> None:
+    model, tokenizer = gpt2.load(base)
+    attach(model, LoRAConfig(rank=2))
+    for tensor in adapter_tensors(model).values():
+        tensor.normal_(std=0.5, generator=torch.Generator().manual_seed(tensor.numel()))
+    with_adapters = gpt2.generate(model, tokenizer, "The number", max_new_tokens=20, temperature=0)
+    assert with_adapters == gpt2.generate(merge(model), tokenizer, "The number", max_new_tokens=20, temperature=0)
+    assert with_adapters != gpt2.generate(gpt2.load(base)[0], tokenizer, "The number", max_new_tokens=20, temperature=0)
+
+
+def test_frozen_blocks_and_embeddings_stay_as_they_are(tuning: TrainConfig, base: Path) -> None:
+    before, after = weights(base), weights(train(replace(tuning, freeze=2)))
+    for name in before:
+        kept = name.startswith(("transformer.wte", "transformer.wpe", "transformer.h.0.", "transformer.h.1."))
+        assert torch.equal(before[name], after[name]) == kept, name
+
+
+def test_the_best_is_kept_and_patience_ends_the_run(tuning: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """At a rate that spoils what was learned, the first validations are the best."""
+    config = replace(tuning, lr=0.3, max_steps=60, eval_every=2, save_every=0, patience=3, warmup_steps=12)
+    folder = train(config)
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
+    best = min(lines, key=lambda line: line["val_loss"])
+    assert lines[-1]["step"] < 60
+    assert [line["step"] for line in lines[-3:]] == [best["step"] + 2, best["step"] + 4, best["step"] + 6]
+    assert f"validation was best at step {best['step']}" in capsys.readouterr().err
+    report = (folder / "report.md").read_text()
+    assert "was stopped" not in report
+    data = set_up(replace(config, name="again"), folder.parent / "again")
+    data.model.load_state_dict(gpt2.load(folder)[0].state_dict())
+    assert trainer_validate(data) == pytest.approx(best["val_loss"], rel=1e-5)
+    steps = len(read_metrics(folder / "metrics.jsonl"))
+    train(resumed(folder, {}))  # it was over, and is
+    assert len(read_metrics(folder / "metrics.jsonl")) == steps
+
+
+def trainer_validate(run: Any) -> float:
+    from gpt2.train.trainer import validate
+
+    return validate(run)
+
+
+def test_the_best_of_a_resumed_run_is_the_best_of_all(tuning: TrainConfig) -> None:
+    config = replace(tuning, lr=0.3, eval_every=2, save_every=2, warmup_steps=6, keep_checkpoints=99)
+    whole = train(replace(config, name="whole"))
+    folder = train(replace(config, name="parts"))
+    for step in (12, 10):
+        (folder / "checkpoints" / f"step-{step}" / "state.json").unlink()
+    train(resumed(folder, {}))
+    assert contents(whole / "model") == contents(folder / "model")
+
+
+def test_special_tokens_of_a_template_are_learned_and_written(tuning: TrainConfig) -> None:
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    folder = train(replace(tuning, template="chatml", add_tokens="<calm>,<storm>"))
+    model, tokenizer = gpt2.load(folder)
+    assert tokenizer is not None
+    assert model.config.vocab_size == tokenizer.vocab_size == 257 + 4
+    theirs = AutoTokenizer.from_pretrained(folder / "model")
+    for mark in ("<|im_start|>", "<|im_end|>", "<calm>", "<storm>"):
+        assert tokenizer.encode(mark, allow_special=True) == [theirs.convert_tokens_to_ids(mark)]
+    assert GPT2LMHeadModel.from_pretrained(folder / "model").config.vocab_size == 261
+
+
+def test_epochs_become_steps(tuning: TrainConfig) -> None:
+    config = replace(tuning, epochs=2.0, eval_every=100, warmup_steps=100, batch_size=2)
+    run = set_up(config, Path(tuning.out_dir) / "none")
+    steps = -(-2 * run.loader.windows_per_epoch // 2)
+    assert (run.config.max_steps, run.config.warmup_steps) == (steps, steps // 10)
+    assert run.config.eval_every == max(1, steps // 10)
+    folder = train(config)
+    assert read_toml(folder / "config.toml").max_steps == steps == len(read_metrics(folder / "metrics.jsonl"))
+    train(resumed(folder, {"max_steps": steps + 2}))
+    assert len(read_metrics(folder / "metrics.jsonl")) == steps + 2
+
+
+def test_plain_text_is_learned_without_a_look_at_the_neighbours(tuning: TrainConfig, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(20):
+        (texts / f"{i:02}.txt").write_text(NUMBERS[i * 300 : i * 300 + 211])
+    config = replace(tuning, data=str(texts), max_steps=6)
+    run = set_up(config, tmp_path / "none")
+    batch, end = run.loader.batch(0), run.data.tokenizer.end_of_text
+    assert batch.documents is not None
+    assert torch.equal(batch.documents, (batch.tokens == end).cumsum(1))
+    assert (batch.tokens == end).any()
+    assert set_up(replace(config, separate_documents=False), tmp_path / "none").loader.batch(0).documents is None
+    train(config)
+
+
+def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base: Path) -> None:
+    folder = train(replace(tuning, max_steps=40, sample_tokens=8))
+    found = compare(read_toml(folder / "config.toml"), folder, talk)
+    own, general = found.losses
+    assert own.after < own.before
+    assert own.text == "doubles, held out"
+    for model_folder, loss in ((base, general.before), (folder, general.after)):
+        model, tokenizer = gpt2.load(model_folder)
+        total, count = 0.0, 0
+        for batch in open_data("python-docs", tokenizer).validation(8, 48, MOST_TOKENS):
+            with torch.no_grad():
+                total += model.loss(batch.tokens, batch.targets, 1.0).item()
+            count += batch.num_targets
+        assert loss == pytest.approx(total / count, rel=1e-4)
+    for answer in found.answers:
+        number = int(answer.prompt.split("double ")[1].split("\n")[0])
+        assert answer.wanted == str(2 * number)
+        model, tokenizer = gpt2.load(base)
+        assert answer.prompt + answer.before == talk(model, tokenizer, answer.prompt, 8)
+    told = found.markdown()
+    assert "| doubles, held out |" in told
+    assert "better |" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"freeze": 4}, "--freeze 4 is more than the model's 3 blocks"),
+        ({"freeze": 1, "lora_rank": 2}, "--freeze and --lora-rank do not go together"),
+        ({"add_tokens": "<a>", "lora_rank": 2}, "--add-tokens and --lora-rank do not go together"),
+        ({"template": "chatml", "lora_rank": 2}, r"the template's <\|im_start\|> is no token of the model"),
+        (
+            {"lora_rank": 2, "lora_targets": "c_atn"},
+            r"the model has no 'c_atn' for an adapter \(did you mean 'c_attn'\?\)",
+        ),
+        ({"lora_rank": -1}, "--lora-rank must be at least 0"),
+        ({"lora_rank": 1, "lora_alpha": 0.0}, "--lora-alpha must be over 0"),
+        ({"init_from": None, "lora_rank": 1}, "--lora-rank needs a model to begin with"),
+        ({"data": "nothing.jsonl"}, "nothing.jsonl"),
+    ],
+)
+def test_what_does_not_go_is_one_line(tuning: TrainConfig, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        train(replace(tuning, **given))
+    assert "\n" not in str(error.value)
+    assert not (Path(tuning.out_dir) / "tuned").exists()
+
+
+def test_a_base_that_changed_is_noticed(tuning: TrainConfig, base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    gpt2.save(*gpt2.load(base), own)
+    folder = train(replace(tuning, init_from=str(own), lora_rank=2, max_steps=4, name="first"))
+    model, tokenizer = gpt2.load(own)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(2)
+    gpt2.save(model, tokenizer, own)
+    with pytest.raises(UserError, match=r"has an adapter for .*own, which has changed since"):
+        train(resumed(folder, {"max_steps": 8}))

@@ -1,0 +1,373 @@
+"""Numbers that go bad: the culprit is the one that was planted, and the step can be computed again to the bit."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import gpt2
+from gpt2.config import TrainConfig
+from gpt2.data.loader import Batch, Loader
+from gpt2.data.prepare import open_data
+from gpt2.distributed.parallel import Spread
+from gpt2.distributed.process_group import ALONE
+from gpt2.errors import UserError
+from gpt2.loss import IGNORE
+from gpt2.model import GPT, GPTConfig
+from gpt2.optimizers import build_optimizers
+from gpt2.runtime import can_compile, compile_blocks, random_state, recompute_blocks, seed_step
+from gpt2.tokenizer import get_tokenizer
+from gpt2.train.artifact import Product
+from gpt2.train.non_finite import diagnose, excerpt, replay, write_dump
+from gpt2.train.non_finite_origin import Attempt, find_culprit, float32_helps
+from gpt2.train.run import Run
+from gpt2.train.trainer import update
+
+ODD = ord("~")  # a token that the batch holds in one place only
+ODD_ROW, ODD_POSITION = 5, 7
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. "
+
+
+@pytest.fixture
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=3, n_head=2, n_embd=16)).train()
+
+
+@pytest.fixture
+def attempt() -> Attempt:
+    """A batch of eight rows in micro-batches of two."""
+    ids = torch.tensor(list((TEXT * 2)[: 8 * 16 + 1].encode()))
+    tokens, targets = ids[:-1].view(8, 16).clone(), ids[1:].view(8, 16).clone()
+    tokens[ODD_ROW, ODD_POSITION] = ODD
+    targets[2] = IGNORE
+    torch.manual_seed(1)
+    return Attempt(12, Batch(tokens, targets), 2, 112.0, torch.float32, 1e-3, random_state(torch.device("cpu")))
+
+
+def parameter(model: GPT, name: str) -> Tensor:
+    return model.get_parameter(name).data
+
+
+def spoil_one_position(model: GPT, block: int) -> None:
+    """Make the output of a block's `mlp.c_proj` overflow where the odd token stands, with finite weights.
+
+    That token alone has anything in the first channel, which nothing but the embedding writes to. One hidden unit
+    of the MLP fires where it stands (there the layer norm gives some 3.9), and is silent elsewhere.
+    """
+    parameter(model, "transformer.wte.weight")[:, 0] = 0
+    parameter(model, "transformer.wpe.weight")[:, 0] = 0
+    parameter(model, "transformer.wte.weight")[ODD, 0] = 1e3
+    for name in [name for name, _ in model.named_parameters() if name.endswith("c_proj.weight")]:
+        parameter(model, name)[0] = 0
+    mlp = f"transformer.h.{block}.mlp"
+    parameter(model, f"{mlp}.c_fc.weight")[0] = 0
+    parameter(model, f"{mlp}.c_fc.weight")[0, 0] = 1e10
+    parameter(model, f"{mlp}.c_fc.bias")[0] = -2e10
+    parameter(model, f"{mlp}.c_proj.weight")[:, 0] = 1e35
+
+
+def silent_unit(model: GPT, value: float) -> None:
+    """A hidden unit of the last MLP that always has this value, and that nothing reads."""
+    parameter(model, "transformer.h.2.mlp.c_fc.bias")[0] = value
+    parameter(model, "transformer.h.2.mlp.c_proj.weight")[:, 0] = 0
+
+
+def state_of(model: GPT) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_bad_weights_are_named_before_all_else(model: GPT, attempt: Attempt) -> None:
+    parameter(model, "transformer.h.1.attn.c_proj.bias")[3] = math.nan
+    culprit = find_culprit(model, attempt)
+    assert (culprit.kind, culprit.name, culprit.value) == ("weight", "transformer.h.1.attn.c_proj.bias", "nan")
+    assert math.isnan(culprit.loss)
+    assert "transformer.h.0.ln_1.weight" in culprit.bad_gradients
+
+
+@pytest.mark.parametrize(("block", "recompute"), [(0, False), (2, False), (1, True)])
+def test_an_output_that_overflows_is_found_with_its_row_and_place(
+    model: GPT, attempt: Attempt, block: int, recompute: bool
+) -> None:
+    name = f"transformer.h.{block}.mlp.c_proj"
+    spoil_one_position(model, block)
+    if recompute:
+        recompute_blocks(model.transformer.h)
+    culprit = find_culprit(model, attempt)
+    assert (culprit.kind, culprit.name, culprit.value) == ("output", name, "inf")
+    assert (culprit.rows, culprit.position) == ((ODD_ROW,), ODD_POSITION)
+    whole = find_culprit(model, replace(attempt, rows=8))
+    assert (whole.name, whole.rows, whole.position) == (name, (ODD_ROW,), ODD_POSITION)
+
+
+def test_what_goes_bad_between_the_parts_of_a_module_is_the_module_s(model: GPT, attempt: Attempt) -> None:
+    """Queries and keys are finite, their products are not; every row has them."""
+    parameter(model, "transformer.h.1.attn.c_attn.weight")[:32] *= 1e22
+    culprit = find_culprit(model, attempt)
+    assert (culprit.kind, culprit.name, culprit.value) == ("output", "transformer.h.1.attn", "nan")
+    assert culprit.rows == tuple(range(8))
+
+
+def test_a_loss_that_overflows_is_found_with_its_row(model: GPT, attempt: Attempt) -> None:
+    """The logit of a target that one row alone has, twice: it is as low as float32 goes."""
+    untied = GPT(replace(model.config, tie_word_embeddings=False))
+    attempt.batch.targets[3, 4:6] = ODD
+    untied.transformer.ln_f.weight.data.zero_()
+    untied.transformer.ln_f.bias.data.fill_(1.0)
+    untied.lm_head.weight.data[ODD] = -2e37  # times 16 channels
+    culprit = find_culprit(untied, attempt)
+    assert (culprit.kind, culprit.name, culprit.value, culprit.rows) == ("loss", "", "inf", (3,))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gradient_that_overflows_in_a_module_is_found(model: GPT, attempt: Attempt, recompute: bool) -> None:
+    """Two matrices in a row, each with a huge gain that the forward pass multiplies by zero."""
+    if recompute:
+        recompute_blocks(model.transformer.h)
+    parameter(model, "transformer.h.1.mlp.c_fc.weight").fill_(1e30)
+    parameter(model, "transformer.h.1.mlp.c_proj.weight").fill_(1e30)
+    parameter(model, "transformer.h.1.mlp.c_proj.bias").fill_(0.01)
+    parameter(model, "transformer.h.1.ln_2.weight").zero_()
+    parameter(model, "transformer.h.1.mlp.c_proj.weight")[::2] *= 1.5  # so that the layer norms let it pass
+    culprit = find_culprit(model, attempt)
+    assert math.isfinite(culprit.loss)
+    assert (culprit.kind, culprit.name) == ("backward", "transformer.h.1.mlp.c_fc")
+    assert culprit.rows
+    assert 2 not in culprit.rows  # it has no targets, so no gradient
+    assert str(culprit).startswith(f"the gradient behind transformer.h.1.mlp.c_fc is {culprit.value}, of gradients up")
+    assert "transformer.h.1.ln_2.bias" in culprit.bad_gradients
+    assert "transformer.h.2.ln_2.bias" not in culprit.bad_gradients
+
+
+def test_a_parameter_s_gradient_that_overflows_is_found(model: GPT, attempt: Attempt) -> None:
+    """Its input is huge and its gradient from above is not small; what it passes on is finite."""
+    silent_unit(model, 1e18)
+    parameter(model, "transformer.ln_f.weight").fill_(1e26)
+    culprit = find_culprit(model, attempt)
+    assert math.isfinite(culprit.loss)
+    assert (culprit.kind, culprit.name, culprit.rows) == ("gradient", "transformer.h.2.mlp.c_proj.weight", ())
+    assert culprit.bad_gradients == ("transformer.h.2.mlp.c_proj.weight",)
+
+
+def test_a_norm_that_overflows_alone_is_found(model: GPT, attempt: Attempt) -> None:
+    silent_unit(model, 1e18)
+    parameter(model, "transformer.ln_f.weight").fill_(1e8)
+    culprit = find_culprit(model, attempt)
+    assert math.isfinite(culprit.loss)
+    assert (culprit.kind, culprit.name, culprit.bad_gradients) == ("norm", "transformer.h.2.mlp.c_proj.weight", ())
+    assert culprit.grad_norm == math.inf
+
+
+def test_nothing_is_found_in_a_sound_step(model: GPT, attempt: Attempt) -> None:
+    culprit = find_culprit(model, attempt)
+    assert (culprit.kind, culprit.bad_gradients) == ("nothing", ())
+
+
+def test_what_bfloat16_alone_cannot_hold_is_told_from_what_no_dtype_can(model: GPT, attempt: Attempt) -> None:
+    """A weight that rounds up to infinity in bfloat16, read with a tiny factor and led nowhere."""
+    parameter(model, "transformer.h.1.ln_2.weight").zero_()
+    parameter(model, "transformer.h.1.ln_2.bias").fill_(1e-32)
+    parameter(model, "transformer.h.1.mlp.c_fc.weight")[0] = 3.4e38
+    parameter(model, "transformer.h.1.mlp.c_proj.weight")[:, 0] = 0
+    attempt = replace(attempt, dtype=torch.bfloat16)
+    culprit = find_culprit(model, attempt)
+    assert (culprit.kind, culprit.name, culprit.value) == ("output", "transformer.h.1.mlp.c_fc", "inf")
+    assert float32_helps(model, attempt) is True
+    spoil_one_position(model, 0)
+    assert float32_helps(model, attempt) is False
+    assert float32_helps(model, replace(attempt, dtype=torch.float32)) is None
+
+
+def test_the_diagnosis_leaves_everything_as_it_was(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+    spoil_one_position(model, 1)
+    model.eval()
+    before, torch_state, python_state = state_of(model), torch.get_rng_state(), random.getstate()
+    diagnose(tmp_path, model, get_tokenizer("bytes"), attempt)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert not model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._backward_hooks
+    for p in model.parameters():
+        assert p.grad is None
+        assert not p._post_accumulate_grad_hooks  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def run_of(model: GPT, tmp_path: Path, **values: Any) -> Run:
+    (tmp_path / "numbers.txt").write_text(TEXT * 30)
+    sizes: dict[str, Any] = {"block_size": 16, "batch_size": 8, "micro_batch_size": 2, "max_steps": 20}
+    config = TrainConfig(name="tiny", data=str(tmp_path / "numbers.txt"), tokenizer="bytes", **sizes, **values)
+    data = open_data(config.data, config.tokenizer)
+    loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
+    optimizers = build_optimizers(model, config)
+    cpu = torch.device("cpu")
+    return Run(
+        tmp_path / "run",
+        config,
+        data,
+        loader,
+        model,
+        optimizers,
+        cpu,
+        torch.float32,
+        Product(model.config, data.tokenizer),
+        ALONE,
+        Spread("none", model, ALONE, cpu),
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bool, tmp_path: Path) -> None:
+    """A sound step, so that there are bits to compare, with dropout on: without the random state they differ."""
+    model = GPT(replace(model.config, dropout=0.1))
+    if recompute:
+        recompute_blocks(model.transformer.h)
+    run = run_of(model, tmp_path)
+    batch, before, run.step = run.loader.batch(3), state_of(model), 4
+    seed_step(run.config.seed, run.step)
+    state = random_state(run.device)
+    loss, norm = update(run, batch, 1e-3)[:2]
+    model.load_state_dict(before)
+    divisor = float(batch.num_targets)
+    attempt = Attempt(4, batch, 2, divisor, torch.float32, 1e-3, state, loss, norm, recompute)
+    culprit = find_culprit(model, attempt)
+    assert (culprit.kind, culprit.loss, culprit.grad_norm) == ("nothing", loss, norm)
+    elsewhere = find_culprit(model, replace(attempt, random=random_state(run.device)))
+    assert elsewhere.loss != loss
+
+    folder = write_dump(run.folder, model, run.data.tokenizer, attempt, culprit)
+    assert write_dump(run.folder, model, run.data.tokenizer, attempt, culprit) == folder  # in the place of the first
+    assert [path.name for path in folder.parent.iterdir()] == ["step-4"]
+    assert replay(folder).splitlines() == [
+        f"step 4 on cpu in float32, computed again from {folder}",
+        f"the loss is {loss}, as it was",
+        f"the norm of the gradient is {norm}, as it was",
+        "first bad: nothing: computed again, all is finite",
+    ]
+
+
+def test_the_message_and_the_dump_tell_the_story(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+    spoil_one_position(model, 1)
+    tokenizer = get_tokenizer("bytes")
+    attempt = replace(attempt, loss=math.nan, grad_norm=math.nan)
+    message = str(diagnose(tmp_path, model, tokenizer, attempt))
+    folder = tmp_path / "dumps" / "step-12"
+    text = bytes(attempt.batch.tokens[ODD_ROW, : ODD_POSITION + 1].tolist()).decode()
+    assert message == (
+        "step 12: the loss is nan; first bad: the output of transformer.h.1.mlp.c_proj is inf, "
+        f"of inputs up to 1.9e+10 (row 5 of the batch: '{' '.join(text.split())}'); all of it is in {folder} "
+        f"(gpt2 train --replay {folder}): lower --lr, or lengthen --warmup-steps"
+    )
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "batch.safetensors",
+        "batch.txt",
+        "dump.json",
+        "model",
+        "random.safetensors",
+    ]
+    numbers = json.loads((folder / "dump.json").read_text(), parse_constant=pytest.fail)
+    assert (numbers["step"], numbers["loss"], numbers["micro_batch_size"], numbers["dropout"]) == (12, "nan", 2, 0.0)
+    assert numbers["culprit"]["rows"] == [ODD_ROW]
+    rows = (folder / "batch.txt").read_text().split("--- row ")
+    assert rows[1 + ODD_ROW] == f"{ODD_ROW}\n{tokenizer.decode(attempt.batch.tokens[ODD_ROW].tolist())}\n\n"
+    weights, _ = gpt2.load(folder)  # a model folder like any other
+    assert torch.equal(weights.transformer.wte.weight, model.transformer.wte.weight)
+
+    told = replay(folder)
+    assert "the loss is nan, as it was" in told
+    assert (
+        "first bad: the output of transformer.h.1.mlp.c_proj is inf, of inputs up to 1.9e+10 (row 5 of the batch: "
+        in told
+    )
+    assert "gradients that are not finite: transformer.wte.weight" in told
+
+
+def test_bad_weights_survive_the_dump(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+    parameter(model, "transformer.wte.weight")[7, 3] = math.inf
+    message = str(diagnose(tmp_path, model, get_tokenizer("bytes"), attempt))
+    assert "first bad: the weights themselves: transformer.wte.weight is inf; " in message
+    assert message.endswith("they were spoilt before this step: go on from an older checkpoint with a lower --lr")
+    assert "first bad: the weights themselves: transformer.wte.weight is inf" in replay(tmp_path / "dumps" / "step-12")
+    message = str(diagnose(tmp_path, model, get_tokenizer("bytes"), replace(attempt, step=1)))
+    assert message.endswith("the run began with them: give --init-from a whole model")
+
+
+def test_a_dump_that_cannot_be_written_does_not_hide_the_culprit(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+    (tmp_path / "dumps").write_text("a file in the way")
+    spoil_one_position(model, 1)
+    message = str(diagnose(tmp_path, model, get_tokenizer("bytes"), attempt))
+    assert "first bad: the output of transformer.h.1.mlp.c_proj" in message
+    assert f"; cannot write the dump {tmp_path / 'dumps' / 'step-12'}: " in message
+    assert "\n" not in message
+
+
+def test_what_is_no_dump_is_told_so(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no dump: it has no dump\.json"):
+        replay(tmp_path)
+    spoil_one_position(model, 1)
+    diagnose(tmp_path, model, get_tokenizer("bytes"), attempt)
+    folder = tmp_path / "dumps" / "step-12"
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def numbers(**changed: Any) -> bytes:
+        return json.dumps(json.loads(whole[folder / "dump.json"]) | changed).encode()
+
+    changes = ({"dtype": "int3"}, {"dtype": 3}, {"device": "toaster"}, {"device": None}, {"micro_batch_size": 0})
+    changes += ({"matmul_precision": "so-so"}, {"step": None})
+    broken = {
+        "dump.json": [b"[]", b"{}", b"{", *(numbers(**changed) for changed in changes)],
+        "batch.safetensors": [b"", whole[folder / "random.safetensors"]],
+        "random.safetensors": [b"", whole[folder / "batch.safetensors"]],
+        "model/config.json": [b"{}"],
+        "model/model.safetensors": [b"x"],
+    }
+    for name, contents in broken.items():
+        for content in contents:
+            (folder / name).write_bytes(content)
+            with pytest.raises(UserError) as caught:
+                replay(folder)
+            assert str(folder) in str(caught.value) or "is not one of" in str(caught.value), (name, content)
+            assert "\n" not in str(caught.value)
+        (folder / name).write_bytes(whole[folder / name])
+    (folder / "random.safetensors").unlink()
+    with pytest.raises(UserError, match="is no whole dump"):
+        replay(folder)
+
+
+def test_tokens_that_the_model_lacks_are_no_whole_dump(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+    culprit = find_culprit(model, attempt)
+    tokens = attempt.batch.tokens
+    for bad in (tokens + 10_000, tokens[:4], tokens.float(), tokens.repeat(1, 9)):
+        folder = write_dump(tmp_path, model, get_tokenizer("bytes"), attempt, culprit)
+        save_file({"tokens": bad, "targets": attempt.batch.targets}, folder / "batch.safetensors")
+        with pytest.raises(UserError, match=r"step-12"):
+            replay(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no C++ compiler")
+def test_compiled_blocks_are_looked_into(model: GPT, attempt: Attempt) -> None:
+    spoil_one_position(model, 1)
+    compile_blocks(model.transformer.h)
+    assert not model.loss(attempt.batch.tokens, attempt.batch.targets).isfinite()
+    culprit = find_culprit(model, attempt)
+    assert (culprit.name, culprit.rows, culprit.position) == ("transformer.h.1.mlp.c_proj", (ODD_ROW,), ODD_POSITION)
+
+
+def test_excerpts_are_short_and_on_one_line() -> None:
+    tokenizer = get_tokenizer("bytes")
+    row = torch.tensor(tokenizer.encode("one\n  two\n" + "x" * 300 + " the end"))
+    assert excerpt(tokenizer, row) == "'one two " + "x" * 38 + "'"
+    assert excerpt(tokenizer, row, 9) == "'one two'"
+    assert excerpt(tokenizer, row, len(row) - 1).endswith("xxx the end'")
+    assert len(excerpt(None, row)) == 63
