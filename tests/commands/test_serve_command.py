@@ -20,10 +20,10 @@ from tests.helpers.reference import random_model
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
 from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, save_adapter
-from gpt2.serve.listen import bind, is_loopback
-from gpt2.serve.models import name_of
+from gpt2.serve.listen import bind_socket, is_loopback
+from gpt2.serve.models import served_model_name
 from gpt2.templates import PLAIN, Template, find_template
-from tests.helpers.serving import BYTES, CONFIG
+from tests.helpers.serving import BYTE_TOKENIZER, CONFIG
 from tests.helpers.terminal import run
 
 STREAM = {"prompt": "x", "stream": True, "temperature": 0.1, "logit_bias": {"256": -100}}
@@ -31,7 +31,7 @@ STREAM = {"prompt": "x", "stream": True, "temperature": 0.1, "logit_bias": {"256
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(gpt2.save(random_model(CONFIG), BYTES, tmp_path_factory.mktemp("model") / "tiny"))
+    return str(gpt2.save(random_model(CONFIG), BYTE_TOKENIZER, tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @contextmanager
@@ -162,11 +162,11 @@ def test_an_adapter_is_served_with_its_model(folder: str, tmp_path: Path) -> Non
     question = {"prompt": "What", "temperature": 0, "max_tokens": 12}
     with process(folder, "--adapter", str(tmp_path / "adapter")) as (_, url):
         text = httpx.post(f"{url}/v1/completions", json=question, timeout=60).json()["choices"][0]["text"]
-    adapted = gpt2.generate(merge(model), BYTES, "What", max_new_tokens=12, temperature=0)[0]
+    adapted = gpt2.generate(merge(model), BYTE_TOKENIZER, "What", max_new_tokens=12, temperature=0)[0]
     assert (
         "What" + text
         == adapted
-        != gpt2.generate(random_model(CONFIG), BYTES, "What", max_new_tokens=12, temperature=0)[0]
+        != gpt2.generate(random_model(CONFIG), BYTE_TOKENIZER, "What", max_new_tokens=12, temperature=0)[0]
     )
 
 
@@ -226,20 +226,20 @@ def test_a_missing_extra_says_what_brings_it(
 def test_names_of_models_and_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "run")
-    assert name_of(str(tmp_path / "run")) == name_of(str(tmp_path / "run" / "model")) == name_of(".") == "run"
-    assert name_of("openai-community/gpt2") == "openai-community/gpt2"
+    assert served_model_name(str(tmp_path / "run")) == served_model_name(str(tmp_path / "run" / "model")) == served_model_name(".") == "run"
+    assert served_model_name("openai-community/gpt2") == "openai-community/gpt2"
     assert [is_loopback(host) for host in ("localhost", "127.0.0.2", "::1", "[::1]")] == [True] * 4
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "example.com", "localhost.example.com")] == [False] * 4
-    with bind("127.0.0.1", 0) as bound:
+    with bind_socket("127.0.0.1", 0) as bound:
         assert bound.getsockname()[1] > 0
 
 
 def test_a_model_is_called_by_its_folder_or_its_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
-    assert name_of(str(tmp_path / "run" / "model")) == name_of(str(tmp_path / "run")) == "run"
-    assert name_of("openai-community/gpt2") == "openai-community/gpt2"
+    assert served_model_name(str(tmp_path / "run" / "model")) == served_model_name(str(tmp_path / "run")) == "run"
+    assert served_model_name("openai-community/gpt2") == "openai-community/gpt2"
     monkeypatch.setattr(Path, "exists", lambda path: True)
-    assert name_of("/model") == "model"
+    assert served_model_name("/model") == "model"
 
 
 def test_templates_are_read_from_the_folder(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from gpt2.cache import KVCache
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.app import create_app
 from gpt2.serve.limits import Limits
-from gpt2.serve.middleware import Access
-from gpt2.serve.models import ServedModel, serve_model
+from gpt2.serve.middleware import AccessPolicy
+from gpt2.serve.models import ServedModel, create_served_model
 from gpt2.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from tests.helpers.reference import random_model
-from tests.helpers.serving import listening
+from tests.helpers.serving import run_app
 
-FLAGS = [
+BROWSER_FLAGS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -40,10 +40,10 @@ TOKENIZER = train_bpe([SENTENCE * 9, *(SENTENCE[i:] + SENTENCE[:i] for i in rang
 CONFIG = GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=96, n_layer=3, n_head=2, n_embd=32)
 PROMPT = "the cat sat on"
 LIMITS = Limits(slots=4)
-BYTES = ByteTokenizer()
+BYTE_TOKENIZER = ByteTokenizer()
 
 
-def sharp(model: GPT) -> GPT:
+def sharpen_logits(model: GPT) -> GPT:
     """Surer of what it says than random weights are, and not likely to say a part of a character."""
     spelled = [TOKENIZER.token_bytes(i) for i in range(CONFIG.vocab_size)]
     parts = [i for i, word in enumerate(spelled) if not (word.isascii() and word.decode().isprintable())]
@@ -52,75 +52,75 @@ def sharp(model: GPT) -> GPT:
     return model
 
 
-MODELS = {"one": sharp(random_model(CONFIG, 1)), "two": sharp(random_model(CONFIG, 2))}
+MODELS = {"one": sharpen_logits(random_model(CONFIG, 1)), "two": sharpen_logits(random_model(CONFIG, 2))}
 
 
 class SlowGPT(GPT):
     """Takes its time for every step, so that somebody can be quicker."""
 
-    seconds = 0.1
+    delay_seconds = 0.1
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
-        time.sleep(self.seconds)
+        time.sleep(self.delay_seconds)
         return super().hidden_states(tokens, cache, documents)
 
 
-def served(models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits) -> dict[str, ServedModel]:
+def create_served_models(models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits) -> dict[str, ServedModel]:
     """Models by name, run as they are."""
-    return {name: serve_model(name, model, model, tokenizer, limits) for name, model in models.items()}
+    return {name: create_served_model(name, model, model, tokenizer, limits) for name, model in models.items()}
 
 
 @contextmanager
-def playing(
-    models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits = LIMITS, access: Access | None = None
+def run_playground(
+    models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits = LIMITS, access: AccessPolicy | None = None
 ) -> Iterator[str]:
     """The address of a server of these models."""
-    with listening(create_app(served(models, tokenizer, limits), limits, access)) as address:
+    with run_app(create_app(create_served_models(models, tokenizer, limits), limits, access)) as address:
         yield f"{address}/"
 
 
-class Cable:
+class BreakableProxy:
     """A way to a server that can be cut and mended; it has an address of its own."""
 
     def __init__(self, address: str) -> None:
-        self._to, self._ends, self._port = urlsplit(address), set(), 0
+        self._upstream, self._writers, self._port = urlsplit(address), set(), 0
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.mend()
+        self.restore()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self._port}/"
 
-    def mend(self) -> None:
-        self._do(self._listen())
+    def restore(self) -> None:
+        self._run_in_loop(self._listen())
 
-    def cut(self) -> None:
+    def disconnect(self) -> None:
         """Nobody answers any more, and who is being answered hears no end."""
-        self._do(self._break())
+        self._run_in_loop(self._abort_connections())
 
     def close(self) -> None:
-        self.cut()
+        self.disconnect()
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+    def _run_in_loop(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._meet, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._handle_connection, "127.0.0.1", self._port)
         self._port = self._server.sockets[0].getsockname()[1]
 
-    async def _break(self) -> None:
+    async def _abort_connections(self) -> None:
         self._server.close()
-        for end in self._ends:
+        for end in self._writers:
             end.transport.abort()
 
-    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._to.hostname, self._to.port)
-        self._ends |= {writer, back}
-        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+    async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._upstream.hostname, self._upstream.port)
+        self._writers |= {writer, back}
+        await asyncio.gather(self._forward(reader, back), self._forward(there, writer))
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(65536):
                 writer.write(data)
@@ -128,7 +128,7 @@ class Cable:
         writer.close()
 
 
-def chromium() -> str:
+def require_chromium() -> str:
     """Where the browser is; skips, with the reason, where there is none."""
     path = shutil.which("chromium")
     if path is None:
@@ -137,52 +137,52 @@ def chromium() -> str:
 
 
 @contextmanager
-def browsing() -> Iterator[Any]:
+def launch_browser() -> Iterator[Any]:
     """A browser of playwright's."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    path = chromium()
+    path = require_chromium()
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
         try:
             yield browser
         finally:
             browser.close()
 
 
-class Reader:
+class PlaygroundPage:
     """Somebody with a browser, who writes down what goes wrong in it."""
 
     def __init__(self, browser: Any, address: str, ready: str = "#next li", **how: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
         self.context.set_default_timeout(30_000)
-        self.page, self.troubles, self.expected = self.context.new_page(), [], ()
-        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.page.on("console", lambda said: said.type == "error" and self.troubles.append(said.text))
+        self.page, self.errors, self.expected_errors = self.context.new_page(), [], ()
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
         self.page.on("request", lambda request: self._check_origin(request.url, address))
         self.page.goto(address)
         self.page.wait_for_selector(ready)
 
     def _check_origin(self, url: str, address: str) -> None:
         if not url.startswith((address, "blob:", "data:")):
-            self.troubles.append(f"asked {url}")
+            self.errors.append(f"asked {url}")
 
-    def set(self, name: str, value: Any) -> None:
+    def fill_setting(self, name: str, value: Any) -> None:
         """Type a setting."""
         if not self.page.is_visible(f"#set-{name}"):
             self.page.click("summary:has-text('More')")
             self.page.click("summary:has-text('How it ends')")
         self.page.fill(f"#set-{name}", str(value))
 
-    def write(self, text: str, key: str | None = None) -> str:
+    def generate(self, text: str, key: str | None = None) -> str:
         """Type a text, let the model go on, and give all of it."""
         self.page.fill("#text", text)
-        return self.go_on(key)
+        return self.continue_text(key)
 
-    def go_on(self, key: str | None = None) -> str:
+    def continue_text(self, key: str | None = None) -> str:
         self.page.keyboard.press(key) if key else self.page.click("#go")
-        return self.wait()
+        return self.wait_until_done()
 
-    def wait(self) -> str:
+    def wait_until_done(self) -> str:
         """Until nothing is written any more."""
         self.page.wait_for_selector("body:not(.running) #status:has-text('a second')")
         return self.text
@@ -199,7 +199,7 @@ class Reader:
         self.page.wait_for_selector("#alternatives:not([hidden])")
         return token.text_content()
 
-    def violations(self) -> list[str]:
+    def accessibility_violations(self) -> list[str]:
         """What axe finds wrong for those who cannot see, point or hear."""
         reason = "no axe: pip install axe-playwright-python"
         module = pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason)
@@ -207,6 +207,6 @@ class Reader:
         return [f"{one['id']}: {node['html'][:120]} {node['any'][:1]}" for one in found for node in one["nodes"]]
 
 
-def said(prompt: str = PROMPT, model: str = "one", **settings: Any) -> str:
+def generated_text(prompt: str = PROMPT, model: str = "one", **settings: Any) -> str:
     settings = {"max_new_tokens": 12, "top_k": 50, "seed": 42, **settings}
     return gpt2.generate(MODELS[model], TOKENIZER, prompt, **settings)[0]

@@ -5,24 +5,24 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.playground_app import MODELS, TOKENIZER, Reader, browsing, playing
+from tests.helpers.playground_app import MODELS, TOKENIZER, PlaygroundPage, launch_browser, run_playground
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with browsing() as browser:
+    with launch_browser() as browser:
         yield browser
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with playing(MODELS, TOKENIZER) as address:
+    with run_playground(MODELS, TOKENIZER) as address:
         yield address
 
 
 @pytest.fixture
-def reader(browser: Any, address: str) -> Iterator[Reader]:
-    reader = Reader(browser, address)
+def reader(browser: Any, address: str) -> Iterator[PlaygroundPage]:
+    reader = PlaygroundPage(browser, address)
     yield reader
     reader.context.close()
-    assert [trouble for trouble in reader.troubles if not trouble.startswith(tuple(reader.expected))] == []
+    assert [trouble for trouble in reader.errors if not trouble.startswith(tuple(reader.expected_errors))] == []

@@ -7,23 +7,23 @@ from typing import Any
 import torch
 
 import gpt2
-from gpt2.serve.models import name_of
-from tests.helpers.playground_app import browsing, playing
+from gpt2.serve.models import served_model_name
+from tests.helpers.playground_app import launch_browser, run_playground
 
 WIDE, PHONE = {"width": 1320, "height": 820}, {"width": 375, "height": 780}
 PROMPT = "The history of the city began when"
-PICTURES = {  # name: (which of the tokens is chosen, what is shown of it, the browser)
+SCREENSHOTS = {  # name: (which of the tokens is chosen, what is shown of it, the browser)
     "light": (6, "alternatives", {"viewport": WIDE, "color_scheme": "light"}),
     "dark": (24, "Attention", {"viewport": WIDE, "color_scheme": "dark"}),
     "phone": (6, "alternatives", {"viewport": PHONE, "color_scheme": "light", "device_scale_factor": 2}),
 }
 SETTINGS = {"temperature": 0.7, "repetition_penalty": 1.1, "max_tokens": 60}
-MOST_BYTES = 250_000
+MAX_SCREENSHOT_BYTES = 250_000
 
 
-def picture(browser: Any, address: str, prompt: str, path: Path, number: int, tab: str, how: dict[str, Any]) -> None:
+def take_screenshot(browser: Any, address: str, prompt: str, path: Path, token_index: int, tab: str, context_options: dict[str, Any]) -> None:
     """One picture: a text, one of its tokens chosen, and its alternatives or a tab of the inspector."""
-    context = browser.new_context(reduced_motion="reduce", **how)
+    context = browser.new_context(reduced_motion="reduce", **context_options)
     page = context.new_page()
     page.goto(address)
     page.wait_for_selector("#next li")
@@ -33,7 +33,7 @@ def picture(browser: Any, address: str, prompt: str, path: Path, number: int, ta
     page.click("#go")
     page.wait_for_selector("body:not(.running) #status:has-text('a second')")
     page.evaluate("document.getElementById('status').textContent = ''")  # the speed of a machine that draws pictures
-    said = page.locator("#backdrop > span > span").nth(number)
+    said = page.locator("#backdrop > span > span").nth(token_index)
     said.scroll_into_view_if_needed()
     box = said.bounding_box()
     page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
@@ -45,16 +45,16 @@ def picture(browser: Any, address: str, prompt: str, path: Path, number: int, ta
         page.wait_for_selector(f"#panel-{tab.lower()} .bars li, #panel-{tab.lower()} table")
     page.screenshot(path=path)
     context.close()
-    if path.stat().st_size > MOST_BYTES:
-        sys.exit(f"{path} has {path.stat().st_size:,} bytes: more than {MOST_BYTES:,} are too many for the docs")
+    if path.stat().st_size > MAX_SCREENSHOT_BYTES:
+        sys.exit(f"{path} has {path.stat().st_size:,} bytes: more than {MAX_SCREENSHOT_BYTES:,} are too many for the docs")
 
 
 def main(model: str, prompt: str = PROMPT, folder: str = "docs/images") -> None:
     plain, tokenizer = gpt2.load(model, device=torch.device("cpu"), dtype=torch.float32)
     assert tokenizer is not None
-    with playing({name_of(model): plain}, tokenizer) as address, browsing() as browser:
-        for name, (number, tab, how) in PICTURES.items():
-            picture(browser, address, prompt, Path(folder) / f"playground-{name}.png", number, tab, how)
+    with run_playground({served_model_name(model): plain}, tokenizer) as address, launch_browser() as browser:
+        for name, (number, tab, how) in SCREENSHOTS.items():
+            take_screenshot(browser, address, prompt, Path(folder) / f"playground-{name}.png", number, tab, how)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def program(name: str) -> str:
+def require_program(name: str) -> str:
     """Where a program is; without it the test is skipped."""
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if found is None:
@@ -31,7 +31,7 @@ def program(name: str) -> str:
     return found
 
 
-def replaced(text: str, *pairs: tuple[str, str]) -> str:
+def replace_once(text: str, *pairs: tuple[str, str]) -> str:
     """The text with others in the place of what stands in it once."""
     for old, new in pairs:
         assert text.count(old) == 1, old
@@ -39,7 +39,7 @@ def replaced(text: str, *pairs: tuple[str, str]) -> str:
     return text
 
 
-def nginx(folder: Path, port: int, upstreams: list[str]) -> list[str]:
+def nginx_command(folder: Path, port: int, upstreams: list[str]) -> list[str]:
     """The command that runs our example on this port, with a certificate made for it."""
     certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
     make = [
@@ -55,8 +55,8 @@ def nginx(folder: Path, port: int, upstreams: list[str]) -> list[str]:
         "-subj",
         "/CN=gpt2",
     ]
-    subprocess.run([program("openssl"), *make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    text = replaced(
+    subprocess.run([require_program("openssl"), *make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    text = replace_once(
         (EXAMPLES / "nginx.conf").read_text(encoding="utf-8"),
         ("    server 127.0.0.1:8000 max_fails=0;", "".join(f"server {one} max_fails=0;" for one in upstreams)),
         ("listen 80;", f"listen 127.0.0.1:{free_port()};"),
@@ -71,58 +71,58 @@ def nginx(folder: Path, port: int, upstreams: list[str]) -> list[str]:
         f"{'user root;' if os.geteuid() == 0 else ''} daemon off; pid {folder}/pid; events {{}}\n"
         f"http {{ access_log off; {temporary} include {folder}/gpt2.conf; }}"
     )
-    command = [program("nginx"), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr"]
+    command = [require_program("nginx"), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr"]
     checked = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     assert "warn" not in checked.stderr
     return command
 
 
-def caddy(folder: Path, port: int, upstreams: list[str]) -> list[str]:
+def caddy_command(folder: Path, port: int, upstreams: list[str]) -> list[str]:
     """The same with Caddy, which makes its certificate itself."""
-    text = replaced(
+    text = replace_once(
         (EXAMPLES / "Caddyfile").read_text(encoding="utf-8"),
         ("{$GPT2_SITE:localhost} {", f"{SITE}:{port} {{\n\tbind 127.0.0.1\n\ttls internal"),
         ("{$GPT2_UPSTREAMS:127.0.0.1:8000}", " ".join(upstreams)),
     )
     settings = f"admin off\n\tskip_install_trust\n\tauto_https disable_redirects\n\tstorage file_system {folder}/data"
     (folder / "Caddyfile").write_text(f"{{\n\t{settings}\n}}\n{text}")
-    return [program("caddy"), "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+    return [require_program("caddy"), "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
 
 
-PROXIES: dict[str, Callable[[Path, int, list[str]], list[str]]] = {"nginx": nginx, "caddy": caddy}
+PROXIES: dict[str, Callable[[Path, int, list[str]], list[str]]] = {"nginx": nginx_command, "caddy": caddy_command}
 
 
 @contextmanager
-def proxying(name: str, folder: Path, *upstreams: str) -> Iterator[int]:
+def run_proxy(name: str, folder: Path, *upstreams: str) -> Iterator[int]:
     """A proxy in front of servers at these addresses, while the block runs; its port."""
     port = free_port()
     command = PROXIES[name](folder, port, [address.removeprefix("http://") for address in upstreams])
     log, environment = folder / "log", {"HOME": str(folder), "PATH": "/usr/bin:/bin"}
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process:
         try:
-            wait_for(port, process, log)
+            wait_until_ready(port, process, log)
             yield port
         finally:
             process.terminate()
             process.wait(10)
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     """Until something answers."""
     until = time.monotonic() + 15
     while True:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()
         try:
-            with client(port) as one:
+            with https_client(port) as one:
                 one.get("/health")
                 return
         except httpx.TransportError:
             time.sleep(0.02)
 
 
-class _ByName(httpx.HTTPTransport):
+class _SNITransport(httpx.HTTPTransport):
     """Tells the site's name when it begins to speak TLS, too."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -130,10 +130,10 @@ class _ByName(httpx.HTTPTransport):
         return super().handle_request(request)
 
 
-def client(port: int, address: str = "127.0.0.1", key: str = "") -> httpx.Client:
+def https_client(port: int, address: str = "127.0.0.1", key: str = "") -> httpx.Client:
     """One that comes from `address` and believes any certificate: both proxies make theirs for this."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     headers = {"Host": f"{SITE}:{port}"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    transport = _ByName(verify=context, local_address=address)
+    transport = _SNITransport(verify=context, local_address=address)
     return httpx.Client(base_url=f"https://127.0.0.1:{port}", headers=headers, timeout=20, transport=transport)

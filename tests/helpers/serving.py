@@ -17,20 +17,20 @@ from gpt2.generation.inference import accelerated
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.app import create_app
 from gpt2.serve.limits import Limits
-from gpt2.serve.listen import Connection
-from gpt2.serve.middleware import Access
-from gpt2.serve.models import ServedModel, serve_model
+from gpt2.serve.listen import HeaderTimeoutProtocol
+from gpt2.serve.middleware import AccessPolicy
+from gpt2.serve.models import ServedModel, create_served_model
 from gpt2.serve.scheduler import Scheduler
 from gpt2.tokenizer import get_tokenizer
 from tests.helpers.reference import random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=128, n_layer=2, n_head=2, n_embd=16)
-BYTES = get_tokenizer("bytes")
-SMALL = Limits(slots=4)
+BYTE_TOKENIZER = get_tokenizer("bytes")
+SMALL_LIMITS = Limits(slots=4)
 
 
 @dataclass(frozen=True)
-class Served:
+class LiveServer:
     """A server that runs: where it is, and what it is made of."""
 
     url: str
@@ -61,18 +61,18 @@ class Served:
 
 
 @contextmanager
-def at_home(compiled: Path, folder: Path) -> Iterator[None]:
+def temporary_home(native_cache: Path, folder: Path) -> Iterator[None]:
     """A home for a module's own fixtures, with the compiled kernel in it. folder: an empty one."""
     with pytest.MonkeyPatch.context() as patch:
-        (folder / "native").symlink_to(compiled)
+        (folder / "native").symlink_to(native_cache)
         patch.setenv("GPT2_HOME", str(folder))
         yield
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def run_app(app: FastAPI) -> Iterator[str]:
     """The address at which the app answers, from a thread of its own."""
-    config = uvicorn.Config(app, http=Connection, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, http=HeaderTimeoutProtocol, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -89,10 +89,10 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def serving(limits: Limits = SMALL, access: Access | None = None, **given: Any) -> Iterator[Served]:
+def run_server(limits: Limits = SMALL_LIMITS, access: AccessPolicy | None = None, **given: Any) -> Iterator[LiveServer]:
     """A server of one model, "tiny". given: other arguments of `serve_model`."""
     model = random_model(CONFIG)
-    models = {"tiny": serve_model("tiny", model, accelerated(model), BYTES, limits, **given)}
+    models = {"tiny": create_served_model("tiny", model, accelerated(model), BYTE_TOKENIZER, limits, **given)}
     app = create_app(models, limits, access)
-    with listening(app) as address:
-        yield Served(address, models, app)
+    with run_app(app) as address:
+        yield LiveServer(address, models, app)

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
-from tests.helpers.serving import BYTES, CONFIG, Served, at_home, serving
+from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, temporary_home, run_server
 
 CHOICES = [
     {"context": "The cat sat on the", "choices": ["mat", "moon", "Ünïcödé €", "dog house"], "gold": 0},
@@ -28,13 +28,13 @@ NEW_TOKENS = 20
 
 
 @pytest.fixture(scope="module")
-def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with at_home(compiled, tmp_path_factory.mktemp("home")), serving() as served:
+def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with temporary_home(compiled, tmp_path_factory.mktemp("home")), run_server() as served:
         yield served
 
 
 @pytest.fixture
-def client(server: Served) -> Iterator[httpx.Client]:
+def client(server: LiveServer) -> Iterator[httpx.Client]:
     with server.client() as one:
         yield one
 
@@ -44,13 +44,13 @@ def pairs() -> list[tuple[list[int], list[int]]]:
     found = []
     for row in CHOICES:
         for choice in row["choices"]:
-            more = BYTES.encode(f" {choice}")
-            context = BYTES.encode(row["context"])
+            more = BYTE_TOKENIZER.encode(f" {choice}")
+            context = BYTE_TOKENIZER.encode(row["context"])
             found.append((context[-(WINDOW - len(more)) :], more))
     return found
 
 
-def likelihood(server: Served, context: list[int], more: list[int]) -> tuple[float, bool]:
+def likelihood(server: LiveServer, context: list[int], more: list[int]) -> tuple[float, bool]:
     """By the model itself: the log-probability of the continuation, and whether it is what the model would say."""
     with torch.inference_mode():
         rows = server.model(torch.tensor([context + more]))[0].log_softmax(-1)[len(context) - 1 : -1]
@@ -58,7 +58,7 @@ def likelihood(server: Served, context: list[int], more: list[int]) -> tuple[flo
     return rows.gather(1, tokens[:, None]).sum().item(), bool((rows.argmax(-1) == tokens).all())
 
 
-def greedy(server: Served, prompt: list[int], count: int) -> list[int]:
+def greedy(server: LiveServer, prompt: list[int], count: int) -> list[int]:
     """What the model would say."""
     tokens = torch.tensor([prompt])
     with torch.inference_mode():
@@ -75,7 +75,7 @@ def as_the_harness_reads(choice: dict[str, Any], context_length: int) -> tuple[f
 
 
 @pytest.mark.parametrize("form", ["one by one", "batch", "text"])
-def test_the_likelihood_of_a_choice_is_the_models_own(server: Served, client: httpx.Client, form: str) -> None:
+def test_the_likelihood_of_a_choice_is_the_models_own(server: LiveServer, client: httpx.Client, form: str) -> None:
     asked = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
     every = pairs()
     if form != "text":  # it may be none
@@ -84,7 +84,7 @@ def test_the_likelihood_of_a_choice_is_the_models_own(server: Served, client: ht
     sent = {
         "one by one": [[prompt] for prompt in prompts],
         "batch": [prompts[:5], prompts[5:]],
-        "text": [BYTES.decode(prompt) for prompt in prompts],
+        "text": [BYTE_TOKENIZER.decode(prompt) for prompt in prompts],
     }[form]
     replies = [client.post("/v1/completions", json=asked | {"prompt": prompt}).json() for prompt in sent]
     choices = [choice for reply in replies for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
@@ -95,12 +95,12 @@ def test_the_likelihood_of_a_choice_is_the_models_own(server: Served, client: ht
     assert form == "text" or wanted[-1][1]
 
 
-def test_a_generation_ends_where_the_harness_says(server: Served, client: httpx.Client) -> None:
+def test_a_generation_ends_where_the_harness_says(server: LiveServer, client: httpx.Client) -> None:
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": NEW_TOKENS, "temperature": 0, "seed": 1234}
     for row in QUESTIONS:
-        prompt = BYTES.encode(row["question"])
+        prompt = BYTE_TOKENIZER.encode(row["question"])
         said = greedy(server, prompt, NEW_TOKENS)
-        text = BYTES.decode(said)
+        text = BYTE_TOKENIZER.decode(said)
         for until in (["\n\n", "<|endoftext|>"], [text[4:6], "<|endoftext|>"]):
             reply = client.post("/v1/completions", json=asked | {"prompt": [prompt], "stop": until}).json()
             end = min(at for at in (len(text), *map(text.find, until)) if at >= 0)
@@ -142,7 +142,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_the_harness_finds_what_it_finds_with_transformers(
-    server: Served, tasks: Path, monkeypatch: pytest.MonkeyPatch
+    server: LiveServer, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accuracies and perplexity, and each answer: log-probabilities, whether it is the likeliest, text."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -152,7 +152,7 @@ def test_the_harness_finds_what_it_finds_with_transformers(
     pytest.importorskip("tenacity", reason="lm-evaluation-harness is not installed with [api]")
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    folder = str(gpt2.save(server.model, BYTES, tasks / "tiny"))
+    folder = str(gpt2.save(server.model, BYTE_TOKENIZER, tasks / "tiny"))
     found = TaskManager(include_path=str(tasks), include_defaults=False)
 
     def evaluate(kind: str, **given: Any) -> Any:

@@ -23,12 +23,12 @@ pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 from starlette.routing import Route
 
 import gpt2
-from gpt2.serve.app import ERRORS, create_app
+from gpt2.serve.app import ERROR_RESPONSES, create_app
 from gpt2.serve.limits import Limits
-from gpt2.serve.models import serve_model
+from gpt2.serve.models import create_served_model
 from gpt2.serve.playground import playground_router
-from tests.helpers.proxies import EXAMPLES, PROXIES, SITE, client, free_port, program, proxying, replaced
-from tests.helpers.serving import BYTES, CONFIG, Served, listening
+from tests.helpers.proxies import EXAMPLES, PROXIES, SITE, https_client, free_port, require_program, run_proxy, replace_once
+from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, run_app
 from tests.helpers.terminal import run
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ LONG = {"prompt": "x", "max_tokens": 10**6, "logit_bias": {"256": -100}, "stream
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a `gpt2 serve`, started as docs/serving.md says to behind a proxy."""
-    folder = gpt2.save(random_model(CONFIG), BYTES, tmp_path_factory.mktemp("runs") / "quickstart")
+    folder = gpt2.save(random_model(CONFIG), BYTE_TOKENIZER, tmp_path_factory.mktemp("runs") / "quickstart")
     home = tmp_path_factory.mktemp("home")
     environment = os.environ | {"GPT2_HOME": str(home), "GPT2_API_KEY": KEY, "CXX": "none"}  # it need not be fast
     flags = ["--trusted-proxy", "127.0.0.1", "--allowed-host", SITE, "--per-client", "1"]
@@ -61,7 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module", params=PROXIES)
 def port(request: pytest.FixtureRequest, server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Where each of the proxies in front of it listens."""
-    with proxying(request.param, tmp_path_factory.mktemp(request.param), server) as found:
+    with run_proxy(request.param, tmp_path_factory.mktemp(request.param), server) as found:
         yield found
 
 
@@ -77,7 +77,7 @@ def wait_until_idle(server: str) -> None:
 
 
 def test_a_stream_comes_as_it_is_written_and_ends_with_its_reader(port: int, server: str) -> None:
-    with client(port, key=KEY) as one:
+    with https_client(port, key=KEY) as one:
         with one.stream("POST", "/v1/completions", json=LONG) as reply:
             assert reply.status_code == 200
             lines = reply.iter_lines()
@@ -87,7 +87,7 @@ def test_a_stream_comes_as_it_is_written_and_ends_with_its_reader(port: int, ser
 
 
 def test_limits_are_counted_by_the_clients_own_address(port: int, server: str) -> None:
-    first, same, other = (client(port, address, KEY) for address in ("127.0.0.2", "127.0.0.2", "127.0.0.3"))
+    first, same, other = (https_client(port, address, KEY) for address in ("127.0.0.2", "127.0.0.2", "127.0.0.3"))
     with first, same, other:
         with first.stream("POST", "/v1/completions", json=LONG) as reply:
             lines = reply.iter_lines()  # which closes the stream when it is thrown away
@@ -102,7 +102,7 @@ def test_limits_are_counted_by_the_clients_own_address(port: int, server: str) -
 
 
 def test_names_keys_and_origins_pass_through(port: int) -> None:
-    with client(port, key=KEY) as one:
+    with https_client(port, key=KEY) as one:
         assert one.get("/v1/models").json()["data"][0]["id"] == "quickstart"
         mine, theirs = {"Origin": f"https://{SITE}:{port}"}, {"Origin": "https://evil.example"}
         assert one.post("/tokenize", json={"text": "x"}, headers=mine).status_code == 200
@@ -111,7 +111,7 @@ def test_names_keys_and_origins_pass_through(port: int) -> None:
         page = one.get("/")
         assert page.status_code == 200
         assert "default-src 'none'" in page.headers["Content-Security-Policy"]
-    with client(port, key="wrong") as one:
+    with https_client(port, key="wrong") as one:
         assert one.get("/v1/models").status_code == 401
 
 
@@ -123,33 +123,33 @@ def test_the_name_has_to_be_allowed(server: str) -> None:
 
 def test_a_body_too_large_is_refused_by_the_server_or_before_it(port: int) -> None:
     for size in (4 * 2**20 + 1, *[6_000_000] * 6):
-        with client(port, key=KEY) as one:
+        with https_client(port, key=KEY) as one:
             refused = one.post("/v1/completions", content=b" " * size)
         assert refused.status_code == 413
         assert refused.json()["error"]["code"] == "request_too_large"
-    with client(port, key=KEY) as one:
+    with https_client(port, key=KEY) as one:
         assert one.get("/health").status_code == 200, "one large request takes the server away from all"
 
 
 @contextmanager
-def plain(limits: Limits) -> Iterator[Served]:
+def plain(limits: Limits) -> Iterator[LiveServer]:
     """A server in this process that is run by torch alone, so that nothing has to be compiled."""
     model = random_model(CONFIG)
-    models = {"tiny": serve_model("tiny", model, model, BYTES, limits)}
+    models = {"tiny": create_served_model("tiny", model, model, BYTE_TOKENIZER, limits)}
     app = create_app(models, limits)
-    with listening(app) as address:
-        yield Served(address, models, app)
+    with run_app(app) as address:
+        yield LiveServer(address, models, app)
 
 
 @contextmanager
-def two_behind(name: str, limits: Limits, folder: Path) -> Iterator[tuple[Served, Served, int]]:
-    with plain(limits) as first, plain(limits) as second, proxying(name, folder, first.url, second.url) as found:
+def two_behind(name: str, limits: Limits, folder: Path) -> Iterator[tuple[LiveServer, LiveServer, int]]:
+    with plain(limits) as first, plain(limits) as second, run_proxy(name, folder, first.url, second.url) as found:
         yield first, second, found
 
 
 @pytest.mark.parametrize("name", PROXIES)
 def test_a_server_that_shuts_down_is_passed_over(name: str, tmp_path: Path) -> None:
-    with two_behind(name, Limits(slots=2), tmp_path) as (first, second, found), client(found) as one:
+    with two_behind(name, Limits(slots=2), tmp_path) as (first, second, found), https_client(found) as one:
         first.scheduler.drain()
         time.sleep(2.5 if name == "caddy" else 0)  # until it has asked for the health again
         for _ in range(6):
@@ -161,7 +161,7 @@ def test_a_server_that_shuts_down_is_passed_over(name: str, tmp_path: Path) -> N
 def test_nginx_passes_on_what_is_refused_by_a_full_server(tmp_path: Path) -> None:
     with (
         two_behind("nginx", Limits(slots=1, per_client=1, max_tokens=10**6), tmp_path) as (_, _, found),
-        client(found) as one,
+        https_client(found) as one,
         one.stream("POST", "/v1/completions", json=LONG) as reply,
     ):
         lines = reply.iter_lines()
@@ -172,7 +172,7 @@ def test_nginx_passes_on_what_is_refused_by_a_full_server(tmp_path: Path) -> Non
 
 
 def test_nginx_says_in_openais_form_that_nobody_is_there(tmp_path: Path) -> None:
-    with proxying("nginx", tmp_path, f"127.0.0.1:{free_port()}") as found, client(found) as one:
+    with run_proxy("nginx", tmp_path, f"127.0.0.1:{free_port()}") as found, https_client(found) as one:
         reply = one.post("/v1/completions", json=ONE_TOKEN)
     assert reply.status_code == 503
     assert reply.json()["error"]["code"] == "service_unavailable"
@@ -199,7 +199,7 @@ def test_the_table_of_limits_is_the_codes() -> None:
 def test_the_table_of_errors_is_the_codes() -> None:
     rows = table("| status | | what to do |")
     assert [(int(status), about) for status, about, _ in rows] == [
-        (status, error["description"].replace("`", "")) for status, error in ERRORS.items()
+        (status, error["description"].replace("`", "")) for status, error in ERROR_RESPONSES.items()
     ]
 
 
@@ -253,7 +253,7 @@ def blocks(language: str, heading: str) -> list[str]:
 def test_the_examples_with_curl_work(server: str) -> None:
     (script,) = blocks("sh", "Talk to it")
     environment = os.environ | {"GPT2_API_KEY": KEY}
-    program("curl")
+    require_program("curl")
     shell = ["bash", "-euo", "pipefail", "-c", script.replace("http://127.0.0.1:8000", server)]
     told = subprocess.run(shell, env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr + told.stdout
@@ -268,7 +268,7 @@ def test_the_examples_with_openais_client_work(server: str, monkeypatch: pytest.
     monkeypatch.setenv("GPT2_API_KEY", KEY)
     out = StringIO()
     with redirect_stdout(out):
-        exec(replaced(script, ("http://127.0.0.1:8000", server)), {})
+        exec(replace_once(script, ("http://127.0.0.1:8000", server)), {})
     assert "CompletionUsage(" in out.getvalue()
 
 
@@ -309,7 +309,7 @@ def test_the_checks_of_health_tell_a_server_that_takes_requests(server: str) -> 
     program, *arguments = json.loads(line)
     assert compose()["services"]["gpt2"]["healthcheck"]["test"] == ["CMD", program, *arguments]
     for port, expected in ((server.rpartition(":")[2], 0), (str(free_port()), 1)):
-        command = [sys.executable, *(replaced(one, ("8000", port)) for one in arguments if one != "-c")]
+        command = [sys.executable, *(replace_once(one, ("8000", port)) for one in arguments if one != "-c")]
         command.insert(1, "-c")
         assert subprocess.run(command, capture_output=True, check=False).returncode == expected
 
@@ -328,16 +328,16 @@ def test_the_image_is_made_of_what_it_is_sent() -> None:
 
 
 def test_hadolint_finds_nothing() -> None:
-    lint = program("hadolint")
+    lint = require_program("hadolint")
     told = subprocess.run([lint, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stdout
 
 
 def test_the_unit_is_one_that_systemd_reads(tmp_path: Path) -> None:
-    verify = program("systemd-analyze")
+    verify = require_program("systemd-analyze")
     text = (EXAMPLES / "gpt2.service").read_text(encoding="utf-8")
     unit = tmp_path / "gpt2.service"
-    unit.write_text(replaced(text, ("ExecStart=/opt/gpt2/bin/gpt2", f"ExecStart={sys.executable} -m gpt2")))
+    unit.write_text(replace_once(text, ("ExecStart=/opt/gpt2/bin/gpt2", f"ExecStart={sys.executable} -m gpt2")))
     told = subprocess.run([verify, "verify", str(unit)], capture_output=True, text=True, check=False)
     assert (told.returncode, told.stderr) == (0, "")
     settings = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"[A-Z]\w+=", line))

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 from gpt2.serve import listen, middleware, sse
 from gpt2.serve.limits import Limits
-from gpt2.serve.listen import bind
+from gpt2.serve.listen import bind_socket
 from gpt2.serve.schema import ErrorBody
-from tests.helpers.serving import Served, at_home, serving
+from tests.helpers.serving import LiveServer, temporary_home, run_server
 
 COMPLETIONS = "/v1/completions"
 LONG = 10**6
@@ -26,25 +26,25 @@ ENDLESS = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}}
 
 
 @pytest.fixture(scope="module")
-def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with at_home(compiled, tmp_path_factory.mktemp("home")), serving(LIMITS) as served:
+def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with temporary_home(compiled, tmp_path_factory.mktemp("home")), run_server(LIMITS) as served:
         yield served
 
 
 @pytest.fixture
-def plain(server: Served) -> Iterator[socket.socket]:
+def plain(server: LiveServer) -> Iterator[socket.socket]:
     """A connection without manners."""
     with socket.create_connection(address_of(server), timeout=20) as one:
         yield one
 
 
-def address_of(server: Served) -> tuple[str, int]:
+def address_of(server: LiveServer) -> tuple[str, int]:
     host, port = server.url.removeprefix("http://").split(":")
     return host, int(port)
 
 
 @pytest.fixture(autouse=True)
-def calm(server: Served, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def calm(server: LiveServer, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """After each of them all slots are free, the next client is answered, and no line of the log is a traceback."""
     with caplog.at_level(logging.INFO):
         yield
@@ -87,7 +87,7 @@ def error_in(said: bytes, status: int) -> str:
 
 
 @pytest.mark.parametrize("sent", [b"P", b"POST /v1", HEAD.encode()[:-2]])
-def test_half_a_head_has_its_time(server: Served, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_head_has_its_time(server: LiveServer, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slowly it comes; and again after an answer."""
     monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)
     for before in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"):
@@ -109,10 +109,10 @@ def test_half_a_body_has_its_time(plain: socket.socket, monkeypatch: pytest.Monk
     assert "did not arrive" in error_in(one_error(plain), 408)
 
 
-def test_a_stream_that_nobody_reads_is_left(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_nobody_reads_is_left(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fills what the two sockets hold, and then waits, until the patience of the server is over."""
     monkeypatch.setattr(sse, "UNREAD_SECONDS", 0.2)
-    tell, ends = sse.EventStream._tell, []
+    tell, ends = sse.SSEResponse._send_events, []
 
     async def told(*given: Any) -> None:
         try:
@@ -121,7 +121,7 @@ def test_a_stream_that_nobody_reads_is_left(server: Served, monkeypatch: pytest.
             ends.append(error)
             raise
 
-    monkeypatch.setattr(sse.EventStream, "_tell", told)
+    monkeypatch.setattr(sse.SSEResponse, "_tell", told)
     with socket.socket() as plain:
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         plain.connect(address_of(server))
@@ -136,8 +136,8 @@ def test_a_stream_that_nobody_reads_is_left(server: Served, monkeypatch: pytest.
 def test_the_kernel_ends_what_nobody_reads() -> None:
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         pytest.skip("this system has no TCP_USER_TIMEOUT")
-    with bind("127.0.0.1", 0) as bound:
-        wanted = 1000 * sse.UNREAD_SECONDS
+    with bind_socket("127.0.0.1", 0) as bound:
+        wanted = 1000 * sse.SEND_TIMEOUT_SECONDS
         assert bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == wanted
 
 
@@ -174,7 +174,7 @@ def test_nonsense_after_an_answer_is_not_answered(plain: socket.socket) -> None:
     assert "other sites" in error_in(said + everything(plain), 403)
 
 
-def test_requests_in_a_row_are_answered_in_a_row(server: Served, plain: socket.socket) -> None:
+def test_requests_in_a_row_are_answered_in_a_row(server: LiveServer, plain: socket.socket) -> None:
     """Pipelining: all are sent before the first answer is read."""
     asked = [{"prompt": "x", "seed": seed, "max_tokens": 5, "logit_bias": {"256": -100}} for seed in range(4)]
     plain.sendall(b"".join(map(request, asked)) + request({"prompt": 1}, "Connection: close\r\n"))
@@ -216,7 +216,7 @@ def test_an_upgrade_that_is_not_to_be_had_is_a_plain_request(plain: socket.socke
         ({"prompt": "x" * 10**6}, "prompt"),
     ],
 )
-def test_a_request_out_of_bounds_is_refused(server: Served, asked: dict[str, Any], param: str | None) -> None:
+def test_a_request_out_of_bounds_is_refused(server: LiveServer, asked: dict[str, Any], param: str | None) -> None:
     with server.client() as client:
         reply = client.post(COMPLETIONS, content=json.dumps({"prompt": "x"} | asked).encode(), headers=JSON)
     assert reply.status_code in (400, 404)
@@ -227,13 +227,13 @@ def test_a_request_out_of_bounds_is_refused(server: Served, asked: dict[str, Any
 
 
 @pytest.mark.parametrize("body", [b"[" * 10**6, b'{"a":' * 10**5, b'{"prompt": ' + b"[" * 10**5, b"9" * 10**6])
-def test_deep_and_long_json_is_refused(server: Served, body: bytes) -> None:
+def test_deep_and_long_json_is_refused(server: LiveServer, body: bytes) -> None:
     with server.client() as client:
         assert client.post(COMPLETIONS, content=body, headers=JSON).status_code == 400
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\0", "\u202e\ufeff", "\U0010ffff", "é́́́́", "\r\n\r\ndata: [DONE]\n\n"])
-def test_any_text_is_a_prompt(server: Served, text: str) -> None:
+def test_any_text_is_a_prompt(server: LiveServer, text: str) -> None:
     asked = {"prompt": text, "echo": True, "max_tokens": 2, "logprobs": 1, "stop": ["\0\0"]}
     with server.client() as client:
         reply = client.post(COMPLETIONS, content=json.dumps(asked).encode(), headers=JSON)
@@ -248,7 +248,7 @@ def test_any_text_is_a_prompt(server: Served, text: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("HEAD", "/health"), ("OPTIONS", COMPLETIONS), ("TRACE", "/"), ("PUT", COMPLETIONS)]
 )
-def test_other_methods_are_refused(server: Served, method: str, path: str) -> None:
+def test_other_methods_are_refused(server: LiveServer, method: str, path: str) -> None:
     with server.client() as client:
         reply = client.request(method, path)
     assert reply.status_code == 405
@@ -258,7 +258,7 @@ def test_other_methods_are_refused(server: Served, method: str, path: str) -> No
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "x" * 9999]
 )
-def test_other_kinds_of_content_are_refused(server: Served, kind: str) -> None:
+def test_other_kinds_of_content_are_refused(server: LiveServer, kind: str) -> None:
     with server.client() as client:
         reply = client.post(COMPLETIONS, content=b'{"prompt": "x"}', headers={"Content-Type": kind})
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")

@@ -19,14 +19,14 @@ import pytest
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
 from gpt2.generation.engine import Continuation
-from gpt2.serve.answers import Answer
+from gpt2.serve.answers import ResponseStream
 from gpt2.serve.limits import Limits
-from gpt2.serve.middleware import SECURITY, Access
-from gpt2.serve.scheduler import Call
+from gpt2.serve.middleware import SECURITY_HEADERS, AccessPolicy
+from gpt2.serve.scheduler import RequestHandle
 from gpt2.serve.schema import ErrorBody
-from gpt2.serve.sse import EventStream
+from gpt2.serve.sse import SSEResponse
 from gpt2.templates import Template
-from tests.helpers.serving import BYTES, SMALL, Served, at_home, serving
+from tests.helpers.serving import BYTE_TOKENIZER, SMALL_LIMITS, LiveServer, temporary_home, run_server
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -36,18 +36,18 @@ LONG = 4000
 
 @pytest.fixture(scope="module")
 def home(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with at_home(compiled, tmp_path_factory.mktemp("home")):
+    with temporary_home(compiled, tmp_path_factory.mktemp("home")):
         yield
 
 
 @pytest.fixture(scope="module")
-def server(home: None) -> Iterator[Served]:
-    with serving() as served:
+def server(home: None) -> Iterator[LiveServer]:
+    with run_server() as served:
         yield served
 
 
 @pytest.fixture
-def client(server: Served) -> Iterator[httpx.Client]:
+def client(server: LiveServer) -> Iterator[httpx.Client]:
     with server.client() as one:
         yield one
 
@@ -61,7 +61,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     return body.error.model_dump()
 
 
-def test_curl_reads_the_events(server: Served) -> None:
+def test_curl_reads_the_events(server: LiveServer) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     asked = {"prompt": "curl", "max_tokens": 5, "seed": 1, "stream": True, "stream_options": {"include_usage": True}}
@@ -77,11 +77,11 @@ def test_curl_reads_the_events(server: Served) -> None:
     assert all(event.startswith("data: {") for event in events[:-2])
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1])
     bias: Any = {256: -100}
-    assert ["curl" + text] == gpt2.generate(server.model, BYTES, "curl", max_new_tokens=5, seed=1, logit_bias=bias)
+    assert ["curl" + text] == gpt2.generate(server.model, BYTE_TOKENIZER, "curl", max_new_tokens=5, seed=1, logit_bias=bias)
     assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
 
 
-def test_texts_do_not_depend_on_their_neighbours(server: Served) -> None:
+def test_texts_do_not_depend_on_their_neighbours(server: LiveServer) -> None:
     """Thirty-two at once, each the same as alone."""
     asked = [
         {"prompt": "x" * (1 + i * 3 % 50), "seed": i, "max_tokens": 5 + i % 30, "temperature": 0.4 + i % 3, "top_k": i}
@@ -98,7 +98,7 @@ def test_texts_do_not_depend_on_their_neighbours(server: Served) -> None:
         names = ("seed", "temperature", "top_k")
         settings: dict[str, Any] = {name: one[name] for name in names} | {"max_new_tokens": one["max_tokens"]}
         prompt = str(one["prompt"])
-        assert [prompt + text] == gpt2.generate(server.model, BYTES, prompt, **settings)
+        assert [prompt + text] == gpt2.generate(server.model, BYTE_TOKENIZER, prompt, **settings)
 
 
 def test_tokens_come_and_go(client: httpx.Client) -> None:
@@ -113,7 +113,7 @@ def test_tokens_come_and_go(client: httpx.Client) -> None:
     assert error_of(client.post("/tokenize", json={"text": 1}), 400)["param"] == "text"
 
 
-def test_health_and_metrics(server: Served, client: httpx.Client) -> None:
+def test_health_and_metrics(server: LiveServer, client: httpx.Client) -> None:
     assert client.get("/health").json() == {
         "status": "ok",
         "models": {"tiny": {"running": 0, "waiting": 0, "slots": 4}},
@@ -168,18 +168,18 @@ def test_our_own_faults_have_it_too(client: httpx.Client, monkeypatch: pytest.Mo
 
 def test_every_answer_protects_the_browser(client: httpx.Client) -> None:
     for answer in client.get("/health"), client.get("/nothing"), client.post(COMPLETIONS, json={}):
-        assert {name: answer.headers.get(name) for name in SECURITY} == SECURITY
+        assert {name: answer.headers.get(name) for name in SECURITY_HEADERS} == SECURITY_HEADERS
         assert "access-control-allow-origin" not in answer.headers
     page = client.get("/")  # which may have a stricter policy of its own
-    assert all(name in page.headers for name in SECURITY)
-    for policy in SECURITY["Content-Security-Policy"], page.headers["Content-Security-Policy"]:
+    assert all(name in page.headers for name in SECURITY_HEADERS)
+    for policy in SECURITY_HEADERS["Content-Security-Policy"], page.headers["Content-Security-Policy"]:
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
     preflight = client.options(COMPLETIONS, headers={"Origin": "https://a.b", "Access-Control-Request-Method": "POST"})
     assert preflight.status_code == 403
 
 
-def test_a_client_that_goes_away_frees_its_slot(server: Served, client: httpx.Client) -> None:
+def test_a_client_that_goes_away_frees_its_slot(server: LiveServer, client: httpx.Client) -> None:
     asked = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}}
     with client.stream("POST", COMPLETIONS, json=asked | {"stream": True, "n": 3}) as stream:
         lines = stream.iter_lines()
@@ -197,7 +197,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Served, client: httpx.Cl
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_no_slot_is_lost_to_clients_that_come_and_go(server: Served, count: int) -> None:
+def test_no_slot_is_lost_to_clients_that_come_and_go(server: LiveServer, count: int) -> None:
     draw = random.Random(count)
 
     async def one(client: httpx.AsyncClient, i: int) -> None:
@@ -224,18 +224,18 @@ def test_no_slot_is_lost_to_clients_that_come_and_go(server: Served, count: int)
 
     asyncio.run(go())
     server.wait_until_idle()
-    assert not server.scheduler._calls
-    assert not server.scheduler._open
+    assert not server.scheduler._open_per_client
+    assert not server.scheduler._open_requests
     with server.client() as client:
         assert client.post(COMPLETIONS, json={"prompt": "x", "n": 4, "seed": 1}).status_code == 200
     gc.collect()
     left = Counter(type(thing) for thing in gc.get_objects())
-    assert max(left[kind] for kind in (Answer, Call, Continuation, EventStream)) < 10  # a local name holds one or two
+    assert max(left[kind] for kind in (ResponseStream, RequestHandle, Continuation, SSEResponse)) < 10  # a local name holds one or two
 
 
 def test_a_full_server_says_when_to_come_again(home: None) -> None:
     asked = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}, "stream": True}
-    with serving(Limits(slots=1, max_waiting=1, per_client=2)) as served, served.client() as client:
+    with run_server(Limits(slots=1, max_waiting=1, per_client=2)) as served, served.client() as client:
         with client.stream("POST", COMPLETIONS, json=asked) as first:
             lines = first.iter_lines()
             assert next(lines).startswith("data: {")
@@ -251,7 +251,7 @@ def test_a_full_server_says_when_to_come_again(home: None) -> None:
 
 def test_a_request_has_its_time(home: None) -> None:
     asked = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}}
-    with serving(Limits(slots=1, timeout=1)) as served, served.client() as client:
+    with run_server(Limits(slots=1, timeout=1)) as served, served.client() as client:
         assert error_of(client.post(COMPLETIONS, json=asked), 504)["type"] == "timeout_error"
         lines = [line for line in client.post(COMPLETIONS, json=asked | {"stream": True}).text.split("\n\n") if line]
         assert lines[-1] == "data: [DONE]"
@@ -260,7 +260,7 @@ def test_a_request_has_its_time(home: None) -> None:
 
 
 def test_a_key_is_asked_for(home: None) -> None:
-    with serving(SMALL, Access(keys=["first", "second"])) as served:
+    with run_server(SMALL_LIMITS, AccessPolicy(api_keys=["first", "second"])) as served:
         for key in (None, "wrong", "firs", "first second"):
             with served.client(key) as client:
                 for path in ("/v1/models", "/metrics", "/nothing"):
@@ -277,7 +277,7 @@ def test_a_key_is_asked_for(home: None) -> None:
 
 def test_another_name_is_not_answered(home: None) -> None:
     """A page whose name was made to point to this machine sends that name."""
-    with serving(SMALL, Access(hosts=["127.0.0.1", "localhost"])) as served, served.client() as client:
+    with run_server(SMALL_LIMITS, AccessPolicy(allowed_hosts=["127.0.0.1", "localhost"])) as served, served.client() as client:
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
             error_of(client.get("/v1/models", headers={"Host": host}), 403)
         for host in ("localhost", "localhost:99", "LOCALHOST", "127.0.0.1"):
@@ -292,7 +292,7 @@ def test_the_folders_own_template_is_used(home: None) -> None:
     source += "{% if messages[0]['content'] == 'out' %}{{ ''.__class__.__mro__ }}{% endif %}[assistant]"
     template = Template(source, {"bos_token": "<|endoftext|>"})
     asked = {"seed": 1, "max_tokens": 6}
-    with serving(SMALL, template=template) as served, served.client() as client:
+    with run_server(SMALL_LIMITS, template=template) as served, served.client() as client:
         reply = client.post(CHAT, json=asked | {"messages": [{"role": "user", "content": "Hi"}]}).json()
         same = client.post(COMPLETIONS, json=asked | {"prompt": "<|endoftext|>[user]Hi[assistant]"}).json()
         assert reply["choices"][0]["message"]["content"] == same["choices"][0]["text"]
@@ -303,7 +303,7 @@ def test_the_folders_own_template_is_used(home: None) -> None:
 
 
 @pytest.mark.parametrize("examples", [2, pytest.param(60, marks=pytest.mark.slow)])
-def test_schemathesis_finds_nothing(server: Served, examples: int) -> None:
+def test_schemathesis_finds_nothing(server: LiveServer, examples: int) -> None:
     """Requests made from our own /openapi.json, some as it says and some not."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     from hypothesis import HealthCheck, given, settings

@@ -12,14 +12,14 @@ from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling, probabilities
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.inspect import (
-    Next,
-    attention,
-    candidates_of,
-    lens,
+    NextTokenCandidates,
+    attention_weights,
+    top_candidates,
+    logit_lens,
     next_logits,
     perplexity,
-    score,
-    starts,
+    score_tokens,
+    token_offsets,
 )
 from gpt2.tokenizer import ByteTokenizer
 from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, transformers_twin
@@ -34,9 +34,9 @@ def model() -> GPT:
     return random_model(CONFIG)
 
 
-def look(model: GPT, sampling: Sampling, top: int = 5, asked: int | None = None) -> Next:
+def look(model: GPT, sampling: Sampling, top: int = 5, asked: int | None = None) -> NextTokenCandidates:
     history = History(TEXT, 4, (256,))
-    return candidates_of(next_logits(model, TEXT), TOKENIZER, sampling, history, top, asked)
+    return top_candidates(next_logits(model, TEXT), TOKENIZER, sampling, history, top, asked)
 
 
 def run_twin(model: GPT, tokens: Any, **asked: bool) -> Any:
@@ -52,7 +52,7 @@ def test_attention_is_that_of_transformers(config: GPTConfig) -> None:
     tokens, _ = random_batch(config, rows=1)
     theirs = run_twin(model, tokens, output_attentions=True).attentions
     for position in (0, 3, config.block_size - 1):
-        ours = attention(model, tokens[0].tolist(), position)
+        ours = attention_weights(model, tokens[0].tolist(), position)
         expected = torch.stack([layer[0, :, position, : position + 1] for layer in theirs])
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
@@ -63,7 +63,7 @@ def test_lens_reads_the_hidden_states_of_transformers(config: GPTConfig) -> None
     model, tokenizer = random_model(config), ByteTokenizer()
     tokens, _ = random_batch(config, rows=1)
     theirs = run_twin(model, tokens, output_hidden_states=True).hidden_states
-    ours = lens(model, tokenizer, tokens[0].tolist(), 5, top=3, asked=7)
+    ours = logit_lens(model, tokenizer, tokens[0].tolist(), 5, top=3, target_token=7)
     assert [layer.layer for layer in ours] == list(range(config.n_layer + 1))
     for layer, hidden in zip(ours, theirs, strict=True):
         normed = hidden if layer.layer == config.n_layer else model.transformer.ln_f(hidden)  # the last one is already
@@ -74,7 +74,7 @@ def test_lens_reads_the_hidden_states_of_transformers(config: GPTConfig) -> None
 
 
 def test_the_last_layer_says_what_the_model_says(model: GPT) -> None:
-    last = lens(model, TOKENIZER, TEXT, len(TEXT) - 1, top=5)[-1]
+    last = logit_lens(model, TOKENIZER, TEXT, len(TEXT) - 1, top=5)[-1]
     told = look(model, Sampling())
     assert [(i, text) for i, text, _ in last.tokens] == [(token.id, token.text) for token in told.tokens]
     assert [p for *_, p in last.tokens] == pytest.approx([token.raw for token in told.tokens], rel=1e-5)
@@ -84,7 +84,7 @@ def test_perplexity_is_that_of_transformers(model: GPT) -> None:
     tokens = torch.tensor([TEXT])
     with torch.inference_mode():
         loss = transformers_twin(model)(tokens, labels=tokens).loss.item()
-    scored = score(model, TOKENIZER, TEXT)
+    scored = score_tokens(model, TOKENIZER, TEXT)
     assert [token.id for token in scored] == TEXT[1:]
     assert perplexity(scored) == pytest.approx(math.exp(loss), rel=1e-5)
 
@@ -93,7 +93,7 @@ def test_perplexity_is_that_of_transformers(model: GPT) -> None:
 def test_a_long_text_is_scored_in_windows(model: GPT, length: int) -> None:
     text = torch.randint(257, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     half = CONFIG.block_size // 2
-    scored = score(model, TOKENIZER, text)
+    scored = score_tokens(model, TOKENIZER, text)
     assert [token.id for token in scored] == text[1:]
     for i, token in enumerate(scored):  # text[i + 1], which is in the first window that reaches it
         begin = 0 if i < CONFIG.block_size else half * math.ceil((i + 1 - CONFIG.block_size) / half)
@@ -146,18 +146,18 @@ def test_the_end_of_a_text_beyond_the_context_is_read(model: GPT) -> None:
 def test_dropout_is_off_and_stays_as_it_was() -> None:
     model = random_model(replace(CONFIG, dropout=0.5)).train()
     assert torch.equal(next_logits(model, TEXT), next_logits(model, TEXT))
-    assert torch.equal(attention(model, TEXT, 5), attention(model, TEXT, 5))
+    assert torch.equal(attention_weights(model, TEXT, 5), attention_weights(model, TEXT, 5))
     assert all(module.training for module in model.modules())
 
 
 def test_a_part_of_a_character_starts_where_that_does() -> None:
-    assert starts(TOKENIZER, list("a€b".encode())) == [0, 1, 1, 1, 2]
-    assert starts(TOKENIZER, [97, 300, 98]) == [0, 1, 1]
+    assert token_offsets(TOKENIZER, list("a€b".encode())) == [0, 1, 1, 1, 2]
+    assert token_offsets(TOKENIZER, [97, 300, 98]) == [0, 1, 1]
 
 
 def test_an_id_without_text_has_a_number() -> None:
     wide = random_model(replace(CONFIG, vocab_size=300))
-    told = lens(wide, TOKENIZER, TEXT, 0, top=300)[0]
+    told = logit_lens(wide, TOKENIZER, TEXT, 0, top=300)[0]
     assert {i: text for i, text, _ in told.tokens}[299] == "<299>"
 
 
@@ -165,8 +165,8 @@ def test_mistakes_are_told_in_one_line(model: GPT) -> None:
     with pytest.raises(UserError, match="there is nothing to look at"):
         next_logits(model, [])
     with pytest.raises(UserError, match="outside the model's vocabulary of 257"):
-        score(model, TOKENIZER, [257])
+        score_tokens(model, TOKENIZER, [257])
     with pytest.raises(UserError, match="no position 16 in a text of 16 tokens"):
-        attention(model, TEXT, 16)
+        attention_weights(model, TEXT, 16)
     with pytest.raises(UserError, match="position 24 is beyond the model's context of 24"):
-        lens(model, TOKENIZER, [0] * 30, 24, top=1)
+        logit_lens(model, TOKENIZER, [0] * 30, 24, top=1)

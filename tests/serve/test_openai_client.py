@@ -12,33 +12,33 @@ import gpt2
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 from gpt2.serve.limits import Limits  # noqa: E402
-from gpt2.serve.middleware import Access  # noqa: E402
-from tests.helpers.serving import BYTES, CONFIG, Served, at_home, serving  # noqa: E402
+from gpt2.serve.middleware import AccessPolicy  # noqa: E402
+from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, temporary_home, run_server  # noqa: E402
 
 KEY = "a-key"
 
 
 @pytest.fixture(scope="module")
-def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     with (
-        at_home(compiled, tmp_path_factory.mktemp("home")),
-        serving(Limits(slots=4, per_client=4), Access(keys=[KEY])) as served,
+        temporary_home(compiled, tmp_path_factory.mktemp("home")),
+        run_server(Limits(slots=4, per_client=4), AccessPolicy(api_keys=[KEY])) as served,
     ):
         yield served
 
 
 @pytest.fixture(scope="module")
-def client(server: Served) -> Iterator[Any]:
+def client(server: LiveServer) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30) as one:
         yield one
 
 
-def ours(server: Served, prompt: str, **settings: Any) -> str:
+def ours(server: LiveServer, prompt: str, **settings: Any) -> str:
     """What the library itself makes of it."""
-    return gpt2.generate(server.model, BYTES, prompt, **settings)[0]
+    return gpt2.generate(server.model, BYTE_TOKENIZER, prompt, **settings)[0]
 
 
-def logits_after(server: Served, tokens: list[int]) -> torch.Tensor:
+def logits_after(server: LiveServer, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return server.model(torch.tensor([tokens]))[0].log_softmax(-1)
 
@@ -52,10 +52,10 @@ def test_models_are_listed_and_found(client: Any) -> None:
     assert "did you mean 'tiny'" in str(caught.value)
 
 
-def test_a_completion_is_what_the_library_makes(server: Served, client: Any) -> None:
+def test_a_completion_is_what_the_library_makes(server: LiveServer, client: Any) -> None:
     settings: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "logit_bias": {"256": -100}}
     reply = client.completions.create(model="tiny", prompt="Once", max_tokens=20, n=3, **settings)
-    texts = gpt2.generate(server.model, BYTES, "Once", max_new_tokens=20, num_samples=3, **settings)
+    texts = gpt2.generate(server.model, BYTE_TOKENIZER, "Once", max_new_tokens=20, num_samples=3, **settings)
     assert ["Once" + choice.text for choice in reply.choices] == texts
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
     assert {choice.finish_reason for choice in reply.choices} == {"length"}
@@ -68,7 +68,7 @@ def test_a_completion_is_what_the_library_makes(server: Served, client: Any) -> 
     }
 
 
-def test_our_samplers_are_further_fields(server: Served, client: Any) -> None:
+def test_our_samplers_are_further_fields(server: LiveServer, client: Any) -> None:
     extra: dict[str, Any] = {"top_k": 30, "min_p": 0.01, "typical_p": 0.95, "epsilon_cutoff": 1e-4, "eta_cutoff": 1e-4}
     extra |= {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "bad_words": [[65], [66, 67]]}
     usual: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "seed": 1}
@@ -76,10 +76,10 @@ def test_our_samplers_are_further_fields(server: Served, client: Any) -> None:
     assert "x" + reply.choices[0].text == ours(server, "x", max_new_tokens=30, **extra, **usual)
 
 
-def test_batches_and_token_ids_are_prompts_too(server: Served, client: Any) -> None:
+def test_batches_and_token_ids_are_prompts_too(server: LiveServer, client: Any) -> None:
     prompts = ["ab", "", "ab"]
     reply = client.completions.create(model="tiny", prompt=prompts, max_tokens=9, seed=3, n=2)
-    texts = gpt2.generate(server.model, BYTES, prompts, max_new_tokens=9, num_samples=2, seed=3)
+    texts = gpt2.generate(server.model, BYTE_TOKENIZER, prompts, max_new_tokens=9, num_samples=2, seed=3)
     wanted = [text[len(prompt) :] for prompt, pair in zip(prompts, texts, strict=True) for text in pair]
     assert [choice.text for choice in reply.choices] == wanted
     ids = client.completions.create(model="tiny", prompt=[97, 98], max_tokens=9, seed=3)
@@ -89,7 +89,7 @@ def test_batches_and_token_ids_are_prompts_too(server: Served, client: Any) -> N
     assert lists.usage.prompt_tokens == 3
 
 
-def test_a_stop_string_is_never_shown(server: Served, client: Any) -> None:
+def test_a_stop_string_is_never_shown(server: LiveServer, client: Any) -> None:
     bias: Any = {str(ord("a")): 1e6}
     reply = client.completions.create(model="tiny", prompt="x", max_tokens=20, temperature=0, logit_bias=bias)
     assert reply.choices[0].text == "a" * 20
@@ -113,7 +113,7 @@ def test_the_end_of_the_text_is_no_text(client: Any) -> None:
     assert (longer.choices[0].finish_reason, longer.usage.completion_tokens) == ("stop", 5)
 
 
-def test_logprobs_are_the_models_own(server: Served, client: Any) -> None:
+def test_logprobs_are_the_models_own(server: LiveServer, client: Any) -> None:
     reply = client.completions.create(model="tiny", prompt="Hi", max_tokens=6, seed=2, logprobs=3, temperature=0.5)
     told = reply.choices[0].logprobs
     ids, wanted = told.token_ids, logits_after(server, [72, 105, *told.token_ids])
@@ -130,7 +130,7 @@ def test_logprobs_are_the_models_own(server: Served, client: Any) -> None:
     assert own.choices[0].logprobs.top_logprobs is None
 
 
-def test_echo_gives_the_prompt_and_its_logprobs(server: Served, client: Any) -> None:
+def test_echo_gives_the_prompt_and_its_logprobs(server: LiveServer, client: Any) -> None:
     plain = client.completions.create(model="tiny", prompt="Hi Ä", max_tokens=4, seed=2)
     reply = client.completions.create(model="tiny", prompt="Hi Ä", max_tokens=4, seed=2, echo=True, logprobs=1, n=2)
     choice, told = reply.choices[0], reply.choices[0].logprobs
@@ -148,7 +148,7 @@ def test_echo_gives_the_prompt_and_its_logprobs(server: Served, client: Any) -> 
     assert client.completions.create(model="tiny", prompt="Hi", max_tokens=0, echo=True).choices[0].text == "Hi"
 
 
-def test_the_best_of_several_is_the_likeliest(server: Served, client: Any) -> None:
+def test_the_best_of_several_is_the_likeliest(server: LiveServer, client: Any) -> None:
     """As lm-eval asks for it, and with the mean log-probability of each token counted by hand."""
     every = client.completions.create(model="tiny", prompt="q", max_tokens=8, seed=4, n=6, logprobs=0)
     best = client.completions.create(model="tiny", prompt="q", max_tokens=8, seed=4, n=2, best_of=6)
@@ -159,7 +159,7 @@ def test_the_best_of_several_is_the_likeliest(server: Served, client: Any) -> No
     assert best.usage.prompt_tokens == 1
 
 
-def test_a_stream_is_the_same_text_in_pieces(server: Served, client: Any) -> None:
+def test_a_stream_is_the_same_text_in_pieces(server: LiveServer, client: Any) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": ["Stream", "b"], "max_tokens": 25, "seed": 9, "n": 2}
     whole = client.completions.create(**asked, logprobs=2, echo=True)
     chunks = list(
@@ -177,7 +177,7 @@ def test_a_stream_is_the_same_text_in_pieces(server: Served, client: Any) -> Non
             assert joined == getattr(choice.logprobs, name)
 
 
-def test_a_streamed_stop_string_is_held_back_and_frees_the_slot(server: Served, client: Any) -> None:
+def test_a_streamed_stop_string_is_held_back_and_frees_the_slot(server: LiveServer, client: Any) -> None:
     free = ours(server, "x", max_new_tokens=60, seed=5)[1:]
     stop = free[10:13]
     stream = client.completions.create(
@@ -189,11 +189,11 @@ def test_a_streamed_stop_string_is_held_back_and_frees_the_slot(server: Served, 
     server.wait_until_idle()
 
 
-def test_a_chat_is_the_transcript_of_gpt2_chat(server: Served, client: Any) -> None:
+def test_a_chat_is_the_transcript_of_gpt2_chat(server: LiveServer, client: Any) -> None:
     from gpt2.generation.chat import Conversation
     from gpt2.generation.sampling import Sampling
 
-    talk = Conversation(server.model, BYTES, Sampling(temperature=0.7), max_new_tokens=12, seed=6, system="Be kind.")
+    talk = Conversation(server.model, BYTE_TOKENIZER, Sampling(temperature=0.7), max_new_tokens=12, seed=6, system="Be kind.")
     said = "".join(talk.say("Hello"))
     messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     asked: dict[str, Any] = {"model": "tiny", "messages": messages, "temperature": 0.7, "seed": 6}
@@ -241,7 +241,7 @@ def test_a_chat_stops_and_streams_its_logprobs(client: Any) -> None:
         assert told == [one.model_dump() for one in choice.logprobs.content]
 
 
-def test_the_asynchronous_client_gets_the_same(server: Served, client: Any) -> None:
+def test_the_asynchronous_client_gets_the_same(server: LiveServer, client: Any) -> None:
     """Whole and as a stream, completions and chat, all at once; and a stream that is closed early."""
     messages: Any = [{"role": "user", "content": "Hello"}]
     asked: dict[str, Any] = {"model": "tiny", "seed": 3, "max_tokens": 12}
@@ -270,7 +270,7 @@ def test_the_asynchronous_client_gets_the_same(server: Served, client: Any) -> N
     server.wait_until_idle()
 
 
-def test_what_is_not_the_requests_fault_has_its_own_exception(server: Served, client: Any) -> None:
+def test_what_is_not_the_requests_fault_has_its_own_exception(server: LiveServer, client: Any) -> None:
     with pytest.raises(openai.AuthenticationError) as denied:
         client.with_options(api_key="another").completions.create(model="tiny", prompt="x")
     assert denied.value.code == "invalid_api_key"
@@ -331,7 +331,7 @@ def test_a_prompt_that_is_too_long_has_openais_code(client: Any) -> None:
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
 
-def test_a_text_goes_on_beyond_the_context(server: Served, client: Any) -> None:
+def test_a_text_goes_on_beyond_the_context(server: LiveServer, client: Any) -> None:
     settings: dict[str, Any] = {"seed": 1, "logit_bias": {"256": -100}}
     reply = client.completions.create(model="tiny", prompt="x" * 100, max_tokens=200, **settings)
     assert reply.usage.completion_tokens == 200

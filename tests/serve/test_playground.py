@@ -8,14 +8,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from gpt2.serve.app import create_app
-from gpt2.serve.inspect import attention, lens, perplexity, score
+from gpt2.serve.inspect import attention_weights, logit_lens, perplexity, score_tokens
 from gpt2.serve.playground import STATIC
-from tests.helpers.playground_app import CONFIG, LIMITS, MODELS, PROMPT, TOKENIZER, served
+from tests.helpers.playground_app import CONFIG, LIMITS, MODELS, PROMPT, TOKENIZER, create_served_models
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(served(MODELS, TOKENIZER, LIMITS), LIMITS), base_url="http://127.0.0.1") as client:
+    with TestClient(create_app(create_served_models(MODELS, TOKENIZER, LIMITS), LIMITS), base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -57,7 +57,7 @@ def test_answers_are_those_of_the_functions(client: TestClient) -> None:
     shape = client.get("/inspect/models").json()["models"][0]
     assert (shape["name"], shape["n_layer"], shape["end_of_text"]) == ("one", 3, TOKENIZER.end_of_text)
 
-    scored = score(MODELS["one"], TOKENIZER, ids)
+    scored = score_tokens(MODELS["one"], TOKENIZER, ids)
     told = ask(client, "score", text=PROMPT)
     assert told == ask(client, "score", tokens=ids)
     assert [token["logprob"] for token in told["tokens"]] == [None, *(token.logprob for token in scored)]
@@ -68,13 +68,13 @@ def test_answers_are_those_of_the_functions(client: TestClient) -> None:
     assert told["position"] == 2
     assert told["weights"] == [[pytest.approx(row, abs=1e-5) for row in layer] for layer in attended(ids, 2)]
     told = ask(client, "lens", tokens=ids, asked=5)
-    layers = lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 5, 5)
+    layers = logit_lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 5, 5)
     assert [layer["asked"] for layer in told["layers"]] == [layer.asked for layer in layers]
     assert [token["id"] for token in told["layers"][1]["tokens"]] == [i for i, _, _ in layers[1].tokens]
 
 
 def attended(ids: list[int], position: int) -> list[Any]:
-    return attention(MODELS["one"], ids, position).tolist()
+    return attention_weights(MODELS["one"], ids, position).tolist()
 
 
 def test_settings_change_the_chances(client: TestClient) -> None:

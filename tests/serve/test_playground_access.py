@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.playground_app import PROMPT, Reader
+from tests.helpers.playground_app import PROMPT, PlaygroundPage
 
 pytest_plugins = "tests.helpers.playground_fixtures"
 PHONE = 375
@@ -22,30 +22,30 @@ OUT_OF_REACH = """() => [...document.querySelectorAll("button, input, select, te
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (PHONE, "light"), (PHONE, "dark")])
 def test_everybody_can_use_it(browser: Any, address: str, scheme: str, width: int) -> None:
-    reader = Reader(browser, address, color_scheme=scheme, viewport={"width": width, "height": 800})
+    reader = PlaygroundPage(browser, address, color_scheme=scheme, viewport={"width": width, "height": 800})
     paper = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", paper))) < 200) == (scheme == "dark")
-    reader.set("max_tokens", 8)
-    reader.write(PROMPT)
+    reader.fill_setting("max_tokens", 8)
+    reader.generate(PROMPT)
     reader.click_token(3)
-    assert reader.violations() == []
+    assert reader.accessibility_violations() == []
     reader.page.keyboard.press("Escape")
     assert reader.page.evaluate(OUT_OF_REACH) == []
     for name in ("attention", "layers", "tokens", "tree"):
         reader.page.click(f"#tab-{name}")
         reader.page.wait_for_selector(f"#panel-{name} > :nth-child(2)")
-        assert reader.violations() == [], name
+        assert reader.accessibility_violations() == [], name
         assert reader.page.evaluate("document.documentElement.scrollWidth") == width, name
         assert reader.page.evaluate(OUT_OF_REACH) == [], name
     reader.page.click("#compare")
-    reader.set("min_p", 0.1)
-    reader.go_on()
-    assert reader.violations() == []
+    reader.fill_setting("min_p", 0.1)
+    reader.continue_text()
+    assert reader.accessibility_violations() == []
     assert reader.page.evaluate(OUT_OF_REACH) == []
     for name in ("history", "share"):
         reader.page.click(f"#open-{name}")
-        assert reader.violations() == [], name
+        assert reader.accessibility_violations() == [], name
         reader.page.keyboard.press("Escape")
     assert reader.page.evaluate("document.documentElement.scrollWidth") == width
-    assert reader.troubles == []
+    assert reader.errors == []
     reader.context.close()

@@ -10,62 +10,62 @@ from gpt2.generation.engine import Engine, Request
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from gpt2.serve.inspect import attention, candidates_of, lens, next_logits, perplexity, score
+from gpt2.serve.inspect import attention_weights, top_candidates, logit_lens, next_logits, perplexity, score_tokens
 from gpt2.tokenizer import Tokenizer
-from tests.helpers.playground_app import BYTES, CONFIG, MODELS, PROMPT, TOKENIZER, Reader, playing, said
+from tests.helpers.playground_app import BYTE_TOKENIZER, CONFIG, MODELS, PROMPT, TOKENIZER, PlaygroundPage, run_playground, generated_text
 from tests.helpers.reference import random_model
 
 pytest_plugins = "tests.helpers.playground_fixtures"
 
 
-def test_it_says_what_the_model_says(reader: Reader) -> None:
-    reader.set("max_tokens", 12)
-    assert reader.write(PROMPT) == said()
+def test_it_says_what_the_model_says(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 12)
+    assert reader.generate(PROMPT) == generated_text()
     words = reader.page.locator("#backdrop > span:has(> span)").all_text_contents()
-    assert PROMPT + "".join(words) == said()
+    assert PROMPT + "".join(words) == generated_text()
     shades = reader.page.locator("#backdrop > span > span").evaluate_all("all => all.map((one) => one.className)")
-    ids = TOKENIZER.encode(said())
-    bits = [-token.logprob / math.log(2) for token in score(MODELS["one"], TOKENIZER, ids)][-len(shades) :]
+    ids = TOKENIZER.encode(generated_text())
+    bits = [-token.logprob / math.log(2) for token in score_tokens(MODELS["one"], TOKENIZER, ids)][-len(shades) :]
     assert shades == [f"p{min(5, int(each // 2))}" for each in bits]
 
 
-def test_it_goes_on_from_what_was_edited(reader: Reader) -> None:
-    reader.set("max_tokens", 5)
-    first = reader.write(PROMPT)
+def test_it_goes_on_from_what_was_edited(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 5)
+    first = reader.generate(PROMPT)
     reader.page.locator("#text").press("Control+End")
     reader.page.keyboard.type(" and")
     assert reader.text == first + " and"
     assert reader.page.locator("#backdrop > span > span").count() == 5
-    assert reader.go_on().startswith(first + " and")
+    assert reader.continue_text().startswith(first + " and")
     reader.page.fill("#text", "a bird" + first[len(PROMPT) :])
     assert reader.page.locator("#backdrop > span > span").count() == 0
 
 
-def test_a_text_that_the_model_begins(reader: Reader) -> None:
-    reader.set("max_tokens", 8)
+def test_a_text_that_the_model_begins(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 8)
     reader.page.wait_for_selector("#next-note:has-text('50 tokens')")
-    assert reader.write("") == said("", max_new_tokens=8)
+    assert reader.generate("") == generated_text("", max_new_tokens=8)
     reader.click_token(1)
     reader.page.click("#tab-tokens")
     reader.page.wait_for_selector(".tokens button")
     assert "".join(reader.page.locator(".tokens button").all_text_contents()).replace("␣", " ") == reader.text
     end = TOKENIZER.end_of_text
-    scored = score(MODELS["one"], TOKENIZER, [end, *said_ids([end])])
+    scored = score_tokens(MODELS["one"], TOKENIZER, [end, *said_ids([end])])
     ranks = reader.page.locator(".tokens button").evaluate_all("all => all.map((one) => one.title.split('rank ')[1])")
     assert [token.rank for token in scored] == list(map(int, ranks))
 
 
-def test_sliders_redraw_the_chances(reader: Reader) -> None:
+def test_sliders_redraw_the_chances(reader: PlaygroundPage) -> None:
     reader.page.fill("#text", PROMPT)
     reader.page.wait_for_selector("#next-note:has-text('50 tokens have a chance')")
     before = reader.page.locator("#next .number").all_text_contents()
     reader.page.locator("[aria-label='Temperature, slider']").fill("0.3")
     reader.page.wait_for_selector(f"#next li:first-child .number:not(:text-is('{before[0]}'))")
     assert reader.page.input_value("#set-temperature") == "0.3"
-    reader.set("temperature", 0)
+    reader.fill_setting("temperature", 0)
     reader.page.wait_for_selector("#next-note:has-text('1 token has a chance')")
     assert reader.page.locator("#next .number").all_text_contents() == ["100.0 %", *["0 %"] * 11]
-    reader.set("seed", 7)
+    reader.fill_setting("seed", 7)
     for slider in reader.page.locator("input[type=range]").all():
         assert slider.get_attribute("aria-label")
         slider.press("ArrowRight")
@@ -74,9 +74,9 @@ def test_sliders_redraw_the_chances(reader: Reader) -> None:
     reader.page.wait_for_selector("#next-note:has-text('50 tokens have a chance')")
 
 
-def test_another_token_makes_a_branch_that_one_can_leave_again(reader: Reader) -> None:
-    reader.set("max_tokens", 6)
-    first = reader.write(PROMPT)
+def test_another_token_makes_a_branch_that_one_can_leave_again(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 6)
+    first = reader.generate(PROMPT)
     token = reader.click_token(2)
     card = reader.page.locator("#alternatives")
     current = card.locator("[aria-current] .word").text_content()
@@ -84,7 +84,7 @@ def test_another_token_makes_a_branch_that_one_can_leave_again(reader: Reader) -
     other = card.locator("button:not([aria-current]):not(.out) .word").first
     word = other.text_content().replace("␣", " ")
     other.click()
-    second = reader.wait()
+    second = reader.wait_until_done()
     kept = PROMPT + "".join(reader.page.locator("#backdrop > span:has(> span)").all_text_contents()[:2])
     assert first.startswith(kept)
     assert second.startswith(kept + word)
@@ -97,9 +97,9 @@ def test_another_token_makes_a_branch_that_one_can_leave_again(reader: Reader) -
     reader.page.wait_for_selector(".tree .tree li:first-child [aria-current]")
 
 
-def test_a_token_can_be_looked_into(reader: Reader) -> None:
-    reader.set("max_tokens", 8)
-    text = reader.write(PROMPT)
+def test_a_token_can_be_looked_into(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 8)
+    text = reader.generate(PROMPT)
     reader.click_token(4)
     reader.page.click("#alternatives button:has-text('Attention')")
     heads = reader.page.locator(".heads button")
@@ -113,12 +113,12 @@ def test_a_token_can_be_looked_into(reader: Reader) -> None:
     prompt = TOKENIZER.encode(PROMPT)
     ids = [*prompt, *said_ids(prompt)[:4]]
     assert "".join(looked) == TOKENIZER.decode(ids)
-    strongest = max(attention(MODELS["one"], ids, len(ids) - 1)[1, 0].tolist())
+    strongest = max(attention_weights(MODELS["one"], ids, len(ids) - 1)[1, 0].tolist())
     assert reader.page.locator("#panel-attention .bars .number").first.text_content() == f"{100 * strongest:.1f} %"
     reader.page.click("#tab-layers")
     reader.page.wait_for_selector(".lens tbody tr")
     assert reader.page.locator(".lens tbody th").all_text_contents() == ["3", "2", "1", "in"]
-    best = [layer.tokens[0][1] for layer in lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 1)][::-1]
+    best = [layer.tokens[0][1] for layer in logit_lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 1)][::-1]
     shown = [cell.replace("␣", " ") for cell in reader.page.locator(".lens td:nth-child(2)").all_text_contents()]
     assert shown == best
 
@@ -133,13 +133,13 @@ def said_ids(prompt: list[int], model: GPT = MODELS["one"], tokenizer: Tokenizer
     return new.new_tokens
 
 
-def test_every_token_of_a_text_with_its_perplexity(reader: Reader) -> None:
+def test_every_token_of_a_text_with_its_perplexity(reader: PlaygroundPage) -> None:
     text = "the dog ran to\nthe barn, naïvely"
     reader.page.fill("#text", text)
     reader.page.click("#tab-tokens")
     reader.page.wait_for_selector(".tokens button")
     ids = TOKENIZER.encode(text)
-    scored = score(MODELS["one"], TOKENIZER, ids)
+    scored = score_tokens(MODELS["one"], TOKENIZER, ids)
     assert float(reader.page.text_content(".big").split()[0]) == pytest.approx(perplexity(scored), rel=1e-3)
     assert reader.page.locator(".tokens button").count() == len(ids)
     reader.page.locator(".tokens button").first.focus()
@@ -149,34 +149,34 @@ def test_every_token_of_a_text_with_its_perplexity(reader: Reader) -> None:
     assert f"rank {scored[0].rank}" in reader.page.text_content("#alternatives .head")
     word = reader.page.locator("#alternatives .bars .word").first.text_content().replace("␣", " ")
     reader.page.locator("#alternatives .bars button").first.press("Enter")
-    assert reader.wait().startswith(TOKENIZER.decode(ids[:1]) + word)
+    assert reader.wait_until_done().startswith(TOKENIZER.decode(ids[:1]) + word)
 
 
-def test_two_models_and_two_settings_side_by_side(reader: Reader) -> None:
-    reader.set("max_tokens", 12)
+def test_two_models_and_two_settings_side_by_side(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 12)
     reader.page.fill("#text", PROMPT)
     reader.page.click("#compare")
-    reader.set("max_tokens", 12)
-    reader.set("temperature", 1)
-    first = reader.go_on()
+    reader.fill_setting("max_tokens", 12)
+    reader.fill_setting("temperature", 1)
+    first = reader.continue_text()
     other = reader.page.text_content("#other")
-    assert (first, other) == (said(), said(model="two"))
+    assert (first, other) == (generated_text(), generated_text(model="two"))
     reader.page.select_option("#model-b", "one")
     reader.page.fill("#text", PROMPT)
-    assert reader.go_on() == reader.page.text_content("#other") == said()
-    reader.set("temperature", 0)
+    assert reader.continue_text() == reader.page.text_content("#other") == generated_text()
+    reader.fill_setting("temperature", 0)
     reader.page.fill("#text", PROMPT)
-    reader.go_on()
-    assert reader.page.text_content("#other") == said(temperature=0)
+    reader.continue_text()
+    assert reader.page.text_content("#other") == generated_text(temperature=0)
     reader.page.click("#adopt")
-    assert reader.text == said(temperature=0)
+    assert reader.text == generated_text(temperature=0)
 
 
-def test_it_can_be_used_from_the_keyboard(reader: Reader) -> None:
-    reader.set("max_tokens", 4)
+def test_it_can_be_used_from_the_keyboard(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 4)
     reader.page.focus("#text")
     reader.page.keyboard.type(PROMPT)
-    text = reader.go_on("Control+Enter")
+    text = reader.continue_text("Control+Enter")
     assert len(text) > len(PROMPT)
     reader.page.keyboard.press("Control+End")
     reader.page.keyboard.press("Alt+Enter")
@@ -191,22 +191,22 @@ def test_it_can_be_used_from_the_keyboard(reader: Reader) -> None:
         assert reader.page.locator("[role=tabpanel]:not([hidden])").get_attribute("id") == f"panel-{name}"
 
 
-def test_words_can_be_forbidden_and_favoured(reader: Reader) -> None:
-    reader.set("max_tokens", 8)
-    usual = reader.write(PROMPT)
+def test_words_can_be_forbidden_and_favoured(reader: PlaygroundPage) -> None:
+    reader.fill_setting("max_tokens", 8)
+    usual = reader.generate(PROMPT)
     first = usual[len(PROMPT) :].split()[0]
     reader.page.fill("#text", PROMPT)
-    reader.set("bad_words", f"{first}\nnever\n\n")
-    reader.set("logit_bias", '7 = 2.5\n"the dog"=3\nfoo')
+    reader.fill_setting("bad_words", f"{first}\nnever\n\n")
+    reader.fill_setting("logit_bias", '7 = 2.5\n"the dog"=3\nfoo')
     assert reader.page.get_attribute("#set-logit_bias", "aria-invalid") == "true"
     assert reader.page.text_content("#set-logit_bias-about") == 'not id=bias or "text"=bias: foo'
     words = bad_words(TOKENIZER, [first, "never"])
     biases = {7: 2.5} | dict.fromkeys(TOKENIZER.encode("the dog"), 3.0)
-    told = reader.go_on()
-    assert told == said(max_new_tokens=8, bad_words=words, logit_bias=biases) != usual
+    told = reader.continue_text()
+    assert told == generated_text(max_new_tokens=8, bad_words=words, logit_bias=biases) != usual
     sampling = Sampling(top_k=50, bad_words=words, logit_bias=biases)
     ids = TOKENIZER.encode(PROMPT)
-    likely = candidates_of(next_logits(MODELS["one"], ids), TOKENIZER, sampling, History(ids, len(ids), ()), 12)
+    likely = top_candidates(next_logits(MODELS["one"], ids), TOKENIZER, sampling, History(ids, len(ids), ()), 12)
     reader.page.fill("#text", PROMPT)
     reader.page.wait_for_selector(f"#next li:first-child .number:text-is('{100 * likely.tokens[0].probability:.1f} %')")
     shown = [word.replace("␣", " ") for word in reader.page.locator("#next .word").all_text_contents()]
@@ -214,37 +214,37 @@ def test_words_can_be_forbidden_and_favoured(reader: Reader) -> None:
 
 
 def test_parts_of_characters_stay_as_the_model_said_them(browser: Any) -> None:
-    model = random_model(GPTConfig(vocab_size=BYTES.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=32), 1)
-    with playing({"bytes": model}, BYTES) as address:
-        reader = Reader(browser, address)
-        reader.set("max_tokens", 8)
-        reader.set("top_k", 0)
+    model = random_model(GPTConfig(vocab_size=BYTE_TOKENIZER.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=32), 1)
+    with run_playground({"bytes": model}, BYTE_TOKENIZER) as address:
+        reader = PlaygroundPage(browser, address)
+        reader.fill_setting("max_tokens", 8)
+        reader.fill_setting("top_k", 0)
         for bias in ({}, {0xE2: 100}):  # the second begins a new character with every byte, and ends none
-            reader.set("logit_bias", "\n".join(f"{token}={bias[token]}" for token in bias))
+            reader.fill_setting("logit_bias", "\n".join(f"{token}={bias[token]}" for token in bias))
             for start in ("naïve", "naïve", "€"):  # taken back to what was typed, and another
-                ids, text = BYTES.encode(start), start
+                ids, text = BYTE_TOKENIZER.encode(start), start
                 reader.page.fill("#text", start)
                 for _ in range(2):  # what it said is the prompt of what it says next
                     with reader.page.expect_request("**/v1/completions") as asked:
                         reader.page.click("#go")
-                    new = said_ids(ids, model, BYTES, top_k=0, logit_bias=bias)
-                    text += BYTES.decode(new)
-                    assert reader.wait() == text
+                    new = said_ids(ids, model, BYTE_TOKENIZER, top_k=0, logit_bias=bias)
+                    text += BYTE_TOKENIZER.decode(new)
+                    assert reader.wait_until_done() == text
                     assert asked.value.post_data_json["prompt"] == ids
                     ids += new
         assert text == "€" + 16 * "\ufffd"
-        assert reader.troubles == []
+        assert reader.errors == []
         reader.context.close()
 
 
-def test_a_token_after_a_character_of_many_tokens_can_be_replaced(reader: Reader) -> None:
+def test_a_token_after_a_character_of_many_tokens_can_be_replaced(reader: PlaygroundPage) -> None:
     text = "the cat 😀 sat"
     before = TOKENIZER.decode(TOKENIZER.encode(text)[:-1])
-    reader.set("max_tokens", 2)
+    reader.fill_setting("max_tokens", 2)
     reader.page.fill("#text", text)
     reader.page.click("#tab-tokens")
     reader.page.locator(".tokens button").last.click()
     choice = reader.page.locator("#alternatives .bars button").first
     word = choice.locator(".word").text_content().replace("␣", " ")
     choice.click()
-    assert reader.wait().startswith(before + word)
+    assert reader.wait_until_done().startswith(before + word)

@@ -10,17 +10,17 @@ import pytest
 
 import gpt2
 from gpt2.cli import main
-from tests.helpers.playground_app import MODELS, PROMPT, TOKENIZER, Reader
+from tests.helpers.playground_app import MODELS, PROMPT, TOKENIZER, PlaygroundPage
 
 pytest_plugins = "tests.helpers.playground_fixtures"
 AWKWARD = 'the cat\'s "mat"\n$HOME `sat` \\ on é 😀 '
 
 
-def test_texts_are_kept_shared_and_taken_away(reader: Reader, browser: Any, address: str, tmp_path: Path) -> None:
-    reader.set("max_tokens", 6)
-    reader.set("bad_words", "barn")
-    reader.set("logit_bias", "3=-1")
-    text = reader.write(PROMPT)
+def test_texts_are_kept_shared_and_taken_away(reader: PlaygroundPage, browser: Any, address: str, tmp_path: Path) -> None:
+    reader.fill_setting("max_tokens", 6)
+    reader.fill_setting("bad_words", "barn")
+    reader.fill_setting("logit_bias", "3=-1")
+    text = reader.generate(PROMPT)
     reader.page.reload()
     reader.page.wait_for_selector("#next li")
     assert reader.text == text
@@ -52,7 +52,7 @@ def test_texts_are_kept_shared_and_taken_away(reader: Reader, browser: Any, addr
     other.context.close()
 
 
-def test_a_broken_link_is_an_empty_page(reader: Reader, address: str) -> None:
+def test_a_broken_link_is_an_empty_page(reader: PlaygroundPage, address: str) -> None:
     for fragment in ("#s=!", "#s=e30", "#s=bnVsbA", "#s=eyJwYXRoIjpbMSx7fSxbXSxudWxsXX0"):
         reader.page.goto("about:blank")
         reader.page.goto(address + fragment)
@@ -60,7 +60,7 @@ def test_a_broken_link_is_an_empty_page(reader: Reader, address: str) -> None:
         assert reader.text == "", fragment
 
 
-def copied(reader: Reader, name: str) -> str:
+def copied(reader: PlaygroundPage, name: str) -> str:
     """What the page copies, as this or that."""
     reader.page.click("#open-share")
     reader.page.click(f"text=Copy as {name}")
@@ -77,7 +77,7 @@ def in_bash(command: str) -> str:
 
 @pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="no bash or curl to run what is copied")
 def test_what_is_copied_gives_the_same_text(
-    reader: Reader, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    reader: PlaygroundPage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openai", reason="no openai: pip install openai")
     reader.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -85,8 +85,8 @@ def test_what_is_copied_gives_the_same_text(
     settings |= {"presence_penalty": 0.2, "no_repeat_ngram_size": 3, "seed": 7, "stop": "zz\nit's $(never)"}
     settings |= {"bad_words": "bird's\ndog", "logit_bias": '7=1.5\n"mat"=-2'}
     for name, value in settings.items():
-        reader.set(name, value)
-    text = reader.write(AWKWARD)
+        reader.fill_setting(name, value)
+    text = reader.generate(AWKWARD)
 
     exec(copied(reader, "Python"), {})  # as somebody would who had copied it
     assert AWKWARD + capsys.readouterr().out == f"{text}\n"
@@ -101,6 +101,6 @@ def test_what_is_copied_gives_the_same_text(
         main(arguments)
     assert capsys.readouterr().out == f"{text}\n"
 
-    more = reader.go_on()  # the prompt is now partly what the model said, token by token
+    more = reader.continue_text()  # the prompt is now partly what the model said, token by token
     answer = json.loads(in_bash(f"{copied(reader, 'curl')} --silent"))
     assert text + answer["choices"][0]["text"] == more

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from gpt2.serve.limits import Limits
-from gpt2.serve.middleware import Access
+from gpt2.serve.middleware import AccessPolicy
 from tests.helpers.playground_app import (
     CONFIG,
     LIMITS,
     MODELS,
     PROMPT,
     TOKENIZER,
-    Cable,
-    Reader,
+    BreakableProxy,
+    PlaygroundPage,
     SlowGPT,
-    playing,
-    said,
+    run_playground,
+    generated_text,
 )
 
 pytest_plugins = "tests.helpers.playground_fixtures"
@@ -34,21 +34,21 @@ def slow() -> SlowGPT:
 
 
 @pytest.fixture
-def cable(slow: SlowGPT) -> Iterator[Cable]:
-    with playing({"slow": slow}, TOKENIZER, LIMITS) as address:
-        cable = Cable(address)
+def cable(slow: SlowGPT) -> Iterator[BreakableProxy]:
+    with run_playground({"slow": slow}, TOKENIZER, LIMITS) as address:
+        cable = BreakableProxy(address)
         yield cable
         cable.close()
 
 
 def test_it_can_be_stopped(browser: Any, slow: SlowGPT) -> None:
-    with playing({"slow": slow}, TOKENIZER, Limits(slots=1, max_waiting=0)) as address:
-        reader = Reader(browser, address)
-        reader.set("max_tokens", 400)
+    with run_playground({"slow": slow}, TOKENIZER, Limits(slots=1, max_waiting=0)) as address:
+        reader = PlaygroundPage(browser, address)
+        reader.fill_setting("max_tokens", 400)
         reader.page.fill("#text", PROMPT)
         reader.page.click("#go")
         reader.page.wait_for_selector("#backdrop > span:nth-of-type(4) > span", state="attached")
-        other = Reader(browser, address)  # the only place is taken
+        other = PlaygroundPage(browser, address)  # the only place is taken
         other.page.fill("#text", PROMPT)
         other.page.click("#go")
         other.page.wait_for_selector("#notice:has-text('The server is busy')")
@@ -57,20 +57,20 @@ def test_it_can_be_stopped(browser: Any, slow: SlowGPT) -> None:
         reader.page.keyboard.press("Escape")
         reader.page.wait_for_selector("#status:has-text('Stopped after')")
         length = len(reader.text)
-        assert length < len(said(max_new_tokens=400))
-        other.set("max_tokens", 3)
+        assert length < len(generated_text(max_new_tokens=400))
+        other.fill_setting("max_tokens", 3)
         other.page.click("#retry")
-        assert other.wait().startswith(PROMPT)
+        assert other.wait_until_done().startswith(PROMPT)
         assert other.page.is_hidden("#notice")
         assert len(reader.text) == length
-        assert reader.troubles == []
+        assert reader.errors == []
         reader.context.close()
         other.context.close()
 
 
 def test_a_server_that_is_gone_is_told_plainly(browser: Any) -> None:
-    with playing(MODELS, TOKENIZER) as address:
-        reader = Reader(browser, address)
+    with run_playground(MODELS, TOKENIZER) as address:
+        reader = PlaygroundPage(browser, address)
         reader.page.fill("#text", PROMPT)
         reader.page.wait_for_timeout(300)
     reader.page.click("#go")
@@ -80,34 +80,34 @@ def test_a_server_that_is_gone_is_told_plainly(browser: Any) -> None:
     reader.context.close()
 
 
-def test_a_server_that_dies_in_the_middle_loses_nothing(browser: Any, cable: Cable) -> None:
-    reader = Reader(browser, cable.address)
-    reader.set("max_tokens", 80)
+def test_a_server_that_dies_in_the_middle_loses_nothing(browser: Any, cable: BreakableProxy) -> None:
+    reader = PlaygroundPage(browser, cable.address)
+    reader.fill_setting("max_tokens", 80)
     reader.page.fill("#text", PROMPT)
     reader.page.click("#go")
     reader.page.wait_for_selector("#backdrop > span:nth-of-type(4) > span", state="attached")
-    cable.cut()
+    cable.disconnect()
     reader.page.wait_for_selector("#notice:has-text('The server went away in the middle of the text.')")
     reader.page.wait_for_selector("body:not(.running)")
     kept = reader.text
-    assert len(PROMPT) < len(kept) < len(said(max_new_tokens=80))
-    assert said(max_new_tokens=80).startswith(kept)
+    assert len(PROMPT) < len(kept) < len(generated_text(max_new_tokens=80))
+    assert generated_text(max_new_tokens=80).startswith(kept)
     reader.page.click("#retry")
     reader.page.wait_for_selector("#notice:has-text('The server does not answer')")
     assert reader.text == kept
-    cable.mend()
-    reader.set("max_tokens", 3)
+    cable.restore()
+    reader.fill_setting("max_tokens", 3)
     reader.page.click("#retry")
     reader.page.wait_for_selector("#status:has-text('3 tokens')")
-    assert reader.wait().startswith(kept)
+    assert reader.wait_until_done().startswith(kept)
     assert reader.page.is_hidden("#notice")
     reader.context.close()
 
 
-def test_another_text_ends_what_is_being_written(browser: Any, cable: Cable) -> None:
-    reader = Reader(browser, cable.address)
+def test_another_text_ends_what_is_being_written(browser: Any, cable: BreakableProxy) -> None:
+    reader = PlaygroundPage(browser, cable.address)
     fragment = "#s=" + base64.b64encode(b'{"path": ["a bird"]}').decode()
-    reader.set("max_tokens", 90)
+    reader.fill_setting("max_tokens", 90)
     reader.page.fill("#text", PROMPT)
     reader.page.click("#go")
     reader.page.wait_for_selector("#backdrop > span:nth-of-type(3) > span", state="attached")
@@ -115,27 +115,27 @@ def test_another_text_ends_what_is_being_written(browser: Any, cable: Cable) -> 
     reader.page.wait_for_selector("#status:has-text('Stopped')")
     assert reader.text == "a bird"
     assert reader.page.is_hidden("#notice")
-    assert reader.troubles == []
+    assert reader.errors == []
     reader.context.close()
 
 
 def test_a_key_is_asked_for_and_kept_for_the_session(browser: Any) -> None:
-    with playing(MODELS, TOKENIZER, access=Access(keys=(KEY,))) as address:
-        reader = Reader(browser, address, ready="#key-form:not([hidden])")
+    with run_playground(MODELS, TOKENIZER, access=AccessPolicy(api_keys=(KEY,))) as address:
+        reader = PlaygroundPage(browser, address, ready="#key-form:not([hidden])")
         page = reader.page
         assert "no API key" in page.text_content("#notice")
         assert page.evaluate("document.activeElement.id") == "key"
         page.keyboard.type("open barley")
         page.keyboard.press("Enter")
         page.wait_for_selector("#notice:has-text('the API key is wrong')")
-        assert reader.violations() == []
+        assert reader.accessibility_violations() == []
         page.fill("#key", KEY)
         page.click("#key-form button")
         page.wait_for_selector("#next li")
         assert page.is_hidden("#notice")
         assert page.is_hidden("#key-form")
-        reader.set("max_tokens", 4)
-        assert reader.write(PROMPT) == said(max_new_tokens=4)
+        reader.fill_setting("max_tokens", 4)
+        assert reader.generate(PROMPT) == generated_text(max_new_tokens=4)
         page.click("#open-share")
         for name in ("curl", "Python"):
             page.click(f"text=Copy as {name}")

@@ -8,7 +8,7 @@ import torch
 from gpt2.generation.engine import Engine, Request, Token
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from gpt2.serve.scheduler import LEAST_READ, Call, Scheduler
+from gpt2.serve.scheduler import MIN_PREFILL_TOKENS, RequestHandle, Scheduler
 from tests.helpers.reference import random_model
 
 CONFIG = GPTConfig(vocab_size=64, block_size=2000, n_layer=1, n_head=2, n_embd=16)
@@ -35,7 +35,7 @@ def prompt(length: int, seed: int) -> list[int]:
     return [(seed + 5 * i * i) % CONFIG.vocab_size for i in range(length)]
 
 
-async def new_tokens(call: Call, most: int) -> list[int]:
+async def new_tokens(call: RequestHandle, most: int) -> list[int]:
     """The first tokens of a call's only text."""
     tokens: list[int] = []
     while len(tokens) < most:
@@ -53,11 +53,11 @@ def read_beside(speaking: int, length: int) -> list[int]:
     scheduler.start()
 
     async def go() -> tuple[list[int], list[int]]:
-        running = [scheduler.open("first", [Request(prompt(1, seed), GREEDY, 10_000)]) for seed in range(speaking)]
+        running = [scheduler.submit("first", [Request(prompt(1, seed), GREEDY, 10_000)]) for seed in range(speaking)]
         for call in running:
             await new_tokens(call, 1)
         model.read.clear()
-        told = await new_tokens(scheduler.open("second", [asked]), 3)
+        told = await new_tokens(scheduler.submit("second", [asked]), 3)
         return told, [count for count in model.read if count > 1]
 
     try:
@@ -77,7 +77,7 @@ def test_a_prompt_is_read_in_one_while_nobody_waits_for_it() -> None:
 
 
 def test_a_prompt_is_read_in_small_pieces_beside_texts_that_run() -> None:
-    assert read_beside(1, 60) == [LEAST_READ, LEAST_READ, 60 - 2 * LEAST_READ]
+    assert read_beside(1, 60) == [MIN_PREFILL_TOKENS, MIN_PREFILL_TOKENS, 60 - 2 * MIN_PREFILL_TOKENS]
 
 
 def test_the_more_texts_run_the_larger_the_pieces() -> None:

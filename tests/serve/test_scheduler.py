@@ -15,7 +15,7 @@ from gpt2.errors import UserError
 from gpt2.generation.engine import Continuation, Engine, Request, Token
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from gpt2.serve.scheduler import GOODBYE, Busy, Call, Closing, Finished, Scheduler, ScoreRequest
+from gpt2.serve.scheduler import SHUTTING_DOWN, TooManyRequestsError, RequestHandle, ShuttingDownError, SequenceFinished, Scheduler, PromptLogprobsRequest
 from tests.helpers.reference import random_model
 
 CONFIG = GPTConfig(vocab_size=64, block_size=48, n_layer=1, n_head=2, n_embd=16)
@@ -43,15 +43,15 @@ def request(seed: int = 0, length: int = 6, prompt: int = 5, **settings: Any) ->
     return Request(tokens, Sampling(**settings), max_new_tokens=length, seed=seed)
 
 
-async def tokens_of(call: Call) -> tuple[list[list[int]], list[Finished]]:
+async def tokens_of(call: RequestHandle) -> tuple[list[list[int]], list[SequenceFinished]]:
     """All tokens of a call, and how each text ended."""
-    texts: list[list[int]] = [[] for _ in call.texts]
-    ends: dict[int, Finished] = {}
+    texts: list[list[int]] = [[] for _ in call.sequences]
+    ends: dict[int, SequenceFinished] = {}
     while len(ends) < len(texts):
         index, event = await asyncio.wait_for(call.events.get(), 60)
         if isinstance(event, Token):
             texts[index].append(event.id)
-        elif isinstance(event, Finished):
+        elif isinstance(event, SequenceFinished):
             ends[index] = event
     return texts, [ends[i] for i in range(len(texts))]
 
@@ -79,12 +79,12 @@ def test_every_text_is_what_it_is_alone_whoever_comes_and_goes(model: GPT) -> No
     async def go(scheduler: Scheduler) -> None:
         calls = []
         for i, one in enumerate(asked):
-            calls.append(scheduler.open(f"client {i % 5}", [one]))
+            calls.append(scheduler.submit(f"client {i % 5}", [one]))
             await asyncio.sleep(0.001 * (i % 3))
         for one, call in zip(asked, calls, strict=True):
             texts, ends = await tokens_of(call)
             assert texts == [alone(model, one)]
-            assert ends == [Finished("length")]
+            assert ends == [SequenceFinished("length")]
         assert scheduler.idle
 
     with running(model, slots=5) as scheduler:
@@ -97,14 +97,14 @@ def test_the_clients_take_turns(model: GPT) -> None:
 
     class Watched(Scheduler):
         def _deliver(self) -> None:
-            order.extend(text.call.client for text, event in self._outbox if isinstance(event, Finished))
-            super()._deliver()
+            order.extend(text.parent.client for text, event in self._pending_events if isinstance(event, SequenceFinished))
+            super()._send_events()
 
     async def go(scheduler: Scheduler) -> None:
-        first = scheduler.open("first", [request(0, LONG)])
+        first = scheduler.submit("first", [request(0, LONG)])
         await until(lambda: scheduler.running == 1)
-        calls = [scheduler.open("greedy", [request(i) for i in range(12)])]
-        calls += [scheduler.open(name, [request(1), request(2)]) for name in ("a", "b")]
+        calls = [scheduler.submit("greedy", [request(i) for i in range(12)])]
+        calls += [scheduler.submit(name, [request(1), request(2)]) for name in ("a", "b")]
         scheduler.cancel(first)
         for call in calls:
             await tokens_of(call)
@@ -119,21 +119,21 @@ def test_the_clients_take_turns(model: GPT) -> None:
 
 def test_a_full_queue_and_a_greedy_client_are_refused(model: GPT) -> None:
     async def go(scheduler: Scheduler) -> None:
-        calls = [scheduler.open("a", [request(i, LONG)]) for i in range(2)]
-        with pytest.raises(Busy, match="2 requests open") as busy:
-            scheduler.open("a", [request()])
+        calls = [scheduler.submit("a", [request(i, LONG)]) for i in range(2)]
+        with pytest.raises(TooManyRequestsError, match="2 requests open") as busy:
+            scheduler.submit("a", [request()])
         assert busy.value.retry_after > 0
-        others = scheduler.open("b", [request(i, LONG) for i in range(3)])
-        with pytest.raises(Busy, match="full") as busy:
-            scheduler.open("c", [request()])
+        others = scheduler.submit("b", [request(i, LONG) for i in range(3)])
+        with pytest.raises(TooManyRequestsError, match="full") as busy:
+            scheduler.submit("c", [request()])
         assert 0 < busy.value.retry_after <= 60
         with pytest.raises(UserError, match="6 texts"):
-            scheduler.open("d", [request()] * 6)
+            scheduler.submit("d", [request()] * 6)
         assert (scheduler.running + scheduler.waiting) == 5
         scheduler.cancel(calls[0])
         await until(lambda: scheduler.running + scheduler.waiting == 4)
         scheduler.cancel(others)
-        assert (await tokens_of(scheduler.open("c", [request(1, 0)])))[1] == [Finished("length")]
+        assert (await tokens_of(scheduler.submit("c", [request(1, 0)])))[1] == [SequenceFinished("length")]
 
     with running(model, slots=2, max_waiting=3, per_client=2) as scheduler:
         asyncio.run(go(scheduler))
@@ -152,47 +152,47 @@ def test_a_cancelled_text_leaves_its_slot_within_a_step(model: GPT) -> None:
             return step()
 
         scheduler.engine.step = counted  # pyright: ignore[reportAttributeAccessIssue]
-        first, second = (scheduler.open("a", [request(i, LONG), request(9, LONG)]) for i in range(2))
+        first, second = (scheduler.submit("a", [request(i, LONG), request(9, LONG)]) for i in range(2))
         await until(lambda: scheduler.running == 2)
         before = steps
         scheduler.cancel(first)
         ended: list[int] = []
         while len(ended) < 2:
             index, event = await first.events.get()
-            if isinstance(event, Finished):
-                assert event.reason == "cancelled"
+            if isinstance(event, SequenceFinished):
+                assert event.finish_reason == "cancelled"
                 ended.append(index)
         assert steps - before <= 25  # the loop's own delay; a text has ten thousand
         scheduler.cancel(second, 1)
-        assert (await asyncio.wait_for(_end_of(second, 1), 10)).reason == "cancelled"
+        assert (await asyncio.wait_for(_end_of(second, 1), 10)).finish_reason == "cancelled"
         scheduler.cancel(second)
         await until(lambda: scheduler.idle and scheduler.engine.idle)
         scheduler.cancel(second)  # once more: nothing happens
-        assert (await tokens_of(scheduler.open("a", [request(3)])))[0] == [alone(model, request(3))]
+        assert (await tokens_of(scheduler.submit("a", [request(3)])))[0] == [alone(model, request(3))]
 
     with running(model, slots=2) as scheduler:
         asyncio.run(go(scheduler))
 
 
-async def _end_of(call: Call, index: int) -> Finished:
+async def _end_of(call: RequestHandle, index: int) -> SequenceFinished:
     while True:
         i, event = await call.events.get()
-        if i == index and isinstance(event, Finished):
+        if i == index and isinstance(event, SequenceFinished):
             return event
 
 
 def test_what_goes_wrong_with_one_text_ends_that_one(model: GPT) -> None:
     async def go(scheduler: Scheduler) -> None:
         ban = request(0, 5, logit_bias=[(token, -torch.inf) for token in range(CONFIG.vocab_size)])
-        call = scheduler.open("a", [ban, request(1)])
+        call = scheduler.submit("a", [ban, request(1)])
         texts, ends = await tokens_of(call)
         assert texts == [[], alone(model, request(1))]
-        assert ends[0].reason == "error"
+        assert ends[0].finish_reason == "error"
         assert "rule out every token" in str(ends[0].error)
         with pytest.raises(UserError, match="vocabulary"):
-            scheduler.open("a", [Request([64])])
+            scheduler.submit("a", [Request([64])])
         with pytest.raises(UserError, match="49 tokens do not fit"):
-            scheduler.open("a", [ScoreRequest([0] * 49)])
+            scheduler.submit("a", [PromptLogprobsRequest([0] * 49)])
         assert scheduler.idle
 
     with running(model, slots=2) as scheduler:
@@ -203,8 +203,8 @@ def test_a_prompt_is_scored_beside_those_that_speak(model: GPT) -> None:
     prompt = [i * 11 % 64 for i in range(48)]
 
     async def go(scheduler: Scheduler) -> list[Any]:
-        speaking = scheduler.open("a", [request(1, LONG)])
-        call = scheduler.open("b", [ScoreRequest(prompt, 2), ScoreRequest(prompt[:1])])
+        speaking = scheduler.submit("a", [request(1, LONG)])
+        call = scheduler.submit("b", [PromptLogprobsRequest(prompt, 2), PromptLogprobsRequest(prompt[:1])])
         found: dict[int, Any] = {}
         while len(found) < 2:
             index, event = await asyncio.wait_for(call.events.get(), 10)
@@ -226,14 +226,14 @@ def test_a_prompt_is_scored_beside_those_that_speak(model: GPT) -> None:
 
 def test_the_end_is_told_to_everybody(model: GPT) -> None:
     async def go(scheduler: Scheduler) -> None:
-        call = scheduler.open("a", [request(i, LONG) for i in range(4)])
+        call = scheduler.submit("a", [request(i, LONG) for i in range(4)])
         await until(lambda: scheduler.running == 2)
         scheduler.drain()
-        with pytest.raises(Closing, match=GOODBYE):
-            scheduler.open("b", [request()])
+        with pytest.raises(ShuttingDownError, match=SHUTTING_DOWN):
+            scheduler.submit("b", [request()])
         await asyncio.to_thread(scheduler.stop)
         _, ends = await tokens_of(call)
-        assert {(end.reason, str(end.error)) for end in ends} == {("error", GOODBYE)}
+        assert {(end.finish_reason, str(end.error)) for end in ends} == {("error", SHUTTING_DOWN)}
 
     scheduler = Scheduler(model, slots=2)
     scheduler.start()
@@ -250,11 +250,11 @@ def test_a_thread_that_dies_leaves_nobody_waiting(model: GPT, monkeypatch: pytes
 
     async def go(scheduler: Scheduler) -> None:
         scheduler.engine.step = fail  # pyright: ignore[reportAttributeAccessIssue]
-        _, ends = await tokens_of(scheduler.open("a", [request(0), request(1)]))
-        assert [end.reason for end in ends] == ["error", "error"]
+        _, ends = await tokens_of(scheduler.submit("a", [request(0), request(1)]))
+        assert [end.finish_reason for end in ends] == ["error", "error"]
         await until(lambda: not scheduler.alive)
-        with pytest.raises(Closing):
-            scheduler.open("a", [request()])
+        with pytest.raises(ShuttingDownError):
+            scheduler.submit("a", [request()])
 
     scheduler = Scheduler(model, slots=2)
     scheduler.start()
@@ -269,9 +269,9 @@ def test_a_thousand_random_cancellations_lose_no_slot_and_no_memory(model: GPT) 
         patience, others = draw.choice([None, 0, 1, 5, 20]), draw.random() < 0.3
         while True:
             try:
-                call = scheduler.open(f"client {i % 7}", asked)
+                call = scheduler.submit(f"client {i % 7}", asked)
                 break
-            except Busy:
+            except TooManyRequestsError:
                 await asyncio.sleep(0.01)
         if patience is None:
             texts, _ = await tokens_of(call)
@@ -279,7 +279,7 @@ def test_a_thousand_random_cancellations_lose_no_slot_and_no_memory(model: GPT) 
                 assert texts == [alone(model, request_) for request_ in asked]
             return
         for _ in range(patience):
-            if call.open:
+            if call.num_unfinished:
                 await asyncio.wait_for(call.events.get(), 60) if not call.events.empty() else await asyncio.sleep(0)
         scheduler.cancel(call, 0 if others else None)
         scheduler.cancel(call)
@@ -299,7 +299,7 @@ def test_a_thousand_random_cancellations_lose_no_slot_and_no_memory(model: GPT) 
         assert scheduler.running == scheduler.waiting == 0
         assert not scheduler._running
         assert not scheduler._waiting
-        assert not scheduler._calls
-        assert not scheduler._open
+        assert not scheduler._open_per_client
+        assert not scheduler._open_requests
         gc.collect()
         assert sum(type(thing) is Continuation for thing in gc.get_objects()) < 10  # a local name holds one or two

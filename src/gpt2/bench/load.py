@@ -75,7 +75,7 @@ class ServerHost:
 
         from gpt2.serve.app import create_app
         from gpt2.serve.limits import Limits
-        from gpt2.serve.models import serve_model
+        from gpt2.serve.models import create_served_model
 
         self._work, most = work, max(work.batch_sizes)
         plain = work.build().to(work.device, DTYPES.get(precision))
@@ -83,7 +83,7 @@ class ServerHost:
         limits = Limits(slots=most, max_waiting=most, per_client=2 * most)
         fast = accelerated(plain, precision)
         words = tokenizer or Numbers(work.config.vocab_size)
-        served = serve_model("bench", plain, fast, words, limits, max_length=work.length)
+        served = create_served_model("bench", plain, fast, words, limits, max_length=work.length)
         self._engine = served.scheduler.engine
         config = uvicorn.Config(create_app({"bench": served}, limits), port=0, log_config=None, access_log=False)
         self._server = uvicorn.Server(config)

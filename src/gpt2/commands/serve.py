@@ -73,18 +73,18 @@ def _parse(argv: list[str]) -> Namespace:
 
 def _serve(args: Namespace) -> int:
     from gpt2.serve.app import create_app
-    from gpt2.serve.listen import Server, address_of, bind, is_loopback
-    from gpt2.serve.middleware import LOOPBACK_NAMES, Access
+    from gpt2.serve.listen import Server, base_url, bind_socket, is_loopback
+    from gpt2.serve.middleware import LOOPBACK_HOSTS, AccessPolicy
 
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     loopback = is_loopback(args.host)
     keys = _keys(args, loopback)
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port must be 0 to 65535, not {args.port}")
-    hosts = [*LOOPBACK_NAMES, args.host.strip("[]"), *args.allowed_host] if loopback or args.allowed_host else None
-    with bind(args.host, args.port) as bound:  # before the models are read: what cannot be is better known soon
+    hosts = [*LOOPBACK_HOSTS, args.host.strip("[]"), *args.allowed_host] if loopback or args.allowed_host else None
+    with bind_socket(args.host, args.port) as bound:  # before the models are read: what cannot be is better known soon
         models = _load(args, limits)
-        app = create_app(models, limits, Access(keys, hosts), args.log_prompts)
+        app = create_app(models, limits, AccessPolicy(keys, hosts), args.log_prompts)
         if args.log_requests or args.log_prompts:
             logging.getLogger("gpt2.serve").setLevel(logging.INFO)
 
@@ -92,7 +92,7 @@ def _serve(args: Namespace) -> int:
             gc.collect()
             gc.freeze()  # or to search all of the libraries for garbage would stop every text for a tenth of a second
             slots = f"{limits.slots} slots, {_cache_bytes(models) / GiB:.2f} GiB of cache"
-            _say(f"serving {', '.join(models)} at {address_of(bound)} ({slots})")
+            _say(f"serving {', '.join(models)} at {base_url(bound)} ({slots})")
 
         server = Server(app, list(models.values()), args.grace, ready, args.trusted_proxy)
         server.run(sockets=[bound])
@@ -120,19 +120,19 @@ def _keys(args: Namespace, loopback: bool) -> list[str]:
 
 def _load(args: Namespace, limits: Limits) -> dict[str, Any]:
     """The models by their names, ready to be served."""
-    from gpt2.serve.models import name_of, serve_model
+    from gpt2.serve.models import served_model_name, create_served_model
 
     if args.context is not None and args.context < 1:
         raise UserError(f"--context must be at least 1, not {args.context}")
     models: dict[str, Any] = {}
     for ref in args.models:
-        name = name_of(ref)
+        name = served_model_name(ref)
         if name in models:
             raise UserError(f"two models are called {name}: clients could not tell them apart")
         plain, tokenizer = load_plain(args, ref)
         fast = accelerated(plain, args.dtype)
         template = template_from(args, ref) or Template()
-        models[name] = serve_model(name, plain, fast, tokenizer, limits, template, args.context)
+        models[name] = create_served_model(name, plain, fast, tokenizer, limits, template, args.context)
     return models
 
 

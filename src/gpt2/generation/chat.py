@@ -18,7 +18,8 @@ has read before in its cache, so that a turn costs no more than its own tokens.
 """
 
 import secrets
-from collections.abc import Generator, Iterator, Sequence
+from collections import abc
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from gpt2.errors import UserError
@@ -60,7 +61,7 @@ class Conversation:
         sampling: Sampling | None = None,
         *,
         max_new_tokens: int = 100,
-        stop: Sequence[str] = (),
+        stop: abc.Sequence[str] = (),
         seed: int | None = None,
         system: str = "",
         roles: bool = True,

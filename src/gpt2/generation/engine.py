@@ -8,8 +8,8 @@ When the context is full, the later half of it is read again into the empty row 
 a context of tokens costs one prefill, and none is ever an index error.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -62,7 +62,7 @@ class Request:
                 neither.
     """
 
-    prompt: Sequence[int]
+    prompt: abc.Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 100
     seed: int = 0

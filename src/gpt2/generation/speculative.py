@@ -14,7 +14,8 @@ then, either may come.)
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -317,7 +318,7 @@ def speculate(
     sampling: Sampling | None = None,
     *,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
     sample: int = 0,
 ) -> SpeculatedText:

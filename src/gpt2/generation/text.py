@@ -1,7 +1,8 @@
 """Text in, text out: what a prompt becomes, whole or as it comes."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from typing import Any, overload
 
 from gpt2.errors import UserError, did_you_mean
@@ -22,7 +23,7 @@ def generate(
     *,
     num_samples: int = 1,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
     **settings: Any,
 ) -> list[str]: ...
@@ -36,7 +37,7 @@ def generate(
     *,
     num_samples: int = 1,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
     **settings: Any,
 ) -> list[list[str]]: ...
@@ -49,7 +50,7 @@ def generate(
     *,
     num_samples: int = 1,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
     **settings: Any,
 ) -> list[str] | list[list[str]]:
@@ -93,7 +94,7 @@ def stream(
     *,
     num_samples: int = 1,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
 ) -> Iterator[tuple[int, str]]:
     """`generate` as it happens: yields (sample, text) for every new piece of text, always whole characters.
@@ -155,7 +156,7 @@ class TextStream:
     Raises UserError for a stop string that is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: abc.Sequence[str] = ()) -> None:
         check_stop(stop)
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._decoder = StreamDecoder(tokenizer)
@@ -192,7 +193,7 @@ class TextStream:
         return text[: len(text) - held]
 
 
-def check_stop(stop: Sequence[str]) -> None:
+def check_stop(stop: abc.Sequence[str]) -> None:
     """Raise UserError for stop strings that cannot be: an empty one is everywhere."""
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
         raise UserError("a stop string must have at least one character")

@@ -14,17 +14,17 @@ from starlette.responses import JSONResponse, Response
 from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
 from gpt2.serve import chat_completions, completions, schema
-from gpt2.serve.answers import Answer, Ask
-from gpt2.serve.errors import APIError, api_error
+from gpt2.serve.answers import ResponseStream, ParsedRequest
+from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
-from gpt2.serve.middleware import Access, Guard
-from gpt2.serve.models import ServedModel, find
+from gpt2.serve.middleware import AccessPolicy, RequestMiddleware
+from gpt2.serve.models import ServedModel, find_model
 from gpt2.serve.playground import playground_router
-from gpt2.serve.sse import EventStream, answer
+from gpt2.serve.sse import SSEResponse, json_response
 
-FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
-ERRORS: dict[int | str, dict[str, Any]] = {
+REQUEST_FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": about}
     for status, about in {
         400: "The request is wrong: `param` names the field",
@@ -46,7 +46,7 @@ _log = logging.getLogger("gpt2.serve")
 def create_app(
     models: Mapping[str, ServedModel],
     limits: Limits | None = None,
-    access: Access | None = None,
+    access: AccessPolicy | None = None,
     log_prompts: bool = False,
 ) -> FastAPI:
     """The server of these models, by name; the first is the default. Its schedulers run while it does.
@@ -55,7 +55,7 @@ def create_app(
     access:      who may ask; by default everybody who can reach it.
     log_prompts: tell the log what was asked, which it does not say otherwise.
     """
-    limits, access = limits or Limits(), access or Access()
+    limits, access = limits or Limits(), access or AccessPolicy()
     metrics = Metrics(models)
 
     @asynccontextmanager
@@ -66,82 +66,82 @@ def create_app(
         for served in models.values():
             await run_in_threadpool(served.scheduler.stop)
 
-    app = FastAPI(title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERRORS)
+    app = FastAPI(title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES)
     app.state.models, app.state.limits = dict(models), limits
-    _add_openai(app, limits, metrics, log_prompts)
-    _add_tools(app, metrics)
+    _add_openai_routes(app, limits, metrics, log_prompts)
+    _add_utility_routes(app, metrics)
     playground = playground_router(dict(models))
     app.include_router(playground)
-    _add_errors(app)
-    _describe(app)
+    _add_exception_handlers(app)
+    _customize_openapi(app)
     paths = [path for route in (*app.routes, *playground.routes) if (path := getattr(route, "path", ""))]
-    app.add_middleware(Guard, access=access, max_body=limits.max_body, metrics=metrics, paths=paths)
+    app.add_middleware(RequestMiddleware, access=access, max_body=limits.max_body, metrics=metrics, paths=paths)
     return app
 
 
-def _add_openai(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: bool) -> None:
+def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: bool) -> None:
     models: Mapping[str, ServedModel] = app.state.models
 
-    def begin(request: Request, body: schema.Settings, ask: Ask) -> Answer:
+    def begin(request: Request, body: schema.CommonRequestFields, ask: ParsedRequest) -> ResponseStream:
         if log_prompts:
             _log.info("prompt %s", body.model_dump_json(exclude_none=True))
-        return Answer(ask, request.scope["gpt2.client"], limits, metrics)
+        return ResponseStream(ask, request.scope["gpt2.client"], limits, metrics)
 
     @app.post("/v1/completions", response_model=schema.Completion)
     async def create_completion(body: schema.CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        ask = completions.ask_of(body, find(models, body.model), limits)
+        ask = completions.parse_request(body, find_model(models, body.model), limits)
         reply = begin(request, body, ask)
         if body.stream:
-            return EventStream(completions.completion_chunks(body, reply))
-        return await answer(request, completions.completion(body, reply))
+            return SSEResponse(completions.completion_chunks(body, reply))
+        return await json_response(request, completions.completion(body, reply))
 
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion)
     async def create_chat_completion(body: schema.ChatRequest, request: Request) -> Response:
         """Go on with a conversation."""
-        ask = chat_completions.ask_of(body, find(models, body.model), limits)
+        ask = chat_completions.parse_request(body, find_model(models, body.model), limits)
         reply = begin(request, body, ask)
         if body.stream:
-            return EventStream(chat_completions.chat_chunks(body, reply))
-        return await answer(request, chat_completions.chat(body, reply))
+            return SSEResponse(chat_completions.chat_completion_chunks(body, reply))
+        return await json_response(request, chat_completions.chat_completion(body, reply))
 
     @app.get("/v1/models", response_model=schema.ModelList)
     async def list_models() -> dict[str, Any]:
         """The models that are served."""
-        return {"object": "list", "data": [_info(served) for served in models.values()]}
+        return {"object": "list", "data": [_model_info(served) for served in models.values()]}
 
     @app.get("/v1/models/{model:path}", response_model=schema.ModelInfo)
     async def retrieve_model(model: str) -> dict[str, Any]:
         """One of them."""
-        return _info(find(models, model))
+        return _model_info(find_model(models, model))
 
 
-def _info(served: ServedModel) -> dict[str, Any]:
+def _model_info(served: ServedModel) -> dict[str, Any]:
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "gpt2",
-        "context_length": served.scheduler.context,
+        "context_length": served.scheduler.context_length,
         "vocab_size": served.model.config.vocab_size,
     }
 
 
-def _add_tools(app: FastAPI, metrics: Metrics) -> None:
+def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
     models: Mapping[str, ServedModel] = app.state.models
 
-    @app.post("/tokenize", response_model=schema.Tokenized)
+    @app.post("/tokenize", response_model=schema.TokenizeResponse)
     def tokenize(body: schema.TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text."""
-        tokenizer = find(models, body.model).tokenizer
+        tokenizer = find_model(models, body.model).tokenizer
         tokens = tokenizer.encode(body.text, allow_special=True)
         return {"tokens": tokens, "texts": [tokenizer.decode([token]) for token in tokens], "count": len(tokens)}
 
-    @app.post("/detokenize", response_model=schema.Detokenized)
+    @app.post("/detokenize", response_model=schema.DetokenizeResponse)
     def detokenize(body: schema.DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""
         try:
-            return {"text": find(models, body.model).tokenizer.decode(body.tokens)}
+            return {"text": find_model(models, body.model).tokenizer.decode(body.tokens)}
         except UserError as error:
             raise APIError(400, str(error), "tokens") from None
 
@@ -160,25 +160,25 @@ def _add_tools(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def tell_metrics() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_exception_handlers(app: FastAPI) -> None:
     async def tell_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
         return error.response()
 
     async def tell_user_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)
-        return api_error(error).response()
+        return to_api_error(error).response()
 
     async def tell_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _invalid(error.errors()).response()
+        return _validation_error(error.errors()).response()
 
     async def tell_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = APIError(error.status_code, _about(request, error)).response()
+        response = APIError(error.status_code, _http_error_message(request, error)).response()
         response.headers.update(error.headers or {})
         return response
 
@@ -192,7 +192,7 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, tell_fault)
 
 
-def _about(request: Request, error: HTTPException) -> str:
+def _http_error_message(request: Request, error: HTTPException) -> str:
     path = ascii(request.url.path)[1:-1][:100]
     if error.status_code == 404:
         return f"there is no {path} here"
@@ -201,9 +201,9 @@ def _about(request: Request, error: HTTPException) -> str:
     return str(error.detail)
 
 
-def _invalid(problems: Sequence[Any]) -> APIError:
+def _validation_error(errors: Sequence[Any]) -> APIError:
     """The first thing that is wrong with a request, by the name of its field."""
-    problem = problems[0]
+    problem = errors[0]
     where = [part for part in problem["loc"][1:] if isinstance(part, str | int)]
     if problem["type"] == "json_invalid":
         return APIError(400, "the request is not JSON")
@@ -212,11 +212,11 @@ def _invalid(problems: Sequence[Any]) -> APIError:
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
     if problem["type"] == "extra_forbidden":
         name = str(where[-1])[:100]
-        return APIError(400, f"there is no field '{name}'{did_you_mean(name, FIELDS)}", param[:200], "unknown_field")
+        return APIError(400, f"there is no field '{name}'{did_you_mean(name, REQUEST_FIELDS)}", param[:200], "unknown_field")
     return APIError(400, f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"[:500], param[:200])
 
 
-def _describe(app: FastAPI) -> None:
+def _customize_openapi(app: FastAPI) -> None:
     """What /openapi.json says: our own error for requests that are not valid, which FastAPI believes to be 422."""
     plain = app.openapi
 

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 from gpt2.generation.engine import Alternatives, Token
 from gpt2.generation.text import TextStream
-from gpt2.serve.prompt_logprobs import Scored
+from gpt2.serve.prompt_logprobs import PromptLogprob
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)
-class Said:
+class TokenLogprob:
     """A token, and where in the text it begins (in characters)."""
 
     id: int
     logprob: float | None
-    alternatives: Alternatives
+    top_logprobs: Alternatives
     offset: int
 
 
-Piece = tuple[str, list[Said]]
+ChoiceDelta = tuple[str, list[TokenLogprob]]
 
 
 class Choice:
@@ -33,11 +33,11 @@ class Choice:
         self._stream = TextStream(tokenizer, stop)
         self._decoder = StreamDecoder(tokenizer)
         self._tokenizer = tokenizer
-        self._read = 0  # characters, those that are held back too
-        self._held: list[Said] = []
+        self._num_characters = 0  # characters, those that are held back too
+        self._held_back: list[TokenLogprob] = []
         self.text = ""
-        self.said: list[Said] = []
-        self.tokens = 0
+        self.token_logprobs: list[TokenLogprob] = []
+        self.num_tokens = 0
         """How many were made, the end of the text among them."""
         self.finish_reason: str | None = None
 
@@ -46,43 +46,43 @@ class Choice:
         """Whether a stop string or the end of the text was met."""
         return self._stream.finished is not None
 
-    def echo(self, text: str, scored: Sequence[Scored], offsets: Sequence[int]) -> Piece:
+    def echo(self, text: str, prompt_logprobs: Sequence[PromptLogprob], offsets: Sequence[int]) -> ChoiceDelta:
         """Begin with the prompt."""
-        said = [Said(one.id, one.logprob, one.alternatives, at) for one, at in zip(scored, offsets, strict=True)]
-        self._read = len(text)
-        return self._give(text, said)
+        said = [TokenLogprob(one.id, one.logprob, one.top_logprobs, at) for one, at in zip(prompt_logprobs, offsets, strict=True)]
+        self._num_characters = len(text)
+        return self._emit(text, said)
 
-    def push(self, token: Token) -> Piece:
+    def push(self, token: Token) -> ChoiceDelta:
         """What became certain with a token."""
-        self.tokens += 1
-        self._held.append(Said(token.id, token.logprob, token.alternatives, self._read))
+        self.num_tokens += 1
+        self._held_back.append(TokenLogprob(token.id, token.logprob, token.alternatives, self._num_characters))
         if token.id < self._tokenizer.vocab_size and token.id != self._tokenizer.end_of_text:
-            self._read += len(self._decoder.push(token.id))
-        return self._certain(self._stream.push(token.id))
+            self._num_characters += len(self._decoder.push(token.id))
+        return self._emit_ready(self._stream.push(token.id))
 
-    def finish(self, reason: str) -> Piece:
+    def finish(self, reason: str) -> ChoiceDelta:
         """What is left, now that it has ended: "stop" or "length"."""
         self.finish_reason = "stop" if self.stopped else reason
-        by_string = self.stopped and self._read > len(self.text)
+        by_string = self.stopped and self._num_characters > len(self.text)
         piece = self._stream.flush()
         if by_string:
-            return self._certain(piece)
-        held, self._held = self._held, []
-        return self._give(piece, held)
+            return self._emit_ready(piece)
+        held, self._held_back = self._held_back, []
+        return self._emit(piece, held)
 
-    def _certain(self, piece: str) -> Piece:
-        shown = len(self.text) + len(piece)
-        ready = [said for said in self._held if said.offset < shown]
-        self._held = self._held[len(ready) :]
-        return self._give(piece, ready)
+    def _emit_ready(self, text: str) -> ChoiceDelta:
+        shown = len(self.text) + len(text)
+        ready = [said for said in self._held_back if said.offset < shown]
+        self._held_back = self._held_back[len(ready) :]
+        return self._emit(text, ready)
 
-    def _give(self, piece: str, said: list[Said]) -> Piece:
-        self.text += piece
-        self.said += said
-        return piece, said
+    def _emit(self, text: str, token_logprobs: list[TokenLogprob]) -> ChoiceDelta:
+        self.text += text
+        self.token_logprobs += token_logprobs
+        return text, token_logprobs
 
 
-def spelled(tokenizer: Tokenizer, token: int) -> str:
+def format_token(tokenizer: Tokenizer, token: int) -> str:
     """A token as OpenAI writes it: its text, or ``bytes:\\xe2\\x82`` where it is no whole characters."""
     if token >= tokenizer.vocab_size:
         return f"<{token}>"

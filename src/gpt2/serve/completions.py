@@ -5,47 +5,47 @@ from contextlib import aclosing
 from typing import Any, cast
 
 from gpt2.serve.answers import (
-    Answer,
-    Ask,
-    check_length,
-    check_samples,
-    check_text,
-    heading,
-    max_tokens_of,
-    sampling_of,
-    seed_of,
+    ResponseStream,
+    ParsedRequest,
+    check_prompt_length,
+    resolve_num_samples,
+    check_text_length,
+    response_header,
+    resolve_max_tokens,
+    parse_sampling,
+    resolve_seed,
 )
-from gpt2.serve.choices import Choice, Said, spelled
+from gpt2.serve.choices import Choice, TokenLogprob, format_token
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
 from gpt2.serve.models import ServedModel
 from gpt2.serve.schema import CompletionRequest
 from gpt2.tokenizer import Tokenizer
 
-MAX_TOKENS = 16  # where a request does not say
+DEFAULT_MAX_TOKENS = 16  # where a request does not say
 
 
-def ask_of(body: CompletionRequest, served: ServedModel, limits: Limits) -> Ask:
+def parse_request(body: CompletionRequest, served: ServedModel, limits: Limits) -> ParsedRequest:
     """What the request asks of the model. Raises APIError for what is not to be had."""
     if body.suffix:
         raise APIError(400, "suffix is not supported: GPT-2 continues a text, and cannot fill a gap in it", "suffix")
-    n = check_samples(body, limits)
-    best_of = _best_of(body, n, limits)
+    n = resolve_num_samples(body, limits)
+    best_of = _resolve_best_of(body, n, limits)
     alternatives = body.logprobs if best_of == n or body.logprobs is not None else 0
-    return Ask(
+    return ParsedRequest(
         served,
-        prompts_of(body, served, limits),
+        encode_prompts(body, served, limits),
         best_of,
-        sampling_of(body),
-        max_tokens_of(body, MAX_TOKENS, limits),
-        body.stops,
-        seed_of(body),
+        parse_sampling(body),
+        resolve_max_tokens(body, DEFAULT_MAX_TOKENS, limits),
+        body.stop_strings,
+        resolve_seed(body),
         alternatives,
         bool(body.echo),
     )
 
 
-def prompts_of(body: CompletionRequest, served: ServedModel, limits: Limits) -> list[list[int]]:
+def encode_prompts(body: CompletionRequest, served: ServedModel, limits: Limits) -> list[list[int]]:
     """The token ids of every prompt."""
     given = body.prompt if body.prompt is not None else ""
     if isinstance(given, str):
@@ -63,16 +63,16 @@ def prompts_of(body: CompletionRequest, served: ServedModel, limits: Limits) -> 
         if max(prompt) >= served.model.config.vocab_size:
             size = served.model.config.vocab_size
             raise APIError(400, f"prompt: token {max(prompt)} is not in the model's vocabulary of {size:,}", "prompt")
-        check_length(prompt, served, "prompt")
+        check_prompt_length(prompt, served, "prompt")
     return prompts
 
 
 def _encode(text: str, served: ServedModel) -> list[int]:
-    check_text(len(text), served, "prompt")
+    check_text_length(len(text), served, "prompt")
     return served.encode(text)
 
 
-def _best_of(body: CompletionRequest, n: int, limits: Limits) -> int:
+def _resolve_best_of(body: CompletionRequest, n: int, limits: Limits) -> int:
     best_of = body.best_of or n
     if best_of < n:
         raise APIError(400, f"best_of must be at least n ({n}), not {best_of}", "best_of")
@@ -83,64 +83,64 @@ def _best_of(body: CompletionRequest, n: int, limits: Limits) -> int:
     return best_of
 
 
-async def completion(body: CompletionRequest, reply: Answer) -> dict[str, Any]:
+async def completion(body: CompletionRequest, response: ResponseStream) -> dict[str, Any]:
     """The whole response."""
-    await reply.all()
-    ask, n, choices = reply.ask, body.n or 1, []
+    await response.collect()
+    ask, n, choices = response.request, body.n or 1, []
     for number in range(len(ask.prompts)):
-        samples = reply.choices[number * ask.samples : (number + 1) * ask.samples]
-        if ask.samples > n:
-            samples = sorted(samples, key=_likelihood, reverse=True)[:n]
+        samples = response.choices[number * ask.num_samples : (number + 1) * ask.num_samples]
+        if ask.num_samples > n:
+            samples = sorted(samples, key=_mean_logprob, reverse=True)[:n]
         for choice in samples:
-            logprobs = logprobs_of(ask.served.tokenizer, choice.said, body.logprobs)
-            choices.append(_choice(len(choices), choice.text, logprobs, choice.finish_reason))
-    return heading("cmpl", "text_completion", ask.served) | {"choices": choices, "usage": reply.usage}
+            logprobs = format_logprobs(ask.served.tokenizer, choice.token_logprobs, body.logprobs)
+            choices.append(_format_choice(len(choices), choice.text, logprobs, choice.finish_reason))
+    return response_header("cmpl", "text_completion", ask.served) | {"choices": choices, "usage": response.usage}
 
 
-async def completion_chunks(body: CompletionRequest, reply: Answer) -> AsyncGenerator[dict[str, Any]]:
+async def completion_chunks(body: CompletionRequest, response: ResponseStream) -> AsyncGenerator[dict[str, Any]]:
     """The response as a stream."""
-    head = heading("cmpl", "text_completion", reply.ask.served)
-    usage = {"usage": None} if body.tells_usage else {}
-    async with aclosing(reply.pieces()) as pieces:
+    head = response_header("cmpl", "text_completion", response.request.served)
+    usage = {"usage": None} if body.include_usage else {}
+    async with aclosing(response.deltas()) as pieces:
         async for piece in pieces:
-            logprobs = logprobs_of(reply.ask.served.tokenizer, piece.said, body.logprobs)
-            yield head | {"choices": [_choice(piece.index, piece.text, logprobs, piece.finish_reason)]} | usage
-    if body.tells_usage:
-        yield head | {"choices": [], "usage": reply.usage}
+            logprobs = format_logprobs(response.request.served.tokenizer, piece.token_logprobs, body.logprobs)
+            yield head | {"choices": [_format_choice(piece.index, piece.text, logprobs, piece.finish_reason)]} | usage
+    if body.include_usage:
+        yield head | {"choices": [], "usage": response.usage}
 
 
-def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+def _format_choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _likelihood(choice: Choice) -> float:
+def _mean_logprob(choice: Choice) -> float:
     """The mean log-probability of a text's tokens."""
-    known = [said.logprob for said in choice.said if said.logprob is not None]
+    known = [said.logprob for said in choice.token_logprobs if said.logprob is not None]
     return sum(known) / len(known) if known else 0.0
 
 
-def logprobs_of(tokenizer: Tokenizer, said: Sequence[Said], top: int | None) -> dict[str, Any] | None:
+def format_logprobs(tokenizer: Tokenizer, token_logprobs: Sequence[TokenLogprob], num_top_logprobs: int | None) -> dict[str, Any] | None:
     """Parallel lists for all tokens; `top` is how many of the most likely were asked for."""
-    if top is None:
+    if num_top_logprobs is None:
         return None
     return {
-        "tokens": [spelled(tokenizer, one.id) for one in said],
-        "token_logprobs": [one.logprob for one in said],
-        "top_logprobs": [_top(tokenizer, one) for one in said] if top else None,
-        "text_offset": [one.offset for one in said],
-        "token_ids": [one.id for one in said],
-        "top_token_ids": [None if one.logprob is None else [i for i, _ in one.alternatives] for one in said]
-        if top
+        "tokens": [format_token(tokenizer, one.id) for one in token_logprobs],
+        "token_logprobs": [one.logprob for one in token_logprobs],
+        "top_logprobs": [_format_top_logprobs(tokenizer, one) for one in token_logprobs] if num_top_logprobs else None,
+        "text_offset": [one.offset for one in token_logprobs],
+        "token_ids": [one.id for one in token_logprobs],
+        "top_token_ids": [None if one.logprob is None else [i for i, _ in one.top_logprobs] for one in token_logprobs]
+        if num_top_logprobs
         else None,
     }
 
 
-def _top(tokenizer: Tokenizer, said: Said) -> dict[str, float] | None:
+def _format_top_logprobs(tokenizer: Tokenizer, token_logprob: TokenLogprob) -> dict[str, float] | None:
     """The most likely tokens by their text, and the one that was said, if it is not among them."""
-    if said.logprob is None:
+    if token_logprob.logprob is None:
         return None
-    pairs = [*said.alternatives, (said.id, said.logprob)]
+    pairs = [*token_logprob.top_logprobs, (token_logprob.id, token_logprob.logprob)]
     top: dict[str, float] = {}
     for token, logprob in pairs:
-        top.setdefault(spelled(tokenizer, token), logprob)
+        top.setdefault(format_token(tokenizer, token), logprob)
     return top

@@ -10,7 +10,7 @@ from gpt2.errors import UserError
 from gpt2.generation.engine import DAMAGED
 from gpt2.generation.sampling import Sampling
 
-KINDS = {
+ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
@@ -18,8 +18,8 @@ KINDS = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
-SETTINGS = frozenset(Sampling.__dataclass_fields__)
+ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
+SAMPLING_FIELDS = frozenset(Sampling.__dataclass_fields__)
 
 
 class APIError(Exception):
@@ -39,12 +39,12 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
-        self.code = code or CODES.get(status)
+        self.code = code or ERROR_CODES.get(status)
 
     @property
     def body(self) -> dict[str, Any]:
         """As OpenAI writes it."""
-        kind = KINDS.get(self.status, "invalid_request_error")
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
@@ -57,10 +57,10 @@ class APIError(Exception):
         return Response(json.dumps(self.body), self.status, headers, "application/json")
 
 
-def api_error(error: UserError) -> APIError:
+def to_api_error(error: UserError) -> APIError:
     """A UserError as the client's fault, with the setting it names; a damaged model is the server's."""
     message = str(error)
     if message == DAMAGED:
         return APIError(500, message)
     first = message.split(" ")[0].rstrip(":,").replace("-", "_")
-    return APIError(400, message, first if first in SETTINGS else None)
+    return APIError(400, message, first if first in SAMPLING_FIELDS else None)

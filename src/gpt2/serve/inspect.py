@@ -18,7 +18,7 @@ from gpt2.generation.sampling import Sampling, probabilities
 from gpt2.model import GPT
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
-LOGITS_AT_ONCE = 64  # positions whose logits are held together: (64, V)
+LOGITS_CHUNK = 64  # positions whose logits are held together: (64, V)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Next:
+class NextTokenCandidates:
     """What might come next: the likeliest tokens, and of all of them how many have a chance and their entropy."""
 
     tokens: list[Candidate]
@@ -52,7 +52,7 @@ class Next:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredToken:
     """A token of a text, and what the model thought of it there: natural logarithm, and rank from 1."""
 
     id: int
@@ -62,7 +62,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerPrediction:
     """What the model would say if its layers ended here: the likeliest tokens with their probabilities."""
 
     layer: int
@@ -71,14 +71,14 @@ class Layer:
     """The probability here of the token that was asked for."""
 
 
-def piece(tokenizer: Tokenizer, token: int) -> str:
+def token_text(tokenizer: Tokenizer, token: int) -> str:
     """The text of one token: U+FFFD where it is no whole character, its number where the tokenizer has none."""
     if token >= tokenizer.vocab_size:
         return f"<{token}>"
     return tokenizer.decode([token])
 
 
-def starts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+def token_offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
     """Where each token's text begins in the text of them all, in characters; a part of a character where that does."""
     decoder, length, found = StreamDecoder(tokenizer), 0, []
     for token in tokens:
@@ -105,14 +105,14 @@ def next_logits(model: GPT, tokens: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def candidates_of(
+def top_candidates(
     logits: Tensor,
     tokenizer: Tokenizer,
     sampling: Sampling,
     history: History,
     top: int,
-    asked: int | None = None,
-) -> Next:
+    target_token: int | None = None,
+) -> NextTokenCandidates:
     """The `top` tokens that follow logits (1, V), the likeliest after the settings first, then by the model's own.
 
     Raises UserError if the settings rule out every token.
@@ -124,18 +124,18 @@ def candidates_of(
     shown += [i for i in own if i not in set(shown)][: max(0, top - len(shown))]
 
     def candidate(i: int) -> Candidate:
-        return Candidate(i, piece(tokenizer, i), float(logits[0, i]), float(probs[i]), float(raw[i]))
+        return Candidate(i, token_text(tokenizer, i), float(logits[0, i]), float(probs[i]), float(raw[i]))
 
     positive = probs[probs > 0]
     entropy = max(0.0, float(-(positive * positive.log2()).sum()))
     found = [candidate(i) for i in shown]
-    if asked is None:
-        return Next(found, len(positive), entropy)
-    return Next(found, len(positive), entropy, candidate(asked), int((raw > raw[asked]).sum()) + 1)
+    if target_token is None:
+        return NextTokenCandidates(found, len(positive), entropy)
+    return NextTokenCandidates(found, len(positive), entropy, candidate(target_token), int((raw > raw[target_token]).sum()) + 1)
 
 
 @torch.inference_mode()
-def score(model: GPT, tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Scored]:
+def score_tokens(model: GPT, tokenizer: Tokenizer, tokens: Sequence[int]) -> list[ScoredToken]:
     """What the model thought of each token of a text but the first, when it had read those before it.
 
     A text that outgrows the context is read in windows that overlap by half, so that every token has at least half
@@ -149,41 +149,41 @@ def score(model: GPT, tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Score
     for begin in range(0, max(1, len(text) - 1), stride):
         inputs, targets = text[begin : begin + window], text[begin + 1 : begin + window + 1]
         skip = done - begin
-        scored += _scores(model, tokenizer, inputs, targets, skip)
+        scored += _score_targets(model, tokenizer, inputs, targets, skip)
         done = begin + len(targets)
         if done >= len(text) - 1:
             break
     return scored
 
 
-def _scores(model: GPT, tokenizer: Tokenizer, inputs: list[int], targets: list[int], skip: int) -> Iterator[Scored]:
+def _score_targets(model: GPT, tokenizer: Tokenizer, inputs: list[int], targets: list[int], skip: int) -> Iterator[ScoredToken]:
     """Those of the targets beyond the first `skip`."""
     with evaluating(model):
         hidden = model.hidden_states(torch.tensor([inputs], device=model.device))[0]  # (T, C)
-    for at in range(skip, len(targets), LOGITS_AT_ONCE):
-        wanted = torch.tensor(targets[at : at + LOGITS_AT_ONCE], device=model.device).unsqueeze(-1)  # (t, 1)
+    for at in range(skip, len(targets), LOGITS_CHUNK):
+        wanted = torch.tensor(targets[at : at + LOGITS_CHUNK], device=model.device).unsqueeze(-1)  # (t, 1)
         logprobs = model.lm_head(hidden[at : at + len(wanted)]).float().log_softmax(-1)  # (t, V)
         own = logprobs.gather(-1, wanted)
         ranks = (logprobs > own).sum(-1) + 1
         for token, logprob, rank in zip(wanted[:, 0].tolist(), own[:, 0].tolist(), ranks.tolist(), strict=True):
-            yield Scored(token, piece(tokenizer, token), logprob, rank)
+            yield ScoredToken(token, token_text(tokenizer, token), logprob, rank)
 
 
-def perplexity(scored: Sequence[Scored]) -> float | None:
+def perplexity(scored: Sequence[ScoredToken]) -> float | None:
     """The exponential of the mean surprise of the tokens; None for none."""
     return math.exp(min(700.0, -sum(token.logprob for token in scored) / len(scored))) if scored else None
 
 
 @torch.inference_mode()
-def attention(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
+def attention_weights(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
     """How much the token at `position` looks at each up to itself: (layers, heads, position + 1), rows that sum to 1.
 
     Raises UserError for a position that the text or the context does not have.
     """
-    row = _up_to(model, tokens, position)
+    row = _prefix_tensor(model, tokens, position)
     weights = []
     with evaluating(model):
-        for x, block in zip(_streams(model, row), model.transformer.h, strict=False):  # x (1, T, C)
+        for x, block in zip(_residual_streams(model, row), model.transformer.h, strict=False):  # x (1, T, C)
             qkv = block.get_submodule("attn.c_attn")(block.get_submodule("ln_1")(x))  # (1, T, 3C)
             qkv = qkv.view(1, x.size(1), 3, model.config.n_head, -1)  # (1, T, 3, H, D)
             q, k, _ = qkv[0].permute(1, 2, 0, 3).float()  # (H, T, D) each
@@ -193,26 +193,26 @@ def attention(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
 
 
 @torch.inference_mode()
-def lens(
-    model: GPT, tokenizer: Tokenizer, tokens: Sequence[int], position: int, top: int, asked: int | None = None
-) -> list[Layer]:
+def logit_lens(
+    model: GPT, tokenizer: Tokenizer, tokens: Sequence[int], position: int, top: int, target_token: int | None = None
+) -> list[LayerPrediction]:
     """What each layer would say after `position`: the final norm and the head on the residual stream after each block.
 
     Layer 0 is the embedding itself, the last one the model's own answer. Source: nostalgebraist, "interpreting GPT:
     the logit lens" (2020). Raises UserError for a position that the text or the context does not have.
     """
-    row = _up_to(model, tokens, position)
+    row = _prefix_tensor(model, tokens, position)
     layers = []
     with evaluating(model):
-        for i, x in enumerate(_streams(model, row)):
+        for i, x in enumerate(_residual_streams(model, row)):
             probs = model.lm_head(model.transformer.ln_f(x[:, -1])).float().softmax(-1)  # (1, V)
             best = largest(probs, min(top, probs.size(-1)))[0].tolist()
-            told = [(token, piece(tokenizer, token), float(probs[0, token])) for token in best]
-            layers.append(Layer(i, told, None if asked is None else float(probs[0, asked])))
+            told = [(token, token_text(tokenizer, token), float(probs[0, token])) for token in best]
+            layers.append(LayerPrediction(i, told, None if target_token is None else float(probs[0, target_token])))
     return layers
 
 
-def _up_to(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
+def _prefix_tensor(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
     """The tokens that the one at `position` sees, itself included: (1, T)."""
     check_tokens(model, tokens)
     if not 0 <= position < len(tokens):
@@ -222,10 +222,10 @@ def _up_to(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
     return torch.tensor([list(tokens[: position + 1])], device=model.device)
 
 
-def _streams(model: GPT, row: Tensor) -> Iterator[Tensor]:
+def _residual_streams(model: GPT, input_ids: Tensor) -> Iterator[Tensor]:
     """The residual stream before the first block and after each: (1, T, C), n_layer + 1 times."""
     transformer = model.transformer
-    x = transformer.wte(row) + transformer.wpe(torch.arange(row.size(1), device=row.device))
+    x = transformer.wte(input_ids) + transformer.wpe(torch.arange(input_ids.size(1), device=input_ids.device))
     yield x
     for block in transformer.h:
         x = block(x)

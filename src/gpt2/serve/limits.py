@@ -6,22 +6,22 @@ from typing import Any
 from gpt2.errors import UserError
 
 
-def _limit(default: float, about: str) -> Any:
-    return field(default=default, metadata={"help": about})
+def _limit_field(default: float, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True)
 class Limits:
     """What is refused beyond; `gpt2 serve` has a flag for each."""
 
-    slots: int = _limit(32, "texts that are written at once")
-    max_waiting: int = _limit(256, "texts that wait for a slot; more are refused, with 429")
-    max_tokens: int = _limit(4096, "new tokens of a text at most")
-    max_n: int = _limit(16, "texts from one prompt at most")
-    max_prompts: int = _limit(128, "prompts in a request at most")
-    per_client: int = _limit(64, "requests of one client at a time")
-    max_body: int = _limit(4 * 2**20, "bytes of a request at most")
-    timeout: float = _limit(600.0, "seconds that a request may take")
+    slots: int = _limit_field(32, "texts that are written at once")
+    max_waiting: int = _limit_field(256, "texts that wait for a slot; more are refused, with 429")
+    max_tokens: int = _limit_field(4096, "new tokens of a text at most")
+    max_n: int = _limit_field(16, "texts from one prompt at most")
+    max_prompts: int = _limit_field(128, "prompts in a request at most")
+    per_client: int = _limit_field(64, "requests of one client at a time")
+    max_body: int = _limit_field(4 * 2**20, "bytes of a request at most")
+    timeout: float = _limit_field(600.0, "seconds that a request may take")
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:

@@ -16,15 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gpt2.serve.errors import APIError
 from gpt2.serve.metrics import Metrics
 
-OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")  # and /static/: they tell nothing and cost nothing
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-BODY_SECONDS = 30.0  # in which a request has to arrive
-POLICY = (
+PUBLIC_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")  # and /static/: they tell nothing and cost nothing
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+BODY_TIMEOUT_SECONDS = 30.0  # in which a request has to arrive
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-SECURITY = {
-    "Content-Security-Policy": POLICY,
+SECURITY_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -37,7 +37,7 @@ _log = logging.getLogger("gpt2.serve")
 
 
 @dataclass(frozen=True)
-class Access:
+class AccessPolicy:
     """Who may ask.
 
     keys:  one of them has to come as ``Authorization: Bearer KEY``; none for an open server.
@@ -45,17 +45,17 @@ class Access:
            None for any.
     """
 
-    keys: Sequence[str] = ()
-    hosts: Sequence[str] | None = None
+    api_keys: Sequence[str] = ()
+    allowed_hosts: Sequence[str] | None = None
 
 
-class Guard:
+class RequestMiddleware:
     """The middleware around the app."""
 
-    def __init__(self, app: ASGIApp, access: Access, max_body: int, metrics: Metrics, paths: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, access: AccessPolicy, max_body: int, metrics: Metrics, paths: Sequence[str]) -> None:
         self._app, self._max_body, self._metrics, self._paths = app, max_body, metrics, set(paths)
-        self._digests = [_digest(key) for key in access.keys]
-        self._hosts = None if access.hosts is None else {host.lower() for host in access.hosts}
+        self._digests = [_digest(key) for key in access.api_keys]
+        self._hosts = None if access.allowed_hosts is None else {host.lower() for host in access.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,7 +68,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                for name, value in SECURITY.items():
+                for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
@@ -78,7 +78,7 @@ class Guard:
             self._check_host(headers)
             key = self._check_key(scope["path"], headers)
             scope["gpt2.client"] = f"{key}@{(scope.get('client') or ('', 0))[0]}"
-            receive = await self._read(headers, receive)
+            receive = await self._read_body(headers, receive)
             await self._app(scope, receive, send_on)
         except APIError as error:
             await error.response()(scope, receive, send_on)
@@ -92,15 +92,15 @@ class Guard:
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self._hosts is not None and _name_of(f"//{host}") not in self._hosts:
+        if self._hosts is not None and _hostname(f"//{host}") not in self._hosts:
             raise APIError(403, f"this server is not called {host!r:.100}: see gpt2 serve --allowed-host")
         origin = headers.get("origin")
-        if origin is not None and _place_of(origin) != host.lower():
+        if origin is not None and _netloc(origin) != host.lower():
             raise APIError(403, "requests from pages of other sites are not answered")
 
     def _check_key(self, path: str, headers: Headers) -> int:
         """Which of the keys it is; -1 where none is needed."""
-        if not self._digests or path in OPEN_PATHS or path.startswith("/static/"):
+        if not self._digests or path in PUBLIC_PATHS or path.startswith("/static/"):
             return -1
         scheme, _, given = headers.get("authorization", "").partition(" ")
         digest = _digest(given.strip() if scheme.lower() == "bearer" else "")
@@ -110,7 +110,7 @@ class Guard:
             raise APIError(401, problem)
         return matches.index(True)
 
-    async def _read(self, headers: Headers, receive: Receive) -> Receive:
+    async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
         """Read the whole body, as long as it is allowed to be; what comes after it is left."""
         length = headers.get("content-length", "")
         too_large = APIError(413, f"the request has more than {self._max_body:,} bytes", code="request_too_large")
@@ -118,7 +118,7 @@ class Guard:
             raise too_large
         body, more = bytearray(), True
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
                 while more:
                     message = await receive()
                     body += message.get("body", b"")
@@ -126,19 +126,19 @@ class Guard:
                     if len(body) > self._max_body:
                         raise too_large
         except TimeoutError:
-            raise APIError(408, f"the request did not arrive within {BODY_SECONDS:g} seconds") from None
-        return _Replay(bytes(body), receive)
+            raise APIError(408, f"the request did not arrive within {BODY_TIMEOUT_SECONDS:g} seconds") from None
+        return _ReplayReceive(bytes(body), receive)
 
 
-class _Replay:
+class _ReplayReceive:
     """Gives the body again, and then what comes after it."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
-        self._first: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
+        self._body_message: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
         self._receive = receive
 
     async def __call__(self) -> Message:
-        first, self._first = self._first, None
+        first, self._body_message = self._body_message, None
         return first or await self._receive()
 
 
@@ -146,14 +146,14 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _name_of(address: str) -> str | None:
+def _hostname(url: str) -> str | None:
     try:
-        return urlsplit(address).hostname
+        return urlsplit(url).hostname
     except ValueError:
         return None
 
 
-def _place_of(origin: str) -> str | None:
+def _netloc(origin: str) -> str | None:
     """The host and port of an origin, or None for what is none."""
     try:
         return urlsplit(origin).netloc.lower() or None

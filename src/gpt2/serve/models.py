@@ -25,27 +25,27 @@ class ServedModel:
 
     name: str
     model: GPT
-    fast: LanguageModel
+    inference_model: LanguageModel
     tokenizer: Tokenizer
     scheduler: Scheduler
     template: Template
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
-    def most_characters(self) -> int:
+    def max_prompt_characters(self) -> int:
         """No text that is longer fits the context, whatever it says: it need not be cut into tokens to know."""
         longest = max(len(self.tokenizer.token_bytes(token)) for token in range(self.tokenizer.vocab_size))
-        return longest * self.scheduler.context
+        return longest * self.scheduler.context_length
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, in which ``<|endoftext|>`` is that token; an empty one begins a text."""
         return self.tokenizer.encode(text, allow_special=True) or [self.tokenizer.end_of_text]
 
 
-def serve_model(
+def create_served_model(
     name: str,
     model: GPT,
-    fast: LanguageModel,
+    inference_model: LanguageModel,
     tokenizer: Tokenizer | None,
     limits: Limits,
     template: Template | None = None,
@@ -54,20 +54,20 @@ def serve_model(
     """A model, ready to be served under a name. Raises UserError for one without a tokenizer."""
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer: text needs one")
-    scheduler = Scheduler(fast, limits.slots, limits.max_waiting, limits.per_client, max_length)
-    return ServedModel(name, model, fast, tokenizer, scheduler, template or Template())
+    scheduler = Scheduler(inference_model, limits.slots, limits.max_waiting, limits.per_client, max_length)
+    return ServedModel(name, model, inference_model, tokenizer, scheduler, template or Template())
 
 
-def name_of(ref: str) -> str:
+def served_model_name(model_ref: str) -> str:
     """What a model is called: its hub name, or its folder's; the model of a run has the run's."""
-    path = Path(ref).expanduser()
+    path = Path(model_ref).expanduser()
     if not path.exists():
-        return ref
+        return model_ref
     path = path.resolve()
     return path.parent.name or path.name if path.name == "model" else path.name  # /model has no other
 
 
-def find(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
+def find_model(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
     """The model of that name, or the first. Raises APIError 404."""
     if name is None:
         return next(iter(models.values()))

@@ -7,20 +7,20 @@ from pydantic_core import PydanticCustomError
 
 from gpt2.generation.sampling import Sampling
 
-TOP_LOGPROBS = 20  # of one token
+MAX_TOP_LOGPROBS = 20  # of one token
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
-StopText = Annotated[str, Field(min_length=1, max_length=500)]
+StopString = Annotated[str, Field(min_length=1, max_length=500)]
 
 
-def _one_of(meaning: str) -> WrapValidator:
+def _union_error(expected: str) -> WrapValidator:
     """One message for a union, instead of one for each of its members."""
 
     def validate(value: Any, handler: Any) -> Any:
         try:
             return handler(value)
         except ValueError:
-            raise PydanticCustomError("union", "must be {meaning}", {"meaning": meaning}) from None
+            raise PydanticCustomError("union", "must be {meaning}", {"meaning": expected}) from None
 
     return WrapValidator(validate)
 
@@ -28,26 +28,26 @@ def _one_of(meaning: str) -> WrapValidator:
 TokenIds = list[Count]
 Prompt = Annotated[
     str | list[str] | TokenIds | list[TokenIds],
-    _one_of("a text, a list of texts, a list of token ids, or a list of such lists"),
+    _union_error("a text, a list of texts, a list of token ids, or a list of such lists"),
 ]
 Stop = Annotated[
-    StopText | Annotated[list[StopText], Field(max_length=16)],
-    _one_of("a text of 1 to 500 characters, or a list of up to 16 such texts"),
+    StopString | Annotated[list[StopString], Field(max_length=16)],
+    _union_error("a text of 1 to 500 characters, or a list of up to 16 such texts"),
 ]
-Content = Annotated["str | list[TextPart]", _one_of("a text, or a list of parts of type 'text'")]
+Content = Annotated["str | list[TextPart]", _union_error("a text, or a list of parts of type 'text'")]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(_StrictModel):
     """What a stream tells besides the text."""
 
     include_usage: bool | None = None
 
 
-class Settings(_Strict):
+class CommonRequestFields(_StrictModel):
     """What completions and chat have in common. A field that is null means its default."""
 
     model: str | None = Field(None, description="one of /v1/models; by default the first of them")
@@ -83,34 +83,34 @@ class Settings(_Strict):
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
     @property
-    def stops(self) -> list[str]:
+    def stop_strings(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def tells_usage(self) -> bool:
+    def include_usage(self) -> bool:
         """Whether a stream ends with the number of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionRequest(Settings):
+class CompletionRequest(CommonRequestFields):
     """POST /v1/completions"""
 
     prompt: Prompt | None = None
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class TextPart(_Strict):
+class TextPart(_StrictModel):
     """A part of a message: text is all that this model reads."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(_StrictModel):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -123,22 +123,22 @@ class Message(_Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Settings):
+class ChatRequest(CommonRequestFields):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(_StrictModel):
     """POST /tokenize"""
 
     model: str | None = None
     text: str
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(_StrictModel):
     """POST /detokenize"""
 
     model: str | None = None
@@ -199,7 +199,7 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class ChatToken(BaseModel):
+class ChatTopLogprob(BaseModel):
     """A token, its log-probability, and its bytes."""
 
     token: str
@@ -207,16 +207,16 @@ class ChatToken(BaseModel):
     bytes: list[int] | None
 
 
-class ChatTokenWithTop(ChatToken):
+class ChatTokenLogprob(ChatTopLogprob):
     """The same with the most likely tokens in its place."""
 
-    top_logprobs: list[ChatToken]
+    top_logprobs: list[ChatTopLogprob]
 
 
 class ChatLogprobs(BaseModel):
     """Of the tokens of a message."""
 
-    content: list[ChatTokenWithTop] | None
+    content: list[ChatTokenLogprob] | None
     refusal: None
 
 
@@ -266,7 +266,7 @@ class ModelList(BaseModel):
     data: list[ModelInfo]
 
 
-class Tokenized(BaseModel):
+class TokenizeResponse(BaseModel):
     """The tokens of a text, and what each stands for (U+FFFD where it is no whole character)."""
 
     tokens: list[int]
@@ -274,7 +274,7 @@ class Tokenized(BaseModel):
     count: int
 
 
-class Detokenized(BaseModel):
+class DetokenizeResponse(BaseModel):
     """The text of tokens."""
 
     text: str

@@ -13,16 +13,16 @@ from starlette.types import Receive, Scope, Send
 from gpt2.serve.errors import APIError
 
 T = TypeVar("T")
-GONE = 499  # nobody reads it: it is for the log
-UNREAD_SECONDS = 60.0  # after which a client that does not read its stream is gone
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it: it is for the log
+SEND_TIMEOUT_SECONDS = 60.0  # after which a client that does not read its stream is gone
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+async def run_until_disconnect(receive: Receive, coroutine: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`; None when the client goes away first, and `work` is cancelled then.
 
     receive: gives what the client still sends, once the request was read.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_departure(receive))
+    task, gone = asyncio.create_task(coroutine), asyncio.create_task(_wait_for_disconnect(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         return await task if task.done() else None
@@ -32,18 +32,18 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None
         await asyncio.wait((task, gone))  # what they hold is given back before we go on
 
 
-async def _departure(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def answer(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+async def json_response(request: Request, coroutine: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     """What `work` gives, as JSON."""
-    body = await until_gone(request.receive, work)
-    return Response(status_code=GONE) if body is None else JSONResponse(body)
+    body = await run_until_disconnect(request.receive, coroutine)
+    return Response(status_code=CLIENT_CLOSED_REQUEST) if body is None else JSONResponse(body)
 
 
-class EventStream(Response):
+class SSEResponse(Response):
     """Server-sent events as OpenAI's clients read them, with ``[DONE]`` at the end.
 
     An error before the first event is an answer of its own, with its status; a later one is the last event. A client
@@ -55,19 +55,19 @@ class EventStream(Response):
     def __init__(self, events: AsyncGenerator[dict[str, Any]]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._began = events, False
+        self._events, self._started = events, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(TimeoutError):
-            await until_gone(receive, self._tell(scope, receive, send))
+            await run_until_disconnect(receive, self._send_events(scope, receive, send))
 
-    async def _tell(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with contextlib.aclosing(self._events) as events:
                 async for event in events:
                     await self._send(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
         except APIError as error:
-            if not self._began:
+            if not self._started:
                 await error.response()(scope, receive, send)
                 return
             await self._send(send, json.dumps(error.body))
@@ -75,10 +75,10 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def _send(self, send: Send, data: str) -> None:
-        if not self._began:
-            self._began = True
+        if not self._started:
+            self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         body = f"data: {data}\n\n".encode("utf-8", "replace")
-        async with asyncio.timeout(UNREAD_SECONDS):
+        async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await asyncio.sleep(0)  # that the client has gone is noticed before more is written
