@@ -17,16 +17,16 @@ from machine import write_result
 from gpt2.config import TrainConfig
 from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers
-from gpt2.runtime import manage_freed_memory, pick_device
-from gpt2.train.artifact import Product
+from gpt2.runtime import configure_malloc, pick_device
+from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import CheckpointWriter
 
-SAVES = 4
+NUM_SAVES = 4
 
 
 def main() -> None:
     device = pick_device()
-    manage_freed_memory(keep=True)
+    configure_malloc(keep_freed=True)
     model = GPT(GPTConfig()).to(device)
     optimizers = build_optimizers(model, TrainConfig())
     tokens = torch.randint(50257, (1, 256), device=device)
@@ -41,9 +41,9 @@ def main() -> None:
 
     step()
     alone, beside, stalls, writes = [step() for _ in range(5)], [], [], []
-    product = Product(model.config, None)
+    product = ModelArtifact(model.config, None)
     with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), product, keep=1) as writer:
-        for number in range(SAVES):
+        for number in range(NUM_SAVES):
             writer.save(number, model, optimizers)
             stalls.append(writer.stall_seconds)
             beside.append(step())

@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from machine import write_result
 
-from gpt2.bench.decode import Decoding
+from gpt2.bench.decode import DecodeWorkload
 from gpt2.bench.load import cold_start
-from gpt2.bench.timing import Failed
+from gpt2.bench.timing import BenchmarkError
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import pick_device
 from gpt2.tokenizer import get_tokenizer
-from gpt2.weights import find_model, load, save
+from gpt2.weights import find_model_folder, load, save
 
 PROMPT_TOKENS = 64
 
 
-def measure(work: Decoding, dtype: str, times: int) -> dict[str, Any]:
+def measure(work: DecodeWorkload, dtype: str, times: int) -> dict[str, Any]:
     """Both kinds of start, in turns; one more comes first, so that the kernel is there."""
     starts: dict[str, list[dict[str, float]]] = {"kernel_compiled_before": [], "first_time_ever": []}
     cold_start(work, dtype)
@@ -64,9 +64,9 @@ def main() -> None:
             model = Path(folder, "random-124m")
             save(GPT(GPTConfig()), get_tokenizer("gpt2"), model)
         else:
-            model = find_model(args.model)
+            model = find_model_folder(args.model)
         config = load(model)[0].config
-        work = Decoding(str(device), config, str(model), PROMPT_TOKENS, new_tokens=2, batch_sizes=(1,))
+        work = DecodeWorkload(str(device), config, str(model), PROMPT_TOKENS, new_tokens=2, batch_sizes=(1,))
         found = {
             "model": args.model or "GPT-2 124M, random weights",
             "device": str(device),
@@ -81,5 +81,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, Failed) as error:
+    except (UserError, BenchmarkError) as error:
         sys.exit(f"error: {error}")

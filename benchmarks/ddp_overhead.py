@@ -20,9 +20,9 @@ from machine import write_result
 
 from gpt2.config import TrainConfig
 from gpt2.data.loader import Batch
-from gpt2.distributed.process_group import ALONE, joined
-from gpt2.runtime import manage_freed_memory
-from gpt2.train.run import Run, set_up
+from gpt2.distributed.process_group import SINGLE_PROCESS, process_group
+from gpt2.runtime import configure_malloc
+from gpt2.train.run import Run, setup_run
 from gpt2.train.trainer import update
 
 COMMAND = "torchrun --standalone --nproc-per-node=1 benchmarks/ddp_overhead.py"
@@ -39,15 +39,15 @@ CONFIG = TrainConfig(
     dtype="float32",
     compile=False,
 )
-WARM_UP = 5
+WARMUP_STEPS = 5
 
 
-def step(run: Run, batch: Batch) -> float:
+def timed_step(run: Run, batch: Batch) -> float:
     """The seconds of one."""
     began = time.perf_counter()
     run.step += 1
     update(run, batch, 1e-4)
-    run.ranks.any(False)
+    run.ranks.any_rank(False)
     return time.perf_counter() - began
 
 
@@ -55,19 +55,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200)
     args = parser.parse_args()
-    manage_freed_memory(keep=True)
-    with tempfile.TemporaryDirectory() as folder, joined() as ranks:
-        if ranks.size != 1 or ranks.alone:
+    configure_malloc(keep_freed=True)
+    with tempfile.TemporaryDirectory() as folder, process_group() as ranks:
+        if ranks.world_size != 1 or ranks.is_single_process:
             sys.exit(f"start it so: {COMMAND}")
-        alone = set_up(CONFIG, Path(folder), ALONE)
-        ddp = set_up(replace(CONFIG, parallel="ddp"), Path(folder), ranks)
+        alone = setup_run(CONFIG, Path(folder), SINGLE_PROCESS)
+        ddp = setup_run(replace(CONFIG, parallel="ddp"), Path(folder), ranks)
         seconds: dict[str, list[float]] = {"none": [], "ddp": []}
-        for pair in range(WARM_UP + args.pairs):
+        for pair in range(WARMUP_STEPS + args.pairs):
             batch = alone.loader.batch(pair)
             for run in (alone, ddp) if pair % 2 else (ddp, alone):
-                taken = step(run, batch)
-                if pair >= WARM_UP:
-                    seconds[run.spread.kind].append(taken)
+                taken = timed_step(run, batch)
+                if pair >= WARMUP_STEPS:
+                    seconds[run.distributed_model.kind].append(taken)
         same = all(torch.equal(*each) for each in zip(alone.model.parameters(), ddp.model.parameters(), strict=True))
     if not same:
         sys.exit("they have not learned the same")

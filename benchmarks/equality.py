@@ -44,11 +44,11 @@ CONFIG = TrainConfig(
     save_every=0,
     sample_tokens=0,
 )
-SECONDS = 600  # that one run may take
+TIMEOUT_SECONDS = 600  # that one run may take
 
 
 @dataclass(frozen=True)
-class Way:
+class RunVariant:
     """How a run is done: by so many processes (0: one, without torchrun) on so many hosts, which share it somehow."""
 
     processes: int
@@ -73,7 +73,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Trained:
+class RunResult:
     """What a run left: its weights by name, the loss of every step, and the validation losses."""
 
     weights: dict[str, torch.Tensor]
@@ -81,38 +81,38 @@ class Trained:
     val_losses: torch.Tensor
 
 
-def run(way: Way, place: Path) -> Trained:
+def run_variant(variant: RunVariant, parent: Path) -> RunResult:
     """Do the run, in a folder of its own under `place`."""
-    name = str(way).replace(",", "").replace(" ", "-")
+    name = str(variant).replace(",", "").replace(" ", "-")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
             [*command, "--name", name],
-            cwd=place,
+            cwd=parent,
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for command in way.commands()
+        for command in variant.commands()
     ]
     try:
-        said = [process.communicate(timeout=SECONDS)[1] for process in running]
+        said = [process.communicate(timeout=TIMEOUT_SECONDS)[1] for process in running]
     finally:
         for process in running:
             process.kill()
     if any(process.returncode for process in running):
         sys.exit("\n".join(said))
-    folder = place / "runs" / name
+    folder = parent / "runs" / name
     records = read_metrics(folder / "metrics.jsonl")
-    return Trained(
+    return RunResult(
         weights={name: p.detach() for name, p in gpt2.load(folder)[0].named_parameters()},
         losses=torch.tensor([record["loss"] for record in records], dtype=torch.float64),
         val_losses=torch.tensor([record["val_loss"] for record in records if "val_loss" in record]).double(),
     )
 
 
-def differences(one: Trained, other: Trained) -> dict[str, float]:
+def differences(one: RunResult, other: RunResult) -> dict[str, float]:
     """The largest of each kind."""
     return {
         "weights": max(float((p - other.weights[name]).abs().max()) for name, p in one.weights.items()),
@@ -132,22 +132,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], help="they must divide 8, the batch")
     args = parser.parse_args()
-    ways = [Way(0, flags=("--micro-batch-size", "1"))]
-    ways += [Way(ranks, parallel) for ranks in args.ranks for parallel in ("ddp", "fsdp")]
+    ways = [RunVariant(0, flags=("--micro-batch-size", "1"))]
+    ways += [RunVariant(ranks, parallel) for ranks in args.ranks for parallel in ("ddp", "fsdp")]
     if 4 in args.ranks:
-        ways.append(Way(4, "fsdp", hosts=2))
+        ways.append(RunVariant(4, "fsdp", hosts=2))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         config = replace(CONFIG, max_steps=args.steps, name="equality")
         (place / "equality.toml").write_text(to_toml(config), encoding="utf-8")
-        alone = run(Way(0), place)
+        alone = run_variant(RunVariant(0), place)
         scale = max(float(p.abs().max()) for p in alone.weights.values())
         print(f"one process: loss {alone.losses[0]:.3f} -> {alone.losses[-1]:.3f}, largest weight {scale:.2f}")
         print(f"largest difference from it after {args.steps} steps:\n")
         print("| processes | weights | loss of a step | validation loss |\n|:--|--:|--:|--:|")
         for way in ways:
-            found = differences(alone, run(way, place))
+            found = differences(alone, run_variant(way, place))
             rows.append({"processes": max(1, way.processes), "parallel": way.parallel, "hosts": way.hosts, **found})
             rows[-1] |= {"way": str(way)}
             print(f"| {way} | {found['weights']:.1e} | {found['loss']:.1e} | {found['val_loss']:.1e} |", flush=True)

@@ -20,40 +20,40 @@ from matplotlib.figure import Figure
 
 import gpt2
 from gpt2.config import TrainConfig
-from gpt2.lora import attach, trainable_parameters
+from gpt2.lora import add_adapter, trainable_parameters
 from gpt2.model import GPT
 from gpt2.reporting.metrics import read_metrics
 from gpt2.train.trainer import train
-from gpt2.weights import find_model, load, save
+from gpt2.weights import find_model_folder, load, save
 
-RATES = {"from nothing": (2e-3, 4e-3), "fine-tuned": (5e-4, 1e-3), "LoRA": (2e-3, 4e-3, 8e-3)}
-USUAL = {"from nothing": 2e-3, "fine-tuned": 1e-3, "LoRA": 4e-3}
+CANDIDATE_LRS = {"from nothing": (2e-3, 4e-3), "fine-tuned": (5e-4, 1e-3), "LoRA": (2e-3, 4e-3, 8e-3)}
+DEFAULT_LRS = {"from nothing": 2e-3, "fine-tuned": 1e-3, "LoRA": 4e-3}
 COLOURS = {"from nothing": "#7f7f7f", "fine-tuned": "#1f77b4", "LoRA": "#d62728"}
-RANK = 8
+LORA_RANK = 8
 
 
-def learn(how: str, rate: float, base: str, data: str, steps: int, folder: Path) -> dict[str, Any]:
+def train_variant(variant: str, lr: float, base: str, data: str, steps: int, folder: Path) -> dict[str, Any]:
     """One run's validation losses by step, and how much it learned with."""
     model, tokenizer = load(base)
     shape = model.config
-    if how == "from nothing":
+    if variant == "from nothing":
         torch.manual_seed(1)
         save(GPT(replace(shape, dropout=0.0)), tokenizer, folder / "nothing")
         base = str(folder / "nothing")
     config = TrainConfig(
-        name=f"{how}-{rate}".replace(" ", "-"),
+        name=f"{variant}-{lr}".replace(" ", "-"),
         out_dir=str(folder),
         data=data,
         init_from=base,
         block_size=shape.block_size,
         batch_size=16,
         max_steps=steps,
-        lr=rate,
+        lr=lr,
         warmup_steps=min(50, steps // 10),
-        dropout=0.0 if how == "LoRA" else 0.1,
+        dropout=0.0 if variant == "LoRA" else 0.1,
         weight_decay=0.01,
         beta2=0.99,
-        lora_rank=RANK if how == "LoRA" else 0,
+        lora_rank=LORA_RANK if variant == "LoRA" else 0,
         eval_every=max(1, steps // 24),
         eval_tokens=0,
         save_every=0,
@@ -62,13 +62,13 @@ def learn(how: str, rate: float, base: str, data: str, steps: int, folder: Path)
     run = train(config)
     records = read_metrics(run / "metrics.jsonl")
     curve = [{"step": r["step"], "val_loss": r["val_loss"]} for r in records if "val_loss" in r]
-    if how == "LoRA":
-        attach(model, config.lora_config())
+    if variant == "LoRA":
+        add_adapter(model, config.lora_config())
     learned = sum(p.numel() for p in trainable_parameters(model).values())
     seconds = sorted(r["update_seconds"] for r in records)[len(records) // 2]
     state = (run / "checkpoints" / f"step-{steps}" / "optimizer.safetensors").stat().st_size
     return {
-        "lr": rate,
+        "lr": lr,
         "parameters": model.num_parameters(),
         "trainable_parameters": learned,
         "trainable_bytes": 8 * learned + state,  # weights and gradients in float32, and what the optimizer remembers
@@ -78,7 +78,7 @@ def learn(how: str, rate: float, base: str, data: str, steps: int, folder: Path)
     }
 
 
-def reached(curve: list[dict[str, float]], loss: float) -> float | None:
+def step_at_loss(curve: list[dict[str, float]], loss: float) -> float | None:
     """The step at which a curve first falls to `loss`, on a straight line between two measurements."""
     if curve[0]["val_loss"] <= loss:
         return curve[0]["step"]
@@ -97,7 +97,7 @@ def draw(found: dict[str, dict[str, Any]], target: float, path: Path) -> None:
         steps, losses = zip(*((one["step"], one["val_loss"]) for one in run["curve"]), strict=True)
         share = run["trainable_parameters"] / run["parameters"]
         axes.plot(steps, losses, color=COLOURS[how], label=f"{how} ({share:.0%} of the weights learn)")
-        step = reached(run["curve"], target)
+        step = step_at_loss(run["curve"], target)
         if step is not None and step > steps[0]:  # else it was below before it was first measured
             axes.plot([step], [target], "o", color=COLOURS[how])
     axes.axhline(target, color="#7f7f7f", linewidth=0.8, linestyle=":")
@@ -118,15 +118,15 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
-        for how in USUAL:
-            rates = RATES[how] if args.rates else (USUAL[how],)
-            runs = [learn(how, rate, args.base, args.data, args.steps, Path(name)) for rate in rates]
+        for how in DEFAULT_LRS:
+            rates = CANDIDATE_LRS[how] if args.rates else (DEFAULT_LRS[how],)
+            runs = [train_variant(how, rate, args.base, args.data, args.steps, Path(name)) for rate in rates]
             found[how] = min(runs, key=lambda run: run["best_val_loss"])
     target = found["from nothing"]["best_val_loss"]
-    steps = {how: reached(run["curve"], target) for how, run in found.items()}
+    steps = {how: step_at_loss(run["curve"], target) for how, run in found.items()}
     full, lora = found["fine-tuned"], found["LoRA"]
     told = {
-        "base": gpt2.load(find_model(args.base))[0].num_parameters(),
+        "base": gpt2.load(find_model_folder(args.base))[0].num_parameters(),
         "target": target,
         "steps_to_target": steps,
         "lora_loss_over_full": lora["best_val_loss"] / full["best_val_loss"],

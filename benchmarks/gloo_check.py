@@ -33,8 +33,8 @@ from gpt2.config import TrainConfig
 from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers
 from gpt2.planning.cluster import Cluster, Link
-from gpt2.planning.costs import Setup
-from gpt2.planning.scaling import divided_work, predict
+from gpt2.planning.costs import StepSetup
+from gpt2.planning.scaling import predict_step, split_step_work
 
 ROWS, LENGTH = 4, 128
 SHAPES = {
@@ -45,10 +45,10 @@ SHAPES = {
 BUCKET_MIB = 1  # instead of 25: these models are a hundredth of those that DDP's default was made for
 SIZES = (2**20, 2**21, 2**22)  # bytes of the all-reduces that the link is measured with
 WARM_UP, STEPS = 3, 8
-SENT = Path("/sys/class/net/wire/statistics/tx_bytes")  # of the host that a rank is in
+TX_BYTES_FILE = Path("/sys/class/net/wire/statistics/tx_bytes")  # of the host that a rank is in
 
 
-class Loss(nn.Module):
+class LossModule(nn.Module):
     """The loss as a module's forward pass, which is what DDP and FSDP watch."""
 
     def __init__(self, model: GPT) -> None:
@@ -59,13 +59,13 @@ class Loss(nn.Module):
         return self.model.loss(tokens, tokens, float(tokens.numel()))
 
 
-def times(work: Callable[[], object], repeats: int) -> float:
+def median_seconds(fn: Callable[[], object], repeats: int) -> float:
     """Median seconds of `work`, which all ranks begin together, after some to warm up; the slowest rank's."""
     seconds = []
     for number in range(WARM_UP + repeats):
         dist.barrier()
         began = time.perf_counter()
-        work()
+        fn()
         if number >= WARM_UP:
             seconds.append(time.perf_counter() - began)
     slowest = torch.tensor(statistics.median(seconds), dtype=torch.float64)
@@ -76,13 +76,13 @@ def times(work: Callable[[], object], repeats: int) -> float:
 def measure_link() -> dict[str, float]:
     """Seconds to begin an all-reduce, bytes/s of what is sent, the CPU's share of the time, and gathering's pace."""
     ranks, sums, gathers, used = dist.get_world_size(), [], [], []
-    tiny = times(lambda: dist.all_reduce(torch.ones(1)), 20)
+    tiny = median_seconds(lambda: dist.all_reduce(torch.ones(1)), 20)
     for size in SIZES:
         buffer, shard = torch.ones(size // 4), torch.ones(size // 4 // ranks)
         once = (ranks - 1) / ranks * size
-        gathers.append((once, times(lambda to=buffer, of=shard: dist.all_gather_into_tensor(to, of), 5)))
+        gathers.append((once, median_seconds(lambda to=buffer, of=shard: dist.all_gather_into_tensor(to, of), 5)))
         cpu, began = time.process_time(), time.perf_counter()
-        sums.append((2 * once, times(lambda buffer=buffer: dist.all_reduce(buffer), 5)))
+        sums.append((2 * once, median_seconds(lambda buffer=buffer: dist.all_reduce(buffer), 5)))
         used.append((time.process_time() - cpu) / (time.perf_counter() - began))
     byte, gathered_byte = slope(sums), slope(gathers)
     rate = min(1.0, byte / gathered_byte) if gathered_byte > 0 else 1.0
@@ -117,21 +117,24 @@ def measure_shape(shape: GPTConfig) -> dict[str, Any]:
         passes, update = steps(model)
         passes()  # DDP sends some bytes once, and puts its buckets in order
         update()
-        before = SENT.read_text()
-        seconds = times(lambda: (passes(), update()), STEPS)
-        return {"seconds": seconds, "sent": (int(SENT.read_text()) - int(before)) / (WARM_UP + STEPS)}
+        before = TX_BYTES_FILE.read_text()
+        seconds = median_seconds(lambda: (passes(), update()), STEPS)
+        return {"seconds": seconds, "sent": (int(TX_BYTES_FILE.read_text()) - int(before)) / (WARM_UP + STEPS)}
 
-    passes, update = steps(Loss(GPT(shape)))
-    alone = times(passes, STEPS), times(lambda: (passes(), update()), STEPS)
+    passes, update = steps(LossModule(GPT(shape)))
+    alone = median_seconds(passes, STEPS), median_seconds(lambda: (passes(), update()), STEPS)
     found: dict[str, Any] = {}
-    ddp = DistributedDataParallel(Loss(GPT(shape)), bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(LossModule(GPT(shape)), bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True)
     found["ddp"] = step(ddp)
-    sharded = Loss(GPT(shape))
+    sharded = LossModule(GPT(shape))
     for block in sharded.model.transformer.h:
         fully_shard(block)
     fully_shard(sharded)
     found["fsdp"] = step(sharded)
-    again = times(passes, STEPS), times(lambda: (passes(), update()), STEPS)  # a machine's pace may change
+    again = (
+        median_seconds(passes, STEPS),
+        median_seconds(lambda: (passes(), update()), STEPS),
+    )  # a machine's pace may change
     alone, whole = ((before + after) / 2 for before, after in zip(alone, again, strict=True))
     return {**found, "passes": min(alone, whole), "update": max(0.0, whole - alone)}
 
@@ -146,30 +149,30 @@ def rank_main(names: list[str], out: Path) -> None:
     dist.destroy_process_group()
 
 
-def _run(*words: str) -> None:
+def _run_command(*words: str) -> None:
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
 
 @contextmanager
-def hosts(count: int, mbit: float) -> Iterator[list[str]]:
+def network_hosts(count: int, mbit: float) -> Iterator[list[str]]:
     """Network namespaces called gloo-check-0, ..., joined by a bridge, each of which may send `mbit` Mbit/s."""
     names, switch = [f"gloo-check-{i}" for i in range(count)], "gloo-check-switch"
     made: list[str] = []
     try:
         for name in (switch, *names):
-            _run("ip", "netns", "add", name)
+            _run_command("ip", "netns", "add", name)
             made.append(name)
-        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
-        _run("ip", "-n", switch, "link", "set", "bridge", "up")
+        _run_command("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        _run_command("ip", "-n", switch, "link", "set", "bridge", "up")
         for number, name in enumerate(names):
             port = f"port{number}"
-            _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "wire", "netns", name)
-            _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
-            _run("ip", "-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "wire")
+            _run_command("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "wire", "netns", name)
+            _run_command("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+            _run_command("ip", "-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "wire")
             for device in ("wire", "lo"):
-                _run("ip", "-n", name, "link", "set", device, "up")
+                _run_command("ip", "-n", name, "link", "set", device, "up")
             limit = ("rate", f"{mbit}mbit", "burst", "128kb", "latency", "20ms")
-            _run("tc", "-n", name, "qdisc", "add", "dev", "wire", "root", "tbf", *limit)
+            _run_command("tc", "-n", name, "qdisc", "add", "dev", "wire", "root", "tbf", *limit)
         yield names
     finally:
         for name in made:
@@ -180,7 +183,7 @@ def measure(ranks: int, mbit: float, names: list[str], folder: Path) -> dict[str
     """Run the ranks, each in a host of its own, and read what they found."""
     out = folder / "found.json"
     out.unlink(missing_ok=True)
-    with hosts(ranks, mbit) as places:
+    with network_hosts(ranks, mbit) as places:
         address = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29555", "GLOO_SOCKET_IFNAME": "wire"}
         # of names that hosts in a namespace do not have, and of all_gather_into_tensor, which has another in torch 2.13
         address |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore::FutureWarning"}
@@ -206,9 +209,9 @@ def compare(found: dict[str, Any], ranks: int, mbit: float) -> list[dict[str, An
     cluster = Cluster(ranks, 1, link, link, gloo=True, **of_gloo)
     rows = []
     for name, seen in found["shapes"].items():
-        work = divided_work(SHAPES[name], Setup(rows=ROWS, length=LENGTH), seen["passes"], seen["update"])
+        work = split_step_work(SHAPES[name], StepSetup(rows=ROWS, length=LENGTH), seen["passes"], seen["update"])
         for parallel in ("ddp", "fsdp"):
-            said = predict(work, cluster, parallel, BUCKET_MIB * 2**20)
+            said = predict_step(work, cluster, parallel, BUCKET_MIB * 2**20)
             rows.append(
                 {
                     "shape": name,
@@ -227,7 +230,7 @@ def compare(found: dict[str, Any], ranks: int, mbit: float) -> list[dict[str, An
     return rows
 
 
-def show(row: dict[str, Any]) -> None:
+def print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['shape']:10} {row['ranks']:5} {row['mbit']:6g} {row['parallel']:5}"
         f" {1000 * row['compute']:9.1f} {1000 * row['communication']:9.1f} {1000 * row['predicted']:9.1f}"
@@ -237,7 +240,7 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def markdown_table(rows: list[dict[str, Any]]) -> str:
     """The same in Markdown, for docs/scaling.md."""
     lines = [
         "| model | ranks | link | | computing | sending | predicted | measured | error | MiB sent, predicted / seen |",
@@ -272,12 +275,12 @@ def main() -> None:
                 links.append({"ranks": ranks, "mbit": mbit, **found["link"]})
                 for row in compare(found, ranks, mbit):
                     rows.append(row)
-                    show(row)
+                    print_row(row)
     errors = {way: [abs(row["error"]) for row in rows if row["parallel"] == way] for way in ("ddp", "fsdp")}
     summary = {way: {"median": statistics.median(each), "worst": max(each)} for way, each in errors.items()}
     for way, each in summary.items():
         print(f"{way}: error {each['median']:.1%} in the median, {each['worst']:.1%} at most")
-    print(f"\n{table(rows)}")
+    print(f"\n{markdown_table(rows)}")
     command = "python benchmarks/gloo_check.py --rates " + " ".join(f"{rate:g}" for rate in args.rates)
     command += " --ranks " + " ".join(map(str, args.ranks))
     write_result("gloo_check", command, {"links": links, "errors": summary, "steps": rows})

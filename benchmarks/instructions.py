@@ -22,7 +22,7 @@ from machine import write_result
 import gpt2
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
-from gpt2.train.recipes import recipe
+from gpt2.train.recipes import load_recipe
 from gpt2.train.trainer import train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -36,31 +36,31 @@ QUESTIONS = (
     "tell me about {}: ",
     "{} sells for ",
 )
-_shop = random.Random(7)
-PRICES = {"".join(_shop.choices(LETTERS, k=5)): str(_shop.randrange(100, 1000)) for _ in range(120)}
-ROWS, ASKED = 30_000, 600  # to learn from (a tenth of them held out), and to answer in the end
+_price_rng = random.Random(7)
+PRICES = {"".join(_price_rng.choices(LETTERS, k=5)): str(_price_rng.randrange(100, 1000)) for _ in range(120)}
+NUM_TRAIN_ROWS, NUM_TEST_PROMPTS = 30_000, 600  # to learn from (a tenth of them held out), and to answer in the end
 SHAPE = GPTConfig(vocab_size=257, block_size=128, n_layer=4, n_head=4, n_embd=128)
 
 
-def make_row(random: random.Random) -> tuple[str, str, str]:
+def make_row(rng: random.Random) -> tuple[str, str, str]:
     """A task, its prompt and its answer."""
-    task = random.choice(("sum", "reversal", "look-up"))
+    task = rng.choice(("sum", "reversal", "look-up"))
     if task == "sum":
-        a, b = random.randrange(100), random.randrange(100)
+        a, b = rng.randrange(100), rng.randrange(100)
         return task, f"{a}+{b}=", str(a + b)
     if task == "reversal":
-        word = "".join(random.choices(LETTERS, k=random.randrange(3, 7)))
+        word = "".join(rng.choices(LETTERS, k=rng.randrange(3, 7)))
         return task, f"reverse {word}: ", word[::-1]
-    thing, price = random.choice(list(PRICES.items()))
-    return task, random.choice(QUESTIONS).format(thing), price
+    thing, price = rng.choice(list(PRICES.items()))
+    return task, rng.choice(QUESTIONS).format(thing), price
 
 
 def make_rows(seed: int = 0) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
     """Rows to learn from, and rows whose prompts are not among them."""
     numbers = random.Random(seed)
-    asked = list({row[1]: row for row in (make_row(numbers) for _ in range(ASKED))}.values())
+    asked = list({row[1]: row for row in (make_row(numbers) for _ in range(NUM_TEST_PROMPTS))}.values())
     never = {row[1] for row in asked}
-    rows = [row for row in (make_row(numbers) for _ in range(ROWS)) if row[1] not in never]
+    rows = [row for row in (make_row(numbers) for _ in range(NUM_TRAIN_ROWS)) if row[1] not in never]
     return rows, asked
 
 
@@ -91,7 +91,7 @@ def main() -> None:
         torch.manual_seed(1)
         gpt2.save(GPT(SHAPE), get_tokenizer("bytes"), folder / "random")
         common = replace(
-            recipe("finetune"),
+            load_recipe("finetune"),
             init_from=str(folder / "random"),
             data=str(folder / "rows.jsonl"),
             out_dir=name,

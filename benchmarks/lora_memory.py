@@ -31,7 +31,7 @@ MODES = {
 STEPS = 6
 
 
-def tune(base: Path, folder: Path, flags: list[str]) -> dict[str, float]:
+def run_finetune(base: Path, folder: Path, flags: list[str]) -> dict[str, float]:
     """One run of the command: its peak memory in GB, and the median of its steps, less the first two, in seconds."""
     command = [sys.executable, "-m", "gpt2", "finetune", str(base), "--data", "python-docs", "--name", folder.name]
     command += ["--out-dir", str(folder.parent), "--batch-size", "1", "--block-size", "512", "--max-steps", str(STEPS)]
@@ -58,7 +58,7 @@ def main() -> None:
         base = gpt2.save(GPT(GPTConfig()), get_tokenizer("bytes"), Path(name) / "base")
         for number in range(rounds):
             for mode, flags in MODES.items():
-                runs[mode].append(tune(base, Path(name) / f"{number}-{len(flags)}", flags))
+                runs[mode].append(run_finetune(base, Path(name) / f"{number}-{len(flags)}", flags))
     found: dict[str, Any] = {
         mode: {key: round(statistics.median(run[key] for run in some), 3) for key in some[0]}
         for mode, some in runs.items()

@@ -19,21 +19,21 @@ from pathlib import Path
 from machine import RESULTS, describe_machine
 
 RESULT = RESULTS / "plan_check.json"
-MID = "--n-layer 6 --n-head 6 --n-embd 384 --block-size 256 --batch-size 16 --tokenizer bpe:1024"
-SMALL_GPT2 = "--n-layer 12 --n-head 12 --n-embd 768 --block-size 256 --batch-size 4 --tokenizer gpt2"
-SHAPES = {
+MID_SIZE_FLAGS = "--n-layer 6 --n-head 6 --n-embd 384 --block-size 256 --batch-size 16 --tokenizer bpe:1024"
+GPT2_SMALL_FLAGS = "--n-layer 12 --n-head 12 --n-embd 768 --block-size 256 --batch-size 4 --tokenizer gpt2"
+CASES = {
     "quickstart": "quickstart",
-    "6x384 float32": f"quickstart {MID} --dtype float32",
-    "6x384 bfloat16": f"quickstart {MID} --dtype bfloat16",
-    "6x384 float32, recompute": f"quickstart {MID} --dtype float32 --recompute",
-    "6x384 float32, muon, 4 micro-batches": f"quickstart {MID} --dtype float32 --optimizer muon --micro-batch-size 4",
-    "12x768 float32": f"quickstart {SMALL_GPT2} --dtype float32",
-    "12x768 bfloat16": f"quickstart {SMALL_GPT2} --dtype bfloat16",
-    "12x768 bfloat16, recompute": f"quickstart {SMALL_GPT2} --dtype bfloat16 --recompute",
+    "6x384 float32": f"quickstart {MID_SIZE_FLAGS} --dtype float32",
+    "6x384 bfloat16": f"quickstart {MID_SIZE_FLAGS} --dtype bfloat16",
+    "6x384 float32, recompute": f"quickstart {MID_SIZE_FLAGS} --dtype float32 --recompute",
+    "6x384 float32, muon, 4 micro-batches": f"quickstart {MID_SIZE_FLAGS} --dtype float32 --optimizer muon --micro-batch-size 4",
+    "12x768 float32": f"quickstart {GPT2_SMALL_FLAGS} --dtype float32",
+    "12x768 bfloat16": f"quickstart {GPT2_SMALL_FLAGS} --dtype bfloat16",
+    "12x768 bfloat16, recompute": f"quickstart {GPT2_SMALL_FLAGS} --dtype bfloat16 --recompute",
 }
 # no validation, samples or checkpoints on the way: their time is not that of a step
-QUIET = "--no-compile --max-steps {steps} --warmup-steps 2 --eval-every 0 --eval-tokens 1024 --sample-tokens 0"
-TRAIN = """
+NO_EVAL_FLAGS = "--no-compile --max-steps {steps} --warmup-steps 2 --eval-every 0 --eval-tokens 1024 --sample-tokens 0"
+TRAIN_SCRIPT = """
 import sys
 import torch
 from gpt2.commands.train import main
@@ -45,7 +45,7 @@ print(peak_memory(pick_device()))
 sys.exit(code)
 """
 
-PREPARE = """
+PREPARE_SCRIPT = """
 import sys
 from gpt2.data.prepare import open_data
 
@@ -56,15 +56,15 @@ open_data("python-docs", sys.argv[1])
 def compare(flags: str, folder: Path) -> dict[str, float]:
     """Plan a run, do the run, and set what was predicted beside what was seen."""
     steps = 40 if flags == "quickstart" else 8
-    words = [*flags.split(), *QUIET.format(steps=steps).split(), "--save-every", "0"]
+    words = [*flags.split(), *NO_EVAL_FLAGS.format(steps=steps).split(), "--save-every", "0"]
     planned = subprocess.run(
         [sys.executable, "-m", "gpt2", "plan", *words, "--json"], stdout=subprocess.PIPE, text=True, check=True
     )
     made = json.loads(planned.stdout)
     tokenizer = "gpt2" if "gpt2" in words else "bpe:1024"
-    subprocess.run([sys.executable, "-c", PREPARE, tokenizer], check=True)  # not in the run that is watched
+    subprocess.run([sys.executable, "-c", PREPARE_SCRIPT, tokenizer], check=True)  # not in the run that is watched
     run = [*words, "--name", "run", "--out-dir", str(folder)]
-    trained = subprocess.run([sys.executable, "-c", TRAIN, *run], stdout=subprocess.PIPE, text=True, check=True)
+    trained = subprocess.run([sys.executable, "-c", TRAIN_SCRIPT, *run], stdout=subprocess.PIPE, text=True, check=True)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = statistics.median(line["data_seconds"] + line["update_seconds"] for line in lines[3:])
     peak = int(trained.stdout.split()[-1])
@@ -81,14 +81,14 @@ def compare(flags: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     known = json.loads(args.out.read_text())["runs"] if args.out.exists() else {}
     print(f"{'':38} {'memory, MiB':>24} {'ms a step':>24}\n{'':38}" + f" {'said':>8} {'seen':>8} ratio " * 2)
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:
-            seen = compare(SHAPES[name], Path(folder))
+            seen = compare(CASES[name], Path(folder))
         known[name] = {**seen, "machine": describe_machine()}  # shapes left out keep what was seen of them before
         print(
             f"{name:38} {seen['predicted_memory'] / 2**20:8,.0f} {seen['seen_memory'] / 2**20:8,.0f}"
@@ -99,7 +99,7 @@ def main() -> None:
     args.out.parent.mkdir(exist_ok=True)
     result = {
         "command": "python benchmarks/plan_check.py",
-        "runs": {name: known[name] for name in SHAPES if name in known},
+        "runs": {name: known[name] for name in CASES if name in known},
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {args.out}")

@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from machine import write_result
-from soak import CONFIG, MOMENTS, Home, differences, reached, wait_until
+from soak import CONFIG, MOMENTS, Workspace, differences, wait_for_moment, wait_until
 
 RANKS = 2
 KINDS = ("ddp", "fsdp")
-KILLS_A_RUN = 5
+MAX_KILLS_PER_RUN = 5
 TRAIN = ("train", "soak.toml", "--resume", "auto")
 
 
 @dataclass
-class Tally:
+class SoakResult:
     """What happened to one run on its way."""
 
     kind: str
@@ -46,7 +46,7 @@ class Tally:
     differences: list[str] = field(default_factory=list)
 
 
-class RanksHome(Home):
+class TorchrunWorkspace(Workspace):
     """A working directory whose run is trained by two ranks under torchrun."""
 
     def start_ranks(self, *flags: str, restarts: int = 0, shutdown: int = 30) -> subprocess.Popen[bytes]:
@@ -59,7 +59,7 @@ class RanksHome(Home):
             return subprocess.Popen(command, cwd=self.folder, stdout=said, stderr=said, env=environment)
 
 
-def ranks_of(torchrun: int) -> dict[int, int]:
+def rank_pids(torchrun: int) -> dict[int, int]:
     """The processes that torchrun has started as ranks and that live, by rank."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
@@ -72,25 +72,30 @@ def ranks_of(torchrun: int) -> dict[int, int]:
     return found
 
 
-def fresh_ranks(torchrun: subprocess.Popen[bytes], seen: set[int]) -> dict[int, int]:
+def wait_for_ranks(torchrun: subprocess.Popen[bytes], seen: set[int]) -> dict[int, int]:
     """Wait until torchrun has started all ranks (anew); they are added to the processes `seen` before."""
     found: dict[int, int] = {}
 
     def are_there() -> bool:
         found.clear()
-        found.update(ranks_of(torchrun.pid))
+        found.update(rank_pids(torchrun.pid))
         return len(found) == RANKS and not seen & set(found.values())
 
-    wait_until(torchrun, are_there, every=0.02)
+    wait_until(torchrun, are_there, poll_seconds=0.02)
     seen.update(found.values())
     return found
 
 
-def strike(
-    home: Home, torchrun: subprocess.Popen[bytes], pids: dict[int, int], moment: str, rank: int, chance: random.Random
+def kill_rank_at_moment(
+    workspace: Workspace,
+    torchrun: subprocess.Popen[bytes],
+    pids: dict[int, int],
+    moment: str,
+    rank: int,
+    rng: random.Random,
 ) -> bool:
     """Wait for the moment and kill a rank, whose processes are `pids`; False when the run was done before that."""
-    if not reached(home, torchrun, moment, chance, start_seconds=6.0):
+    if not wait_for_moment(workspace, torchrun, moment, rng, start_seconds=6.0):
         return False
     try:
         os.kill(pids[rank], signal.SIGKILL)
@@ -99,21 +104,21 @@ def strike(
     return True
 
 
-def disturbed_run(home: RanksHome, kind: str, kills: int, chance: random.Random) -> Tally:
+def interrupted_run(workspace: TorchrunWorkspace, kind: str, kills: int, rng: random.Random) -> SoakResult:
     """One run under one torchrun, in which a rank is killed, at most so many times, until it is done."""
-    tally, seen = Tally(kind), set[int]()
-    torchrun = home.start_ranks("--parallel", kind, restarts=kills)
+    tally, seen = SoakResult(kind), set[int]()
+    torchrun = workspace.start_ranks("--parallel", kind, restarts=kills)
     try:
         while tally.moments.total() < kills:
-            left_before = home.unfinished()
-            pids = fresh_ranks(torchrun, seen)
-            moment, rank = chance.choice(MOMENTS), chance.randrange(RANKS)
-            if len(pids) < RANKS or not strike(home, torchrun, pids, moment, rank, chance):
+            left_before = workspace.partial_folders()
+            pids = wait_for_ranks(torchrun, seen)
+            moment, rank = rng.choice(MOMENTS), rng.randrange(RANKS)
+            if len(pids) < RANKS or not kill_rank_at_moment(workspace, torchrun, pids, moment, rank, rng):
                 break
             tally.moments[moment] += 1
             tally.ranks[rank] += 1
-            tally.mid_save += bool(home.unfinished() - left_before)
-        home.finish(torchrun)
+            tally.mid_save += bool(workspace.partial_folders() - left_before)
+        workspace.wait_until_done(torchrun)
     finally:
         torchrun.terminate()  # it ends its ranks
         torchrun.wait()
@@ -123,14 +128,14 @@ def disturbed_run(home: RanksHome, kind: str, kills: int, chance: random.Random)
 def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Begin runs in `folder` and kill their ranks until so many kills happened; returns what came of it."""
     chance = random.Random(seed)
-    whole = {kind: RanksHome(folder / f"undisturbed-{kind}") for kind in KINDS}
+    whole = {kind: TorchrunWorkspace(folder / f"undisturbed-{kind}") for kind in KINDS}
     for kind, home in whole.items():
-        home.finish(home.start_ranks("--parallel", kind))
-    tallies: list[Tally] = []
+        home.wait_until_done(home.start_ranks("--parallel", kind))
+    tallies: list[SoakResult] = []
     while (left := kills - sum(tally.moments.total() for tally in tallies)) > 0:
         kind = KINDS[len(tallies) % len(KINDS)]
-        home = RanksHome(folder / f"run-{len(tallies) + 1}")
-        tally = disturbed_run(home, kind, min(left, KILLS_A_RUN), chance)
+        home = TorchrunWorkspace(folder / f"run-{len(tallies) + 1}")
+        tally = interrupted_run(home, kind, min(left, MAX_KILLS_PER_RUN), chance)
         tally.differences = differences(whole[kind].run, home.run)
         tallies.append(tally)
         say(

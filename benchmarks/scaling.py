@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpt2.config import TrainConfig
-from gpt2.model import OPENAI_SIZES
-from gpt2.planning.plan import PARALLEL, plan
-from gpt2.train.recipes import recipe
+from gpt2.model import OPENAI_CONFIGS
+from gpt2.planning.plan import STRATEGIES, plan
+from gpt2.train.recipes import load_recipe
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 MODELS = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1.5B"}
@@ -26,29 +26,29 @@ COLOURS = dict(zip(MODELS, ("#1f77b4", "#2ca02c", "#ff7f0e", "#d62728"), strict=
 LINES = {"ddp": "-", "fsdp": "--"}
 GPUS = [2**i for i in range(11)]
 BATCH = 512  # rows of 1,024 tokens: the 0.5M tokens of GPT-3's small models
-ROWS = 8  # of each GPU, where the batch grows with them
+ROWS_PER_GPU = 8  # of each GPU, where the batch grows with them
 NETWORKS = [10, 25, 50, 100, 200, 400, 800, 1600, 3200]  # Gbit/s of a machine
-MACHINES = 8  # for those
+NUM_NODES = 8  # for those
 
 
 def config_of(name: str, rows: int) -> TrainConfig:
-    shape = OPENAI_SIZES[name]
+    shape = OPENAI_CONFIGS[name]
     wanted = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd}
-    return replace(recipe("gpt2-124m"), **wanted, batch_size=rows, micro_batch_size=None)
+    return replace(load_recipe("gpt2-124m"), **wanted, batch_size=rows, micro_batch_size=None)
 
 
-def predicted(name: str, on: str, gpus: int, rows: int, network: float | None = None) -> dict[str, Any]:
+def predict_run(name: str, on: str, gpus: int, rows: int, network: float | None = None) -> dict[str, Any]:
     """A run with the largest micro-batch that fits, of 16 rows at most, by DDP and by FSDP."""
     config = config_of(name, rows)
     where = {"on": on, "nodes": max(1, gpus // 8), "devices": min(gpus, 8), "network": network}
     most = next((rows for rows in (16, 8, 4, 2) if _fits(replace(config, micro_batch_size=rows), gpus, where)), 1)
     made = plan(replace(config, micro_batch_size=min(most, rows // gpus)), **where)
-    ways = {way: made.ways[way].step for way in PARALLEL} if made.ways else {"none": None}
+    ways = {way: made.ways[way].step for way in STRATEGIES} if made.ways else {"none": None}
     return {
         "micro_batch_size": made.micro_batch_size,
         "auto": made.parallel,
-        "memory": {way: made.ways[way].memory.step if made.ways else made.memory.step for way in PARALLEL},
-        "fits": {way: made.ways[way].fits if made.ways else made.fits for way in PARALLEL},
+        "memory": {way: made.ways[way].memory.step if made.ways else made.memory.step for way in STRATEGIES},
+        "fits": {way: made.ways[way].fits if made.ways else made.fits for way in STRATEGIES},
         "seconds": {way: made.seconds_per_step if step is None else step.seconds for way, step in ways.items()},
         "computing": {way: 1.0 if step is None else step.efficiency for way, step in ways.items()},
         "exposed": {way: 0.0 if step is None else step.exposed for way, step in ways.items()},
@@ -64,11 +64,11 @@ def _fits(config: TrainConfig, gpus: int, where: dict[str, Any]) -> bool:
     return made.fits if not made.ways else any(way.fits for way in made.ways.values())
 
 
-def curve(name: str, on: str, counts: list[int], rows_of: Any) -> dict[str, Any]:
+def scaling_curve(name: str, on: str, counts: list[int], rows_of: Any) -> dict[str, Any]:
     """The runs on so many GPUs each, with the speed of a GPU in them against that of one GPU alone."""
     runs: dict[str, Any] = {}
     for gpus in counts:
-        run = predicted(name, on, gpus, rows_of(gpus))
+        run = predict_run(name, on, gpus, rows_of(gpus))
         one = runs.get("1", run)
         alone = rows_of(1) / one["seconds"]["none"]
         run["efficiency"] = {way: rows_of(gpus) / gpus / took / alone for way, took in run["seconds"].items()}
@@ -76,8 +76,8 @@ def curve(name: str, on: str, counts: list[int], rows_of: Any) -> dict[str, Any]
     return runs
 
 
-def of(run: dict[str, Any], what: str, way: str) -> float:
-    return run[what].get(way, run[what].get("none"))
+def value_of(run: dict[str, Any], key: str, strategy: str) -> float:
+    return run[key].get(strategy, run[key].get("none"))
 
 
 def draw_efficiency(found: dict[str, Any], on: str, path: Path) -> None:
@@ -85,23 +85,27 @@ def draw_efficiency(found: dict[str, Any], on: str, path: Path) -> None:
     same, growing, slow, memory = figure.subplots(2, 2).flat
     for axes, key, title in (
         (same, "same_batch", "The same batch of 0.5M tokens, divided further"),
-        (growing, "same_share", f"{ROWS} rows of 1,024 tokens for each GPU"),
+        (growing, "same_share", f"{ROWS_PER_GPU} rows of 1,024 tokens for each GPU"),
     ):
         for name in MODELS:
-            for way in PARALLEL:
+            for way in STRATEGIES:
                 runs = found[key][name]
-                points = [(int(gpus), 100 * of(run, "efficiency", way)) for gpus, run in runs.items()]
+                points = [(int(gpus), 100 * value_of(run, "efficiency", way)) for gpus, run in runs.items()]
                 axes.plot(*zip(*points, strict=True), LINES[way], color=COLOURS[name], linewidth=1.8)
         _percent(axes, title, "speed of a GPU, % of one alone")
         _gpus(axes)
     growing.set_ylim(70, 112)
     for name in MODELS:
-        for way in PARALLEL:
-            points = [(float(gbit), 100 * of(run, "computing", way)) for gbit, run in found["network"][name].items()]
+        for way in STRATEGIES:
+            points = [
+                (float(gbit), 100 * value_of(run, "computing", way)) for gbit, run in found["network"][name].items()
+            ]
             slow.plot(*zip(*points, strict=True), LINES[way], color=COLOURS[name], linewidth=1.8)
-            points = [(int(gpus), of(run, "memory", way) / 2**30) for gpus, run in found["memory"][name].items()]
+            points = [(int(gpus), value_of(run, "memory", way) / 2**30) for gpus, run in found["memory"][name].items()]
             memory.plot(*zip(*points, strict=True), LINES[way], color=COLOURS[name], linewidth=1.8)
-    _percent(slow, f"{MACHINES} machines of 8 GPUs, {ROWS} rows each, on slower networks", "% of a step computing")
+    _percent(
+        slow, f"{NUM_NODES} machines of 8 GPUs, {ROWS_PER_GPU} rows each, on slower networks", "% of a step computing"
+    )
     slow.set_xscale("log")
     slow.set_xticks(NETWORKS, [str(gbit) for gbit in NETWORKS], fontsize=8)
     slow.minorticks_off()
@@ -110,9 +114,9 @@ def draw_efficiency(found: dict[str, Any], on: str, path: Path) -> None:
     memory.set_title("Memory of a GPU, one row at once", fontsize=10)
     memory.set_ylabel("GiB")
     memory.set_ylim(0)
-    _plain(memory)
+    _remove_spines(memory)
     handles = [memory.plot([], [], color=COLOURS[name], label=label)[0] for name, label in MODELS.items()]
-    handles += [memory.plot([], [], LINES[way], color="0.3", label=way.upper())[0] for way in PARALLEL]
+    handles += [memory.plot([], [], LINES[way], color="0.3", label=way.upper())[0] for way in STRATEGIES]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(f"Predicted: GPT-2 on {on.upper()} GPUs, eight in a machine", fontsize=12)
     figure.savefig(path)
@@ -122,7 +126,7 @@ def _percent(axes: Axes, title: str, label: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_ylabel(label)
     axes.set_ylim(0, 104)
-    _plain(axes)
+    _remove_spines(axes)
 
 
 def _gpus(axes: Axes) -> None:
@@ -131,7 +135,7 @@ def _gpus(axes: Axes) -> None:
     axes.set_xlabel("GPUs")
 
 
-def _plain(axes: Axes) -> None:
+def _remove_spines(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92")
 
@@ -146,7 +150,7 @@ def table(found: dict[str, Any]) -> str:
         for gpus, run in found["same_batch"][name].items():
             if gpus in ("1", "8", "64", "512"):
                 values = {
-                    what: [of(run, what, way) for way in PARALLEL]
+                    what: [value_of(run, what, way) for way in STRATEGIES]
                     for what in ("memory", "seconds", "exposed", "efficiency")
                 }
                 cells = (
@@ -167,7 +171,7 @@ def network_table(found: dict[str, Any]) -> str:
     ]
     for name, label in MODELS.items():
         runs = found["network"][name].values()
-        cells = [" / ".join(f"{of(run, 'computing', way):.0%}" for way in PARALLEL) for run in runs]
+        cells = [" / ".join(f"{value_of(run, 'computing', way):.0%}" for way in STRATEGIES) for run in runs]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -178,12 +182,15 @@ def main() -> None:
     on = parser.parse_args().on
     found = {
         "on": on,
-        "same_batch": {name: curve(name, on, [n for n in GPUS if n <= BATCH], lambda gpus: BATCH) for name in MODELS},
-        "same_share": {name: curve(name, on, GPUS, lambda gpus: ROWS * gpus) for name in MODELS},
-        "memory": {name: curve(name, on, GPUS, lambda gpus: gpus) for name in MODELS},
+        "same_batch": {
+            name: scaling_curve(name, on, [n for n in GPUS if n <= BATCH], lambda gpus: BATCH) for name in MODELS
+        },
+        "same_share": {name: scaling_curve(name, on, GPUS, lambda gpus: ROWS_PER_GPU * gpus) for name in MODELS},
+        "memory": {name: scaling_curve(name, on, GPUS, lambda gpus: gpus) for name in MODELS},
         "network": {
             name: {
-                str(gbit): predicted(name, on, 8 * MACHINES, 8 * MACHINES * ROWS, gbit * 1e9 / 8) for gbit in NETWORKS
+                str(gbit): predict_run(name, on, 8 * NUM_NODES, 8 * NUM_NODES * ROWS_PER_GPU, gbit * 1e9 / 8)
+                for gbit in NETWORKS
             }
             for name in MODELS
         },

@@ -25,11 +25,11 @@ from typing import Any
 from machine import write_result
 
 from gpt2.config import TrainConfig, to_toml
-from gpt2.reporting.metrics import read_metrics, without_times
+from gpt2.reporting.metrics import read_metrics, without_timings
 
 MOMENTS = ("starting", "training", "saving", "saving")  # when to kill; saving is what this is about
-NOT_COMPARED = (".png", ".md", ".jsonl")  # pictures and words with times in them; metrics.jsonl is compared by line
-TIMEOUT = 600.0  # seconds that one process may take
+SKIPPED_SUFFIXES = (".png", ".md", ".jsonl")  # pictures and words with times in them; metrics.jsonl is compared by line
+TIMEOUT_SECONDS = 600.0  # seconds that one process may take
 
 CONFIG = TrainConfig(
     name="soak",
@@ -56,7 +56,7 @@ TEXT = "".join(f"The number {i} comes before the number {i + 1},\r\nas everybody
 
 
 @dataclass
-class Tally:
+class SoakResult:
     """What happened to one run on its way."""
 
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(dict.fromkeys(MOMENTS), 0))
@@ -65,7 +65,7 @@ class Tally:
     differences: list[str] = field(default_factory=list)
 
 
-class Home:
+class Workspace:
     """A working directory with the data and the config of a run, which lives in `runs/soak` there."""
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +74,7 @@ class Home:
         (folder / "soak.toml").write_text(to_toml(CONFIG), encoding="utf-8")
         self.folder, self.run = folder, folder / "runs" / "soak"
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start_process(self) -> subprocess.Popen[bytes]:
         """Start the run, or go on with it."""
         begun = (self.run / "config.toml").exists()
         what = ["--resume", "runs/soak"] if begun else ["soak.toml"]
@@ -82,16 +82,16 @@ class Home:
             command = [sys.executable, "-m", "gpt2", "train", *what]
             return subprocess.Popen(command, cwd=self.folder, stdout=said, stderr=said)
 
-    def finish(self, process: subprocess.Popen[bytes]) -> None:
+    def wait_until_done(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for a process that nobody disturbs, or that ended by itself."""
-        if process.wait(TIMEOUT) != 0:
+        if process.wait(TIMEOUT_SECONDS) != 0:
             raise RuntimeError(f"the training failed: {(self.folder / 'said.txt').read_text(errors='replace')}")
 
     def steps_recorded(self) -> int:
         path = self.run / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def unfinished(self) -> set[tuple[str, int]]:
+    def partial_folders(self) -> set[tuple[str, int]]:
         """The hidden folders that are there while a checkpoint or the model folder is being written."""
         found = set()
         for path in [*self.run.glob("checkpoints/.step-*"), *self.run.glob(".model*")]:
@@ -100,68 +100,71 @@ class Home:
         return found
 
 
-def kill(home: Home, process: subprocess.Popen[bytes], moment: str, chance: random.Random) -> bool:
+def kill_at_moment(workspace: Workspace, process: subprocess.Popen[bytes], moment: str, rng: random.Random) -> bool:
     """Wait for the moment and kill the process; False when it was done before that."""
-    if not reached(home, process, moment, chance, start_seconds=4.0):
+    if not wait_for_moment(workspace, process, moment, rng, start_seconds=4.0):
         return False
     process.kill()
     process.wait()
     return True
 
 
-def reached(
-    home: Home, process: subprocess.Popen[bytes], moment: str, chance: random.Random, start_seconds: float
+def wait_for_moment(
+    workspace: Workspace, process: subprocess.Popen[bytes], moment: str, rng: random.Random, start_seconds: float
 ) -> bool:
     """Wait for the moment; False when the process was done before that. start_seconds: how long a start may last."""
     if moment == "starting":
-        wait_until(process, lambda: False, chance.uniform(0.0, start_seconds))
+        wait_until(process, lambda: False, rng.uniform(0.0, start_seconds))
     else:
-        before = home.steps_recorded()  # of the life before, to be cut back when this one begins
-        wait_until(process, lambda: home.steps_recorded() != before)
-        wait_until(process, lambda: False, chance.random() ** 3)  # mostly soon, a second at most
+        before = workspace.steps_recorded()  # of the life before, to be cut back when this one begins
+        wait_until(process, lambda: workspace.steps_recorded() != before)
+        wait_until(process, lambda: False, rng.random() ** 3)  # mostly soon, a second at most
         if moment == "saving":
-            wait_until(process, lambda: bool(home.unfinished()))
-            wait_until(process, lambda: False, chance.uniform(0.0, 0.03))
+            wait_until(process, lambda: bool(workspace.partial_folders()))
+            wait_until(process, lambda: False, rng.uniform(0.0, 0.03))
     return process.poll() is None
 
 
 def wait_until(
-    process: subprocess.Popen[bytes], happened: Callable[[], bool], seconds: float = TIMEOUT, every: float = 0.0005
+    process: subprocess.Popen[bytes],
+    condition: Callable[[], bool],
+    seconds: float = TIMEOUT_SECONDS,
+    poll_seconds: float = 0.0005,
 ) -> None:
     """Wait for something, for the end of the process, or for so many seconds, whatever is first."""
     end = time.monotonic() + seconds
-    while not happened() and process.poll() is None and (left := end - time.monotonic()) > 0:
-        time.sleep(min(every, left))
+    while not condition() and process.poll() is None and (left := end - time.monotonic()) > 0:
+        time.sleep(min(poll_seconds, left))
 
 
-def disturbed_run(home: Home, chance: random.Random, kills: int) -> Tally:
+def interrupted_run(workspace: Workspace, rng: random.Random, kills: int) -> SoakResult:
     """One run that is killed, at most so many times, and resumed until it is done."""
-    tally = Tally()
+    tally = SoakResult()
     while True:
-        left_before = home.unfinished()
-        process, moment = home.start(), chance.choice(MOMENTS)
+        left_before = workspace.partial_folders()
+        process, moment = workspace.start_process(), rng.choice(MOMENTS)
         try:
-            killed = sum(tally.kills.values()) < kills and kill(home, process, moment, chance)
+            killed = sum(tally.kills.values()) < kills and kill_at_moment(workspace, process, moment, rng)
             if not killed:
-                home.finish(process)
+                workspace.wait_until_done(process)
                 return tally
         finally:
             process.kill()
             process.wait()
         tally.kills[moment] += 1
-        tally.mid_save += bool(home.unfinished() - left_before)
-        tally.before_first_checkpoint += not any(home.run.glob("checkpoints/step-*"))
+        tally.mid_save += bool(workspace.partial_folders() - left_before)
+        tally.before_first_checkpoint += not any(workspace.run.glob("checkpoints/step-*"))
 
 
-def differences(whole: Path, cut: Path) -> list[str]:
+def differences(whole: Path, interrupted: Path) -> list[str]:
     """The files of two run folders that are not the same."""
-    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*")} for folder in (whole, cut)]
+    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*")} for folder in (whole, interrupted)]
     found = sorted(names[0] ^ names[1])
     for name in sorted(names[0] & names[1]):
-        one, other = whole / name, cut / name
-        if one.is_file() and not name.endswith(NOT_COMPARED) and one.read_bytes() != other.read_bytes():
+        one, other = whole / name, interrupted / name
+        if one.is_file() and not name.endswith(SKIPPED_SUFFIXES) and one.read_bytes() != other.read_bytes():
             found.append(name)
-    metrics = [without_times(read_metrics(folder / "metrics.jsonl")) for folder in (whole, cut)]
+    metrics = [without_timings(read_metrics(folder / "metrics.jsonl")) for folder in (whole, interrupted)]
     if metrics[0] != metrics[1]:
         found.append("metrics.jsonl")
     return found
@@ -170,12 +173,12 @@ def differences(whole: Path, cut: Path) -> list[str]:
 def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Begin, kill and resume runs in `folder` until so many kills happened; returns what came of it."""
     chance = random.Random(seed)
-    whole = Home(folder / "undisturbed")
-    whole.finish(whole.start())
-    tallies: list[Tally] = []
+    whole = Workspace(folder / "undisturbed")
+    whole.wait_until_done(whole.start_process())
+    tallies: list[SoakResult] = []
     while (left := kills - sum(sum(tally.kills.values()) for tally in tallies)) > 0:
-        home = Home(folder / f"run-{len(tallies) + 1}")
-        tally = disturbed_run(home, chance, left)
+        home = Workspace(folder / f"run-{len(tallies) + 1}")
+        tally = interrupted_run(home, chance, left)
         tally.differences = differences(whole.run, home.run)
         tallies.append(tally)
         say(

@@ -21,10 +21,10 @@ from machine import write_result
 
 from gpt2.bench.timing import timed
 from gpt2.errors import UserError
-from gpt2.generation.engine import Engine, LanguageModel, Request
-from gpt2.generation.inference import accelerated
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
+from gpt2.generation.inference import prepare_for_inference
 from gpt2.generation.sampling import Sampling
-from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, Speculation
+from gpt2.generation.speculative import Drafter, DraftModel, PromptLookup, SpeculativeDecoder
 from gpt2.runtime import pick_device
 from gpt2.tokenizer import Tokenizer
 from gpt2.weights import load
@@ -40,10 +40,12 @@ def passages(path: Path, tokenizer: Tokenizer, count: int, length: int) -> list[
     return [tokens[at : at + length] for at in range(0, len(tokens), len(tokens) // count)[:count]]
 
 
-def decode(model: LanguageModel, draft: Draft | None, request: Request) -> tuple[list[int], Speculation | None]:
+def decode(
+    model: LanguageModel, draft: Drafter | None, request: GenerationRequest
+) -> tuple[list[int], SpeculativeDecoder | None]:
     """The new tokens, and the numbers if there was a draft."""
     if draft is not None:
-        speculation = Speculation(model, draft, request)
+        speculation = SpeculativeDecoder(model, draft, request)
         return [token for tokens in speculation for token in tokens], speculation
     engine = Engine(model, 1, len(request.prompt) + request.max_new_tokens)
     continuation = engine.submit(request)
@@ -56,7 +58,7 @@ def decode(model: LanguageModel, draft: Draft | None, request: Request) -> tuple
 
 def compare(
     model: LanguageModel,
-    drafts: dict[str, Callable[[], Draft | None]],
+    drafts: dict[str, Callable[[], Drafter | None]],
     prompts: list[list[int]],
     sampling: Sampling,
     count: int,
@@ -65,7 +67,7 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in drafts}
     sums = {name: {"drafted": 0, "accepted": 0, "calls": 0, "equal": 0} for name in drafts}
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first round warms up
-        request, texts = Request(prompt, sampling, count, seed=number), {}
+        request, texts = GenerationRequest(prompt, sampling, count, seed=number), {}
         for name, make in drafts.items():
             elapsed, (texts[name], numbers) = timed(partial(decode, model, make(), request), model.device)
             if number > 0:
@@ -102,12 +104,12 @@ def main() -> None:
     device = pick_device(args.device)
     plain, tokenizer = load(args.model, device=device)
     plain_draft, small_tokenizer = load(args.draft, device=device)
-    model, small = accelerated(plain, args.dtype), accelerated(plain_draft, args.dtype)
+    model, small = prepare_for_inference(plain, args.dtype), prepare_for_inference(plain_draft, args.dtype)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer, which the text needs")
-    ModelDraft(small, small_tokenizer).check(model.config.vocab_size, tokenizer)
+    DraftModel(small, small_tokenizer).check(model.config.vocab_size, tokenizer)
     prompts = passages(args.text, tokenizer, args.passages, args.passage_tokens)
-    drafts = {"plain": lambda: None, "model": lambda: ModelDraft(small), "prompt_lookup": PromptLookup}
+    drafts = {"plain": lambda: None, "model": lambda: DraftModel(small), "prompt_lookup": PromptLookup}
     found = {
         "device": str(device),
         "dtype": args.dtype,

@@ -19,17 +19,17 @@ from typing import Any
 from machine import RESULTS, write_result
 from matplotlib.figure import Figure
 
-RATES = {"adamw": (3e-3, 6e-3, 1e-2, 2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
+CANDIDATE_LRS = {"adamw": (3e-3, 6e-3, 1e-2, 2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
 COLOURS = {"adamw": "#1f77b4", "muon": "#d62728"}
 
 
-def learn(optimizer: str, rate: float, steps: int, data: Path, folder: Path) -> dict[str, Any]:
+def train_with_optimizer(optimizer: str, lr: float, steps: int, data: Path, folder: Path) -> dict[str, Any]:
     """One run; returns its validation losses, and the seconds of the updates up to each."""
-    name = f"{optimizer}-{rate}"
+    name = f"{optimizer}-{lr}"
     flags = {
         "data": data,
         "optimizer": optimizer,
-        "lr": rate,
+        "lr": lr,
         "max-steps": steps,
         "eval-every": max(1, steps // 12),
         "eval-tokens": 0,
@@ -47,10 +47,10 @@ def learn(optimizer: str, rate: float, steps: int, data: Path, folder: Path) -> 
         seconds += record["data_seconds"] + record["update_seconds"]
         if "val_loss" in record:
             curve.append({"step": record["step"], "seconds": round(seconds, 2), "val_loss": record["val_loss"]})
-    return {"optimizer": optimizer, "lr": rate, "curve": curve}
+    return {"optimizer": optimizer, "lr": lr, "curve": curve}
 
 
-def reached(run: dict[str, Any], loss: float) -> dict[str, float] | None:
+def first_reached(run: dict[str, Any], loss: float) -> dict[str, float] | None:
     """Where a run's validation loss first falls to `loss`, between two measurements by a straight line."""
     curve = run["curve"]
     for before, after in pairwise(curve):
@@ -93,18 +93,18 @@ def main() -> None:
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for rates in zip(*RATES.values(), strict=True):  # the two in turns, so that a busy spell hits both
-            for optimizer, rate in zip(RATES, rates, strict=True):
-                runs.append(learn(optimizer, rate, args.steps, args.data.absolute(), Path(folder)))
+        for rates in zip(*CANDIDATE_LRS.values(), strict=True):  # the two in turns, so that a busy spell hits both
+            for optimizer, rate in zip(CANDIDATE_LRS, rates, strict=True):
+                runs.append(train_with_optimizer(optimizer, rate, args.steps, args.data.absolute(), Path(folder)))
                 print(f"{optimizer} {rate:g}: {runs[-1]['curve'][-1]}", flush=True)
     best = {
         name: min((run for run in runs if run["optimizer"] == name), key=lambda run: run["curve"][-1]["val_loss"])
-        for name in RATES
+        for name in CANDIDATE_LRS
     }
     goal = best["adamw"]["curve"][-1]["val_loss"]
     found = {
         "goal": goal,
-        "to_goal": {name: reached(run, goal) for name, run in best.items()},
+        "to_goal": {name: first_reached(run, goal) for name, run in best.items()},
         "best_lr": {name: run["lr"] for name, run in best.items()},
         "runs": runs,
     }

@@ -12,18 +12,18 @@ from argparse import BooleanOptionalAction
 import torch
 
 import gpt2
-from gpt2.cli import Parser, counting, exit_after
+from gpt2.cli import Parser, positive_int, run_and_exit
 from gpt2.runtime import pick_device, seed_everything
 
 parser = Parser(description="Five continuations of a prefix.")
-parser.flag("model-type", default="gpt2", help="a hub name or a model folder")
-parser.flag("hf-weight", default=True, action=BooleanOptionalAction, help="OpenAI's weights, or fresh ones")
-parser.flag("train", default=True, action=BooleanOptionalAction, help="training mode, with fresh weights")
-parser.flag("prefix", default="Hello, I'm a language model,")
-parser.flag("num-return-sequences", type=counting, default=5)
-parser.flag("max-length", type=counting, default=30, help="tokens in all, the prefix included")
-parser.flag("seed", type=int, default=1337)
-parser.flag("device", default="cuda", help="cpu where there is no such device")
+parser.add_flag("model-type", default="gpt2", help="a hub name or a model folder")
+parser.add_flag("hf-weight", default=True, action=BooleanOptionalAction, help="OpenAI's weights, or fresh ones")
+parser.add_flag("train", default=True, action=BooleanOptionalAction, help="training mode, with fresh weights")
+parser.add_flag("prefix", default="Hello, I'm a language model,")
+parser.add_flag("num-return-sequences", type=positive_int, default=5)
+parser.add_flag("max-length", type=positive_int, default=30, help="tokens in all, the prefix included")
+parser.add_flag("seed", type=int, default=1337)
+parser.add_flag("device", default="cuda", help="cpu where there is no such device")
 
 
 @torch.no_grad()
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_after(main)
+    run_and_exit(main)

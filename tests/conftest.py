@@ -8,8 +8,8 @@ import pytest
 
 from gpt2.config import TrainConfig
 from gpt2.tokenizer import BPETokenizer, Tokenizer, train_bpe
-from tests.helpers.runs import NUMBERS
-from tests.helpers.texts import MAKERS, SENTENCES
+from tests.helpers.runs import NUMBERS_TEXT
+from tests.helpers.texts import SENTENCES, TOKENIZER_FACTORIES
 
 SHARED = Path(os.environ.get("GPT2_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TIKTOKEN_CACHE = SHARED / "tiktoken-cache"
@@ -79,29 +79,29 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
     """The commands measure in this process, without compiling."""
-    from gpt2.bench.timing import Here, in_this_process
+    from gpt2.bench.timing import InProcessRunner, run_in_process
 
-    monkeypatch.setattr("gpt2.commands.bench_train.in_fresh_process", in_this_process)
-    monkeypatch.setattr("gpt2.commands.bench_train.Elsewhere", Here)
+    monkeypatch.setattr("gpt2.commands.bench_train.in_fresh_process", run_in_process)
+    monkeypatch.setattr("gpt2.commands.bench_train.Elsewhere", InProcessRunner)
 
 
 @pytest.fixture
 def nanogpt(tmp_path: Path) -> str:
     """A folder with a stand-in for nanoGPT's model.py."""
-    from tests.helpers.bench_work import NANOGPT
+    from tests.helpers.bench_work import FAKE_NANOGPT
 
     folder = tmp_path / "nanoGPT"
     folder.mkdir()
-    (folder / "model.py").write_text(NANOGPT)
+    (folder / "model.py").write_text(FAKE_NANOGPT)
     return str(folder)
 
 
-@pytest.fixture(params=list(MAKERS))
+@pytest.fixture(params=list(TOKENIZER_FACTORIES))
 def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """Each of the three kinds of tokenizer in turn."""
     if request.param == "gpt2":
         request.getfixturevalue("gpt2_vocabulary")
-    return MAKERS[request.param]()
+    return TOKENIZER_FACTORIES[request.param]()
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def small_bpe() -> BPETokenizer:
 @pytest.fixture
 def tiny(tmp_path: Path) -> TrainConfig:
     """A run of a second or two on a text file."""
-    (tmp_path / "numbers.txt").write_text(NUMBERS)
+    (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
     return TrainConfig(
         name="tiny",
         out_dir=str(tmp_path / "runs"),

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from gpt2.config import TrainConfig, read_toml, run_name, to_toml, with_values
+from gpt2.config import TrainConfig, read_toml, run_name, to_toml, with_overrides
 from gpt2.errors import UserError
-from gpt2.train.recipes import RECIPES, recipe
+from gpt2.train.recipes import RECIPES, load_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_sound_and_survive_toml(name: str, tmp_path: Path) -> None:
-    config = recipe(name).check()
+    config = load_recipe(name).check()
     (tmp_path / "r.toml").write_text(to_toml(config))
-    assert recipe(str(tmp_path / "r.toml")) == config
+    assert load_recipe(str(tmp_path / "r.toml")) == config
 
 
 def test_toml_keeps_any_text(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_impossible_settings(values: dict[str, Any], message: str) -> None:
 def test_bad_toml(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(UserError) as error:
-        recipe(str(tmp_path / "bad.toml"))
+        load_recipe(str(tmp_path / "bad.toml"))
     assert message in str(error.value)
 
 
@@ -77,6 +77,6 @@ def test_names_of_runs(tmp_path: Path) -> None:
 
 
 def test_with_values_takes_an_integer_for_a_float_only() -> None:
-    assert with_values(TrainConfig(), {"lr": 1, "min_lr": 0}, "here").lr == 1.0
+    assert with_overrides(TrainConfig(), {"lr": 1, "min_lr": 0}, "here").lr == 1.0
     with pytest.raises(UserError, match=r"here: max_steps cannot be 1\.5"):
-        with_values(TrainConfig(), {"max_steps": 1.5}, "here")
+        with_overrides(TrainConfig(), {"max_steps": 1.5}, "here")

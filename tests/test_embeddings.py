@@ -46,7 +46,7 @@ def test_the_known_tokens_stay_and_the_new_ones_are_near_the_mean(tied: bool) ->
 @torch.no_grad()
 def test_rows_that_stood_for_nothing_are_made_anew() -> None:
     model = random_model(replace(CONFIG, vocab_size=320))
-    more = extend_vocabulary(model, 259, known=257)
+    more = extend_vocabulary(model, 259, num_known_tokens=257)
     assert more.config.vocab_size == 320
     assert torch.equal(more.transformer.wte.weight[:257], model.transformer.wte.weight[:257])
     assert not (more.transformer.wte.weight[257:] == model.transformer.wte.weight[257:]).any()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.files import check_regular, made_by_program, path_of, work_folder
+from gpt2.files import check_regular_file, expand_path, known_folder_kind, staging_folder
 
 HOLDS = """
 import sys, time
@@ -25,10 +25,10 @@ with work_folder(Path(sys.argv[1])) as folder:
 
 def test_a_work_folder_is_gone_afterwards_and_may_be_moved_away(tmp_path: Path) -> None:
     target = tmp_path / "new" / "thing"
-    with work_folder(target) as folder:
+    with staging_folder(target) as folder:
         (folder / "file").write_text("x")
     assert not list(target.parent.iterdir())
-    with work_folder(target) as folder:
+    with staging_folder(target) as folder:
         (folder / "file").write_text("x")
         folder.rename(target)
     assert [path.name for path in target.parent.rglob("*")] == ["thing", "file"]
@@ -40,7 +40,7 @@ def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -
     assert process.stdout is not None
     theirs = Path(process.stdout.readline().strip())
     try:
-        with work_folder(target) as ours:
+        with staging_folder(target) as ours:
             assert ours != theirs
         assert (theirs / "half.bin").exists()
     finally:
@@ -48,9 +48,9 @@ def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -
         process.wait()
         process.stdout.close()
     assert (theirs / "half.bin").exists()
-    with work_folder(tmp_path / "a"):
+    with staging_folder(tmp_path / "a"):
         assert theirs.exists(), "another target's"
-    with work_folder(target) as ours:
+    with staging_folder(target) as ours:
         assert list(tmp_path.iterdir()) == [ours]
 
 
@@ -59,7 +59,7 @@ def test_many_at_once_never_lose_a_file(tmp_path: Path) -> None:
 
     def work(number: int) -> None:
         for _ in range(30):
-            with work_folder(tmp_path / "thing") as folder:
+            with staging_folder(tmp_path / "thing") as folder:
                 (folder / "file").write_text(str(number))
                 if (folder / "file").read_text() != str(number):
                     lost.append(number)
@@ -75,20 +75,20 @@ def test_many_at_once_never_lose_a_file(tmp_path: Path) -> None:
 
 def test_paths_as_people_type_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert path_of("~/x") == tmp_path / "x"
-    assert path_of("a/~") == Path("a/~")
+    assert expand_path("~/x") == tmp_path / "x"
+    assert expand_path("a/~") == Path("a/~")
     with pytest.raises(UserError, match="nobody-of-this-name/x cannot be found: could not determine home"):
-        path_of("~nobody-of-this-name/x")
+        expand_path("~nobody-of-this-name/x")
 
 
 def test_only_regular_files_are_regular(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    check_regular(tmp_path / "file")
-    check_regular(tmp_path / "not there, which is another error")
+    check_regular_file(tmp_path / "file")
+    check_regular_file(tmp_path / "not there, which is another error")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path(os.devnull)):
         with pytest.raises(UserError, match="is not a regular file"):
-            check_regular(path)
+            check_regular_file(path)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_only_regular_files_are_regular(tmp_path: Path) -> None:
     ],
 )
 def test_what_programs_make_is_known_by_its_files(names: str, kind: str | None) -> None:
-    assert made_by_program(names.split()) == kind
+    assert known_folder_kind(names.split()) == kind

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from gpt2.hardware import (
-    KNOWN,
-    accelerator,
+    ACCELERATORS,
     available_memory,
     device_name,
-    known_accelerator,
+    find_accelerator,
+    get_accelerator,
     measure_bandwidth,
     measure_matmul,
     peak_memory,
@@ -35,18 +35,18 @@ CPU = torch.device("cpu")
     ],
 )
 def test_gpus_are_known_by_what_torch_and_people_call_them(said: str, meant: str) -> None:
-    assert known_accelerator(said) is KNOWN[meant]
+    assert find_accelerator(said) is ACCELERATORS[meant]
 
 
 @pytest.mark.parametrize(
     "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "AMD EPYC"]
 )
 def test_other_chips_of_the_same_number_are_not_mistaken_for_them(name: str) -> None:
-    assert known_accelerator(name) is None
+    assert find_accelerator(name) is None
 
 
 def test_every_short_name_finds_its_own_datasheet() -> None:
-    assert all(accelerator(name) is KNOWN[name] for name in KNOWN)
+    assert all(get_accelerator(name) is ACCELERATORS[name] for name in ACCELERATORS)
 
 
 def test_rates_and_memory_of_this_machine() -> None:

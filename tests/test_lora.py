@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from gpt2.errors import UserError
 from gpt2.lora import (
     LoRAConfig,
-    adapted,
-    adapter_tensors,
-    attach,
+    adapter_state_dict,
+    add_adapter,
     base_fingerprint,
-    load_into,
-    merge,
+    load_adapter_weights,
+    lora_layers,
+    merge_and_unload,
     read_adapter,
     save_adapter,
     trainable_parameters,
@@ -36,15 +36,15 @@ MATRICES = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 def trained(shape: GPTConfig = SHAPE, config: LoRAConfig = CONFIG, seed: int = 0) -> GPT:
     """A model with an adapter that says something: a random B."""
     model = random_model(shape, seed)
-    attach(model, config)
-    for name, tensor in adapter_tensors(model).items():
+    add_adapter(model, config)
+    for name, tensor in adapter_state_dict(model).items():
         if name.endswith("lora_B"):
             nn.init.normal_(tensor, std=0.1)
     return model
 
 
 def written(folder: Path, model: GPT, config: LoRAConfig = CONFIG) -> Path:
-    return save_adapter(folder, config, adapter_tensors(model), "somewhere/base", base_fingerprint(model))
+    return save_adapter(folder, config, adapter_state_dict(model), "somewhere/base", base_fingerprint(model))
 
 
 @pytest.mark.parametrize("shape", ODD_CONFIGS)
@@ -52,14 +52,14 @@ def test_an_adapter_begins_as_nothing(shape: GPTConfig) -> None:
     model = random_model(shape)
     tokens, _ = random_batch(shape)
     before = model(tokens)
-    attach(model, CONFIG)
+    add_adapter(model, CONFIG)
     assert torch.equal(model(tokens), before)
-    assert len(adapted(model)) == 4 * shape.n_layer
+    assert len(lora_layers(model)) == 4 * shape.n_layer
 
 
 def test_the_adapter_is_the_papers_formula() -> None:
     model = trained()
-    layer = adapted(model)["transformer.h.1.mlp.c_fc"]
+    layer = lora_layers(model)["transformer.h.1.mlp.c_fc"]
     x = torch.randn(2, 5, SHAPE.n_embd)
     said = x @ layer.weight.T + layer.bias + (5 / 3) * (x @ layer.lora_A.T) @ layer.lora_B.T
     assert relative_error(layer(x), said) < 1e-6
@@ -88,7 +88,7 @@ def test_dropout_is_for_what_the_adapter_reads_in_training_alone() -> None:
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
-    for tensor in adapter_tensors(model).values():
+    for tensor in adapter_state_dict(model).values():
         tensor.zero_()
     assert torch.equal(model(tokens), model(tokens))  # the base model itself has none
 
@@ -98,17 +98,17 @@ def test_a_seed_gives_the_same_adapter_again() -> None:
     for _ in range(2):
         model = random_model(SHAPE)
         torch.manual_seed(7)
-        attach(model, CONFIG)
-        drawn.append(adapter_tensors(model))
+        add_adapter(model, CONFIG)
+        drawn.append(adapter_state_dict(model))
     assert all(torch.equal(tensor, drawn[1][name]) for name, tensor in drawn[0].items())
 
 
 @pytest.mark.parametrize("targets", [("c_attn",), ("mlp.c_proj", "c_fc"), ("transformer.h.1.attn.c_proj",)])
 def test_targets_are_the_ends_of_names(targets: tuple[str, ...]) -> None:
     model = random_model(SHAPE)
-    attach(model, LoRAConfig(targets=targets))
+    add_adapter(model, LoRAConfig(targets=targets))
     names = [name for name in dict(model.named_modules()) if name.endswith(tuple(f".{target}" for target in targets))]
-    assert list(adapted(model)) == (names or list(targets))
+    assert list(lora_layers(model)) == (names or list(targets))
 
 
 @pytest.mark.parametrize("shape", ODD_CONFIGS)
@@ -116,14 +116,14 @@ def test_targets_are_the_ends_of_names(targets: tuple[str, ...]) -> None:
 def test_a_merged_model_says_the_same_and_is_a_plain_one(shape: GPTConfig, use_rslora: bool) -> None:
     model = trained(shape, replace(CONFIG, use_rslora=use_rslora)).train()
     state, tokens = torch.get_rng_state(), random_batch(shape)[0]
-    merged = merge(model)
+    merged = merge_and_unload(model)
     assert torch.equal(torch.get_rng_state(), state)  # a training that merges to save goes on as if it had not
     assert relative_error(merged(tokens), model(tokens)) < 1e-5
     plain = GPT(shape)
     assert [(name, p.shape) for name, p in merged.named_parameters()] == [
         (name, p.shape) for name, p in plain.named_parameters()
     ]
-    assert not adapted(merged)
+    assert not lora_layers(merged)
     assert merged.training
     assert len(trainable_parameters(merged)) == len(list(plain.parameters()))
     theirs = {p.data_ptr() for p in model.parameters()}
@@ -131,7 +131,7 @@ def test_a_merged_model_says_the_same_and_is_a_plain_one(shape: GPTConfig, use_r
 
 
 def test_training_on_a_merged_model_teaches_what_was_frozen() -> None:
-    merged = merge(trained())
+    merged = merge_and_unload(trained())
     tokens, targets = random_batch(SHAPE)
     merged.loss(tokens, targets).backward()
     assert all(p.grad is not None for p in merged.parameters())
@@ -145,9 +145,9 @@ def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for ref in (run, run / "adapter", str(run)):
         read = read_adapter(ref)
         assert read.config == replace(config, targets=("c_attn", "mlp.c_proj"))
-        assert (read.base, read.base_fingerprint) == ("somewhere/base", base_fingerprint(random_model(SHAPE)))
-        assert read.tensors.keys() == adapter_tensors(model).keys()
-        assert all(torch.equal(tensor, adapter_tensors(model)[name]) for name, tensor in read.tensors.items())
+        assert (read.base_model, read.base_fingerprint) == ("somewhere/base", base_fingerprint(random_model(SHAPE)))
+        assert read.tensors.keys() == adapter_state_dict(model).keys()
+        assert all(torch.equal(tensor, adapter_state_dict(model)[name]) for name, tensor in read.tensors.items())
     assert sorted(path.name for path in run.iterdir()) == ["adapter"]  # and nothing half-written
 
 
@@ -157,14 +157,14 @@ def test_loading_with_an_adapter_is_merging_it_and_several_share_a_base(tmp_path
     for seed in (1, 2):
         model = random_model(SHAPE)
         torch.manual_seed(seed)
-        attach(model, CONFIG)
-        for tensor in adapter_tensors(model).values():
+        add_adapter(model, CONFIG)
+        for tensor in adapter_state_dict(model).values():
             nn.init.normal_(tensor, std=0.1)
         written(tmp_path / f"adapter-{seed}", model)
         loaded, _ = load(tmp_path / "base", adapter=tmp_path / f"adapter-{seed}")
         assert relative_error(loaded(tokens), model(tokens)) < 1e-5
         assert relative_error(loaded(tokens), base(tokens)) > 0.01
-        for name, parameter in merge(model).named_parameters():
+        for name, parameter in merge_and_unload(model).named_parameters():
             assert torch.equal(loaded.get_parameter(name), parameter), name
     assert torch.equal(load(tmp_path / "base")[0](tokens), base(tokens))
 
@@ -174,7 +174,7 @@ def test_a_base_in_bfloat16_is_the_same_base_and_the_sum_is_rounded_once(tmp_pat
     folder = written(tmp_path / "adapter", model)
     save(random_model(SHAPE), None, tmp_path / "exact")
     save(random_model(SHAPE), None, tmp_path / "rounded", dtype=torch.bfloat16)
-    for name, parameter in merge(model).named_parameters():
+    for name, parameter in merge_and_unload(model).named_parameters():
         exact, _ = load(tmp_path / "exact", dtype=torch.bfloat16, adapter=folder)
         assert torch.equal(exact.get_parameter(name), parameter.bfloat16()), name
     kept, _ = load(tmp_path / "rounded", dtype=None, adapter=folder)
@@ -187,8 +187,8 @@ def test_a_base_in_bfloat16_is_the_same_base_and_the_sum_is_rounded_once(tmp_pat
 def test_loading_into_an_attached_model_goes_on_where_the_other_was(tmp_path: Path) -> None:
     model, other, tokens = trained(), random_model(SHAPE), random_batch(SHAPE)[0]
     adapter = read_adapter(written(tmp_path, model))
-    attach(other, adapter.config)
-    load_into(other, adapter)
+    add_adapter(other, adapter.config)
+    load_adapter_weights(other, adapter)
     assert torch.equal(other(tokens), model(tokens))
     assert all(p.requires_grad for p in trainable_parameters(other).values())
 
@@ -203,12 +203,12 @@ def test_loading_into_an_attached_model_goes_on_where_the_other_was(tmp_path: Pa
 )
 def test_loading_into_another_kind_is_refused(tmp_path: Path, shape: GPTConfig, config: LoRAConfig, line: str) -> None:
     adapter, other = read_adapter(written(tmp_path, trained())), random_model(shape)
-    attach(other, config)
-    before = {name: tensor.clone() for name, tensor in adapter_tensors(other).items()}
+    add_adapter(other, config)
+    before = {name: tensor.clone() for name, tensor in adapter_state_dict(other).items()}
     with pytest.raises(UserError, match=line) as caught:
-        load_into(other, adapter)
+        load_adapter_weights(other, adapter)
     assert "\n" not in str(caught.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(other).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(other).items())
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_the_fingerprint_is_of_the_base_alone() -> None:
     base = random_model(SHAPE)
     same = base_fingerprint(base)
     assert base_fingerprint(trained()) == same == base_fingerprint(random_model(SHAPE).bfloat16())
-    assert base_fingerprint(merge(trained())) != same  # an adapter for a merged model is not for the first
+    assert base_fingerprint(merge_and_unload(trained())) != same  # an adapter for a merged model is not for the first
     with torch.no_grad():
         base.transformer.h[1].get_parameter("ln_2.bias")[3] += 0.5
     assert base_fingerprint(base) != same
@@ -286,7 +286,7 @@ def test_settings_that_are_not_read_are_one_line(tmp_path: Path, changes: dict[s
 
 
 def test_a_pattern_or_some_blocks_are_what_the_tensors_say(tmp_path: Path) -> None:
-    layers = list(adapted(trained()))
+    layers = list(lora_layers(trained()))
     for changes in ({"target_modules": ".*c_.*"}, {"layers_to_transform": [0, 1]}, {"exclude_modules": ["wte"]}):
         assert read_adapter(edited(tmp_path, **changes)).config.targets == tuple(sorted(layers))
 
@@ -388,9 +388,9 @@ def test_a_config_that_cannot_be_is_one_line(change: dict[str, Any], line: str) 
 def test_a_target_that_is_nowhere_leaves_the_model_as_it_was() -> None:
     model = random_model(SHAPE)
     with pytest.raises(UserError, match=r"^the model has no 'c_atn' for an adapter \(did you mean 'c_attn'\?\): there"):
-        attach(model, LoRAConfig(targets=("c_fc", "c_atn")))
-    assert not adapted(model)
+        add_adapter(model, LoRAConfig(targets=("c_fc", "c_atn")))
+    assert not lora_layers(model)
     assert all(p.requires_grad for p in model.parameters())
-    attach(model, CONFIG)
+    add_adapter(model, CONFIG)
     with pytest.raises(ValueError, match="an adapter already"):
-        attach(model, CONFIG)
+        add_adapter(model, CONFIG)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2 import loss as loss_module
-from gpt2.loss import IGNORE, next_token_loss
+from gpt2.loss import IGNORE_INDEX, next_token_loss
 
 
 def inputs(n: int = 37, c: int = 12, v: int = 53, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,12 +15,12 @@ def inputs(n: int = 37, c: int = 12, v: int = 53, dtype: torch.dtype = torch.flo
     hidden = torch.randn(n, c, dtype=dtype, requires_grad=True)
     weight = torch.randn(v, c, dtype=dtype, requires_grad=True)
     targets = torch.randint(v, (n,))
-    targets[::5] = IGNORE
+    targets[::5] = IGNORE_INDEX
     return hidden, weight, targets
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE)
+    return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 5, 37, 100])
@@ -48,7 +48,7 @@ def test_gradcheck() -> None:
 def test_divisor_makes_parts_add_up_to_the_whole() -> None:
     hidden, weight, targets = inputs()
     whole = torch.autograd.grad(next_token_loss(hidden, weight, targets), weight)[0]
-    count = float((targets != IGNORE).sum())
+    count = float((targets != IGNORE_INDEX).sum())
     parts = [next_token_loss(hidden[s], weight, targets[s], count) for s in (slice(0, 9), slice(9, 37))]
     torch.testing.assert_close(torch.autograd.grad(parts[0] + parts[1], weight)[0], whole)
 
@@ -125,7 +125,7 @@ def test_padding_rows_take_no_probability(monkeypatch: pytest.MonkeyPatch) -> No
     """The GPU's path, on the CPU: the padded head gives the loss and gradients of the plain one."""
 
     def padded_anywhere(weight: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = weight.new_zeros(-weight.size(0) % loss_module.PAD_TO, weight.size(1))
+        rows = weight.new_zeros(-weight.size(0) % loss_module.VOCAB_PAD_MULTIPLE, weight.size(1))
         return torch.cat((weight, rows)).to(dtype)
 
     hidden, weight, targets = inputs()

@@ -15,7 +15,7 @@ from tests.helpers.reference import (
     random_batch,
     random_model,
     relative_error,
-    transformers_twin,
+    to_transformers,
 )
 
 
@@ -35,7 +35,7 @@ def test_full_size_equals_transformers() -> None:
 
 def assert_equal_to_twin(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> None:
     """Logits, loss and every gradient are those of transformers with the same weights."""
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     logits, theirs = model(tokens), twin(tokens).logits
     assert logits.shape == (*tokens.shape, model.config.vocab_size)
     assert (logits - theirs).abs().max() < 1e-4

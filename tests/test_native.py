@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from gpt2.errors import UserError
 from gpt2.generation import inference
-from gpt2.generation.engine import Engine, Request, Token
-from gpt2.generation.inference import accelerated
+from gpt2.generation.engine import Engine, GenerationRequest, SampledToken
+from gpt2.generation.inference import prepare_for_inference
 from gpt2.generation.sampling import Sampling
 from gpt2.model import ACTIVATIONS, GPT, GPTConfig
 from gpt2.native import build
 from gpt2.native.model import NativeGPT
-from gpt2.native.pack import GROUPS, dequantize, pack, quantize
+from gpt2.native.pack import GROUP_SIZES, dequantize, pack, quantize
 from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, relative_error
 
 WIDE = GPTConfig(vocab_size=501, block_size=300, n_layer=2, n_head=2, n_embd=192)
@@ -34,7 +34,7 @@ CLOSE = {"float32": 3e-6, "bfloat16": 1.5e-2, "int8": 3e-2, "int4": 3e-2}
 
 @pytest.fixture(scope="module")
 def kernel() -> ctypes.CDLL:
-    found = build.library()
+    found = build.load_library()
     if found is None:
         pytest.skip("the kernel cannot be compiled here")
     return found
@@ -46,8 +46,8 @@ def plain_kernel(kernel: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) 
     if platform.machine() != "x86_64":
         pytest.skip("for other processors there is but one kernel")
     path = tmp_path_factory.mktemp("plain") / "kernel.so"
-    flags = [flag.replace("native", "x86-64-v3") for flag in build.FLAGS]
-    subprocess.run(["g++", *flags, str(build.SOURCE), "-o", str(path)], check=True)
+    flags = [flag.replace("native", "x86-64-v3") for flag in build.COMPILER_FLAGS]
+    subprocess.run(["g++", *flags, str(build.KERNEL_SOURCE), "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
 
 
@@ -58,7 +58,7 @@ def everything(native: NativeGPT, tokens: torch.Tensor) -> torch.Tensor:
 
 def expected(model: GPT, tokens: torch.Tensor, precision: str) -> torch.Tensor:
     with torch.inference_mode():
-        return (inference._rounded(model, precision) if precision in GROUPS else model)(tokens)
+        return (inference._fake_quantized(model, precision) if precision in GROUP_SIZES else model)(tokens)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -103,7 +103,7 @@ def test_a_bfloat16_model_keeps_its_weights_where_they_are(kernel: ctypes.CDLL) 
 @cache
 def native_models(precision: str) -> Any:
     model = random_model(replace(WIDE, block_size=40))
-    library = build.library()
+    library = build.load_library()
     assert library is not None
     return model if precision == "torch" else NativeGPT(model, precision, library)
 
@@ -150,15 +150,15 @@ def test_joining_and_leaving_never_change_a_request(
 
     Through the kernel that holds for log-probabilities to the bit; torch's matrix products may round otherwise.
     """
-    if build.library() is None:
+    if build.load_library() is None:
         pytest.skip("the kernel cannot be compiled here")
     native = native_models(precision)
 
-    def exactly(token: Token) -> tuple:
-        return (token.id,) if precision == "torch" else (token.id, token.logprob, token.alternatives)
+    def exactly(token: SampledToken) -> tuple:
+        return (token.id,) if precision == "torch" else (token.id, token.logprob, token.top_logprobs)
 
-    requests = [Request(*each, sample=0, alternatives=2) for each in asked]
-    together = Engine(native, slots, chunk=chunk)
+    requests = [GenerationRequest(*each, sample_index=0, top_logprobs=2) for each in asked]
+    together = Engine(native, slots, prefill_chunk=chunk)
     pending, sent, told = list(requests), [], {}
     for step, event in enumerate([*events, *[3] * 2000]):
         if event == 0 and pending:
@@ -166,7 +166,7 @@ def test_joining_and_leaving_never_change_a_request(
         elif event == 1 and sent:
             together.cancel(sent[step % len(sent)])
         for token in together.step():
-            told.setdefault(id(token.continuation), []).append(exactly(token))
+            told.setdefault(id(token.sequence), []).append(exactly(token))
         if event == 3 and pending:
             sent.append(together.submit(pending.pop(0)))
         if together.idle and not pending:
@@ -180,10 +180,10 @@ def test_joining_and_leaving_never_change_a_request(
         got = told.get(id(continuation), [])
         assert got == expected_tokens[: len(got)]
         assert continuation.finished == "cancelled" or continuation.new_tokens == only.new_tokens
-        assert only.finished == "length"
+        assert only.finish_reason == "length"
 
 
-@pytest.mark.parametrize("precision", list(GROUPS))
+@pytest.mark.parametrize("precision", list(GROUP_SIZES))
 @pytest.mark.parametrize("shape", [(16, 128), (5, 3), (50, 200), (33, 129)])
 def test_packed_weights_are_the_rounded_ones_in_another_order(precision: str, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -192,7 +192,7 @@ def test_packed_weights_are_the_rounded_ones_in_another_order(precision: str, sh
     error = (dequantize(numbers, scale, precision, shape[1]) - weight).abs()
     assert error.max() <= weight.abs().max() / steps
     packed, scales = pack(weight, precision)
-    group, blocks = GROUPS[precision], -(-shape[0] // 16)
+    group, blocks = GROUP_SIZES[precision], -(-shape[0] // 16)
     assert scales.shape == (blocks, -(-shape[1] // group), 16)
     unpacked = packed if precision == "int8" else torch.stack([packed & 15, packed >> 4], 2).flatten(1, 2)
     rows = unpacked.transpose(1, 2).flatten(0, 1).flatten(1)[: shape[0]]
@@ -201,7 +201,7 @@ def test_packed_weights_are_the_rounded_ones_in_another_order(precision: str, sh
 
 
 def test_rows_of_zeros_and_of_one_size() -> None:
-    for precision in GROUPS:
+    for precision in GROUP_SIZES:
         for weight in (torch.zeros(16, 64), torch.full((16, 64), -3.0), torch.eye(32) * 7):
             numbers, scale = quantize(weight, precision)
             assert torch.allclose(dequantize(numbers, scale, precision, weight.size(1)), weight, rtol=0.01)
@@ -214,9 +214,9 @@ def test_a_damaged_model_is_seen_in_every_precision(kernel: ctypes.CDLL, precisi
     with torch.no_grad():
         dict(model.named_parameters())["transformer.h.0.mlp.c_proj.bias"][5] = value
     engine = Engine(NativeGPT(model, precision, kernel), 1)
-    broken = engine.submit(Request([1, 2]))
+    broken = engine.submit(GenerationRequest([1, 2]))
     engine.step()
-    assert broken.finished == "error"
+    assert broken.finish_reason == "error"
     assert "nan or inf" in str(broken.error)
 
 
@@ -231,7 +231,7 @@ def test_misuse(kernel: ctypes.CDLL) -> None:
     with pytest.raises(UserError, match="no precision 'int3'"):
         NativeGPT(random_model(WIDE), "int3", kernel)
     with pytest.raises(UserError, match="no precision 'int-8'"):
-        accelerated(random_model(WIDE), "int-8")
+        prepare_for_inference(random_model(WIDE), "int-8")
 
 
 @pytest.mark.parametrize("precision", [*PRECISIONS, "float16"])
@@ -244,7 +244,7 @@ def test_without_a_compiler_torch_runs_the_same_weights(
         model(tokens).detach() if precision == "float16" else everything(NativeGPT(model, precision, kernel), tokens)
     )
     monkeypatch.setattr(inference, "library", lambda: None)
-    slow = accelerated(model, precision)
+    slow = prepare_for_inference(model, precision)
     assert isinstance(slow, GPT)
     assert model.lm_head.weight.dtype == torch.float32  # what was given stays as it was
     with torch.inference_mode():
@@ -255,11 +255,11 @@ def test_without_a_compiler_torch_runs_the_same_weights(
 def test_why_there_is_no_kernel_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "gpt2"):
         monkeypatch.setenv("CXX", "no-such-compiler")
-        assert build.library.__wrapped__() is None
+        assert build.load_library.__wrapped__() is None
         assert "there is no C++ compiler" in caplog.text
         monkeypatch.setenv("CXX", "false")  # a compiler that always fails
-        assert build.library.__wrapped__() is None
+        assert build.load_library.__wrapped__() is None
         monkeypatch.delenv("CXX")
         monkeypatch.setenv("GPT2_HOME", "/proc/nowhere")
-        assert build.library.__wrapped__() is None
+        assert build.load_library.__wrapped__() is None
     assert caplog.text.count("torch's own operations") == 3

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2.errors import UserError
-from gpt2.loss import IGNORE
+from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT, GPTConfig
 from gpt2.packing import Packing
-from gpt2.runtime import recompute_blocks
+from gpt2.runtime import apply_activation_checkpointing
 from tests.helpers.reference import random_model
 
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=16)
@@ -54,15 +54,15 @@ def test_gradients_of_a_packed_batch_are_those_of_its_documents(recompute: bool)
     model = random_model(CONFIG)
     cuts = [[7, 3, 14], [24]]
     tokens, targets = torch.randint(61, (2, 2, 24), generator=torch.Generator().manual_seed(1))
-    targets[0, :4] = IGNORE
-    count = float((targets != IGNORE).sum())
+    targets[0, :4] = IGNORE_INDEX
+    count = float((targets != IGNORE_INDEX).sum())
     for row, lengths in enumerate(cuts):
         for part, part_targets in zip(tokens[row].split(lengths), targets[row].split(lengths), strict=True):
             model.loss(part[None], part_targets[None], count).backward()
     apart = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     if recompute:
-        recompute_blocks(model.transformer.h)
+        apply_activation_checkpointing(model.transformer.h)
     model.loss(tokens, targets, documents=documents_of(cuts)).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, apart[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt2.model import GPT, GPTConfig, sdpa_attention
-from gpt2.runtime import recompute_blocks
+from gpt2.runtime import apply_activation_checkpointing
 
 
 def model_of(dropout: float = 0.0) -> GPT:
@@ -36,7 +36,7 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept() -> No
     """With dropout, whose masks have to be the same the second time."""
     tokens = torch.randint(61, (4, 32), generator=torch.Generator().manual_seed(1))
     plain, recomputed = model_of(dropout=0.1), model_of(dropout=0.1)
-    recompute_blocks(recomputed.transformer.h)
+    apply_activation_checkpointing(recomputed.transformer.h)
     torch.manual_seed(5)
     everything = saved_bytes(plain, tokens)
     torch.manual_seed(5)

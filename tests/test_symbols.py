@@ -7,7 +7,7 @@ import pytest
 
 from gpt2.errors import UserError
 from gpt2.templates import get_template
-from gpt2.tokenizer import Tokenizer, load_tokenizer, with_special_tokens, with_symbols
+from gpt2.tokenizer import Tokenizer, load_tokenizer, with_added_tokens, with_special_tokens
 from tests.helpers.texts import SENTENCES
 
 TEXT = "In BRCA1 and<go>, not in BRCA. <|endoftext|>"
@@ -17,7 +17,7 @@ def test_a_text_that_has_them_becomes_them(any_tokenizer: Tokenizer, tmp_path: P
     from transformers import AutoTokenizer
 
     size, end = any_tokenizer.vocab_size, any_tokenizer.end_of_text
-    tokenizer = with_symbols(any_tokenizer, ["BRCA1", "<go>"])
+    tokenizer = with_added_tokens(any_tokenizer, ["BRCA1", "<go>"])
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (size + 2, end)
     assert tokenizer.fingerprint != any_tokenizer.fingerprint
     parts = ["In ", " and", ", not in BRCA. <|endoftext|>"]
@@ -37,14 +37,14 @@ def test_a_text_that_has_them_becomes_them(any_tokenizer: Tokenizer, tmp_path: P
 
 
 def test_text_without_them_is_as_it_was(any_tokenizer: Tokenizer) -> None:
-    tokenizer = with_symbols(any_tokenizer, ["BRCA1"])
+    tokenizer = with_added_tokens(any_tokenizer, ["BRCA1"])
     assert [tokenizer.encode(text) for text in SENTENCES] == [any_tokenizer.encode(text) for text in SENTENCES]
 
 
 def test_in_a_conversation_they_are_words_and_marks_are_not(any_tokenizer: Tokenizer) -> None:
     chatml = get_template("chatml")
     marked = with_special_tokens(any_tokenizer, chatml.missing_tokens(any_tokenizer))
-    tokenizer = with_symbols(marked, ["<go>"])
+    tokenizer = with_added_tokens(marked, ["<go>"])
     ids = chatml.encode_prompt(tokenizer, [("user", "<go> <|im_end|>")])
     assert ids.count(tokenizer.encode("<go>")[0]) == 1
     assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 1  # the template's own
@@ -53,4 +53,4 @@ def test_in_a_conversation_they_are_words_and_marks_are_not(any_tokenizer: Token
 def test_what_cannot_be_a_word_is_told(any_tokenizer: Tokenizer) -> None:
     for text in ("", " ", "a", "<|endoftext|>"):
         with pytest.raises(UserError):
-            with_symbols(any_tokenizer, ["fine", text])
+            with_added_tokens(any_tokenizer, ["fine", text])

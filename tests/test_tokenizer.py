@@ -30,14 +30,14 @@ from gpt2.tokenizer import (
     train_bpe,
     with_special_tokens,
 )
-from gpt2.vocabulary import cut_long_words
-from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2
+from gpt2.vocabulary import split_long_words
+from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2_tokenizer
 
 # The same as others
 
 
 def test_gpt2_tokens_of_shakespeare(gpt2_vocabulary: None, shakespeare_file: Path) -> None:
-    tokenizer = gpt2()
+    tokenizer = gpt2_tokenizer()
     text = shakespeare_file.read_text(encoding="utf-8")
     tokens = tokenizer.encode(text[:100])
     assert len(tokens) == 31
@@ -77,7 +77,7 @@ def test_transformers_reads_what_we_save(
 def test_gpt2_merges_recovered_from_ranks_encode_like_tiktoken(
     gpt2_vocabulary: None, shakespeare_file: Path, tmp_path: Path
 ) -> None:
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     library.encode_special_tokens = True
     reference = tiktoken.get_encoding("gpt2")
@@ -93,14 +93,14 @@ def test_gpt2_merges_are_those_of_openai(gpt2_vocabulary: None, tmp_path: Path) 
     openai = cache / hashlib.sha1(address.encode()).hexdigest()
     if not openai.is_file():
         pytest.skip(f"no {openai}")
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     assert (tmp_path / "merges.txt").read_text(encoding="utf-8") == openai.read_text(encoding="utf-8")
 
 
 def test_gpt2_from_a_folder_encodes_like_tiktoken(
     gpt2_vocabulary: None, shakespeare_file: Path, tmp_path: Path
 ) -> None:
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     reference = tiktoken.get_encoding("gpt2")
     loaded = load_tokenizer(tmp_path)
     assert isinstance(loaded, GPT2Tokenizer)
@@ -136,7 +136,7 @@ def test_round_trip_of_any_text(text: str) -> None:
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_round_trip_of_any_text_in_gpt2(gpt2_vocabulary: None, text: str) -> None:
-    tokenizer = gpt2()
+    tokenizer = gpt2_tokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -153,7 +153,7 @@ def test_stream_shows_the_same_text_as_decode(tokens: list[int]) -> None:
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=st.lists(st.integers(0, 50256)))
 def test_stream_shows_the_same_text_as_decode_in_gpt2(gpt2_vocabulary: None, tokens: list[int]) -> None:
-    tokenizer = gpt2()
+    tokenizer = gpt2_tokenizer()
     stream = StreamDecoder(tokenizer)
     assert "".join(map(stream.push, tokens)) + stream.flush() == tokenizer.decode(tokens)
 
@@ -179,7 +179,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(any_tokenizer: 
 
 def test_a_million_spaces(gpt2_vocabulary: None) -> None:
     text = " " * 1_000_001 + "x"  # tiktoken alone panics here
-    tokenizer = gpt2()
+    tokenizer = gpt2_tokenizer()
     tokens, short = tokenizer.encode_batch([text, "a b"])
     assert tokenizer.decode(tokens) == text
     assert short == [64, 275]
@@ -368,7 +368,7 @@ def test_an_endless_word_is_learned_from_in_time_that_grows_with_its_length() ->
 
 @pytest.mark.parametrize("text", ["a" * 5000, " " * 5000, "_-" * 2500, "字" * 5000, "x " * 2000 + "1" * 3500 + " y\n"])
 def test_endless_words_are_cut_and_nothing_is_lost(text: str) -> None:
-    pieces = list(cut_long_words(text))
+    pieces = list(split_long_words(text))
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert max(map(len, re.findall(r"\w+|\s+|(?:[^\w\s]|_)+", max(pieces, key=len)))) <= 1000
@@ -376,4 +376,4 @@ def test_endless_words_are_cut_and_nothing_is_lost(text: str) -> None:
 
 @given(st.text(alphabet="ab1_-'! \n\t\u3000é字😀", max_size=300))
 def test_words_of_all_days_are_not_cut(text: str) -> None:
-    assert list(cut_long_words(text)) == [text]
+    assert list(split_long_words(text)) == [text]

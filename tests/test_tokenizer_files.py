@@ -26,7 +26,7 @@ from gpt2.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2
+from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2_tokenizer
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_fingerprints_tell_the_kinds_apart(gpt2_vocabulary: None, small_bpe: BPE
 def test_gpt2_words_cut_another_way_are_not_gpt2(gpt2_vocabulary: None, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     edit_json(tmp_path / "tokenizer.json", lambda spec: spec["pre_tokenizer"].update({"add_prefix_space": True}))
     loaded = get_tokenizer(tmp_path)
     assert loaded.name == "bpe"
-    assert loaded.encode("Hello") == gpt2().encode(" Hello")
+    assert loaded.encode("Hello") == gpt2_tokenizer().encode(" Hello")
     loaded.save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert AutoTokenizer.from_pretrained(tmp_path)("Hello")["input_ids"] == loaded.encode("Hello")
@@ -244,7 +244,7 @@ def test_without_network_the_error_says_what_to_put_where(tmp_path: Path) -> Non
 
 
 def test_a_folder_needs_no_network(gpt2_vocabulary: None, tmp_path: Path) -> None:
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     code = f"print(load_tokenizer(Path({str(tmp_path)!r})).encode('Hello'))"
     run = run_gpt2_tokenizer(tmp_path / "empty", code)
     assert run.stdout == "[15496]\n"

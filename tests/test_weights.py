@@ -19,7 +19,7 @@ from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
 from tests.helpers.hub import serve_hub
-from tests.helpers.reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, transformers_twin
+from tests.helpers.reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, to_transformers
 
 SMALL = ODD_CONFIGS[0]
 BYTES = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -27,7 +27,7 @@ BYTES = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 
 def hf_folder(model: GPT, folder: Path, **kwargs: Any) -> Path:
     """A folder as transformers itself writes it."""
-    transformers_twin(model).save_pretrained(folder, **kwargs)
+    to_transformers(model).save_pretrained(folder, **kwargs)
     return folder
 
 

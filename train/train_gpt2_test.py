@@ -13,7 +13,7 @@ from argparse import BooleanOptionalAction
 import torch
 
 import gpt2
-from gpt2.cli import Parser, counting, exit_after
+from gpt2.cli import Parser, positive_int, run_and_exit
 from gpt2.data.sources import open_source
 from gpt2.runtime import autocast, compile_blocks, pick_device, seed_everything, synchronize
 
@@ -21,19 +21,19 @@ AUTOCAST = {"f32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 parser = Parser(description="Train a fresh 124M GPT-2 on one batch.")
-parser.flag("train", default=True, action=BooleanOptionalAction, help="train, or only print the loss")
-parser.flag("data-type", default="super_tiny_shakespear", choices=["super_tiny_shakespear", "tiny_shakespear"])
-parser.flag("lr", type=float, default=3e-4)
-parser.flag("optimizer", default="adam", choices=OPTIMIZERS)
-parser.flag("epochs", type=counting, default=50)
-parser.flag("device", default="cuda", help="cpu where there is no such device")
-parser.flag("batch-size", type=counting, default=4)
-parser.flag("token-size", type=counting, default=32)
-parser.flag("seed", type=int, default=1337)
-parser.flag("matmul-precision", default="highest", choices=["highest", "high", "medium"])
-parser.flag("autocast-type", default="f32", choices=AUTOCAST)
-parser.flag("compile-model", default=False, action=BooleanOptionalAction)
-parser.flag("flash-attention", default=False, action=BooleanOptionalAction)
+parser.add_flag("train", default=True, action=BooleanOptionalAction, help="train, or only print the loss")
+parser.add_flag("data-type", default="super_tiny_shakespear", choices=["super_tiny_shakespear", "tiny_shakespear"])
+parser.add_flag("lr", type=float, default=3e-4)
+parser.add_flag("optimizer", default="adam", choices=OPTIMIZERS)
+parser.add_flag("epochs", type=positive_int, default=50)
+parser.add_flag("device", default="cuda", help="cpu where there is no such device")
+parser.add_flag("batch-size", type=positive_int, default=4)
+parser.add_flag("token-size", type=positive_int, default=32)
+parser.add_flag("seed", type=int, default=1337)
+parser.add_flag("matmul-precision", default="highest", choices=["highest", "high", "medium"])
+parser.add_flag("autocast-type", default="f32", choices=AUTOCAST)
+parser.add_flag("compile-model", default=False, action=BooleanOptionalAction)
+parser.add_flag("flash-attention", default=False, action=BooleanOptionalAction)
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 
     (document,) = open_source(args.data_type).documents
     size = args.batch_size * args.token_size
-    tokens = gpt2.get_tokenizer("gpt2").encode("".join(document.pieces()))[: size + 1]
+    tokens = gpt2.get_tokenizer("gpt2").encode("".join(document.iter_chunks()))[: size + 1]
     if len(tokens) <= size:
         raise gpt2.UserError(f"{args.data_type} has only {len(tokens)} tokens: {size + 1} are needed for one batch")
     buffer = torch.tensor(tokens, device=device)
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_after(main)
+    run_and_exit(main)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gpt2.tokenizer import Tokenizer, get_tokenizer
     from gpt2.weights import load, save
 
-_HOME_OF = {
+_LAZY_IMPORTS = {
     "GPT": "gpt2.model",
     "GPTConfig": "gpt2.model",
     "KVCache": "gpt2.cache",
@@ -44,9 +44,9 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import gpt2` and `gpt2 --help` stay instant."""
-    if name not in _HOME_OF:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'gpt2' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    value = getattr(import_module(_LAZY_IMPORTS[name]), name)
     globals()[name] = value
     return value
 

@@ -43,11 +43,11 @@ class KVCache:
         """How many positions fit."""
         return self.data.size(4)
 
-    def extended(self, count: int) -> "Extension":
+    def extend(self, count: int) -> "CacheExtension":
         """Make room for `count` new positions in every row, which the layers fill in; see `Extension`."""
         starts = self.lengths.copy()
         self.lengths += count
-        return Extension.of(self.data, starts, count)
+        return CacheExtension.from_lengths(self.data, starts, count)
 
     def repeat(self, n: int) -> "KVCache":
         """A new cache with every row n times: one prompt read once, continued n ways."""
@@ -69,7 +69,7 @@ class KVCache:
         self.lengths[target] = length
 
 
-class Extension:
+class CacheExtension:
     """T new positions in each of B rows: where they go, and what each of them may look at.
 
     positions: (T,) where all rows are equally long, else (B, T): the place of each new token in its text.
@@ -80,27 +80,27 @@ class Extension:
         self.data, self.positions, self.mask, self.end = data, positions, mask, end
 
     @classmethod
-    def of(cls, data: Tensor, starts: np.ndarray, count: int) -> Self:
+    def from_lengths(cls, data: Tensor, lengths: np.ndarray, count: int) -> Self:
         """`count` positions from `starts` (B,) on."""
-        end = int(starts.max()) + count
-        if int(starts.min()) + count == end:
+        end = int(lengths.max()) + count
+        if int(lengths.min()) + count == end:
             return cls(data, torch.arange(end - count, end, device=data.device), None, end)
-        positions = (torch.from_numpy(starts)[:, None] + torch.arange(count)).to(data.device)  # (B, T)
+        positions = (torch.from_numpy(lengths)[:, None] + torch.arange(count)).to(data.device)  # (B, T)
         mask = torch.arange(end, device=data.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         return cls(data, positions, mask, end)
 
-    def layer(self, index: int) -> "LayerExtension":
+    def layer(self, index: int) -> "LayerCacheExtension":
         """The part of one layer."""
         keys, values = self.data[index, 0], self.data[index, 1]
-        return LayerExtension(keys, values, self)
+        return LayerCacheExtension(keys, values, self)
 
 
-class LayerExtension:
+class LayerCacheExtension:
     """One layer's keys and values, (B, n_head, max_length, head_dim) each, about to grow."""
 
-    def __init__(self, keys: Tensor, values: Tensor, extension: Extension) -> None:
-        self.keys, self.values, self.mask = keys, values, extension.mask
-        self._positions, self._end = extension.positions, extension.end
+    def __init__(self, keys: Tensor, values: Tensor, cache_extension: CacheExtension) -> None:
+        self.keys, self.values, self.mask = keys, values, cache_extension.mask
+        self._positions, self._end = cache_extension.positions, cache_extension.end
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new (B, n_head, T, head_dim), and return all S positions as views."""

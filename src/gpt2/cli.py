@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 from gpt2.errors import UserError, did_you_mean
 
-NO_MEMORY = (
+OUT_OF_MEMORY_MESSAGE = (
     "this needs more memory than there is: for training, lower --micro-batch-size or add --recompute (gpt2 plan tells "
     "what a run will need); for sampling, lower --num-samples"
 )
-TORCHS_MEMORY_ERRORS = (
+TORCH_OUT_OF_MEMORY_ERRORS = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
@@ -29,15 +29,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def flag(self, name: str, **kwargs: Any) -> None:
+    def add_flag(self, name: str, **kwargs: Any) -> None:
         """Add ``--name-with-dashes``, which may also be spelled with underscores, as may its ``--no-`` form."""
         self.add_argument(f"--{name}", **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._dashed(word) for word in words], namespace)
+        return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
 
-    def _dashed(self, arg: str) -> str:
+    def _with_dashes(self, arg: str) -> str:
         """`arg`, with dashes if it is a flag of ours spelled with underscores."""
         name, equals, value = arg.partition("=")
         dashed = name.replace("_", "-")
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def counting(text: str) -> int:
+def positive_int(text: str) -> int:
     """The type of a flag that counts something, a whole number of at least 1."""
     try:
         number = int(text)
@@ -68,12 +68,12 @@ def counting(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `gpt2 VERB ...` and exit: 0 done, 2 a user's mistake in one line, 128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    exit_after(lambda: _run(arguments))
+    run_and_exit(lambda: _run_command(arguments))
 
 
-def exit_after(program: Callable[[], int | None]) -> NoReturn:
+def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     """Run a program and exit with its code; what the user did wrong becomes one line on standard error and code 2."""
-    _harden_streams()
+    _configure_streams()
     first = os.environ.get("RANK", "0") == "0"  # the other ranks of a run would say the same
     logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING if first else logging.ERROR)
     try:
@@ -82,24 +82,24 @@ def exit_after(program: Callable[[], int | None]) -> NoReturn:
             sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
-        _fail(str(error), error.exit_code)
+        _exit_with_error(str(error), error.exit_code)
     except MemoryError:
-        _fail(NO_MEMORY)
+        _exit_with_error(OUT_OF_MEMORY_MESSAGE)
     except RuntimeError as error:  # which is how torch tells of it
-        if not any(words in str(error) for words in TORCHS_MEMORY_ERRORS):
+        if not any(words in str(error) for words in TORCH_OUT_OF_MEMORY_ERRORS):
             raise
-        _fail(NO_MEMORY)
+        _exit_with_error(OUT_OF_MEMORY_MESSAGE)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has seen enough
-        _let_go_of_output()
+        _flush_or_discard_stdout()
         sys.exit(141)
     except OSError as error:  # a full disk, a name too long: the system says what is wrong, and with which file
-        _let_go_of_output()
-        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+        _flush_or_discard_stdout()
+        _exit_with_error(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
+def _exit_with_error(message: str, code: int = 2) -> NoReturn:
     """Say it, if there is anything to say, in one line with nothing in it that a terminal could obey, and exit."""
     line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in message)
     if line and sys.stderr is not None:
@@ -107,7 +107,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _let_go_of_output() -> None:
+def _flush_or_discard_stdout() -> None:
     """Write what is left for standard output, or forget it, so that Python does not stumble over it on its way out."""
     try:
         if sys.stdout is not None:
@@ -116,7 +116,7 @@ def _let_go_of_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _harden_streams() -> None:
+def _configure_streams() -> None:
     """Let no character and no reader that went away be the end of a program.
 
     What standard output has no letters for is written as an escape, as Python does on standard error. What cannot be
@@ -126,13 +126,13 @@ def _harden_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
-        raw = _Droppable(sys.stderr.fileno(), "w", closefd=False)
+        raw = _LossyFile(sys.stderr.fileno(), "w", closefd=False)
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(raw), sys.stderr.encoding, "backslashreplace", line_buffering=True
         )
 
 
-class _Droppable(io.FileIO):
+class _LossyFile(io.FileIO):
     """A file that takes all, whether or not there is still somebody who reads it."""
 
     def write(self, data: Any) -> int:
@@ -143,9 +143,9 @@ class _Droppable(io.FileIO):
         return len(data) if written is None else written
 
 
-def _run(arguments: list[str]) -> int | None:
+def _run_command(arguments: list[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print(_usage())
         return None
     if arguments[0] == "--version":
         from gpt2 import __version__
@@ -153,14 +153,14 @@ def _run(arguments: list[str]) -> int | None:
         print(f"gpt2 {__version__}")
         return None
     verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        raise UserError(f"there is no command '{verb}'{did_you_mean(verb, VERBS)}: see gpt2 --help")
+    if verb not in COMMANDS:
+        raise UserError(f"there is no command '{verb}'{did_you_mean(verb, COMMANDS)}: see gpt2 --help")
     return importlib.import_module(f"gpt2.commands.{verb}").main(rest)
 
 
-def _overview() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:{width}}  {about}" for verb, about in VERBS.items())
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    verbs = "\n".join(f"  {verb:{width}}  {about}" for verb, about in COMMANDS.items())
     return f"""GPT-2 in plain PyTorch.
 
 usage: gpt2 COMMAND ...
@@ -171,7 +171,7 @@ A MODEL is a run folder, a model folder, or a name on the hub: gpt2, gpt2-medium
 gpt2 COMMAND --help says more."""
 
 
-VERBS = {
+COMMANDS = {
     "train": "train a model on text, from nothing or from another model",
     "finetune": "teach a model your text, or your prompts and answers",
     "sample": "continue a prompt",

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import path_of
+from gpt2.files import expand_path
 from gpt2.lora import LoRAConfig
 from gpt2.model import GPTConfig
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-AUTO = -1  # a --batch-size that is to be found out
+AUTO_BATCH_SIZE = -1  # a --batch-size that is to be found out
 CHOICES = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
@@ -24,14 +24,14 @@ CHOICES = {
 
 
 def option(
-    default: Any, help: str, words: dict[str, Any] | None = None, *, same: bool = False, tuning: bool = False
+    default: Any, help: str, named_values: dict[str, Any] | None = None, *, fixed: bool = False, tuning: bool = False
 ) -> Any:
     """A dataclass field: its default, the sentence that `--help` shows, and words that stand for values.
 
     same:   it makes a run this run, and cannot change when that goes on.
     tuning: it is for a given model, so that only `gpt2 finetune --help` tells of it.
     """
-    return field(default=default, metadata={"help": help, "words": words or {}, "same": same, "tuning": tuning})
+    return field(default=default, metadata={"help": help, "words": named_values or {}, "same": fixed, "tuning": tuning})
 
 
 @dataclass(frozen=True)
@@ -41,43 +41,52 @@ class TrainConfig:
     name: str | None = option(None, "the run's folder under --out-dir; by default the recipe's name, or recipe-2 ...")
     out_dir: str = option("runs", "where run folders are made")
     data: str = option(
-        "python-docs", "a corpus by name, a text file, a folder of them, or a folder of shards", same=True
+        "python-docs", "a corpus by name, a text file, a folder of them, or a folder of shards", fixed=True
     )
     tokenizer: str | None = option(
-        None, "gpt2, bytes, bpe:N or a folder; by default the data's own, else gpt2", same=True
+        None, "gpt2, bytes, bpe:N or a folder; by default the data's own, else gpt2", fixed=True
     )
-    init_from: str | None = option(None, "start from this model's weights, shape and tokenizer", same=True)
+    init_from: str | None = option(None, "start from this model's weights, shape and tokenizer", fixed=True)
     add_tokens: str | None = option(
-        None, "new tokens for that model's tokenizer, with commas between them", same=True, tuning=True
+        None, "new tokens for that model's tokenizer, with commas between them", fixed=True, tuning=True
     )
     template: str | None = option(
         None,
         "of conversations: plain, raw, chatml, or a Jinja file; the model's own by default",
-        same=True,
+        fixed=True,
         tuning=True,
     )
     columns: str | None = option(
-        None, "which columns of the rows are what: prompt=question,answer=reply, or text=body", same=True, tuning=True
+        None, "which columns of the rows are what: prompt=question,answer=reply, or text=body", fixed=True, tuning=True
     )
-    mask_prompt: bool = option(True, "of rows with prompts and answers, learn the answers only", same=True, tuning=True)
-    separate_documents: bool = option(False, "documents that share a row do not see each other", same=True, tuning=True)
+    mask_prompt: bool = option(
+        True, "of rows with prompts and answers, learn the answers only", fixed=True, tuning=True
+    )
+    separate_documents: bool = option(
+        False, "documents that share a row do not see each other", fixed=True, tuning=True
+    )
 
-    n_layer: int = option(12, "blocks", same=True)
-    n_head: int = option(12, "attention heads", same=True)
-    n_embd: int = option(768, "width; a multiple of the heads", same=True)
-    block_size: int = option(1024, "context in tokens", same=True)
+    n_layer: int = option(12, "blocks", fixed=True)
+    n_head: int = option(12, "attention heads", fixed=True)
+    n_embd: int = option(768, "width; a multiple of the heads", fixed=True)
+    block_size: int = option(1024, "context in tokens", fixed=True)
     dropout: float = option(0.0, "on embeddings, attention and residuals")
-    freeze: int = option(0, "keep the embeddings and so many of the first blocks as they are", same=True, tuning=True)
+    freeze: int = option(0, "keep the embeddings and so many of the first blocks as they are", fixed=True, tuning=True)
     lora_rank: int = option(
-        0, "learn adapters of this rank beside the matrices, which stay as they are; 0 for none", same=True, tuning=True
+        0,
+        "learn adapters of this rank beside the matrices, which stay as they are; 0 for none",
+        fixed=True,
+        tuning=True,
     )
     lora_alpha: float | None = option(
-        None, "adapters count alpha / rank times; by default twice the rank", same=True, tuning=True
+        None, "adapters count alpha / rank times; by default twice the rank", fixed=True, tuning=True
     )
     lora_dropout: float = option(0.0, "on what adapters read", tuning=True)
-    lora_targets: str = option("c_attn,c_proj,c_fc", "the matrices that have adapters", same=True, tuning=True)
+    lora_targets: str = option("c_attn,c_proj,c_fc", "the matrices that have adapters", fixed=True, tuning=True)
 
-    batch_size: int = option(8, "sequences in a step, over all ranks; auto for what fits", {"auto": AUTO}, same=True)
+    batch_size: int = option(
+        8, "sequences in a step, over all ranks; auto for what fits", {"auto": AUTO_BATCH_SIZE}, fixed=True
+    )
     micro_batch_size: int | None = option(None, "sequences on the device at once; by default the whole batch")
     recompute: bool = option(False, "compute activations twice instead of keeping them: slower, in less memory")
     max_steps: int = option(1000, "optimizer steps in the whole run")
@@ -85,7 +94,7 @@ class TrainConfig:
     patience: int = option(0, "stop after so many validations without a better one; 0 for never", tuning=True)
     keep_best: bool = option(False, "the run's model is the one of the best validation, not the last", tuning=True)
     max_minutes: float = option(0.0, "stop after so many minutes of this process, with all saved; 0 for no limit")
-    optimizer: str = option("adamw", "adamw, sgd, or muon (for the blocks' matrices, adamw for the rest)", same=True)
+    optimizer: str = option("adamw", "adamw, sgd, or muon (for the blocks' matrices, adamw for the rest)", fixed=True)
     lr: float = option(6e-4, "peak learning rate")
     min_lr: float | None = option(None, "learning rate at the end; by default a tenth of --lr")
     warmup_steps: int = option(100, "steps from zero to the peak")
@@ -97,7 +106,7 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no clipping")
     skip_spikes: float = option(0.0, "leave out a batch whose loss is so many deviations above the last; 0 for never")
 
-    seed: int = option(1337, "of the weights, the dropout and the order of the data", same=True)
+    seed: int = option(1337, "of the weights, the dropout and the order of the data", fixed=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto for the faster here")
     matmul_precision: str = option("high", "of float32 products on a GPU: highest, high (TF32) or medium")
@@ -119,7 +128,7 @@ class TrainConfig:
     def check(self) -> "TrainConfig":
         """Returns the config itself. Raises UserError for the first value that cannot be."""
         _check_ranges(self)
-        _check_tuning(self)
+        _check_finetuning(self)
         if self.warmup_steps > self.max_steps and not self.epochs:
             raise UserError(f"--warmup-steps ({self.warmup_steps}) is more than --max-steps ({self.max_steps})")
         if self.n_embd % self.n_head:
@@ -146,15 +155,15 @@ class TrainConfig:
         return self
 
     @property
-    def keeps_whole(self) -> bool:
+    def needs_full_model(self) -> bool:
         """Has every rank to have the whole model, whatever else would fit?"""
         return self.optimizer == "muon" or self.lora_rank > 0
 
-    def in_epochs(self, windows: int) -> "TrainConfig":
+    def with_steps_from_epochs(self, windows_per_epoch: int) -> "TrainConfig":
         """`epochs` as steps, where one goes through `windows` rows; what is counted in steps shrinks to fit them."""
         if not self.epochs:
             return self
-        steps = max(1, math.ceil(self.epochs * windows / self.batch_size))
+        steps = max(1, math.ceil(self.epochs * windows_per_epoch / self.batch_size))
         return replace(
             self,
             max_steps=steps,
@@ -180,8 +189,8 @@ class TrainConfig:
         return LoRAConfig(self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_dropout, targets)
 
 
-SAME_WHEN_RESUMED = tuple(f.name for f in fields(TrainConfig) if f.metadata["same"])
-TUNING = tuple(f.name for f in fields(TrainConfig) if f.metadata["tuning"])
+FIXED_ON_RESUME = tuple(f.name for f in fields(TrainConfig) if f.metadata["same"])
+FINETUNING_FIELDS = tuple(f.name for f in fields(TrainConfig) if f.metadata["tuning"])
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -192,7 +201,7 @@ def _check_ranges(config: TrainConfig) -> None:
         **dict.fromkeys(("freeze", "lora_rank", "epochs", "patience"), 0),
         "rank_timeout": 1,
     }
-    if config.batch_size != AUTO:
+    if config.batch_size != AUTO_BATCH_SIZE:
         at_least["batch_size"] = 1
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
@@ -208,7 +217,7 @@ def _check_ranges(config: TrainConfig) -> None:
             raise UserError(f"{_flag(name)} must be in [0, 1), not {getattr(config, name)}")
 
 
-def _check_tuning(config: TrainConfig) -> None:
+def _check_finetuning(config: TrainConfig) -> None:
     """What makes sense for a given model only, and what of that goes together, or with whole matrices only."""
     asked = [name for name in ("add_tokens", "freeze", "lora_rank") if getattr(config, name)]
     if asked and config.init_from is None:
@@ -216,7 +225,7 @@ def _check_tuning(config: TrainConfig) -> None:
     if len(asked) > 1:
         why = {"add_tokens": "the new tokens could not be learned", "freeze": "adapters freeze all the rest anyway"}
         raise UserError(f"{_flag(asked[0])} and {_flag(asked[1])} do not go together: {why[asked[0]]}")
-    if config.parallel == "fsdp" and config.keeps_whole:
+    if config.parallel == "fsdp" and config.needs_full_model:
         what = "--optimizer muon works on" if config.optimizer == "muon" else "adapters are learned beside"
         raise UserError(f"{what} whole matrices, and --parallel fsdp divides them: --parallel ddp")
     if config.lora_alpha is not None and not 0 < config.lora_alpha < float("inf"):
@@ -230,30 +239,32 @@ def _flag(name: str) -> str:
 def run_name(out_dir: str, stem: str, *, resume: bool) -> str:
     """A name for a run of recipe `stem`: to start, the first free of stem, stem-2, ...; to resume, the last taken."""
     number = 1
-    while (path_of(out_dir) / _numbered(stem, number)).exists():
+    while (expand_path(out_dir) / _numbered_name(stem, number)).exists():
         number += 1
-    return _numbered(stem, max(1, number - 1) if resume else number)
+    return _numbered_name(stem, max(1, number - 1) if resume else number)
 
 
-def _numbered(stem: str, number: int) -> str:
+def _numbered_name(stem: str, number: int) -> str:
     return stem if number == 1 else f"{stem}-{number}"
 
 
-def resumed(folder: Path, given: dict[str, Any]) -> TrainConfig:
+def config_for_resume(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The config of the run in `folder`, to be gone on with, under the values `given`."""
     stored = read_toml(folder / "config.toml")
-    given = {name: value for name, value in given.items() if (name, value) != ("batch_size", AUTO)}  # it was found
-    if "max_steps" in given:
-        given = {"epochs": 0.0, **given}
-    values = {**given, "name": folder.name, "out_dir": str(folder.parent), "resume": "auto"}
-    return with_values(stored, values, "the command line")
+    overrides = {
+        name: value for name, value in overrides.items() if (name, value) != ("batch_size", AUTO_BATCH_SIZE)
+    }  # it was found
+    if "max_steps" in overrides:
+        overrides = {"epochs": 0.0, **overrides}
+    values = {**overrides, "name": folder.name, "out_dir": str(folder.parent), "resume": "auto"}
+    return with_overrides(stored, values, "the command line")
 
 
 def check_same_run(folder: Path, config: TrainConfig) -> None:
     """Raises UserError when `config` differs from that of the run in `folder` in what makes a run this run."""
     stored = read_toml(folder / "config.toml")
     shape = ("n_layer", "n_head", "n_embd", "block_size")
-    for name in SAME_WHEN_RESUMED:
+    for name in FIXED_ON_RESUME:
         was, value = getattr(stored, name), getattr(config, name)
         if was != value and not (name in shape and config.init_from):  # there the given model's shape was stored
             raise UserError(f"{folder} was begun with {_flag(name)} {was}: it cannot go on with {value}")
@@ -276,22 +287,22 @@ def read_toml(path: Path) -> TrainConfig:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as TOML: {error}") from error
-    return with_values(TrainConfig(), values, str(path))
+    return with_overrides(TrainConfig(), values, str(path))
 
 
-def with_values(config: TrainConfig, values: dict[str, Any], where: str) -> TrainConfig:
+def with_overrides(config: TrainConfig, overrides: dict[str, Any], source: str) -> TrainConfig:
     """`config` with `values` put in, each checked against its field's type."""
     types = get_type_hints(TrainConfig)
     names = [f.name for f in fields(TrainConfig)]
     words = {f.name: f.metadata["words"] for f in fields(TrainConfig)}
-    for name, value in values.items():
+    for name, value in overrides.items():
         if name not in types:
-            raise UserError(f"{where}: there is no setting '{name}'{did_you_mean(name, names)}")
+            raise UserError(f"{source}: there is no setting '{name}'{did_you_mean(name, names)}")
         if isinstance(value, str) and value in words[name]:
-            values = {**values, name: words[name][value]}
+            overrides = {**overrides, name: words[name][value]}
             continue
         if types[name] in (float, float | None) and type(value) is int:
-            values = {**values, name: float(value)}
+            overrides = {**overrides, name: float(value)}
         elif not isinstance(value, types[name]) or (isinstance(value, bool) and "bool" not in str(types[name])):
-            raise UserError(f"{where}: {name} cannot be {value!r}")
-    return replace(config, **values)
+            raise UserError(f"{source}: {name} cannot be {value!r}")
+    return replace(config, **overrides)

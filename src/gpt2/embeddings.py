@@ -10,7 +10,7 @@ from gpt2.errors import UserError
 from gpt2.model import GPT
 
 
-def extend_vocabulary(model: GPT, vocab_size: int, known: int | None = None) -> GPT:
+def extend_vocabulary(model: GPT, vocab_size: int, num_known_tokens: int | None = None) -> GPT:
     """A copy of `model` with rows for `vocab_size` tokens in its embedding and its head.
 
     known: how many of its rows stand for tokens (all, by default): those after them, with which a vocabulary was
@@ -22,26 +22,28 @@ def extend_vocabulary(model: GPT, vocab_size: int, known: int | None = None) -> 
     alike. Raises UserError for fewer tokens than there are known ones.
     """
     old_size = model.config.vocab_size
-    known = old_size if known is None else known
-    if not 1 <= known <= min(vocab_size, old_size):
-        raise UserError(f"a model of {old_size:,} tokens, {known:,} of them known, cannot have {vocab_size:,}")
+    num_known_tokens = old_size if num_known_tokens is None else num_known_tokens
+    if not 1 <= num_known_tokens <= min(vocab_size, old_size):
+        raise UserError(
+            f"a model of {old_size:,} tokens, {num_known_tokens:,} of them known, cannot have {vocab_size:,}"
+        )
     extended = copy.deepcopy(model)
     vocab_size = max(vocab_size, old_size)
     extended.config = replace(model.config, vocab_size=vocab_size)
     wte, head = extended.transformer.wte, extended.lm_head
     wte.num_embeddings = head.out_features = vocab_size
     tied = head.weight is wte.weight
-    wte.weight = _extended(wte.weight, vocab_size, known)
+    wte.weight = _extend_rows(wte.weight, vocab_size, num_known_tokens)
     if not tied:
-        head.weight = _extended(head.weight, vocab_size, known)
+        head.weight = _extend_rows(head.weight, vocab_size, num_known_tokens)
     extended.tie_weights()
     return extended
 
 
 @torch.no_grad()
-def _extended(weight: Tensor, size: int, known: int) -> nn.Parameter:
+def _extend_rows(weight: Tensor, size: int, num_known: int) -> nn.Parameter:
     """(known or more, C) -> (size, C)"""
-    rows = weight[:known].float()
-    noise = torch.randn(size - known, weight.size(1)).to(weight.device)
+    rows = weight[:num_known].float()
+    noise = torch.randn(size - num_known, weight.size(1)).to(weight.device)
     new: Tensor = rows.mean(0) + 0.1 * rows.std(0, correction=0) * noise  # (size - known, C)
-    return nn.Parameter(torch.cat([weight[:known], new.to(weight.dtype)]), requires_grad=weight.requires_grad)
+    return nn.Parameter(torch.cat([weight[:num_known], new.to(weight.dtype)]), requires_grad=weight.requires_grad)

@@ -14,11 +14,11 @@ class UserError(Exception):
     exit_code = 2
 
 
-class ToldElsewhere(UserError):
+class ReportedByOtherRank(UserError):
     """A UserError that another rank of the run tells of: this one ends without a word."""
 
 
-class LostRanks(UserError):
+class RankFailure(UserError):
     """The other ranks of the run are gone, or hang: the run can go on from its last checkpoint."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h, "try again"

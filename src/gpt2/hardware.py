@@ -36,8 +36,8 @@ class Accelerator:
     fp32: float
     bandwidth: float
     memory: int
-    link: float
-    network: float
+    link_bandwidth: float
+    network_bandwidth: float
     bfloat16: bool = True  # has it bfloat16 in hardware?
 
     def flops(self, dtype: torch.dtype, matmul_precision: str = "high") -> float:
@@ -46,9 +46,9 @@ class Accelerator:
             return self.bf16
         return self.fp32 if matmul_precision == "highest" else self.tf32
 
-    def host_network(self, gpus: int) -> float:
+    def node_bandwidth(self, gpus: int) -> float:
         """Bytes/s, each way, that a machine with so many of these usually has to other machines."""
-        return gpus * self.network or SHARED_NETWORK
+        return gpus * self.network_bandwidth or SHARED_NETWORK_BANDWIDTH
 
 
 # GB/s each way. Sources: NVIDIA's whitepapers of V100, A100, H100 and Blackwell (half of what they give for both ways
@@ -58,7 +58,7 @@ PCIE_3, PCIE_4, PCIE_5 = 16, 32, 64
 # A GPU's part of the network in the makers' own machines of eight (DGX-1 with V100: four cards of 100 Gbit/s; DGX A100:
 # eight of 200; DGX H100, DGX B200 and MI300X platforms: eight of 400). Machines with PCIe cards share one of 100.
 GBIT_400, GBIT_200, GBIT_50 = 50, 25, 6.25
-SHARED_NETWORK = 12.5e9
+SHARED_NETWORK_BANDWIDTH = 12.5e9
 
 
 def _gpu(
@@ -80,7 +80,7 @@ def _gpu(
 
 # Sources: NVIDIA's datasheets of each board and the whitepapers of GA102, AD102 and GB202 (GeForce: tensor cores with
 # float32 accumulation), AMD's datasheets of the Instinct series. Where a sheet gives rates "with sparsity", half of it.
-KNOWN: dict[str, Accelerator] = {
+ACCELERATORS: dict[str, Accelerator] = {
     "b200": _gpu("NVIDIA B200", 2250, 1100, 75, 7700, 178.3, NVLINK_5, GBIT_400),
     "gh200": _gpu("NVIDIA GH200", 989.4, 494.7, 66.9, 4000, 94.5, NVLINK_4, GBIT_400),
     "h200-nvl": _gpu("NVIDIA H200 NVL", 835.5, 417.5, 60, 4800, 139.8, PCIE_5),
@@ -110,27 +110,27 @@ KNOWN: dict[str, Accelerator] = {
     "mi325x": _gpu("AMD Instinct MI325X", 1307.4, 653.7, 163.4, 6000, 255.9, INFINITY_FABRIC, GBIT_400),
     "mi300x": _gpu("AMD Instinct MI300X", 1307.4, 653.7, 163.4, 5300, 191.9, INFINITY_FABRIC, GBIT_400),
 }
-OTHER_CHIPS = {"laptop", "mobile", "mig", "d", "ti", "super", "max"}  # words after which a name means another chip
+VARIANT_WORDS = {"laptop", "mobile", "mig", "d", "ti", "super", "max"}  # words after which a name means another chip
 
 
-def known_accelerator(name: str) -> Accelerator | None:
+def find_accelerator(name: str) -> Accelerator | None:
     """The datasheet of `name`: what `torch.cuda.get_device_name()` says, or a short name (h100, rtx4090, a100-40gb).
 
     None for a device that is not in the table (a laptop's 4090, or a slice of an H100, is not what its name suggests).
     """
     words = set(re.split(r"[^a-z0-9]+", name.lower().replace("rtx", " ").replace("tesla", " ")))
-    if words & OTHER_CHIPS:
+    if words & VARIANT_WORDS:
         return None
-    matching = [key for key in KNOWN if set(key.split("-")) <= words]
-    return KNOWN[max(matching, key=lambda key: key.count("-"))] if matching else None
+    matching = [key for key in ACCELERATORS if set(key.split("-")) <= words]
+    return ACCELERATORS[max(matching, key=lambda key: key.count("-"))] if matching else None
 
 
-def accelerator(name: str) -> Accelerator:
+def get_accelerator(name: str) -> Accelerator:
     """The datasheet of `name`. Raises UserError, in one line, for one that is not known."""
-    found = known_accelerator(name)
+    found = find_accelerator(name)
     if found is None:
-        known = ", ".join(sorted(KNOWN))
-        raise UserError(f"no datasheet of '{name}'{did_you_mean(name.lower(), KNOWN)}: there are {known}")
+        known = ", ".join(sorted(ACCELERATORS))
+        raise UserError(f"no datasheet of '{name}'{did_you_mean(name.lower(), ACCELERATORS)}: there are {known}")
     return found
 
 
@@ -165,24 +165,24 @@ def _median_seconds(work: Callable[[], object], device: torch.device, seconds: f
     On a GPU a repeat is as many calls as last about 10 ms, so that the clock measures the device and not the launch.
     """
     work()  # warm up: kernels are chosen and memory is touched
-    _wait(device)
+    _synchronize(device)
     calls, times = 1, []
     if device.type != "cpu":
         began = time.perf_counter()
         work()
-        _wait(device)
+        _synchronize(device)
         calls = max(1, round(0.01 / (time.perf_counter() - began)))
     until = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < until:
         began = time.perf_counter()
         for _ in range(calls):
             work()
-        _wait(device)
+        _synchronize(device)
         times.append((time.perf_counter() - began) / calls)
     return statistics.median(times)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -197,7 +197,7 @@ def device_name(device: torch.device) -> str:
         return subprocess.run(
             ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
         ).stdout.strip()
-    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read_text("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
@@ -220,7 +220,7 @@ def available_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + idle
     if device.type == "mps":
         return max(0, total_memory(device) - torch.mps.driver_allocated_memory())
-    available = _kibibytes("MemAvailable", _text("/proc/meminfo"))
+    available = _proc_field_bytes("MemAvailable", _read_text("/proc/meminfo"))
     free = total_memory(device) if available is None else available
     return max(0, min([free, *(limit - used for limit, used in _cgroup_limits())]))
 
@@ -236,7 +236,7 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    peak = _kibibytes("VmHWM", _text("/proc/self/status"))
+    peak = _proc_field_bytes("VmHWM", _read_text("/proc/self/status"))
     if peak is not None:
         return peak
     if sys.platform == "win32":
@@ -261,23 +261,23 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 def resident_memory() -> int:
     """Bytes of this process that are in memory now (on systems without /proc: the most there ever were)."""
-    resident = _kibibytes("VmRSS", _text("/proc/self/status"))
+    resident = _proc_field_bytes("VmRSS", _read_text("/proc/self/status"))
     return peak_memory(torch.device("cpu")) if resident is None else resident
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
     """(limit, used) of this process's control group and those above it, in bytes; what has no limit is left out."""
     found = []
-    v2 = re.search(r"^0::(/.*)$", _text("/proc/self/cgroup"), re.MULTILINE)
+    v2 = re.search(r"^0::(/.*)$", _read_text("/proc/self/cgroup"), re.MULTILINE)
     folder = Path("/sys/fs/cgroup") / v2[1].strip("/") if v2 else Path("/sys/fs/cgroup")
     for place in (folder, *folder.parents):
-        limit, used = _text(place / "memory.max").strip(), _text(place / "memory.current").strip()
+        limit, used = _read_text(place / "memory.max").strip(), _read_text(place / "memory.current").strip()
         if limit.isdigit() and used.isdigit():
             found.append((int(limit), int(used) - _file_cache(place)))
         if place == Path("/sys/fs/cgroup"):
             break
     old = Path("/sys/fs/cgroup/memory")  # version 1
-    limit, used = _text(old / "memory.limit_in_bytes").strip(), _text(old / "memory.usage_in_bytes").strip()
+    limit, used = _read_text(old / "memory.limit_in_bytes").strip(), _read_text(old / "memory.usage_in_bytes").strip()
     if limit.isdigit() and used.isdigit() and int(limit) < 2**60:
         found.append((int(limit), int(used) - _file_cache(old)))
     return found
@@ -285,17 +285,17 @@ def _cgroup_limits() -> list[tuple[int, int]]:
 
 def _file_cache(group: Path) -> int:
     """Bytes of files that a control group keeps in memory, and would drop if it needed the room."""
-    found = re.search(r"^inactive_file (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
+    found = re.search(r"^inactive_file (\d+)$", _read_text(group / "memory.stat"), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
-def _kibibytes(field: str, text: str) -> int | None:
+def _proc_field_bytes(field: str, text: str) -> int | None:
     """A line such as ``VmHWM:   1234 kB`` of a file in /proc, in bytes."""
     found = re.search(rf"^{field}:\s*(\d+) kB$", text, re.MULTILINE)
     return 1024 * int(found[1]) if found else None
 
 
-def _text(path: str | Path) -> str:
+def _read_text(path: str | Path) -> str:
     """A small file of the system's; "" where there is none, or it may not be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import path_of, work_folder
+from gpt2.files import expand_path, staging_folder
 from gpt2.model import GPT
 
-TARGETS = ("c_attn", "c_proj", "c_fc")  # c_proj is the attention's and the MLP's
-A, B = ".lora_A", ".lora_B"
+TARGET_MODULES = ("c_attn", "c_proj", "c_fc")  # c_proj is the attention's and the MLP's
+LORA_A, LORA_B = ".lora_A", ".lora_B"
 
 _CONFIG_FILE, _TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of PEFT's names; its own wrappers are called so
-_LAYER = re.compile(r"transformer\.h\.[0-9]+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model as well
-_BEYOND = (  # settings of PEFT that make an adapter more than pairs of A and B, with the value that does not
+_LAYER_PATTERN = re.compile(r"transformer\.h\.[0-9]+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
+_SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model as well
+_UNSUPPORTED_SETTINGS = (  # settings of PEFT that make an adapter more than pairs of A and B, with the value that does not
     *(("use_dora", False), ("bias", "none"), ("lora_bias", False), ("use_qalora", False)),
     *((name, None) for name in ("modules_to_save", "trainable_token_indices", "layer_replication")),
     *((name, None) for name in ("target_parameters", "alora_invocation_tokens", "arrow_config", "use_bdlora")),
@@ -57,7 +57,7 @@ class LoRAConfig:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = TARGET_MODULES
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"the dropout of an adapter must be in [0, 1), not {self.dropout:g}")
         if not self.targets:
-            raise UserError(f"an adapter needs targets: some of {', '.join(TARGETS)}")
+            raise UserError(f"an adapter needs targets: some of {', '.join(TARGET_MODULES)}")
 
     @property
     def scale(self) -> float:
@@ -111,37 +111,37 @@ class Adapter:
 
     config: LoRAConfig
     tensors: dict[str, Tensor]
-    base: str
+    base_model: str
     base_fingerprint: str | None
     folder: Path
 
 
-def attach(model: GPT, config: LoRAConfig) -> None:
+def add_adapter(model: GPT, config: LoRAConfig) -> None:
     """Give `model` a fresh adapter, in place, and freeze all else; A is drawn from torch's global random state.
 
     Raises UserError when a target is nowhere in the model.
     """
-    if adapted(model):
+    if lora_layers(model):
         raise ValueError("the model has an adapter already")
-    linears = _linears(model)
-    names = adapted_names(linears, config)
+    linears = _block_linears(model)
+    names = match_target_modules(linears, config)
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(linears[name], config))
 
 
-def adapted_names(names: Iterable[str], config: LoRAConfig) -> list[str]:
+def match_target_modules(names: Iterable[str], config: LoRAConfig) -> list[str]:
     """Those of a model's matrices, by name, that `config` is for. Raises UserError for a target that none is."""
     names = list(names)
     for target in config.targets:
-        if not any(_is_named(name, target) for name in names):
-            hint = did_you_mean(target, TARGETS)
-            raise UserError(f"the model has no '{target}' for an adapter{hint}: there are {', '.join(TARGETS)}")
-    return [name for name in names if any(_is_named(name, target) for target in config.targets)]
+        if not any(_matches_target(name, target) for name in names):
+            hint = did_you_mean(target, TARGET_MODULES)
+            raise UserError(f"the model has no '{target}' for an adapter{hint}: there are {', '.join(TARGET_MODULES)}")
+    return [name for name in names if any(_matches_target(name, target) for target in config.targets)]
 
 
-def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The layers of a model that have an adapter, by name; empty for a plain model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
@@ -151,34 +151,36 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The lora_A and lora_B of an attached model, by name; they share its memory."""
-    return {name: p.detach() for name, p in model.named_parameters() if name.endswith((A, B))}
+    return {name: p.detach() for name, p in model.named_parameters() if name.endswith((LORA_A, LORA_B))}
 
 
-def load_into(model: GPT, adapter: Adapter) -> None:
+def load_adapter_weights(model: GPT, adapter: Adapter) -> None:
     """Copy an adapter into a model that one of the same kind was attached to. Raises UserError if it does not fit."""
-    own = adapter_tensors(model)
+    own = adapter_state_dict(model)
     for name in sorted(own.keys() ^ adapter.tensors.keys()):
         which = "lacks" if name in own else "has"
         raise UserError(f"the adapter {adapter.folder} {which} {name}, other than its targets say")
     for name, tensor in adapter.tensors.items():
         if tensor.shape != own[name].shape:
-            raise _other_base(adapter, f"{name} is {tuple(tensor.shape)}, the model wants {tuple(own[name].shape)}")
+            raise _base_mismatch_error(
+                adapter, f"{name} is {tuple(tensor.shape)}, the model wants {tuple(own[name].shape)}"
+            )
     for name, tensor in adapter.tensors.items():
         own[name].copy_(tensor)
 
 
-def merge(model: GPT, *, keep: bool = True) -> GPT:
+def merge_and_unload(model: GPT, *, copy: bool = True) -> GPT:
     """A plain copy of an attached model that gives the same: ``W + scale * B A`` in place of W. All of it can learn.
 
     keep: else the copy has the model's own memory, and only the copy is good for anything afterwards.
     """
-    tensors = {name: p.detach() for name, p in model.named_parameters() if not name.endswith((A, B))}
-    if keep:
+    tensors = {name: p.detach() for name, p in model.named_parameters() if not name.endswith((LORA_A, LORA_B))}
+    if copy:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    for name, layer in adapted(model).items():
-        _add_product(tensors[f"{name}.weight"], layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+    for name, layer in lora_layers(model).items():
+        _add_delta_weight(tensors[f"{name}.weight"], layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
     with torch.device("meta"):  # no memory, and nothing is drawn
         plain = GPT(model.config)
     plain.load_state_dict(tensors, strict=False, assign=True)
@@ -186,20 +188,20 @@ def merge(model: GPT, *, keep: bool = True) -> GPT:
     return plain.train(model.training)
 
 
-def merge_into(model: GPT, adapter: Adapter) -> None:
+def merge_adapter(model: GPT, adapter: Adapter) -> None:
     """Add an adapter to the weights of a plain model, in place. Raises UserError when it is for another one."""
     if adapter.base_fingerprint not in (None, base_fingerprint(model)):
-        raise _other_base(adapter, "the fingerprints differ")
-    linears = _linears(model)
-    pairs = [(name.removesuffix(A), tensor) for name, tensor in adapter.tensors.items() if name.endswith(A)]
+        raise _base_mismatch_error(adapter, "the fingerprints differ")
+    linears = _block_linears(model)
+    pairs = [(name.removesuffix(LORA_A), tensor) for name, tensor in adapter.tensors.items() if name.endswith(LORA_A)]
     for name, a in pairs:
         if name not in linears:
-            raise _other_base(adapter, f"it has {name}, and the model has no such layer")
-        wanted, shape = tuple(linears[name].weight.shape), (len(adapter.tensors[name + B]), a.size(1))
+            raise _base_mismatch_error(adapter, f"it has {name}, and the model has no such layer")
+        wanted, shape = tuple(linears[name].weight.shape), (len(adapter.tensors[name + LORA_B]), a.size(1))
         if shape != wanted:
-            raise _other_base(adapter, f"{name} is {shape} in it and {wanted} in the model")
+            raise _base_mismatch_error(adapter, f"{name} is {shape} in it and {wanted} in the model")
     for name, a in pairs:
-        _add_product(linears[name].weight.detach(), a, adapter.tensors[name + B], adapter.config.scale)
+        _add_delta_weight(linears[name].weight.detach(), a, adapter.tensors[name + LORA_B], adapter.config.scale)
 
 
 def base_fingerprint(model: GPT) -> str:
@@ -210,7 +212,7 @@ def base_fingerprint(model: GPT) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if not name.endswith((A, B)):
+        if not name.endswith((LORA_A, LORA_B)):
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
             row = parameter.detach() if parameter.dim() == 1 else parameter.detach()[0]
             digest.update(row.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
@@ -223,7 +225,7 @@ def peft_name(name: str) -> str:
 
 
 def save_adapter(
-    folder: str | Path, config: LoRAConfig, tensors: dict[str, Tensor], base: str, base_fingerprint: str
+    folder: str | Path, config: LoRAConfig, tensors: dict[str, Tensor], base_model: str, base_fingerprint: str
 ) -> Path:
     """Write an adapter as PEFT does: ``PeftModel.from_pretrained(base_model, folder)`` reads it.
 
@@ -233,11 +235,11 @@ def save_adapter(
     It is whole or not there: an older one in `folder` is gone before the new one appears. Raises UserError when it
     cannot be written.
     """
-    folder = path_of(folder)
+    folder = expand_path(folder)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_model,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -250,7 +252,7 @@ def save_adapter(
     }
     named = {peft_name(name): t.to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
     try:
-        with work_folder(folder.resolve()) as written:
+        with staging_folder(folder.resolve()) as written:
             save_file(named, written / _TENSOR_FILE, {"base_fingerprint": base_fingerprint})  # of two, any order
             (written / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             folder.mkdir(exist_ok=True)
@@ -270,22 +272,22 @@ def read_adapter(ref: str | Path) -> Adapter:
     Raises UserError when there is none, a file is broken, or it is of a kind that is more than pairs of A and B.
     """
     folder = find_adapter(ref)
-    raw = _read_settings(folder / _CONFIG_FILE)
+    raw = _read_config(folder / _CONFIG_FILE)
     tensors, metadata = _read_tensors(folder / _TENSOR_FILE)
-    layers = sorted({name.removesuffix(A).removesuffix(B) for name in tensors})
-    _check_pairs(folder, layers, tensors, raw["r"])
+    layers = sorted({name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors})
+    _check_lora_pairs(folder, layers, tensors, raw["r"])
     targets = raw["target_modules"]
     if isinstance(targets, str) or raw.get("layers_to_transform") is not None or raw.get("exclude_modules"):
         targets = layers  # a pattern, or some of the blocks: which they were, the tensors tell
     for target in targets:
-        if not any(_is_named(layer, target) for layer in layers):
-            hint = did_you_mean(target, TARGETS)
+        if not any(_matches_target(layer, target) for layer in layers):
+            hint = did_you_mean(target, TARGET_MODULES)
             raise UserError(f"{folder}: it has no tensors for its target '{target}'{hint}")
     config = LoRAConfig(
         raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(targets), raw.get("use_rslora", False)
     )
     for layer in layers:
-        if not any(_is_named(layer, target) for target in config.targets):
+        if not any(_matches_target(layer, target) for target in config.targets):
             raise UserError(f"{folder}: it has tensors for {layer}, which is none of its targets")
     base = raw.get("base_model_name_or_path")
     return Adapter(config, tensors, str(base or "an unnamed model"), metadata.get("base_fingerprint"), folder)
@@ -293,7 +295,7 @@ def read_adapter(ref: str | Path) -> Adapter:
 
 def find_adapter(ref: str | Path) -> Path:
     """The folder of an adapter: `ref` itself, or `adapter` in it, as a run has. Raises UserError if there is none."""
-    path = path_of(ref)
+    path = expand_path(ref)
     for folder in (path, path / "adapter"):
         if (folder / _CONFIG_FILE).is_file():
             return folder
@@ -301,7 +303,7 @@ def find_adapter(ref: str | Path) -> Path:
     raise UserError(f"{path} {what} {_CONFIG_FILE}, as fine-tuning with --lora-rank (or PEFT) writes it")
 
 
-def _linears(model: GPT) -> dict[str, nn.Linear]:
+def _block_linears(model: GPT) -> dict[str, nn.Linear]:
     """The matrices that can have an adapter: those of the blocks."""
     return {
         f"transformer.h.{name}": module
@@ -310,22 +312,22 @@ def _linears(model: GPT) -> dict[str, nn.Linear]:
     }
 
 
-def _is_named(name: str, target: str) -> bool:
+def _matches_target(name: str, target: str) -> bool:
     """Does PEFT take `target` for the module of this name?"""
     return name == target or name.endswith(f".{target}")
 
 
-def _add_product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+def _add_delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """``weight += scale * b @ a``, the sum rounded once to the weight's dtype."""
     product = b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)  # (out, in)
     weight.copy_(weight.float() + scale * product)
 
 
-def _other_base(adapter: Adapter, why: str) -> UserError:
-    return UserError(f"the adapter {adapter.folder} is for another model ({adapter.base}): {why}")
+def _base_mismatch_error(adapter: Adapter, reason: str) -> UserError:
+    return UserError(f"the adapter {adapter.folder} is for another model ({adapter.base_model}): {reason}")
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """PEFT's `adapter_config.json`. Raises UserError for what is no plain LoRA."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -334,10 +336,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else None
         raise UserError(f"{path} is of the kind {kind}: only LORA is read here")
-    for key, plain in _BEYOND:
+    for key, plain in _UNSUPPORTED_SETTINGS:
         if raw.get(key) and raw[key] != plain:
             raise UserError(f"{path}: {key}={json.dumps(raw[key])} is not supported: plain LoRA is")
-    if raw.get("init_lora_weights") not in _PLAIN_STARTS:
+    if raw.get("init_lora_weights") not in _SUPPORTED_INITS:
         raise UserError(f"{path}: init_lora_weights={raw['init_lora_weights']} changes the base: merge it with PEFT")
     kinds: dict[str, type | tuple[type, ...]] = {
         "r": int,
@@ -365,7 +367,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 name = key.removeprefix(_PREFIX).removesuffix(".weight")
-                if not name.endswith((A, B)):
+                if not name.endswith((LORA_A, LORA_B)):
                     raise UserError(f"{path}: {key} is neither a lora_A nor a lora_B of a linear layer")
                 name = f"transformer.{name}" if name.startswith("h.") else name  # made without the head
                 tensors[name] = file.get_tensor(key).to(torch.float32, copy=True)
@@ -374,14 +376,14 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is no whole safetensors file: {error}") from error
 
 
-def _check_pairs(folder: Path, layers: list[str], tensors: dict[str, Tensor], rank: int) -> None:
+def _check_lora_pairs(folder: Path, layers: list[str], tensors: dict[str, Tensor], rank: int) -> None:
     """Raise UserError unless every layer is one that we adapt, and has an A (rank, in) and a B (out, rank)."""
     if not layers:
         raise UserError(f"{folder}: it has no tensors")
     for layer in layers:
-        if not _LAYER.fullmatch(layer):
-            raise UserError(f"{folder}: {layer} cannot have an adapter here: there are {', '.join(TARGETS)}")
-        for name, ranked in ((layer + A, 0), (layer + B, 1)):
+        if not _LAYER_PATTERN.fullmatch(layer):
+            raise UserError(f"{folder}: {layer} cannot have an adapter here: there are {', '.join(TARGET_MODULES)}")
+        for name, ranked in ((layer + LORA_A, 0), (layer + LORA_B, 1)):
             if name not in tensors:
                 raise UserError(f"{folder}: it lacks {name}")
             shape = tuple(tensors[name].shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2.cache import Extension, KVCache, LayerExtension
+from gpt2.cache import CacheExtension, KVCache, LayerCacheExtension
 from gpt2.errors import UserError, did_you_mean
 from gpt2.loss import next_token_loss
 from gpt2.packing import Packing
@@ -28,7 +28,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
-MOST_LAYERS, MOST_NUMBERS = 2**12, 2**40  # beyond these it is a slip of the finger
+MAX_LAYERS, MAX_PARAMETERS = 2**12, 2**40  # beyond these it is a slip of the finger
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_layer > MOST_LAYERS or self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > MOST_NUMBERS:
+        if self.n_layer > MAX_LAYERS or self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > MAX_PARAMETERS:
             raise UserError(f"{self.n_layer:,} layers of {self.n_embd:,} channels are more than any machine can hold")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
-        for name, choices in (("activation_function", ACTIVATIONS), ("attention", ATTENTIONS)):
+        for name, choices in (("activation_function", ACTIVATIONS), ("attention", ATTENTION_FUNCTIONS)):
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
@@ -92,9 +92,9 @@ def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
 
 
-ATTENTIONS = {"sdpa": sdpa_attention, "plain": plain_attention}
+ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "plain": plain_attention}
 
-OPENAI_SIZES = {  # the four that OpenAI published, by the names they have on the hub
+OPENAI_CONFIGS = {  # the four that OpenAI published, by the names they have on the hub
     "gpt2": GPTConfig(),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
@@ -110,9 +110,9 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.attend = ATTENTIONS[config.attention]
+        self.attention_fn = ATTENTION_FUNCTIONS[config.attention]
 
-    def forward(self, x: Tensor, context: LayerExtension | Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: LayerCacheExtension | Packing | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         if context is not None:
             k, v = context.append(k, v)  # (B, H, S, D)
             mask = context.mask
-        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.attention_fn(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
@@ -151,7 +151,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, context: LayerExtension | Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: LayerCacheExtension | Packing | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = config.dropout
 
-    def forward(self, tokens: Tensor, context: Extension | Packing | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, context: CacheExtension | Packing | None = None) -> Tensor:
         """context: what the tokens continue, or how their rows are divided; by default each row is one text."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if context is None else context.positions
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
@@ -218,7 +218,7 @@ class GPT(nn.Module):
         if documents is not None:
             return self.transformer(tokens, Packing(documents))
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
-            return self.transformer(tokens, None if cache is None else cache.extended(tokens.size(1)))
+            return self.transformer(tokens, None if cache is None else cache.extend(tokens.size(1)))
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position: int64 (B, T) -> (B, T, vocab_size)."""

@@ -63,7 +63,7 @@ def pick_training_dtype(name: str, device: torch.device, width: int) -> torch.dt
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         if device.type == "cpu":
-            return torch.bfloat16 if _bfloat16_pays(width) else torch.float32
+            return torch.bfloat16 if _is_bfloat16_faster(width) else torch.float32
         return torch.float32
     dtype = parse_dtype(name)
     if dtype == torch.float16:
@@ -71,7 +71,7 @@ def pick_training_dtype(name: str, device: torch.device, width: int) -> torch.dt
     return dtype
 
 
-def _bfloat16_pays(width: int, rows: int = 512) -> bool:
+def _is_bfloat16_faster(width: int, rows: int = 512) -> bool:
     """Is a training step of this width clearly faster in bfloat16 on this CPU? Best of five, alternating."""
     mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
     x = torch.zeros(rows, width)
@@ -98,18 +98,18 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def pick_compile(wanted: bool | None, device: torch.device, max_steps: int) -> bool:
+def pick_compile(requested: bool | None, device: torch.device, max_steps: int) -> bool:
     """Should the blocks be compiled? None leaves it to us: yes on a GPU, for runs that outlast the compilation.
 
     On a CPU it takes about 20 s and gains about 5% (docs/lab-notes.md), so there it is done only when asked for.
     A machine that cannot compile says so and goes on without.
     """
-    if wanted is None:
+    if requested is None:
         return device.type == "cuda" and max_steps >= 200 and can_compile(device)
-    if wanted and not can_compile(device):
+    if requested and not can_compile(device):
         log.warning("torch.compile needs a C++ compiler (CPU) or Triton (GPU), and there is none: not compiling")
         return False
-    return wanted
+    return requested
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
@@ -118,13 +118,13 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
         block.compile()
 
 
-def recompute_blocks(blocks: nn.ModuleList) -> None:
+def apply_activation_checkpointing(blocks: nn.ModuleList) -> None:
     """Keep only each block's input for the backward pass, which then computes the block again (Chen et al. 2016)."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def manage_freed_memory(*, keep: bool) -> None:
+def configure_malloc(*, keep_freed: bool) -> None:
     """Tell glibc what to do with the memory that tensors free; without glibc nothing happens.
 
     keep: keep it. A training step on a CPU frees and takes gigabytes, and every page that comes back from the system
@@ -133,10 +133,10 @@ def manage_freed_memory(*, keep: bool) -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0 if keep else 2**16)  # how many tensors may have a mapping of their own
+        libc.mallopt(M_MMAP_MAX, 0 if keep_freed else 2**16)  # how many tensors may have a mapping of their own
         libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
-        libc.mallopt(M_TOP_PAD, 2**26 if keep else 2**17)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep_freed else 2**17)
+        libc.mallopt(M_TOP_PAD, 2**26 if keep_freed else 2**17)
 
 
 def seed_everything(seed: int) -> None:
@@ -151,7 +151,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
+def get_rng_state(device: torch.device) -> dict[str, Tensor]:
     """torch's random state, as dropout on `device` draws from it: of the CPU, and of a CUDA device. Some 5 kB."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -159,7 +159,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
     """Go on drawing where `random_state` was asked; a CUDA state has no say on another kind of device."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:

@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any, Never
 
 from gpt2.errors import UserError, did_you_mean, missing_extra
-from gpt2.files import path_of
+from gpt2.files import expand_path
 from gpt2.tokenizer import Tokenizer
 from gpt2.vocabulary import END_OF_TEXT
 
-USER, ASSISTANT = "User:", "Assistant:"
-MANY = 64  # messages; to find where answers begin and end costs the square of their number
+USER_PREFIX, ASSISTANT_PREFIX = "User:", "Assistant:"
+MAX_SEGMENTED_MESSAGES = 64  # messages; to find where answers begin and end costs the square of their number
 
-_MARK = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>")
+_SPECIAL_TOKEN_PATTERN = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>")
 
 Messages = Sequence[tuple[str, str]]
-Piece = tuple[str, bool]
+Segment = tuple[str, bool]
 
-PLAIN = """\
+PLAIN_TEMPLATE = """\
 {%- set speakers = {'user': 'User: ', 'assistant': 'Assistant: '} -%}
 {%- for message in messages -%}
     {{- '' if loop.first else '\\n' -}}
@@ -39,12 +39,12 @@ PLAIN = """\
     {{- '\\nAssistant:' if messages else 'Assistant:' -}}
 {%- endif -%}
 """
-RAW = """\
+RAW_TEMPLATE = """\
 {%- for message in messages -%}
     {{- message['content'] -}}
 {%- endfor -%}
 """
-CHATML = """\
+CHATML_TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
 {%- endfor -%}
@@ -54,25 +54,31 @@ CHATML = """\
 """
 
 
-def _plain(messages: Messages, ask: bool) -> str:
-    speakers = {"user": f"{USER} ", "assistant": f"{ASSISTANT} "}
-    return "\n".join([speakers.get(role, "") + text for role, text in messages] + [ASSISTANT] * ask)
+def _render_plain(messages: Messages, add_generation_prompt: bool) -> str:
+    speakers = {"user": f"{USER_PREFIX} ", "assistant": f"{ASSISTANT_PREFIX} "}
+    return "\n".join(
+        [speakers.get(role, "") + text for role, text in messages] + [ASSISTANT_PREFIX] * add_generation_prompt
+    )
 
 
-def _raw(messages: Messages, ask: bool) -> str:
+def _render_raw(messages: Messages, add_generation_prompt: bool) -> str:
     return "".join(text for _, text in messages)
 
 
-def _chatml(messages: Messages, ask: bool) -> str:
+def _render_chatml(messages: Messages, add_generation_prompt: bool) -> str:
     turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
-    return turns + "<|im_start|>assistant\n" * ask
+    return turns + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-NAMED = {"plain": PLAIN, "raw": RAW, "chatml": CHATML}
-_WRITERS = {PLAIN: _plain, RAW: _raw, CHATML: _chatml}  # the same without jinja2
+BUILTIN_TEMPLATES = {"plain": PLAIN_TEMPLATE, "raw": RAW_TEMPLATE, "chatml": CHATML_TEMPLATE}
+_RENDERERS = {
+    PLAIN_TEMPLATE: _render_plain,
+    RAW_TEMPLATE: _render_raw,
+    CHATML_TEMPLATE: _render_chatml,
+}  # the same without jinja2
 
 
-class Template:
+class ChatTemplate:
     """Messages, (role, text) each, to the text and the tokens that a model reads.
 
     source:  a Jinja template, run in a sandbox. The three above are known by what they hold and need no jinja2.
@@ -82,32 +88,40 @@ class Template:
     Raises UserError for a source that is no template.
     """
 
-    def __init__(self, source: str = PLAIN, special: dict[str, str] | None = None) -> None:
-        self.source, self.special = source, special or {}
-        self._write: Callable[[Messages, bool], str] = _WRITERS.get(source) or _Jinja(source, self.special)
+    def __init__(self, source: str = PLAIN_TEMPLATE, special_tokens_map: dict[str, str] | None = None) -> None:
+        self.source, self.special_tokens_map = source, special_tokens_map or {}
+        self._render: Callable[[Messages, bool], str] = _RENDERERS.get(source) or _JinjaRenderer(
+            source, self.special_tokens_map
+        )
 
-    def text(self, messages: Messages) -> str:
+    def render(self, messages: Messages) -> str:
         """The whole conversation. Raises UserError for a template that fails."""
-        return self._write(messages, False)
+        return self._render(messages, False)
 
-    def prompt(self, messages: Messages) -> str:
+    def render_prompt(self, messages: Messages) -> str:
         """The text that the model goes on with. Raises UserError for a template that fails."""
-        return self._write(messages, True)
+        return self._render(messages, True)
 
-    def pieces(self, messages: Messages) -> list[Piece]:
+    def segments(self, messages: Messages) -> list[Segment]:
         """The conversation cut into (text, is it learned): the assistant's words are, with the mark that ends a turn.
 
         The pieces before an answer, joined, are `prompt` of the messages before it; all, joined, are `text`.
         Raises UserError for a template under which that cannot be, as what comes later changes what came before.
         """
-        return [piece for piece in self._cut(messages, ask=False) if piece[0]]
+        return [piece for piece in self._split_segments(messages, add_generation_prompt=False) if piece[0]]
 
     def encode(self, tokenizer: Tokenizer, messages: Messages) -> list[tuple[list[int], bool]]:
         """`pieces` as token ids, each encoded by itself; otherwise as `pieces`."""
-        veiled = _Veiled(tokenizer, messages)
-        return [(veiled.encode(text), learned) for text, learned in self._cut(veiled.messages, ask=False) if text]
+        veiled = _EscapedMessages(tokenizer, messages)
+        return [
+            (veiled.encode(text), learned)
+            for text, learned in self._split_segments(veiled.messages, add_generation_prompt=False)
+            if text
+        ]
 
-    def encode_prompt(self, tokenizer: Tokenizer, messages: Messages, said: Sequence[Sequence[int]] = ()) -> list[int]:
+    def encode_prompt(
+        self, tokenizer: Tokenizer, messages: Messages, answer_tokens: Sequence[Sequence[int]] = ()
+    ) -> list[int]:
         """The tokens of `prompt`, the very ones that `encode` has before the next answer.
 
         said: tokens of the assistant's messages so far, which are used as they are where they spell the text.
@@ -115,17 +129,21 @@ class Template:
         A template whose pieces cannot be found is encoded as a whole, and so are more than 64 messages unless their
         tokens are given. Raises UserError for a template that fails.
         """
-        veiled = _Veiled(tokenizer, messages)
+        veiled = _EscapedMessages(tokenizer, messages)
         try:
-            pieces = self._cut(veiled.messages, ask=True) if said or len(messages) <= MANY else None
+            pieces = (
+                self._split_segments(veiled.messages, add_generation_prompt=True)
+                if answer_tokens or len(messages) <= MAX_SEGMENTED_MESSAGES
+                else None
+            )
         except UserError:
             pieces = None
         if pieces is None:
-            return veiled.encode(self.prompt(veiled.messages))
-        ids, spoken = [], iter(said)
+            return veiled.encode(self.render_prompt(veiled.messages))
+        ids, spoken = [], iter(answer_tokens)
         for text, learned in pieces:
             known = list(next(spoken, ())) if learned else []
-            words = veiled.cover(tokenizer.decode(known))
+            words = veiled.escape(tokenizer.decode(known))
             ids += [*known, *veiled.encode(text[len(words) :])] if text.startswith(words) else veiled.encode(text)
         return ids
 
@@ -136,35 +154,37 @@ class Template:
     @cached_property
     def special_tokens(self) -> list[str]:
         """The marks that the template sets, which want to be tokens: ``<|im_start|>``, ``<|im_end|>``."""
-        found = [mark[0] for text in self._probe for mark in _MARK.finditer(text)]
+        found = [mark[0] for text in self._probe_layout for mark in _SPECIAL_TOKEN_PATTERN.finditer(text)]
         return [text for text in dict.fromkeys(found) if text != END_OF_TEXT]
 
     @cached_property
-    def opening(self) -> str:
+    def answer_prefix(self) -> str:
         """What stands between the prompt and an answer: the space after the colon of the plain transcript."""
-        return self._probe[1]
+        return self._probe_layout[1]
 
     @cached_property
-    def stops(self) -> list[str]:
+    def stop_strings(self) -> list[str]:
         """What the model must not begin to say itself: the mark that ends a turn, or what begins the user's."""
-        between = self._probe[2].rstrip()
-        at, mark = min(((between.find(mark), mark) for mark in self._marks if mark in between), default=(0, ""))
+        between = self._probe_layout[2].rstrip()
+        at, mark = min(
+            ((between.find(mark), mark) for mark in self._special_strings if mark in between), default=(0, "")
+        )
         if mark == END_OF_TEXT or not between:  # the end of a text is an end anyhow
             return []
         return list(dict.fromkeys([between[: at + len(mark)], mark])) if mark else [between]
 
     @cached_property
-    def _marks(self) -> tuple[str, ...]:
-        return tuple(filter(None, [END_OF_TEXT, *self.special_tokens, *self.special.values()]))
+    def _special_strings(self) -> tuple[str, ...]:
+        return tuple(filter(None, [END_OF_TEXT, *self.special_tokens, *self.special_tokens_map.values()]))
 
     @cached_property
-    def _probe(self) -> tuple[str, str, str, str]:
+    def _probe_layout(self) -> tuple[str, str, str, str]:
         """A prompt, what opens its answer, what stands between that and what the user says next, and the rest."""
         asked, answer, more = "\ue000", "\ue001", "\ue002"
         turns = [("user", asked), ("assistant", answer), ("user", more)]
         for opening in ([("system", "\ue003")], []):  # which some templates refuse
             try:
-                prompt, text = self.prompt([*opening, *turns[:1]]), self.prompt([*opening, *turns])
+                prompt, text = self.render_prompt([*opening, *turns[:1]]), self.render_prompt([*opening, *turns])
             except UserError:
                 continue
             before, found, after = text.partition(answer)
@@ -173,51 +193,51 @@ class Template:
                 return prompt, before[len(prompt) :], between, rest
         return "", "", "", ""
 
-    def _cut(self, messages: Messages, ask: bool) -> list[Piece]:
+    def _split_segments(self, messages: Messages, add_generation_prompt: bool) -> list[Segment]:
         """`pieces`, the empty ones too; with `ask`, up to the answer that is asked for."""
-        whole, pieces, end = self._write(messages, ask), [], 0
+        whole, pieces, end = self._render(messages, add_generation_prompt), [], 0
         for i, (role, _) in enumerate(messages):
             if role == "assistant":
-                before, after = self.prompt(messages[:i]), self.text(messages[: i + 1])
+                before, after = self.render_prompt(messages[:i]), self.render(messages[: i + 1])
                 if len(before) < end or not after.startswith(before) or not whole.startswith(after):
                     raise UserError("the chat template writes a message in another way when others follow it")
-                words = self._without_rest(after[len(before) :])
+                words = self._strip_after_end_of_turn(after[len(before) :])
                 pieces += [(whole[end : len(before)], False), (words, True)]
                 end = len(before) + len(words)
         return [*pieces, (whole[end:], False)]
 
-    def _without_rest(self, answer: str) -> str:
+    def _strip_after_end_of_turn(self, answer: str) -> str:
         """Less the white space after the mark that ends a turn, for which nobody waits."""
         words = answer.rstrip()
-        return words if words.endswith(self._marks) else answer
+        return words if words.endswith(self._special_strings) else answer
 
 
-class _Jinja:
+class _JinjaRenderer:
     """A template as `transformers` runs it."""
 
-    def __init__(self, source: str, special: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens_map: dict[str, str]) -> None:
         try:
             import jinja2
         except ImportError as error:
             raise missing_extra("jinja2", "serve", "the model's chat template") from error
-        self._special = special
+        self._special_tokens_map = special_tokens_map
         try:
-            self._compiled = _environment().from_string(source)
+            self._compiled = _jinja_environment().from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"the model's chat template cannot be read: {error}") from error
 
-    def __call__(self, messages: Messages, ask: bool) -> str:
+    def __call__(self, messages: Messages, add_generation_prompt: bool) -> str:
         import jinja2
 
         named = [{"role": role, "content": text} for role, text in messages]
-        given = {"messages": named, "tools": None, "documents": None, "add_generation_prompt": ask}
+        given = {"messages": named, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._compiled.render(**(self._special | given))
+            return self._compiled.render(**(self._special_tokens_map | given))
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(f"the model's chat template cannot be used for these messages: {error}") from error
 
 
-def _environment() -> Any:
+def _jinja_environment() -> Any:
     """Jinja as `transformers` sets it up."""
     from jinja2 import nodes
     from jinja2.ext import Extension
@@ -236,58 +256,61 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     return environment
 
 
-def _raise(message: str) -> Never:
+def _raise_exception(message: str) -> Never:
     import jinja2
 
     raise jinja2.TemplateError(message)
 
 
-class _Veiled:
+class _EscapedMessages:
     """Messages in which whatever spells a special token has a character in its midst that is in no message."""
 
     def __init__(self, tokenizer: Tokenizer, messages: Messages) -> None:
         self._tokenizer = tokenizer
         texts = sorted(map(re.escape, tokenizer.special_tokens), key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(texts)})")
+        self._special_token_pattern = re.compile(f"({'|'.join(texts)})")
         said = "".join(text for message in messages for text in message)
-        self._veil = next(chr(i) for i in range(0xE000, 0xF900) if chr(i) not in said)
-        self.messages = [(self.cover(role), self.cover(text)) for role, text in messages]
+        self._escape_character = next(chr(i) for i in range(0xE000, 0xF900) if chr(i) not in said)
+        self.messages = [(self.escape(role), self.escape(text)) for role, text in messages]
 
-    def cover(self, text: str) -> str:
-        return self._special.sub(lambda found: found[0][:1] + self._veil + found[0][1:], text)
+    def escape(self, text: str) -> str:
+        return self._special_token_pattern.sub(lambda found: found[0][:1] + self._escape_character + found[0][1:], text)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that was made of these messages: special ones are those the template set."""
-        if self._veil not in text:
+        if self._escape_character not in text:
             return self._tokenizer.encode(text, allow_special=True)
         ids, special = [], self._tokenizer.special_tokens
-        for i, part in enumerate(self._special.split(text)):
-            ids += [special[part]] if i % 2 else self._tokenizer.encode(part.replace(self._veil, ""))
+        for i, part in enumerate(self._special_token_pattern.split(text)):
+            ids += [special[part]] if i % 2 else self._tokenizer.encode(part.replace(self._escape_character, ""))
         return ids
 
 
-def get_template(ref: str | Path) -> Template:
+def get_template(ref: str | Path) -> ChatTemplate:
     """The template of that name (plain, raw, chatml), or in that file. Raises UserError when there is none."""
-    if ref in NAMED:
-        return Template(NAMED[str(ref)])
-    path = path_of(ref)
+    if ref in BUILTIN_TEMPLATES:
+        return ChatTemplate(BUILTIN_TEMPLATES[str(ref)])
+    path = expand_path(ref)
     if not path.is_file():
-        hint = did_you_mean(str(ref), NAMED)
+        hint = did_you_mean(str(ref), BUILTIN_TEMPLATES)
         raise UserError(
-            f"no chat template '{ref}'{hint}: there are {', '.join(NAMED)}, and files with a Jinja template"
+            f"no chat template '{ref}'{hint}: there are {', '.join(BUILTIN_TEMPLATES)}, and files with a Jinja template"
         )
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"the chat template {path} cannot be read: {error}") from error
-    return Template(source, dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT))
+    return ChatTemplate(source, dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT))
 
 
-def save_template(template: Template, folder: Path) -> None:
+def save_template(template: ChatTemplate, folder: Path) -> None:
     """Write `chat_template.jinja` into a model folder, where this program and `transformers` look for it.
 
     Raises UserError when it cannot be written.
@@ -299,7 +322,7 @@ def save_template(template: Template, folder: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def find_template(folder: Path) -> Template | None:
+def load_template(folder: Path) -> ChatTemplate | None:
     """What a model folder has in `chat_template.jinja`, else in `tokenizer_config.json`; None for neither.
 
     Raises UserError for files that cannot be read.
@@ -312,19 +335,19 @@ def find_template(folder: Path) -> Template | None:
         raise UserError(f"the chat template of {folder} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{config_file} does not hold settings")
-    source = source or _named(config.get("chat_template"))
-    return Template(source, _special(config)) if source else None
+    source = source or _default_template(config.get("chat_template"))
+    return ChatTemplate(source, _special_tokens_map(config)) if source else None
 
 
-def _named(given: Any) -> str | None:
+def _default_template(value: Any) -> str | None:
     """Some folders hold several templates by name."""
-    if isinstance(given, list):
-        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
-        given = named.get("default")
-    return given if isinstance(given, str) else None
+    if isinstance(value, list):
+        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
 
 
-def _special(config: dict[str, Any]) -> dict[str, str]:
+def _special_tokens_map(config: dict[str, Any]) -> dict[str, str]:
     """`bos_token` and the like, which are texts, or objects with the text in `content`."""
     found = {name: value for name, value in config.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}

@@ -23,28 +23,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import path_of
+from gpt2.files import expand_path
 from gpt2.vocabulary import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
-    Table,
+    Vocabulary,
+    added_tokens_from_config,
     build_backend,
-    cut_long_words,
-    cuts_like_gpt2,
-    encoding_of,
-    extended,
-    fingerprint_of,
+    decode_byte_level,
+    extend_vocabulary,
     gpt2_encoding,
-    marks_of_config,
-    only_plain_marks,
+    has_only_simple_special_tokens,
+    non_special_added_ids,
     read_merges,
     recover_merges,
-    symbols_of_json,
-    table_of_ids,
-    table_of_json,
-    unspell,
-    without_surrogates,
-    write_files,
+    replace_surrogates,
+    split_long_words,
+    tiktoken_encoding,
+    uses_gpt2_pre_tokenizer,
+    vocabulary_fingerprint,
+    vocabulary_from_token_ids,
+    vocabulary_from_tokenizer_json,
+    write_tokenizer_files,
 )
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
 
-_LONG_SPACE = 500_000  # tiktoken's regular expressions give up on a run of a million spaces
-_LONG_SPACE_PATTERN = re.compile(rf"\s{{{_LONG_SPACE}}}")
+_LONG_WHITESPACE = 500_000  # tiktoken's regular expressions give up on a run of a million spaces
+_LONG_WHITESPACE_PATTERN = re.compile(rf"\s{{{_LONG_WHITESPACE}}}")
 
 _log = logging.getLogger("gpt2")
 
@@ -99,21 +99,23 @@ class _ByteLevelTokenizer(ABC):
 
     name: str
 
-    def __init__(self, table: Table, symbols: Collection[int] = ()) -> None:
+    def __init__(self, vocabulary: Vocabulary, non_special_ids: Collection[int] = ()) -> None:
         """symbols: those of the added tokens that a text becomes wherever it has them."""
-        self._table = table
-        self.fingerprint = fingerprint_of(table)
-        self.vocab_size = len(table.tokens)
-        self.special_tokens = {table.tokens[i].decode(): i for i in sorted(table.added.difference(symbols))}
+        self._vocabulary = vocabulary
+        self.fingerprint = vocabulary_fingerprint(vocabulary)
+        self.vocab_size = len(vocabulary.tokens)
+        self.special_tokens = {
+            vocabulary.tokens[i].decode(): i for i in sorted(vocabulary.added_ids.difference(non_special_ids))
+        }
         self.end_of_text = self.special_tokens[END_OF_TEXT]
 
     @cached_property
     def _backend(self) -> "tokenizers.Tokenizer":
         """The same tokenizer as the `tokenizers` library has it, which is how it is saved."""
-        return build_backend(self._table, recover_merges(self._table))
+        return build_backend(self._vocabulary, recover_merges(self._vocabulary))
 
     @cached_property
-    def _specials(self) -> re.Pattern[str]:
+    def _special_token_pattern(self) -> re.Pattern[str]:
         """Any special token; where two begin, the longer one."""
         return re.compile(f"({'|'.join(sorted(map(re.escape, self.special_tokens), key=len, reverse=True))})")
 
@@ -123,7 +125,7 @@ class _ByteLevelTokenizer(ABC):
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         if not allow_special:
             return self.encode_batch([text])[0]
-        parts = self._specials.split(text)  # texts, and between them special tokens
+        parts = self._special_token_pattern.split(text)  # texts, and between them special tokens
         ids = self.encode_batch(parts[::2])
         return ids[0] + [
             i for name, more in zip(parts[1::2], ids[1:], strict=True) for i in (self.special_tokens[name], *more)
@@ -135,10 +137,10 @@ class _ByteLevelTokenizer(ABC):
     def token_bytes(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
             raise UserError(f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}")
-        return self._table.tokens[token]
+        return self._vocabulary.tokens[token]
 
     def save(self, folder: Path) -> None:
-        write_files(self._backend, folder)
+        write_tokenizer_files(self._backend, folder)
 
 
 class GPT2Tokenizer(_ByteLevelTokenizer):
@@ -154,11 +156,11 @@ class GPT2Tokenizer(_ByteLevelTokenizer):
         self._encoding = encoding or gpt2_encoding()
         tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self._encoding.n_vocab)]
         special = frozenset(map(self._encoding.encode_single_token, self._encoding.special_tokens_set))
-        super().__init__(Table(tokens, special))
+        super().__init__(Vocabulary(tokens, special))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if any(len(text) >= _LONG_SPACE and _LONG_SPACE_PATTERN.search(text) for text in texts):
-            return _encode_with_library(self._backend, texts)  # tiktoken would panic
+        if any(len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text) for text in texts):
+            return _encode_with_backend(self._backend, texts)  # tiktoken would panic
         if len(texts) == 1:
             return [self._encoding.encode_ordinary(texts[0])]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
@@ -174,7 +176,7 @@ class BPETokenizer(_ByteLevelTokenizer):
 
     def __init__(self, backend: "tokenizers.Tokenizer") -> None:
         spec = json.loads(backend.to_str())
-        super().__init__(table_of_json(spec), symbols_of_json(spec))
+        super().__init__(vocabulary_from_tokenizer_json(spec), non_special_added_ids(spec))
         backend.no_padding()
         backend.no_truncation()
         backend.add_special_tokens([END_OF_TEXT])
@@ -185,7 +187,7 @@ class BPETokenizer(_ByteLevelTokenizer):
         return BPETokenizer, (self._backend,)  # pickling forgets encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return _encode_with_library(self._backend, texts)
+        return _encode_with_backend(self._backend, texts)
 
 
 class ByteTokenizer(_ByteLevelTokenizer):
@@ -193,13 +195,13 @@ class ByteTokenizer(_ByteLevelTokenizer):
 
     name = "bytes"
 
-    def __init__(self, others: Sequence[str] = ()) -> None:
-        special = [text.encode() for text in (END_OF_TEXT, *others)]
-        table = Table([*(bytes([b]) for b in range(256)), *special], frozenset(range(256, 256 + len(special))))
+    def __init__(self, extra_special_tokens: Sequence[str] = ()) -> None:
+        special = [text.encode() for text in (END_OF_TEXT, *extra_special_tokens)]
+        table = Vocabulary([*(bytes([b]) for b in range(256)), *special], frozenset(range(256, 256 + len(special))))
         super().__init__(table)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(without_surrogates(text).encode()) for text in texts]
+        return [list(replace_surrogates(text).encode()) for text in texts]
 
 
 class StreamDecoder:
@@ -242,14 +244,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in cut_long_words(without_surrogates(text)))
+    pieces = (piece for text in texts for piece in split_long_words(replace_surrogates(text)))
     learner.train_from_iterator(pieces, trainer)
     learned = json.loads(learner.to_str())["model"]
-    tokens = [unspell(letters) for letters in sorted(learned["vocab"], key=learned["vocab"].__getitem__)]
-    merges = [(unspell(left), unspell(right)) for left, right in learned["merges"]]
+    tokens = [decode_byte_level(letters) for letters in sorted(learned["vocab"], key=learned["vocab"].__getitem__)]
+    merges = [(decode_byte_level(left), decode_byte_level(right)) for left, right in learned["merges"]]
     if len(tokens) + 1 < vocab_size:
         _log.warning("the text is enough for a vocabulary of %d tokens, not %d", len(tokens) + 1, vocab_size)
-    table = Table([*tokens, END_OF_TEXT.encode()], frozenset({len(tokens)}))
+    table = Vocabulary([*tokens, END_OF_TEXT.encode()], frozenset({len(tokens)}))
     return BPETokenizer(build_backend(table, merges))
 
 
@@ -260,15 +262,17 @@ def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer
     """
     if not isinstance(tokenizer, _ByteLevelTokenizer):
         raise TypeError(f"{type(tokenizer).__name__} is none of this module's tokenizers")
-    table = extended(tokenizer._table, texts)
+    table = extend_vocabulary(tokenizer._vocabulary, texts)
     if isinstance(tokenizer, BPETokenizer):
         backend = copy.deepcopy(tokenizer._backend)
         backend.add_special_tokens(list(texts))
         return BPETokenizer(backend)
-    return GPT2Tokenizer(encoding_of(table)) if isinstance(tokenizer, GPT2Tokenizer) else _bytes_of(table)
+    return (
+        GPT2Tokenizer(tiktoken_encoding(table)) if isinstance(tokenizer, GPT2Tokenizer) else _make_byte_tokenizer(table)
+    )
 
 
-def with_symbols(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+def with_added_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
     """The same tokenizer with more words: wherever a text has one of these, it is that token; their ids come last.
 
     Raises UserError as `with_special_tokens` does.
@@ -277,7 +281,7 @@ def with_symbols(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
         raise TypeError(f"{type(tokenizer).__name__} is none of this module's tokenizers")
     from tokenizers import AddedToken
 
-    extended(tokenizer._table, texts)  # for its errors
+    extend_vocabulary(tokenizer._vocabulary, texts)  # for its errors
     backend = copy.deepcopy(tokenizer._backend)
     backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
     return BPETokenizer(backend)
@@ -294,7 +298,7 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
             f"tokenizer '{ref}' does not exist before it is trained on the data, which `gpt2 train` and "
             "`gpt2 data prepare` do: afterwards, name the folder that holds it"
         )
-    folder = path_of(ref)
+    folder = expand_path(ref)
     if not folder.is_dir():
         hint = did_you_mean(str(ref), ["gpt2", "bytes", "bpe:N"])
         raise UserError(f"no tokenizer '{ref}'{hint}: there are gpt2, bytes, bpe:N, and folders with tokenizer files")
@@ -327,8 +331,12 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
-    table = table_of_json(spec)
-    if cuts_like_gpt2(spec) and only_plain_marks(spec) and (known := _known_tokenizer(table)):
+    table = vocabulary_from_tokenizer_json(spec)
+    if (
+        uses_gpt2_pre_tokenizer(spec)
+        and has_only_simple_special_tokens(spec)
+        and (known := _recognize_tokenizer(table))
+    ):
         return known
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -339,16 +347,16 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
 def _load_vocab_json(path: Path) -> Tokenizer:
     """The tokenizer in a `vocab.json`, or a `ValueError`; a `UserError` when a file beside it is at fault."""
-    marks = marks_of_config(path.with_name("tokenizer_config.json"))
-    table = table_of_ids(json.loads(path.read_text(encoding="utf-8")), added={END_OF_TEXT, *marks})
-    if known := _known_tokenizer(table):
+    marks = added_tokens_from_config(path.with_name("tokenizer_config.json"))
+    table = vocabulary_from_token_ids(json.loads(path.read_text(encoding="utf-8")), added_tokens={END_OF_TEXT, *marks})
+    if known := _recognize_tokenizer(table):
         return known
     merges_path = path.with_name("merges.txt")
     try:
         merges = read_merges(merges_path)
         made = {left + right for left, right in merges}
         for i, token in enumerate(table.tokens):
-            if len(token) > 1 and token not in made and i not in table.added:
+            if len(token) > 1 and token not in made and i not in table.added_ids:
                 raise ValueError(f"no merge in it makes token {i} of vocab.json; is it cut short?")
         return BPETokenizer(build_backend(table, merges))
     except FileNotFoundError:
@@ -357,21 +365,23 @@ def _load_vocab_json(path: Path) -> Tokenizer:
         raise UserError(f"cannot use {merges_path}: {error}") from error
 
 
-def _known_tokenizer(table: Table) -> Tokenizer | None:
+def _recognize_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
     """GPT-2's tokenizer or the bytes, if that is what the table holds up to ``<|endoftext|>``, with more like it."""
-    size = table.tokens.index(END_OF_TEXT.encode()) + 1
-    if not table.added.issuperset(range(size, len(table.tokens))):
+    size = vocabulary.tokens.index(END_OF_TEXT.encode()) + 1
+    if not vocabulary.added_ids.issuperset(range(size, len(vocabulary.tokens))):
         return None
-    fingerprint = fingerprint_of(Table(table.tokens[:size], frozenset(i for i in table.added if i < size)))
+    fingerprint = vocabulary_fingerprint(
+        Vocabulary(vocabulary.tokens[:size], frozenset(i for i in vocabulary.added_ids if i < size))
+    )
     if fingerprint == GPT2_FINGERPRINT:
-        return GPT2Tokenizer(encoding_of(table))
-    return _bytes_of(table) if fingerprint == ByteTokenizer().fingerprint else None
+        return GPT2Tokenizer(tiktoken_encoding(vocabulary))
+    return _make_byte_tokenizer(vocabulary) if fingerprint == ByteTokenizer().fingerprint else None
 
 
-def _bytes_of(table: Table) -> ByteTokenizer:
-    return ByteTokenizer([token.decode() for token in table.tokens[257:]])
+def _make_byte_tokenizer(vocabulary: Vocabulary) -> ByteTokenizer:
+    return ByteTokenizer([token.decode() for token in vocabulary.tokens[257:]])
 
 
-def _encode_with_library(backend: "tokenizers.Tokenizer", texts: Sequence[str]) -> list[list[int]]:
-    whole = [without_surrogates(text) for text in texts]
+def _encode_with_backend(backend: "tokenizers.Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    whole = [replace_surrogates(text) for text in texts]
     return [encoding.ids for encoding in backend.encode_batch_fast(whole, add_special_tokens=False)]

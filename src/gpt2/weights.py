@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gpt2.errors import UserError
-from gpt2.files import path_of, work_folder
-from gpt2.lora import merge_into, read_adapter
+from gpt2.files import expand_path, staging_folder
+from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
-from gpt2.templates import Template, save_template
+from gpt2.templates import ChatTemplate, save_template
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
-log = logging.getLogger("gpt2")
+_log = logging.getLogger("gpt2")
 
-HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-WORD_FILES = [  # how text becomes tokens
+HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+TOKENIZER_FILES = [  # how text becomes tokens
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,18 +38,18 @@ WORD_FILES = [  # how text becomes tokens
     "merges.txt",
     "chat_template.jinja",
 ]
-HUB_FILES = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled copies, which nobody here needs
+HUB_ALLOW_PATTERNS = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled copies, which nobody here needs
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
-    *WORD_FILES,
+    *TOKENIZER_FILES,
 ]
-GPT2_VOCABULARY = 50257
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-STALE_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry along
-SHARD_BYTES = 5 * 10**9
+GPT2_VOCAB_SIZE = 50257
+CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry along
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load(
@@ -73,42 +73,44 @@ def load(
     if isinstance(device, str) or device.type == "cuda":
         device = pick_device(str(device))
     added = None if adapter is None else read_adapter(adapter)  # a wrong name is known before gigabytes are read
-    folder = find_model(ref)
+    folder = find_model_folder(ref)
     config = read_config(folder)
     tensors = _read_tensors(folder, dtype if added is None or dtype is None else torch.float32)
-    if config.tie_word_embeddings and _has_own_head(tensors):
-        log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
+    if config.tie_word_embeddings and _has_untied_head(tensors):
+        _log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
         config = replace(config, tie_word_embeddings=False)
-    _check_shapes(_outer_shapes(config), tensors, folder)  # or a mistyped config would build a model of any size
-    expected = {name: tuple(p.shape) for name, p in _unfilled(config).named_parameters()}
+    _check_shapes(
+        _size_defining_shapes(config), tensors, folder
+    )  # or a mistyped config would build a model of any size
+    expected = {name: tuple(p.shape) for name, p in _meta_model(config).named_parameters()}
     _check_shapes(expected, tensors, folder)
     for name in tensors:
         if name not in expected and name != "lm_head.weight":
             raise UserError(f"{folder}: the weights hold {name}, which config.json does not call for")
-    model = model_of(config, tensors)
+    model = model_from_state_dict(config, tensors)
     if added is not None:
-        merge_into(model, added)
+        merge_adapter(model, added)
         model = model.to(dtype or model.transformer.wte.weight.dtype)
-    return model.to(device).eval(), _tokenizer_of(folder, config)
+    return model.to(device).eval(), _load_model_tokenizer(folder, config)
 
 
-def model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+def model_from_state_dict(config: GPTConfig, state_dict: dict[str, Tensor]) -> GPT:
     """A model whose parameters are these very tensors, by name; what else there is by name is left out.
 
     Nothing is copied, and no random numbers are drawn.
     """
-    model = _unfilled(config)
-    model.load_state_dict(weights, strict=False, assign=True)
+    model = _meta_model(config)
+    model.load_state_dict(state_dict, strict=False, assign=True)
     model.tie_weights()
     return model
 
 
-def _unfilled(config: GPTConfig) -> GPT:
-    with torch.device("meta"), _Unfilled():
+def _meta_model(config: GPTConfig) -> GPT:
+    with torch.device("meta"), _SkipInit():
         return GPT(config)
 
 
-class _Unfilled(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Parameters without memory are not initialized; merely to try it, torch would import its compiler for a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,7 +126,7 @@ def save(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    template: Template | None = None,
+    template: ChatTemplate | None = None,
 ) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
@@ -134,26 +136,28 @@ def save(
     The files are written beside `folder` first and moved in when they are whole.
     Raises UserError when the folder cannot be written.
     """
-    folder = path_of(folder)
+    folder = expand_path(folder)
     dtype = dtype or model.transformer.wte.weight.dtype
     try:
-        with work_folder(folder.resolve()) as written:
+        with staging_folder(folder.resolve()) as written:
             _write_tensors(model, written, dtype)
-            _write_json(written / "generation_config.json", {"_from_model_config": True, **_text_ends(tokenizer)})
+            _write_json(
+                written / "generation_config.json", {"_from_model_config": True, **_bos_eos_token_ids(tokenizer)}
+            )
             if tokenizer is not None:
                 tokenizer.save(written)
             if template is not None:
                 save_template(template, written)
             _write_json(written / "config.json", hf_config(model.config, tokenizer, dtype))
-            _move_in(written, folder)
+            _replace_files(written, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model folder {folder}: {error}") from error
     return folder
 
 
-def find_model(ref: str | Path) -> Path:
+def find_model_folder(ref: str | Path) -> Path:
     """The model folder `ref` stands for; a hub name is fetched into Hugging Face's cache if it is not there."""
-    path = path_of(ref)
+    path = expand_path(ref)
     for folder in (path, path / "model"):  # a model folder, a run folder
         if (folder / "config.json").is_file():
             return folder
@@ -162,7 +166,7 @@ def find_model(ref: str | Path) -> Path:
     name = str(ref)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {path}")
-    return _fetch(HUB_NAMES.get(name, name))
+    return _download_from_hub(HUB_ALIASES.get(name, name))
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -229,19 +233,19 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],  # what transformers before 5 called it
-        **_text_ends(tokenizer),
+        **_bos_eos_token_ids(tokenizer),
     }
 
 
-def _text_ends(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+def _bos_eos_token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     end = tokenizer.end_of_text if tokenizer is not None else None
     return {"bos_token_id": end, "eos_token_id": end}
 
 
-def _fetch(repository: str) -> Path:
+def _download_from_hub(repository: str) -> Path:
     where = f"'{repository}' is no folder here and could not be fetched from the hub"
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_ALLOW_PATTERNS))
     except RepositoryNotFoundError as error:
         raise UserError(f"{where}: there is no such repository, or it is private") from error
     except HFValidationError as error:
@@ -283,13 +287,13 @@ def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if key.endswith(STALE_BUFFERS):
+                    if key.endswith(LEGACY_BUFFERS):
                         continue
                     name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
                     tensor = file.get_tensor(key)
                     if tensor.dtype not in DTYPE_NAMES:
                         raise UserError(f"{path}: {key} is {tensor.dtype}, which is not read here")
-                    if name.endswith(TRANSPOSED) and tensor.dim() == 2:
+                    if name.endswith(CONV1D_WEIGHTS) and tensor.dim() == 2:
                         tensor = tensor.t()
                     tensors[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
         except (SafetensorError, OSError) as error:
@@ -297,13 +301,13 @@ def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _has_own_head(tensors: dict[str, Tensor]) -> bool:
+def _has_untied_head(tensors: dict[str, Tensor]) -> bool:
     """Is there an output head that is not the token embedding?"""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
     return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
-def _outer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+def _size_defining_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The shapes from which all numbers of a config can be told."""
     return {
         "transformer.wte.weight": (config.vocab_size, config.n_embd),
@@ -320,9 +324,9 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tenso
             raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)} in the weights, {shape} by config.json")
 
 
-def _tokenizer_of(folder: Path, config: GPTConfig) -> Tokenizer | None:
+def _load_model_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
     tokenizer = load_tokenizer(folder)
-    if tokenizer is None and config.vocab_size == GPT2_VOCABULARY:
+    if tokenizer is None and config.vocab_size == GPT2_VOCAB_SIZE:
         return get_tokenizer("gpt2")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
@@ -331,10 +335,10 @@ def _tokenizer_of(folder: Path, config: GPTConfig) -> Tokenizer | None:
 
 def _write_tensors(model: GPT, folder: Path, dtype: torch.dtype) -> None:
     tensors = {
-        name: (p.detach().t() if name.endswith(TRANSPOSED) else p.detach()).to("cpu", dtype).contiguous()
+        name: (p.detach().t() if name.endswith(CONV1D_WEIGHTS) else p.detach()).to("cpu", dtype).contiguous()
         for name, p in model.named_parameters()
     }
-    plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_BYTES)
     for filename, names in plan.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / filename, metadata={"format": "pt"})
     if plan.is_sharded:
@@ -346,14 +350,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _move_in(written: Path, folder: Path) -> None:
+def _replace_files(staging: Path, folder: Path) -> None:
     """Move whole files into place, config.json last, and take away an older model's files that no longer belong."""
     folder.mkdir(exist_ok=True)
-    names = sorted((file.name for file in written.iterdir()), key=lambda name: (name == "config.json", name))
-    mode = (written / "config.json").stat().st_mode  # safetensors lets nobody else read what it writes
+    names = sorted((file.name for file in staging.iterdir()), key=lambda name: (name == "config.json", name))
+    mode = (staging / "config.json").stat().st_mode  # safetensors lets nobody else read what it writes
     for name in names:
-        (written / name).chmod(mode)
-        (written / name).replace(folder / name)
-    for stale in [*folder.glob("model*.safetensors*"), *(folder / name for name in WORD_FILES)]:
+        (staging / name).chmod(mode)
+        (staging / name).replace(folder / name)
+    for stale in [*folder.glob("model*.safetensors*"), *(folder / name for name in TOKENIZER_FILES)]:
         if stale.name not in names:
             stale.unlink(missing_ok=True)

@@ -13,22 +13,22 @@ from torch import nn
 
 from gpt2.bench import decode_peers
 from gpt2.bench.decode import (
-    CHECKED,
-    TIE,
+    NUM_CHECKED_TOKENS,
+    TIE_LOGIT_GAP,
     Decoder,
-    Decoding,
-    Entry,
-    Ours,
-    Reference,
-    Run,
-    our_entries,
+    DecodeResult,
+    DecodeWorkload,
+    GPT2Decoder,
+    ReferenceDecoder,
+    VariantSpec,
+    bytes_per_step,
+    our_variants,
     perplexity,
-    step_bytes,
     weight_bytes,
 )
-from gpt2.bench.decode_peers import PEERS, Files, LlamaCpp, check_peers, peer_entries, write_gguf
-from gpt2.bench.decode_race import race, rank, verdict
-from gpt2.bench.timing import Here
+from gpt2.bench.decode_peers import PEERS, LlamaCpp, PeerModelWriter, parse_decode_peers, peer_variants, write_gguf
+from gpt2.bench.decode_race import check_tokens, compute_metrics, run_comparison
+from gpt2.bench.timing import InProcessRunner
 from gpt2.cli import main
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
@@ -36,10 +36,10 @@ from gpt2.native.pack import pack
 from gpt2.runtime import DTYPES
 from gpt2.tokenizer import get_tokenizer
 from gpt2.weights import save
-from tests.helpers.bench_work import NANOGPT
+from tests.helpers.bench_work import FAKE_NANOGPT
 
 TINY = GPTConfig(vocab_size=3001, n_layer=2, n_head=2, n_embd=64)
-WORK = Decoding("cpu", TINY, prompt_tokens=6, new_tokens=9, batch_sizes=(1, 3), rounds=2, seed=0, pause=0)
+WORK = DecodeWorkload("cpu", TINY, prompt_tokens=6, new_tokens=9, batch_sizes=(1, 3), rounds=2, seed=0, pause=0)
 FLAGS = "--n-layer 2 --n-head 2 --n-embd 64 --vocab-size 3001 --batch-sizes 1,3 --prompt-tokens 6 --new-tokens 9"
 GENERATE = ["bench", "generate", "--device", "cpu", "--rounds", "2", *FLAGS.split()]
 NANOGPT_WRITES = """
@@ -63,13 +63,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is measured in this process, and bandwidth is a round number."""
     monkeypatch.setattr("gpt2.bench.decode.accelerated", in_torch)
     monkeypatch.setattr("gpt2.bench.decode_race.measure_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr("gpt2.commands.bench_generate.Elsewhere", Here)
+    monkeypatch.setattr("gpt2.commands.bench_generate.Elsewhere", InProcessRunner)
 
 
 @pytest.fixture
 def writing_nanogpt(nanogpt: str) -> str:
     """A stand-in for nanoGPT that can write."""
-    Path(nanogpt, "model.py").write_text("import torch\n" + NANOGPT + NANOGPT_WRITES)
+    Path(nanogpt, "model.py").write_text("import torch\n" + FAKE_NANOGPT + NANOGPT_WRITES)
     return nanogpt
 
 
@@ -83,60 +83,60 @@ def written(model: GPT, prompts: list[list[int]], new_tokens: int) -> list[list[
 
 
 def expected() -> list[list[int]]:
-    return written(WORK.build(), WORK.prompts(0, 3), WORK.new_tokens)
+    return written(WORK.build_model(), WORK.prompts(0, 3), WORK.new_tokens)
 
 
 def check_run(decoder: Decoder) -> None:
     run = decoder.run(WORK.prompts(0, 3), WORK.new_tokens)
     assert run.tokens == expected()
-    assert 0 < run.first < run.total
+    assert 0 < run.first_token_seconds < run.total_seconds
     again = decoder.run(WORK.prompts(0, 1), WORK.new_tokens)  # nothing of the first batch is left
     assert again.tokens == expected()[:1]
 
 
 def test_random_weights_make_a_text_of_many_tokens() -> None:
-    tokens, leads = Reference(WORK).follow()
-    assert tokens == expected()[0][:CHECKED]
+    tokens, leads = ReferenceDecoder(WORK).greedy_tokens()
+    assert tokens == expected()[0][:NUM_CHECKED_TOKENS]
     assert len({token for row in expected() for token in row}) > 9  # no echo of the prompt's last token
-    assert min(leads) > TIE
+    assert min(leads) > TIE_LOGIT_GAP
     assert len({tuple(row) for number in (0, 1) for row in WORK.prompts(number, 3)}) == 6
     assert WORK.prompts(1, 3)[0] == WORK.prompts(1, 1)[0]
 
 
 def test_we_write_what_the_plain_model_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_run(Ours(WORK, "float32", True))
+    check_run(GPT2Decoder(WORK, "float32", True))
     monkeypatch.setattr("gpt2.bench.decode.accelerated", in_torch)
-    check_run(Ours(WORK, "float32", False))
-    half = Ours(WORK, "bfloat16", True)
+    check_run(GPT2Decoder(WORK, "float32", False))
+    half = GPT2Decoder(WORK, "bfloat16", True)
     assert half.cache_width == 2
-    assert half.run(WORK.prompts(0, 2), 3).tokens == written(WORK.build().bfloat16(), WORK.prompts(0, 2), 3)
+    assert half.run(WORK.prompts(0, 2), 3).tokens == written(WORK.build_model().bfloat16(), WORK.prompts(0, 2), 3)
 
 
 def test_transformers_and_ctranslate2_write_the_same(tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2")
-    files = Files(WORK, tmp_path)
+    files = PeerModelWriter(WORK, tmp_path)
     for name in ("transformers", "ctranslate2"):
         files.write(name)
-        check_run(PEERS[name].make(WORK, "float32", str(tmp_path)))
-    whole = PEERS["ctranslate2"].make(replace(WORK, new_tokens=200), "int8", str(tmp_path))
+        check_run(PEERS[name].make_decoder(WORK, "float32", str(tmp_path)))
+    whole = PEERS["ctranslate2"].make_decoder(replace(WORK, new_tokens=200), "int8", str(tmp_path))
     assert len(whole.run(WORK.prompts(0, 1), 200).tokens[0]) == 200  # nothing ends a text
 
 
 def test_nanogpt_writes_the_same(writing_nanogpt: str) -> None:
-    check_run(PEERS["nanogpt"].make(WORK, "float32", writing_nanogpt))
+    check_run(PEERS["nanogpt"].make_decoder(WORK, "float32", writing_nanogpt))
 
 
 def test_llama_cpp_writes_the_same(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    write_gguf(WORK.build(), tmp_path / "f32.gguf", half=False)
+    write_gguf(WORK.build_model(), tmp_path / "f32.gguf", half=False)
     check_run(LlamaCpp(WORK, "f32", str(tmp_path)))
 
 
 def test_llama_cpp_in_its_precisions(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    Files(WORK, tmp_path).write("llamacpp")
+    PeerModelWriter(WORK, tmp_path).write("llamacpp")
     lanes = {precision: LlamaCpp(WORK, precision, str(tmp_path)) for precision in PEERS["llamacpp"].precisions}
     for precision, most_wrong in (("f16", 0), ("q8_0", 1)):
         tokens = lanes[precision].run(WORK.prompts(0, 3), 2).tokens
@@ -157,10 +157,10 @@ def test_bytes_that_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         packed = (pack(w, "int8" if name == "lm_head" else precision) for name, w in linears.items())
         total = sum(part.numel() * part.element_size() for both in packed for part in both)
         monkeypatch.setattr("gpt2.bench.decode.accelerated", lambda m, _: SimpleNamespace(make_cache=m.make_cache))
-        assert Ours(replace(WORK, config=config), precision, False).weight_bytes == total
+        assert GPT2Decoder(replace(WORK, config=config), precision, False).weight_bytes == total
     positions = WORK.prompt_tokens + 9 / 2
     cache = GPT(TINY).make_cache(3, 1000).data
-    assert step_bytes(WORK, 5000, 4, 3, 9) == pytest.approx(5000 + cache.nbytes * positions / 1000)
+    assert bytes_per_step(WORK, 5000, 4, 3, 9) == pytest.approx(5000 + cache.nbytes * positions / 1000)
 
 
 def test_perplexity_is_that_of_the_loss() -> None:
@@ -175,12 +175,12 @@ def test_perplexity_is_that_of_the_loss() -> None:
     assert found == pytest.approx(math.exp(mean), rel=1e-5)
 
 
-class Breaks(Ours):
+class Breaks(GPT2Decoder):
     """It cannot do three rows, and stops in the middle of the second round with one."""
 
     times = 0
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
         """See `Decoder.run`."""
         self.times += 1
         if len(prompts) == 3 or self.times == 3:
@@ -188,10 +188,10 @@ class Breaks(Ours):
         return super().run(prompts, new_tokens)
 
 
-class Halts(Ours):
+class Halts(GPT2Decoder):
     """It ends every text too early."""
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
         """See `Decoder.run`."""
         return super().run(prompts, new_tokens - 1)
 
@@ -202,14 +202,19 @@ def lane_of(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 def test_a_race_of_all_lanes(here: None) -> None:
     entries = [
-        *our_entries("all"),
-        Entry("breaks", "float32", "float32", Breaks, (True,)),
-        Entry("halts", "bfloat16", "bfloat16", Halts, (True,)),
-        Entry("slow", "q8_0", "q8_0", Slow, most_rows=1, most_tokens=8),
-        Entry("absent", "q4_0", "q4_0", Ours, reason="not installed: pip install it"),
+        *our_variants("all"),
+        VariantSpec("breaks", "float32", "float32", Breaks, (True,)),
+        VariantSpec("halts", "bfloat16", "bfloat16", Halts, (True,)),
+        VariantSpec("slow", "q8_0", "q8_0", Slow, max_batch_size=1, max_new_tokens=8),
+        VariantSpec("absent", "q4_0", "q4_0", GPT2Decoder, reason="not installed: pip install it"),
     ]
     kept: list[int] = []
-    result = race(WORK, entries, host=Here, keep=lambda found: kept.append(len(lane_of(found, "float32")["batches"])))
+    result = run_comparison(
+        WORK,
+        entries,
+        runner_class=InProcessRunner,
+        save_partial=lambda found: kept.append(len(lane_of(found, "float32")["batches"])),
+    )
     assert kept == [1, 2]
     families = [lane["family"] for lane in result["lanes"]]
     assert families == sorted(families, key=["float32", "16 bits", "8 bits", "4 bits"].index)
@@ -220,7 +225,7 @@ def test_a_race_of_all_lanes(here: None) -> None:
             assert len(batch["first_seconds"]) == len(batch["decode_seconds"]) == 2
             assert batch["peak_memory"] > 2**20
             assert not batch["wrong"]
-            assert "float32" not in name or batch["agreement"] == CHECKED
+            assert "float32" not in name or batch["agreement"] == NUM_CHECKED_TOKENS
     assert [lane_of(result, name)["reason"] for name in ("int8", "int4")] == ["no int8 here", "no int4 here"]
     assert lane_of(result, "absent")["reason"] == "not installed: pip install it"
     one, three = lane_of(result, "breaks")["batches"]
@@ -232,10 +237,10 @@ def test_a_race_of_all_lanes(here: None) -> None:
     assert {ratio["contestant"] for ratio in result["ratios"]} == set()  # no peer ran beside one of ours
 
 
-class Slow(Ours):
+class Slow(GPT2Decoder):
     """A peer of another precision."""
 
-    def __init__(self, work: Decoding, precision: str) -> None:
+    def __init__(self, work: DecodeWorkload, precision: str) -> None:
         super().__init__(work, "float32", True)
 
 
@@ -252,12 +257,12 @@ def test_figures_follow_from_the_times() -> None:
         lane("gpt2", "int8", "8 bits", [0.1]),
     ]
     work = replace(WORK, batch_sizes=(4, 8))
-    result = rank({"bandwidths": [1e9, 2e9, 9e9], "lanes": lanes}, work)
+    result = compute_metrics({"bandwidths": [1e9, 2e9, 9e9], "lanes": lanes}, work)
     assert result["bandwidth"] == 2e9
     batch = lanes[0]["batches"][0]
     assert batch["first_ms"] == pytest.approx({"median": 600, "low": 550, "high": 650})
     assert batch["tokens_per_second"] == pytest.approx({"median": 40 / 0.3, "low": 40 / 0.35, "high": 40 / 0.25})
-    assert batch["limit"] == pytest.approx(4 * 2e9 / step_bytes(work, 10**6, 2, 4, 11))
+    assert batch["limit"] == pytest.approx(4 * 2e9 / bytes_per_step(work, 10**6, 2, 4, 11))
     assert batch["of_limit"] == pytest.approx(40 / 0.3 / batch["limit"])
     (ratio,) = result["ratios"]
     assert ratio["ratio"] == pytest.approx(2)
@@ -265,13 +270,13 @@ def test_figures_follow_from_the_times() -> None:
 
 
 def test_wrong_is_what_no_rounding_explains() -> None:
-    right, leads = list(range(CHECKED)), [1.0] * CHECKED
+    right, leads = list(range(NUM_CHECKED_TOKENS)), [1.0] * NUM_CHECKED_TOKENS
     other = [0, 1, 2, 9, 9, 9, 9, 9]
-    assert verdict(right, (right, leads), "float32") == {"agreement": CHECKED, "wrong": False}
-    assert verdict(other, (right, leads), "float32") == {"agreement": 3, "wrong": True}
-    assert verdict(other, (right, leads), "bfloat16") == {"agreement": 3, "wrong": False}
-    leads[3] = TIE / 2
-    assert not verdict(other, (right, leads), "float32")["wrong"]
+    assert check_tokens(right, (right, leads), "float32") == {"agreement": NUM_CHECKED_TOKENS, "wrong": False}
+    assert check_tokens(other, (right, leads), "float32") == {"agreement": 3, "wrong": True}
+    assert check_tokens(other, (right, leads), "bfloat16") == {"agreement": 3, "wrong": False}
+    leads[3] = TIE_LOGIT_GAP / 2
+    assert not check_tokens(other, (right, leads), "float32")["wrong"]
 
 
 def run_command(argv: list[str]) -> int:
@@ -332,7 +337,7 @@ def test_perplexity_stands_beside_the_speed(here: None, tmp_path: Path, capsys: 
 def test_a_peer_that_is_not_there(here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(decode_peers.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "files").mkdir()
-    entries = peer_entries(WORK, check_peers(["llamacpp", "ctranslate2"]), tmp_path / "files", Here)
+    entries = peer_variants(WORK, parse_decode_peers(["llamacpp", "ctranslate2"]), tmp_path / "files", InProcessRunner)
     assert {entry.reason for entry in entries if entry.contestant == "llamacpp"} == {
         "not installed: pip install llama-cpp-python gguf"
     }
@@ -382,4 +387,6 @@ def test_all_of_it_in_processes_of_their_own(tmp_path: Path, writing_nanogpt: st
     for lane in lanes:
         assert lane["reason"] is None or "has no" in lane["reason"]
         assert all(batch["reason"] is None for batch in lane["batches"])
-        assert all(batch["agreement"] == CHECKED for batch in lane["batches"] if lane["precision"] == "float32")
+        assert all(
+            batch["agreement"] == NUM_CHECKED_TOKENS for batch in lane["batches"] if lane["precision"] == "float32"
+        )

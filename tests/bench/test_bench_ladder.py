@@ -8,26 +8,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2.bench.ladder import (
-    RUNGS,
-    TOLERANCE,
-    Rung,
+    LADDER_STEPS,
+    LOSS_TOLERANCE,
+    LadderStep,
     chunked_loss,
-    climb,
-    compare,
-    full_loss,
-    padded_loss,
-    run_rung,
-    unsteadiness,
+    compute_metrics,
+    full_logits_loss,
+    matmul_rate_variation,
+    padded_vocab_loss,
+    run_ladder,
+    run_step,
 )
-from gpt2.bench.peers import Lane, race
-from gpt2.bench.timing import Failed, Here, Workload, in_this_process, silent
+from gpt2.bench.peers import TrainVariant, time_interleaved
+from gpt2.bench.timing import BenchmarkError, InProcessRunner, Workload, no_progress, run_in_process
 from gpt2.model import GPT, GPTConfig
 from gpt2.planning.costs import flops_per_token
-from tests.helpers.bench_work import TINY, WORK, not_a_number, scaled_loss
+from tests.helpers.bench_work import TINY_CONFIG, TINY_WORKLOAD, nan_loss, scaled_loss
 
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 
-EAGER_RUNGS = tuple(rung for rung in RUNGS if rung.name != "compile")
+EAGER_RUNGS = tuple(rung for rung in LADDER_STEPS if rung.name != "compile")
 
 
 def by_name(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -38,13 +38,13 @@ def raw(seconds: list[float], losses: list[float | None], matmul: float = 1e9) -
     return {"seconds": seconds, "losses": losses, "peak_memory": 1000, "matmul": matmul}
 
 
-@pytest.mark.parametrize("loss", [padded_loss, chunked_loss])
+@pytest.mark.parametrize("loss", [padded_vocab_loss, chunked_loss])
 def test_every_loss_of_the_ladder_is_the_plain_one_with_its_gradient(loss: Any) -> None:
     torch.manual_seed(0)
-    model = GPT(TINY).double()
-    tokens, targets = WORK.batches()[0]
+    model = GPT(TINY_CONFIG).double()
+    tokens, targets = TINY_WORKLOAD.batches()[0]
     found = []
-    for one in (full_loss, loss):
+    for one in (full_logits_loss, loss):
         model.zero_grad()
         value = one(model, tokens, targets)
         value.backward()
@@ -57,7 +57,7 @@ def test_every_loss_of_the_ladder_is_the_plain_one_with_its_gradient(loss: Any) 
 
 
 def test_all_rungs_give_the_same_loss() -> None:
-    records = climb(WORK, rungs=EAGER_RUNGS, run=in_this_process)
+    records = run_ladder(TINY_WORKLOAD, steps=EAGER_RUNGS, run=run_in_process)
     found = by_name(records)
     assert list(found) == [rung.name for rung in EAGER_RUNGS]
     assert found["tf32"]["reason"].startswith("not applicable")
@@ -76,15 +76,15 @@ def test_all_rungs_give_the_same_loss() -> None:
 
 def test_the_foot_of_the_ladder_is_plain_training() -> None:
     """Beside a loop written out here: torch's own AdamW and clipping, on plain attention."""
-    found = climb(WORK, ["float32"], run=in_this_process)[0]
-    torch.manual_seed(WORK.seed)
-    model = GPT(GPTConfig(**{**TINY.__dict__, "attention": "plain"}))
+    found = run_ladder(TINY_WORKLOAD, ["float32"], run=run_in_process)[0]
+    torch.manual_seed(TINY_WORKLOAD.seed)
+    model = GPT(GPTConfig(**{**TINY_CONFIG.__dict__, "attention": "plain"}))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
     losses = []
-    for tokens, targets in WORK.batches():
+    for tokens, targets in TINY_WORKLOAD.batches():
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -107,36 +107,40 @@ def no_kernel(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     raise RuntimeError("no kernel image is available")
 
 
-@pytest.mark.parametrize("loss", [scaled_loss, wrong_gradient, not_a_number])
+@pytest.mark.parametrize("loss", [scaled_loss, wrong_gradient, nan_loss])
 def test_a_rung_that_changes_the_loss_is_flagged(loss: Any) -> None:
-    rungs = (RUNGS[0], Rung("wrong", "", {"loss": loss}), Rung("right", "", {"loss": chunked_loss}))
-    found = by_name(climb(WORK, rungs=rungs, run=in_this_process))
+    rungs = (LADDER_STEPS[0], LadderStep("wrong", "", {"loss": loss}), LadderStep("right", "", {"loss": chunked_loss}))
+    found = by_name(run_ladder(TINY_WORKLOAD, steps=rungs, run=run_in_process))
     assert not found["float32"]["wrong"]
     assert found["wrong"]["wrong"]
-    assert found["wrong"]["drift"] is None or found["wrong"]["drift"] > TOLERANCE["float32"]
+    assert found["wrong"]["drift"] is None or found["wrong"]["drift"] > LOSS_TOLERANCE["float32"]
     assert not found["right"]["wrong"]
 
 
 def test_a_rung_that_cannot_run_is_listed_and_the_others_go_on() -> None:
     rungs = (
-        Rung("too big", "", {"loss": no_memory}),
-        Rung("still too big", "", {"attention": "sdpa"}),  # on top of what had too little memory
-        Rung("broken", "", {"loss": no_kernel}),
-        Rung("small", "", {"loss": full_loss}),
+        LadderStep("too big", "", {"loss": no_memory}),
+        LadderStep("still too big", "", {"attention": "sdpa"}),  # on top of what had too little memory
+        LadderStep("broken", "", {"loss": no_kernel}),
+        LadderStep("small", "", {"loss": full_logits_loss}),
     )
-    found = by_name(climb(WORK, rungs=rungs, run=in_this_process))
+    found = by_name(run_ladder(TINY_WORKLOAD, steps=rungs, run=run_in_process))
     assert found["too big"]["reason"] == "out of memory: CUDA out of memory. Tried to allocate 3.07 GiB."
     assert found["still too big"]["reason"].startswith("out of memory")
     assert found["broken"]["reason"] == "no kernel image is available"
     assert found["small"]["reason"] is None
-    rungs = (RUNGS[0], Rung("broken", "", {"loss": no_kernel}), Rung("above", "", {"attention": "sdpa"}))
-    found = by_name(climb(WORK, rungs=rungs, run=in_this_process))
+    rungs = (
+        LADDER_STEPS[0],
+        LadderStep("broken", "", {"loss": no_kernel}),
+        LadderStep("above", "", {"attention": "sdpa"}),
+    )
+    found = by_name(run_ladder(TINY_WORKLOAD, steps=rungs, run=run_in_process))
     assert found["above"]["reason"] is None  # went on without the broken one
     assert not found["above"]["wrong"]
 
 
 def test_without_a_compiler_the_rung_says_so(no_compiler: None) -> None:
-    found = by_name(climb(WORK, ["float32", "compile", "chunked-loss"], run=in_this_process))
+    found = by_name(run_ladder(TINY_WORKLOAD, ["float32", "compile", "chunked-loss"], run=run_in_process))
     assert "needs a C++ compiler" in found["compile"]["reason"]
     assert not found["chunked-loss"]["wrong"]
 
@@ -148,10 +152,10 @@ def test_chosen_rungs_stand_on_all_below_them(no_compiler: None) -> None:
         seen.append(settings)
         return work(settings, workload)
 
-    (record,) = climb(WORK, ["fused-adamw"], rounds=2, run=watch)
+    (record,) = run_ladder(TINY_WORKLOAD, ["fused-adamw"], rounds=2, run=watch)
     assert len(record["runs"]) == 2
     assert seen[0] == seen[1]
-    assert (seen[0].dtype, seen[0].attention, seen[0].loss) == (torch.bfloat16, "sdpa", padded_loss)
+    assert (seen[0].dtype, seen[0].attention, seen[0].loss) == (torch.bfloat16, "sdpa", padded_vocab_loss)
     assert seen[0].kernels == {"fused": True}
     assert not seen[0].compiled
     assert record["compared_with"] == "fused-adamw"
@@ -164,18 +168,18 @@ def test_what_follows_from_the_raw_times_is_right() -> None:
         {"name": "c", "arithmetic": "float32", "runs": []},
         {"name": "d", "arithmetic": "float32", "runs": [raw([0.1], [5.0, 4.0011], 2e9)]},
     ]
-    a, b, c, d = compare(records, WORK)
+    a, b, c, d = compute_metrics(records, TINY_WORKLOAD)
     assert a["ms"]["median"] == pytest.approx(300)
     assert a["tokens_per_second"] == pytest.approx(32 / 0.3)
     assert a["matmul"] == 2e9  # the median of 1, 3 and d's 2
-    assert a["mfu"] == pytest.approx(32 / 0.3 * flops_per_token(TINY, 16) / 2e9)
+    assert a["mfu"] == pytest.approx(32 / 0.3 * flops_per_token(TINY_CONFIG, 16) / 2e9)
     assert a["mfu_datasheet"] is None
     assert (a["drift"], a["wrong"]) == (0, False)
     assert b["drift"] == pytest.approx(0.02)
     assert not b["wrong"]
     assert "ms" not in c
     assert d["wrong"]
-    assert unsteadiness(records) == pytest.approx(2.0)
+    assert matmul_rate_variation(records) == pytest.approx(2.0)
 
 
 @pytest.mark.gpu
@@ -183,15 +187,15 @@ def test_what_follows_from_the_raw_times_is_right() -> None:
 def test_the_ladder_on_a_gpu() -> None:
     config = GPTConfig(n_layer=2, n_head=4, n_embd=256)
     work = Workload("cuda", config, batch_size=4, block_size=256, steps=5)
-    for record in climb(work):
+    for record in run_ladder(work):
         assert record["runs"] or record["reason"].startswith("not applicable")
         assert not record.get("wrong", False), record
         assert 0 < record.get("mfu", 0.5) < 1
-    peaks = [run_rung(settings, work)["peak_memory"] for settings in _first_and_last(work)]
+    peaks = [run_step(settings, work)["peak_memory"] for settings in _first_and_last(work)]
     assert peaks[1] < peaks[0]
-    found = race(work, {}, Here, silent)["gpt2"]["modes"]
+    found = time_interleaved(work, {}, InProcessRunner, no_progress)["gpt2"]["modes"]
     assert len(found["eager"]["seconds"]) == 5
-    assert Lane("gpt2", None, work).peak("eager") > 2**20
+    assert TrainVariant("gpt2", None, work).measure_peak_memory("eager") > 2**20
 
 
 def _first_and_last(work: Workload) -> list[Any]:
@@ -199,7 +203,7 @@ def _first_and_last(work: Workload) -> list[Any]:
 
     def note(work: Any, settings: Any, workload: Workload) -> Any:
         seen.append(settings)
-        raise Failed("only looked at", out_of_memory=True)
+        raise BenchmarkError("only looked at", out_of_memory=True)
 
-    climb(work, ["float32", "chunked-loss"], run=note)
+    run_ladder(work, ["float32", "chunked-loss"], run=note)
     return seen

@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2.bench.peers import build, compete, rank
-from gpt2.bench.timing import Here, silent
+from gpt2.bench.peers import build_model, compare_with_peers, compute_metrics
+from gpt2.bench.timing import InProcessRunner, no_progress
 from gpt2.planning.costs import flops_per_token
-from tests.helpers.bench_work import TINY, WORK
+from tests.helpers.bench_work import TINY_CONFIG, TINY_WORKLOAD
 
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 
 
 def test_peers_begin_with_our_weights_and_give_our_loss(nanogpt: str) -> None:
-    tokens, targets = WORK.batches()[0]
-    expected = build("gpt2", None, WORK).modes["eager"](tokens, targets)
+    tokens, targets = TINY_WORKLOAD.batches()[0]
+    expected = build_model("gpt2", None, TINY_WORKLOAD).modes["eager"](tokens, targets)
     for name, path in (("nanogpt", nanogpt), ("transformers", None)):
-        contestant = build(name, path, WORK)
+        contestant = build_model(name, path, TINY_WORKLOAD)
         assert contestant.version
         loss = contestant.modes["eager"](tokens, targets)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
@@ -28,13 +28,13 @@ def test_peers_begin_with_our_weights_and_give_our_loss(nanogpt: str) -> None:
 
 def test_a_race_in_turns(nanogpt: str, no_compiler: None, capsys: pytest.CaptureFixture[str]) -> None:
     peers = {"nanogpt": nanogpt, "transformers": None}
-    result = compete(WORK, peers, host=Here, say=silent)
+    result = compare_with_peers(TINY_WORKLOAD, peers, runner_class=InProcessRunner, progress=no_progress)
     found = result["contestants"]
     assert list(found) == ["gpt2", "nanogpt", "transformers"]
     for one in found.values():
         assert list(one["modes"]) == ["eager"]
         assert one["best"] == "eager"
-        assert len(one["modes"]["eager"]["seconds"]) == WORK.steps
+        assert len(one["modes"]["eager"]["seconds"]) == TINY_WORKLOAD.steps
         assert one["peak_memory"] > 2**20
         assert one["first_loss"] == pytest.approx(found["gpt2"]["first_loss"], abs=3e-2)
     for name in peers:
@@ -53,7 +53,7 @@ def test_ratios_are_of_the_best_modes() -> None:
 
     slow = contestant([0.5, 0.6, 0.7], [], 5.5, 2000)
     slow["modes"]["compiled"] = {"reason": "no compiler"}
-    result = rank(
+    result = compute_metrics(
         {
             "matmul": 1e9,
             "contestants": {
@@ -63,19 +63,19 @@ def test_ratios_are_of_the_best_modes() -> None:
                 "other": contestant([0.3], [0.4], None, 1000),
             },
         },
-        WORK,
+        TINY_WORKLOAD,
     )["contestants"]
     assert (result["gpt2"]["best"], result["nanogpt"]["best"]) == ("compiled", "eager")
     assert "speed_ratio" not in result["gpt2"]
     assert result["nanogpt"]["speed_ratio"] == pytest.approx(1.5)
     assert result["nanogpt"]["memory_ratio"] == pytest.approx(0.7)
     assert result["transformers"]["speed_ratio"] == pytest.approx(3)
-    assert result["gpt2"]["mfu"] == pytest.approx(32 / 0.2 * flops_per_token(TINY, 16) / 1e9)
+    assert result["gpt2"]["mfu"] == pytest.approx(32 / 0.2 * flops_per_token(TINY_CONFIG, 16) / 1e9)
     assert [result[name]["wrong"] for name in ("nanogpt", "transformers", "other")] == [True, False, True]
 
 
 def test_a_peer_that_cannot_run_is_listed(tmp_path: Path, no_compiler: None) -> None:
     (tmp_path / "model.py").write_text("GPTConfig = dict\nclass GPT:\n    pass\n".replace("class GPT", "class Other"))
-    result = compete(WORK, {"nanogpt": str(tmp_path)}, host=Here)
+    result = compare_with_peers(TINY_WORKLOAD, {"nanogpt": str(tmp_path)}, runner_class=InProcessRunner)
     assert "is not nanoGPT's" in result["contestants"]["nanogpt"]["reason"]
     assert result["contestants"]["gpt2"]["ms"]["median"] > 0

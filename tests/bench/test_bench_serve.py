@@ -13,9 +13,9 @@ import pytest
 import torch
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-from gpt2.bench.decode import Decoding
-from gpt2.bench.load import ClientHost, Numbers, ServerHost, cold_start, measure
-from gpt2.bench.timing import Elsewhere, Failed, Here
+from gpt2.bench.decode import DecodeWorkload
+from gpt2.bench.load import ClientWorker, ServerWorker, TokenIdTokenizer, cold_start, measure_serving
+from gpt2.bench.timing import BenchmarkError, InProcessRunner, SubprocessRunner
 from gpt2.commands import bench, bench_serve
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
@@ -23,7 +23,7 @@ from gpt2.tokenizer import ByteTokenizer
 from gpt2.weights import save
 
 CONFIG = GPTConfig(vocab_size=99, block_size=64, n_layer=1, n_head=2, n_embd=16)
-WORK = Decoding("cpu", CONFIG, prompt_tokens=5, new_tokens=9, batch_sizes=(1, 3), rounds=2, pause=0.0)
+WORK = DecodeWorkload("cpu", CONFIG, prompt_tokens=5, new_tokens=9, batch_sizes=(1, 3), rounds=2, pause=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt2.bench.load.accelerated", lambda model, precision: model)
 
 
-class Counting(Here):
+class Counting(InProcessRunner):
     """A host that keeps what its objects gave."""
 
     answers: list[tuple[str, Any]] = []  # noqa: RUF012
@@ -45,7 +45,7 @@ class Counting(Here):
 
 def test_every_text_is_counted_and_the_engine_makes_the_same() -> None:
     kept: list[int] = []
-    found = measure(WORK, "float32", Counting, keep=lambda so_far: kept.append(len(so_far)))
+    found = measure_serving(WORK, "float32", Counting, save_partial=lambda so_far: kept.append(len(so_far)))
     assert [row["clients"] for row in found] == [1, 3]
     assert kept == [1, 2]
     runs = [answer for name, answer in Counting.answers if name == "run"][1:]
@@ -78,17 +78,17 @@ def test_a_text_of_one_token_without_words_counts_when_it_ended() -> None:
     with socketserver.TCPServer(("127.0.0.1", 0), Ended) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
-            seconds, texts = ClientHost(server.server_address[1], WORK).run(0, 2, 1)
+            seconds, texts = ClientWorker(server.server_address[1], WORK).run(0, 2, 1)
         finally:
             server.shutdown()
     assert [told.tokens for told in texts] == [1, 1]
     for told in texts:
-        (at,) = told.times
+        (at,) = told.event_times
         assert 0.01 <= at <= seconds
 
 
 def test_the_tokens_of_numbers_are_numbers() -> None:
-    tokenizer = Numbers(99)
+    tokenizer = TokenIdTokenizer(99)
     assert tokenizer.encode(tokenizer.decode([1, 98, 5])) == [1, 98, 5]
     assert b"".join(map(tokenizer.token_bytes, [1, 98])).decode() == tokenizer.decode([1, 98])
 
@@ -97,7 +97,7 @@ def test_the_command_writes_what_it_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench_serve, "Elsewhere", Here)
+    monkeypatch.setattr(bench_serve, "Elsewhere", InProcessRunner)
     shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "99"]
     files = ["--json", str(tmp_path / "load.json"), "--chart", str(tmp_path / "load.png")]
     small = ["--clients", "2,1", "--rounds", "1", "--new-tokens", "4", "--prompt-tokens", "3", "--device", "cpu"]
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_a_user_error(flags: list[str], said: str) -> None:
 
 @pytest.mark.slow
 def test_the_server_runs_in_a_process_of_its_own() -> None:
-    with Elsewhere(ServerHost, WORK, "float32") as server:
+    with SubprocessRunner(ServerWorker, WORK, "float32") as server:
         assert server.call("port") > 0
         assert server.call("engine_seconds", 1, 2) > 0
 
@@ -141,5 +141,5 @@ def test_a_cold_start_ends_with_a_first_token(tmp_path: Path) -> None:
     found = cold_start(work, "float32", tmp_path / "home")
     assert 0 < found["ready"] < found["first_token"]
     assert list((tmp_path / "home" / "native").glob("*.so")) or shutil.which("g++") is None
-    with pytest.raises(Failed, match="does not start"):
+    with pytest.raises(BenchmarkError, match="does not start"):
         cold_start(replace(work, model=str(tmp_path / "none")), "float32")

@@ -7,34 +7,34 @@ import signal
 import pytest
 import torch
 
-from gpt2.bench.timing import Failed, Workload, in_fresh_process, in_this_process, milliseconds
-from tests.helpers.bench_work import TINY, WORK
+from gpt2.bench.timing import BenchmarkError, Workload, quartiles_ms, run_in_process, run_in_subprocess
+from tests.helpers.bench_work import TINY_CONFIG, TINY_WORKLOAD
 
 
 def test_the_batches_are_the_same_for_the_same_seed_and_have_something_to_learn() -> None:
-    batches = WORK.batches()
-    assert len(batches) == WORK.warmup + WORK.steps
-    for (tokens, targets), (again, _) in zip(batches, WORK.batches(), strict=True):
+    batches = TINY_WORKLOAD.batches()
+    assert len(batches) == TINY_WORKLOAD.warmup + TINY_WORKLOAD.steps
+    for (tokens, targets), (again, _) in zip(batches, TINY_WORKLOAD.batches(), strict=True):
         assert tokens.shape == targets.shape == (2, 16)
         assert torch.equal(tokens, again)
         assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    many = torch.cat([tokens.flatten() for tokens, _ in Workload("cpu", TINY, 64, 64, steps=5).batches()])
+    many = torch.cat([tokens.flatten() for tokens, _ in Workload("cpu", TINY_CONFIG, 64, 64, steps=5).batches()])
     counts = torch.bincount(many, minlength=301).float()
     assert counts.argmax() == 0
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.25)  # Zipf
 
 
 def test_milliseconds_are_median_and_quartiles() -> None:
-    assert milliseconds([0.004, 0.001, 0.002, 0.003, 0.005]) == pytest.approx({"median": 3, "low": 2, "high": 4})
-    assert milliseconds([0.002]) == pytest.approx({"median": 2, "low": 2, "high": 2})
+    assert quartiles_ms([0.004, 0.001, 0.002, 0.003, 0.005]) == pytest.approx({"median": 3, "low": 2, "high": 4})
+    assert quartiles_ms([0.002]) == pytest.approx({"median": 2, "low": 2, "high": 2})
 
 
 def test_a_fresh_process_answers_and_its_death_is_told() -> None:
-    assert in_fresh_process(os.getpid) != os.getpid()
-    with pytest.raises(Failed, match="SIGKILL") as death:
-        in_fresh_process(signal.raise_signal, signal.SIGKILL)
+    assert run_in_subprocess(os.getpid) != os.getpid()
+    with pytest.raises(BenchmarkError, match="SIGKILL") as death:
+        run_in_subprocess(signal.raise_signal, signal.SIGKILL)
     assert death.value.out_of_memory
-    with pytest.raises(Failed, match="block_size must be at least 1") as failure:
-        in_this_process(Workload, "cpu", TINY, 1, 0)
+    with pytest.raises(BenchmarkError, match="block_size must be at least 1") as failure:
+        run_in_process(Workload, "cpu", TINY_CONFIG, 1, 0)
     sent = pickle.loads(pickle.dumps(failure.value))  # what comes out of a process
     assert (sent.reason, sent.out_of_memory) == (failure.value.reason, False)

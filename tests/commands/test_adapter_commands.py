@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, save_adapter
+from gpt2.lora import LoRAConfig, adapter_state_dict, add_adapter, base_fingerprint, save_adapter
 from gpt2.model import GPTConfig
-from gpt2.templates import Template, find_template, save_template
+from gpt2.templates import ChatTemplate, load_template, save_template
 from gpt2.tokenizer import get_tokenizer
 from gpt2.weights import save
 from tests.helpers.reference import random_model
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 SHAPE = GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16)
 
@@ -20,10 +20,10 @@ SHAPE = GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16)
 def _adapter(folder: Path) -> Path:
     """The folder of a run with an adapter in it."""
     model, config = random_model(SHAPE), LoRAConfig(rank=3)
-    attach(model, config)
-    for tensor in adapter_tensors(model).values():
+    add_adapter(model, config)
+    for tensor in adapter_state_dict(model).values():
         nn.init.normal_(tensor, std=0.3)
-    save_adapter(folder / "adapter", config, adapter_tensors(model), "somewhere/base", base_fingerprint(model))
+    save_adapter(folder / "adapter", config, adapter_state_dict(model), "somewhere/base", base_fingerprint(model))
     return folder
 
 
@@ -39,13 +39,13 @@ def test_the_commands_speak_with_an_adapter_as_with_the_merged_model(
 ) -> None:
     base, adapter = talker
     merged = str(tmp_path / "merged")
-    assert run(capsys, "export", base, merged, "--adapter", adapter)[:2] == (0, f"{merged}\n")
+    assert run_cli(capsys, "export", base, merged, "--adapter", adapter)[:2] == (0, f"{merged}\n")
     for command in (["sample", "--prompt", "What"], ["sample", "--prompt", "What", "--logprobs"], ["chat"]):
         said = {}
         for name, model in (("base", [base]), ("adapted", [base, "--adapter", adapter]), ("merged", [merged])):
             monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What\n")))
             flags = ["--max-new-tokens", "20", "--seed", "1"]
-            code, said[name], err = run(capsys, command[0], *model, *command[1:], *flags)
+            code, said[name], err = run_cli(capsys, command[0], *model, *command[1:], *flags)
             assert code == 0, err
         assert said["adapted"] == said["merged"] != said["base"]
 
@@ -56,19 +56,19 @@ def test_the_adapter_is_not_for_the_draft(
     base, adapter = talker
     other = str(save(random_model(SHAPE, 1), get_tokenizer("bytes"), tmp_path / "other"))
     flags = ["--adapter", adapter, "--prompt", "What", "--max-new-tokens", "20", "--temperature", "0"]
-    plain = run(capsys, "sample", base, *flags)
-    assert run(capsys, "sample", base, *flags, "--draft", other)[:2] == plain[:2]
+    plain = run_cli(capsys, "sample", base, *flags)
+    assert run_cli(capsys, "sample", base, *flags, "--draft", other)[:2] == plain[:2]
 
 
 def test_the_way_a_model_talks_is_exported_with_it(talker: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = talker
-    save_template(Template("{{ messages[0]['content'] }} of the model"), Path(base))
+    save_template(ChatTemplate("{{ messages[0]['content'] }} of the model"), Path(base))
     for name, flags in (("own", []), ("theirs", ["--adapter", adapter])):
         out = Path(base).with_name(name)
         if flags:
-            save_template(Template("{{ messages[0]['content'] }} of the adapter"), Path(adapter, "adapter"))
-        assert run(capsys, "export", base, str(out), *flags)[0] == 0
-        found = find_template(out)
+            save_template(ChatTemplate("{{ messages[0]['content'] }} of the adapter"), Path(adapter, "adapter"))
+        assert run_cli(capsys, "export", base, str(out), *flags)[0] == 0
+        found = load_template(out)
         assert found is not None
         assert found.source.endswith("adapter" if flags else "model")
 
@@ -87,6 +87,6 @@ def test_a_wrong_adapter_is_one_line(
 ) -> None:
     other = save(random_model(SHAPE, 1), get_tokenizer("bytes"), tmp_path / "other")
     names = {"base": talker[0], "adapter": talker[1], "other": other, "tmp": tmp_path}
-    code, out, err = run(capsys, *line.format(**names).split())
+    code, out, err = run_cli(capsys, *line.format(**names).split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err

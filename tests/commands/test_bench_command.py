@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from gpt2.bench import chart
-from gpt2.bench.ladder import RUNGS, Rung, choose, climb
+from gpt2.bench.ladder import LADDER_STEPS, LadderStep, parse_step_names, run_ladder
 from gpt2.bench.peers import parse_peers
-from gpt2.bench.timing import Failed, Here, read_result
+from gpt2.bench.timing import BenchmarkError, InProcessRunner, read_result
 from gpt2.commands import bench, bench_train
 from gpt2.errors import UserError
-from tests.helpers.bench_work import TRAIN, WORK, not_a_number, scaled_loss
-from tests.helpers.terminal import run
+from tests.helpers.bench_work import BENCH_TRAIN_ARGS, TINY_WORKLOAD, nan_loss, scaled_loss
+from tests.helpers.terminal import run_cli
 
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 def test_a_race_that_breaks_off_keeps_what_the_ladder_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, nanogpt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(Here):
+    class Killed(InProcessRunner):
         def call(self, method: str, *arguments: Any) -> Any:
-            if (method, arguments) == ("step", ("eager", WORK.warmup + 1)):
-                raise Failed("out of memory: the system killed the process (SIGKILL)", out_of_memory=True)
+            if (method, arguments) == ("step", ("eager", TINY_WORKLOAD.warmup + 1)):
+                raise BenchmarkError("out of memory: the system killed the process (SIGKILL)", out_of_memory=True)
             return super().call(method, *arguments)
 
     monkeypatch.setattr(bench_train, "Elsewhere", Killed)
     flags = ["--rungs", "float32", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
-    code, out, _ = run(capsys, *TRAIN, *flags)
+    code, out, _ = run_cli(capsys, *BENCH_TRAIN_ARGS, *flags)
     assert code == 1
     assert "the peers could not be timed: out of memory" in out
     device = read_result(tmp_path / "a.json", "bench train")["devices"][0]
@@ -42,7 +42,7 @@ def test_train_prints_a_table_and_writes_json_and_chart(
 ) -> None:
     file, picture, again = tmp_path / "a.json", tmp_path / "a.png", tmp_path / "again.png"
     outputs = ["--json", str(file), "--chart", str(picture), "--peer", f"nanogpt={nanogpt}"]
-    code, out, err = run(capsys, *TRAIN, "--rungs", "float32,tf32,chunked-loss", *outputs)
+    code, out, err = run_cli(capsys, *BENCH_TRAIN_ARGS, "--rungs", "float32,tf32,chunked-loss", *outputs)
     assert code == 0
     assert "chunked-loss" in out
     assert "not applicable: TF32" in out
@@ -65,7 +65,7 @@ def test_train_prints_a_table_and_writes_json_and_chart(
     assert set(device["peers"]["contestants"]) == {"gpt2", "nanogpt"}
 
     assert picture.read_bytes().startswith(b"\x89PNG")
-    code, out, err = run(capsys, "bench", "chart", str(file), str(again))
+    code, out, err = run_cli(capsys, "bench", "chart", str(file), str(again))
     assert (code, out, err) == (0, "", "")
     assert again.read_bytes() == picture.read_bytes()
 
@@ -74,14 +74,16 @@ def test_a_wrong_rung_is_marked_and_the_exit_code_is_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rungs = (
-        RUNGS[0],
-        Rung("too-good", "a smaller loss", {"loss": scaled_loss}),
-        Rung("nan", "", {"loss": not_a_number}),
+        LADDER_STEPS[0],
+        LadderStep("too-good", "a smaller loss", {"loss": scaled_loss}),
+        LadderStep("nan", "", {"loss": nan_loss}),
     )
     monkeypatch.setattr(
-        bench_train, "climb", lambda workload, chosen, *rest, **kw: climb(workload, None, *rest, rungs=rungs, **kw)
+        bench_train, "climb", lambda workload, chosen, *rest, **kw: run_ladder(workload, None, *rest, steps=rungs, **kw)
     )
-    code, out, _ = run(capsys, *TRAIN, "--json", str(tmp_path / "a.json"), "--chart", str(tmp_path / "a.svg"))
+    code, out, _ = run_cli(
+        capsys, *BENCH_TRAIN_ARGS, "--json", str(tmp_path / "a.json"), "--chart", str(tmp_path / "a.svg")
+    )
     assert code == 1
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "WRONG: off by 0.0057, 1e-03 allowed" in lines["too-good"]
@@ -97,7 +99,7 @@ def test_peers_only_leaves_the_ladder_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, nanogpt: str
 ) -> None:
     flags = ["--peers-only", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
-    code, out, _ = run(capsys, *TRAIN, *flags)
+    code, out, _ = run_cli(capsys, *BENCH_TRAIN_ARGS, *flags)
     assert code == 0
     assert "float32" not in out
     device = read_result(tmp_path / "a.json", "bench train")["devices"][0]
@@ -109,27 +111,33 @@ def test_peers_only_leaves_the_ladder_out(
     ("arguments", "message"),
     [
         (["bench", "trian"], "there is no benchmark 'trian' (did you mean 'train'?)"),
-        ([*TRAIN, "--rungs", "float32,compil"], "there is no rung 'compil' (did you mean 'compile'?)"),
-        ([*TRAIN, "--rungs", ","], "--rungs names none"),
-        ([*TRAIN, "--peer", "nanogpt"], "--peer nanogpt needs a checkout: --peer nanogpt=PATH"),
-        ([*TRAIN, "--peer", "nanogpt=nowhere"], "nowhere: that is no checkout of nanoGPT, it has no model.py"),
-        ([*TRAIN, "--peer", "transfromers"], "there is no peer 'transfromers' (did you mean 'transformers'?)"),
-        ([*TRAIN, "--peers-only"], "--peers-only needs a --peer"),
-        ([*TRAIN, "--batch-size", "0"], "batch_size must be at least 1, not 0"),
-        ([*TRAIN, "--steps", "0"], "steps must be at least 1, not 0"),
-        ([*TRAIN, "--rounds", "0"], "--rounds must be at least 1, not 0"),
-        ([*TRAIN, "--n-head", "3"], "n_embd (32) must be a multiple of n_head (3)"),
-        ([*TRAIN, "--model", "gpt2-mdium"], "--model gpt2-mdium is not one of"),
-        ([*TRAIN, "--devices", "cuda:99"], "there is no cuda:99 device on this machine"),
-        ([*TRAIN, "--devices", "gpu"], "device 'gpu' is not one of"),
-        ([*TRAIN, "--json", "nowhere/a.json"], "nowhere/a.json: there is no folder nowhere"),
-        ([*TRAIN, "--chart", "a.txt"], "a.txt: a chart is one of .png, .svg, .pdf"),
-        ([*TRAIN, "--stpes", "3"], "there is no --stpes (did you mean '--steps'?)"),
+        ([*BENCH_TRAIN_ARGS, "--rungs", "float32,compil"], "there is no rung 'compil' (did you mean 'compile'?)"),
+        ([*BENCH_TRAIN_ARGS, "--rungs", ","], "--rungs names none"),
+        ([*BENCH_TRAIN_ARGS, "--peer", "nanogpt"], "--peer nanogpt needs a checkout: --peer nanogpt=PATH"),
+        (
+            [*BENCH_TRAIN_ARGS, "--peer", "nanogpt=nowhere"],
+            "nowhere: that is no checkout of nanoGPT, it has no model.py",
+        ),
+        (
+            [*BENCH_TRAIN_ARGS, "--peer", "transfromers"],
+            "there is no peer 'transfromers' (did you mean 'transformers'?)",
+        ),
+        ([*BENCH_TRAIN_ARGS, "--peers-only"], "--peers-only needs a --peer"),
+        ([*BENCH_TRAIN_ARGS, "--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        ([*BENCH_TRAIN_ARGS, "--steps", "0"], "steps must be at least 1, not 0"),
+        ([*BENCH_TRAIN_ARGS, "--rounds", "0"], "--rounds must be at least 1, not 0"),
+        ([*BENCH_TRAIN_ARGS, "--n-head", "3"], "n_embd (32) must be a multiple of n_head (3)"),
+        ([*BENCH_TRAIN_ARGS, "--model", "gpt2-mdium"], "--model gpt2-mdium is not one of"),
+        ([*BENCH_TRAIN_ARGS, "--devices", "cuda:99"], "there is no cuda:99 device on this machine"),
+        ([*BENCH_TRAIN_ARGS, "--devices", "gpu"], "device 'gpu' is not one of"),
+        ([*BENCH_TRAIN_ARGS, "--json", "nowhere/a.json"], "nowhere/a.json: there is no folder nowhere"),
+        ([*BENCH_TRAIN_ARGS, "--chart", "a.txt"], "a.txt: a chart is one of .png, .svg, .pdf"),
+        ([*BENCH_TRAIN_ARGS, "--stpes", "3"], "there is no --stpes (did you mean '--steps'?)"),
         (["bench", "chart", "nowhere.json", "a.png"], "nowhere.json cannot be read"),
     ],
 )
 def test_mistakes_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, *arguments)
+    code, out, err = run_cli(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("gpt2: ")
@@ -142,14 +150,14 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         parse_peers(["transformers"])
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"needs matplotlib, which is not installed: pip install 'gpt2\[plot\]'"):
-        chart.check_can_draw(tmp_path / "a.png")
+        chart.check_chart_path(tmp_path / "a.png")
 
 
 def test_help_names_the_benchmarks_and_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "bench", "--help")
+    code, out, _ = run_cli(capsys, "bench", "--help")
     assert code == 0
     assert all(name in out for name in bench.BENCHMARKS)
-    code, out, _ = run(capsys, "bench", "train", "--help")
+    code, out, _ = run_cli(capsys, "bench", "train", "--help")
     assert code == 0
     assert all(flag in out for flag in ("--devices", "--rungs", "--peer", "--json", "--chart"))
 
@@ -159,10 +167,10 @@ def test_the_whole_ladder_and_compiled_peers_in_their_own_processes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], nanogpt: str
 ) -> None:
     flags = ["--peer", f"nanogpt={nanogpt}", "--peer", "transformers", "--json", str(tmp_path / "a.json")]
-    code = bench.main([*TRAIN[1:], *flags])
+    code = bench.main([*BENCH_TRAIN_ARGS[1:], *flags])
     assert code == 0, capfd.readouterr().err
     device = read_result(tmp_path / "a.json", "bench train")["devices"][0]
-    assert [rung["name"] for rung in device["rungs"]] == choose("all")
+    assert [rung["name"] for rung in device["rungs"]] == parse_step_names("all")
     assert [rung["name"] for rung in device["rungs"] if not rung["runs"]] == ["tf32"]
     for one in device["peers"]["contestants"].values():
         assert all(len(mode["seconds"]) == 2 for mode in one["modes"].values())

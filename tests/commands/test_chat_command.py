@@ -21,7 +21,7 @@ from gpt2.model import GPTConfig
 from gpt2.templates import get_template, save_template
 from gpt2.tokenizer import get_tokenizer, with_special_tokens
 from tests.helpers.reference import random_model
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 CONFIG = GPTConfig(vocab_size=257, block_size=4096, n_layer=1, n_head=2, n_embd=16)
 BYTES = get_tokenizer("bytes")
@@ -40,7 +40,7 @@ def piped(
     """`gpt2 chat ARGV` with `lines` on its standard input."""
     data = lines.encode() if isinstance(lines, str) else lines
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    return run(capsys, "chat", *argv)
+    return run_cli(capsys, "chat", *argv)
 
 
 def test_through_a_pipe_each_line_is_a_turn_and_only_answers_come_out(
@@ -192,7 +192,7 @@ def test_it_says_that_turns_are_dropped(
 def test_bad_flags_are_one_line_and_code_2(
     argv: str, message: str, talker: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = run(capsys, "chat", *argv.format(talker=talker).split())
+    code, out, err = run_cli(capsys, "chat", *argv.format(talker=talker).split())
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import gpt2
-from gpt2.cli import Parser, exit_after
+from gpt2.cli import Parser, run_and_exit
 from gpt2.train.recipes import RECIPES
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
@@ -46,7 +46,7 @@ print(len(names))
 
 
 def test_every_recipe_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "train", "--help")
+    code, out, _ = run_cli(capsys, "train", "--help")
     assert code == 0
     assert all(name in out for name in RECIPES)
     assert "--batch-size" in out
@@ -56,9 +56,9 @@ def test_every_recipe_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("spelling", ["--no-fast-mode", "--no_fast_mode", "--no-fast_mode", "--no_fast-mode"])
 def test_every_spelling_of_a_flag(spelling: str) -> None:
     parser = Parser(prog="x")
-    parser.flag("compile", action=argparse.BooleanOptionalAction, default=None)
-    parser.flag("fast-mode", action=argparse.BooleanOptionalAction, default=None)
-    parser.flag("two-words", default="")
+    parser.add_flag("compile", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_flag("fast-mode", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_flag("two-words", default="")
     parser.add_argument("rest", nargs="*")
     assert vars(parser.parse_args([spelling, "--no_compile", "--two_words=--a_b", "c_d"])) == {
         "fast_mode": False,
@@ -93,7 +93,7 @@ def test_too_little_memory_is_one_line_with_the_mend(error: str) -> None:
 
 def test_any_other_runtime_error_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug of ours"):
-        exit_after(lambda: (_ for _ in ()).throw(RuntimeError("a bug of ours")))
+        run_and_exit(lambda: (_ for _ in ()).throw(RuntimeError("a bug of ours")))
 
 
 OUTPUT = r"""

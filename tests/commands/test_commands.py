@@ -11,7 +11,7 @@ import gpt2
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import get_tokenizer
 from tests.helpers.reference import random_model
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 
 @pytest.fixture
@@ -25,44 +25,50 @@ def test_train_then_sample_then_export(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 100)
     flags = "--tokenizer bpe:300 --n-layer 1 --n_head 2 --n-embd=16 --block-size 16 --batch_size 4 --max-steps 6"
     more = f"--warmup-steps 2 --eval-every 3 --device cpu --dtype float32 --out-dir {tmp_path}/runs --sample-tokens 5"
-    code, out, err = run(
+    code, out, err = run_cli(
         capsys, "train", "shakespeare", "--data", str(tmp_path / "text.txt"), *flags.split(), *more.split()
     )
     assert (code, out) == (0, f"{tmp_path}/runs/shakespeare\n"), err
     assert "step 6/6" in err
     assert "run folder" in err
 
-    code, first, _ = run(capsys, "sample", out.strip(), "--prompt", "To be", "--max-new-tokens", "12", "--seed", "3")
+    code, first, _ = run_cli(
+        capsys, "sample", out.strip(), "--prompt", "To be", "--max-new-tokens", "12", "--seed", "3"
+    )
     assert code == 0
     assert first.startswith("To be")
-    assert run(capsys, "sample", out.strip(), "--prompt", "To be", "--max-new-tokens", "12", "--seed", "3")[1] == first
-    *_, both = run(capsys, "sample", out.strip(), "--prompt", "To be", "--num-samples", "3", "--seed", "3")[:2]
+    assert (
+        run_cli(capsys, "sample", out.strip(), "--prompt", "To be", "--max-new-tokens", "12", "--seed", "3")[1] == first
+    )
+    *_, both = run_cli(capsys, "sample", out.strip(), "--prompt", "To be", "--num-samples", "3", "--seed", "3")[:2]
     assert both.count("\n---\nTo be") == 2
 
-    code, exported, _ = run(capsys, "export", out.strip(), str(tmp_path / "out"), "--dtype", "float16")
+    code, exported, _ = run_cli(capsys, "export", out.strip(), str(tmp_path / "out"), "--dtype", "float16")
     assert (code, exported) == (0, f"{tmp_path}/out\n")
     assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {"torch.float16"}
     assert gpt2.load(tmp_path / "out")[1] is not None
 
-    again = run(capsys, "train", "shakespeare", "--resume", "auto", "--out-dir", f"{tmp_path}/runs", "--max-steps", "8")
+    again = run_cli(
+        capsys, "train", "shakespeare", "--resume", "auto", "--out-dir", f"{tmp_path}/runs", "--max-steps", "8"
+    )
     assert again[:2] == (0, out)
     assert "step 8/8" in again[2]
 
 
 def test_print_config_can_be_fed_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--lr", "1e-3", "--name", "x", "--no-compile", "--print-config"]
-    code, toml, _ = run(capsys, "train", "gpt2-124m", *flags)
+    code, toml, _ = run_cli(capsys, "train", "gpt2-124m", *flags)
     assert code == 0
     assert "compile = false" in toml
     (tmp_path / "mine.toml").write_text(toml)
-    assert run(capsys, "train", str(tmp_path / "mine.toml"), "--print-config")[1] == toml
+    assert run_cli(capsys, "train", str(tmp_path / "mine.toml"), "--print-config")[1] == toml
     assert not (tmp_path / "runs").exists()
 
 
 def test_shards_bring_their_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
+    run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
     flags = f"--data {tmp_path}/docs --max-steps 2 --warmup-steps 1 --n-embd 16 --n-layer 1 --out-dir {tmp_path}/runs"
-    code, out, err = run(capsys, "train", "quickstart", *flags.split())  # whose own tokenizer is bpe:1024
+    code, out, err = run_cli(capsys, "train", "quickstart", *flags.split())  # whose own tokenizer is bpe:1024
     assert code == 0, err
     _, tokenizer = gpt2.load(out.strip())
     assert tokenizer is not None
@@ -70,11 +76,11 @@ def test_shards_bring_their_own_tokenizer(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "python-docs" in run(capsys, "data", "list")[1]
-    code, out, err = run(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
+    assert "python-docs" in run_cli(capsys, "data", "list")[1]
+    code, out, err = run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
     assert code == 0, err
     assert "train: " in out
-    code, out, _ = run(capsys, "data", "inspect", str(tmp_path / "docs"))
+    code, out, _ = run_cli(capsys, "data", "inspect", str(tmp_path / "docs"))
     assert code == 0
     assert "bytes, 257 ids" in out
     assert "checksums hold" in out
@@ -82,7 +88,7 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
     shard.write_bytes(content)
-    assert run(capsys, "data", "inspect", str(tmp_path / "docs"))[0] == 2
+    assert run_cli(capsys, "data", "inspect", str(tmp_path / "docs"))[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -152,14 +158,14 @@ def test_bad_input_is_one_line_and_code_2(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"port": 8080}')
     if "{shards}" in argv:
-        run(capsys, "data", "prepare", "python-docs", str(tmp_path / "shards"), "--tokenizer", "bytes")
+        run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "shards"), "--tokenizer", "bytes")
     places = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "short", "latin")}
     places |= {"shards": str(tmp_path / "shards"), "file": str(tmp_path / "file"), "tmp": str(tmp_path)}
     arguments = argv.format(**places, talker=talker, long="x" * 70, endless="x" * 300).split(" ")
     if arguments[0] == "train" and "--out-dir" not in arguments:
         arguments += ["--out-dir", str(tmp_path / "runs")]
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = run(capsys, *arguments)
+    code, out, err = run_cli(capsys, *arguments)
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
@@ -176,7 +182,7 @@ def test_a_cuda_device_that_is_not_there_is_said_and_the_cpu_used(
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    code, out, _ = run(capsys, "sample", talker, "--device", "cuda", "--prompt", "x", "--max-new-tokens", "2")
+    code, out, _ = run_cli(capsys, "sample", talker, "--device", "cuda", "--prompt", "x", "--max-new-tokens", "2")
     assert code == 0
     assert out.startswith("x")
     assert "there is no cuda device on this machine: running on the CPU" in caplog.text
@@ -194,9 +200,9 @@ def test_an_earlier_export_is_written_over_and_home_is_written_out(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for dtype in ("float32", "float16"):
-        assert run(capsys, "export", talker, "~/out", "--dtype", dtype)[:2] == (0, f"{tmp_path}/out\n")
+        assert run_cli(capsys, "export", talker, "~/out", "--dtype", dtype)[:2] == (0, f"{tmp_path}/out\n")
     assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {"torch.float16"}
-    assert run(capsys, "data", "prepare", "python-docs", "~/docs", "--tokenizer", "bytes")[0] == 0
-    code, out, _ = run(capsys, "data", "inspect", "~/docs/train_000000.bin")
+    assert run_cli(capsys, "data", "prepare", "python-docs", "~/docs", "--tokenizer", "bytes")[0] == 0
+    code, out, _ = run_cli(capsys, "data", "inspect", "~/docs/train_000000.bin")
     assert code == 0
     assert "checksums hold" in out

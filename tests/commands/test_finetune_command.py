@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import gpt2
-from gpt2.commands.finetune import main, tuning_flags
+from gpt2.commands.finetune import finetune_settings, main
 from gpt2.config import read_toml
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
@@ -65,4 +65,4 @@ def test_what_is_missing_or_too_much_is_told(base: str, rows: str, tmp_path: Pat
     ):
         with pytest.raises(UserError, match=told):
             main(argv)
-    assert tuning_flags(base, {"data": rows, "max_steps": 7, "name": "x"})["epochs"] == 0.0
+    assert finetune_settings(base, {"data": rows, "max_steps": 7, "name": "x"})["epochs"] == 0.0

@@ -12,18 +12,18 @@ import torch
 
 import gpt2
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_sampling_flags, bad_words, sampling_from, shown
+from gpt2.commands.decoding import add_sampling_flags, encode_bad_words, escape_for_terminal, sampling_from_args
 from gpt2.errors import UserError
-from gpt2.generation.beam_search import beam_texts
+from gpt2.generation.beam_search import beam_search_texts
 from gpt2.generation.contrastive_search import contrastive_stream
 from gpt2.generation.engine import LanguageModel
-from gpt2.generation.inference import PRECISIONS, accelerated
+from gpt2.generation.inference import PRECISIONS, prepare_for_inference
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.speculative import PromptLookup, speculate
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import BPETokenizer, get_tokenizer
 from tests.helpers.reference import random_model
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 CONFIG = GPTConfig(vocab_size=257, block_size=128, n_layer=1, n_head=2, n_embd=16)
 MODEL = random_model(CONFIG)
@@ -52,13 +52,13 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def model() -> LanguageModel:
     """The talker, run as the command runs it."""
-    return accelerated(MODEL, "float32")
+    return prepare_for_inference(MODEL, "float32")
 
 
 def parsed(*argv: str) -> Sampling:
     parser = Parser(prog="x")
     add_sampling_flags(parser, max_new_tokens=10)
-    return sampling_from(parser.parse_args(argv))
+    return sampling_from_args(parser.parse_args(argv))
 
 
 def test_every_setting_has_a_flag() -> None:
@@ -79,7 +79,7 @@ def test_the_text_is_that_of_python_with_the_same_settings(
 ) -> None:
     flags = [word for name, value in NUMBERS.items() for word in (f"--{name}", str(value))]
     flags += ["--logit-bias", "200=3", "--bad-word", "b", "--stop", "q", "--seed", "4", "--max-new-tokens", "20"]
-    code, out, err = run(capsys, "sample", talker, "--prompt", "Hello", "--num-samples", "3", *flags)
+    code, out, err = run_cli(capsys, "sample", talker, "--prompt", "Hello", "--num-samples", "3", *flags)
     assert code == 0, err
     settings: dict[str, Any] = {**NUMBERS, "logit_bias": {200: 3}, "bad_words": [[98], [32, 98]]}
     texts = gpt2.generate(model, BYTES, "Hello", num_samples=3, max_new_tokens=20, stop=["q"], seed=4, **settings)
@@ -92,27 +92,29 @@ def test_several_prompts_one_of_them_from_standard_input(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("déjà\nvu".encode())))
     prompts = ["--prompt", "One", "--prompt", "-", "--prompt", ""]
-    code, out, _ = run(capsys, "sample", talker, *prompts, "--num-samples", "2", "--max-new-tokens", "9", "--seed", "1")
+    code, out, _ = run_cli(
+        capsys, "sample", talker, *prompts, "--num-samples", "2", "--max-new-tokens", "9", "--seed", "1"
+    )
     assert code == 0
     texts = gpt2.generate(model, BYTES, ["One", "déjà\nvu", ""], num_samples=2, max_new_tokens=9, seed=1, top_k=50)
     assert out == "\n---\n".join(text for some in texts for text in some) + "\n"
 
 
 def test_bad_words_are_ruled_out_with_a_space_and_without(small_bpe: BPETokenizer) -> None:
-    words = bad_words(small_bpe, ["fox", " fox", "lazy dog"])
+    words = encode_bad_words(small_bpe, ["fox", " fox", "lazy dog"])
     assert words == tuple(tuple(small_bpe.encode(text)) for text in ("fox", " fox", "lazy dog", " lazy dog"))
     with pytest.raises(UserError, match="at least one character"):
-        bad_words(small_bpe, ["fox", " "])
+        encode_bad_words(small_bpe, ["fox", " "])
     with pytest.raises(UserError, match="has no tokenizer"):
-        bad_words(None, ["fox"])
-    assert bad_words(None, []) == ()
+        encode_bad_words(None, ["fox"])
+    assert encode_bad_words(None, []) == ()
 
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_logprobs_are_those_of_the_model(samples: int, talker: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--prompt", "Hello", "--max-new-tokens", "6", "--seed", "2", "--num-samples", str(samples)]
     words = ["--logit-bias=104=50", "--repetition-penalty", "1.5"]  # what is told is the model's, before any of these
-    code, out, _ = run(capsys, "sample", talker, *flags, *words, "--logprobs", "3")
+    code, out, _ = run_cli(capsys, "sample", talker, *flags, *words, "--logprobs", "3")
     tables = out.split("---\n")
     assert (code, len(tables)) == (0, samples)
     tokens = BYTES.encode("Hello")
@@ -138,22 +140,22 @@ def spelled(token: int) -> str:
 
 
 def test_logprobs_end_with_what_ends_the_text(talker: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run(capsys, "sample", talker, "--logprobs", "0", "--logit-bias", "256=1000")
+    _, out, _ = run_cli(capsys, "sample", talker, "--logprobs", "0", "--logit-bias", "256=1000")
     assert out.splitlines()[1].endswith("%  '<|endoftext|>'")
     assert len(out.splitlines()) == 2
-    _, out, _ = run(capsys, "sample", talker, "--logprobs", "0", "--logit-bias", "65=1000", "--stop", "AA")
+    _, out, _ = run_cli(capsys, "sample", talker, "--logprobs", "0", "--logit-bias", "65=1000", "--stop", "AA")
     assert len(out.splitlines()) == 3
 
 
 def test_beams(talker: str, model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--num-beams", "6", "--num-samples", "3", "--length-penalty", "0.5", "--num-beam-groups", "2"]
     flags += ["--diversity-penalty", "0.7", "--repetition-penalty", "1.3", "--stop", "]]", "--max-new-tokens", "12"]
-    code, out, _ = run(capsys, "sample", talker, "--prompt", "Hello", "--prompt", "Bye", *flags)
+    code, out, _ = run_cli(capsys, "sample", talker, "--prompt", "Hello", "--prompt", "Bye", *flags)
     assert code == 0
     texts = [
         text
         for prompt in ("Hello", "Bye")
-        for text in beam_texts(
+        for text in beam_search_texts(
             model,
             BYTES,
             prompt,
@@ -175,7 +177,7 @@ def test_contrastive_search(talker: str, model: LanguageModel, capsys: pytest.Ca
     flags = ["--penalty-alpha", "0.6", "--max-new-tokens", "12", "--frequency-penalty", "0.1"]
     sampling = Sampling(frequency_penalty=0.1)
     for more, top_k in (([], 4), (["--top-k", "7"], 7)):
-        code, out, _ = run(capsys, "sample", talker, "--prompt", "Hello", *flags, *more)
+        code, out, _ = run_cli(capsys, "sample", talker, "--prompt", "Hello", *flags, *more)
         pieces = contrastive_stream(
             model, BYTES, "Hello", top_k=top_k, penalty_alpha=0.6, max_new_tokens=12, sampling=sampling
         )
@@ -186,15 +188,15 @@ def test_drafts_give_the_text_of_plain_decoding_and_say_how_it_went(
     talker: str, model: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["sample", talker, "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "30"]
-    plain = run(capsys, *base)[1]
+    plain = run_cli(capsys, *base)[1]
     for flags in (["--draft", talker], ["--prompt-lookup"], ["--prompt-lookup", "2"]):
-        code, out, err = run(capsys, *base, *flags)
+        code, out, err = run_cli(capsys, *base, *flags)
         assert (code, out) == (0, plain)
         assert "drafted tokens accepted" in err
         assert "tokens a call of the model" in err
         assert err.count("\n") == 1
-    assert run(capsys, *base, "--draft", talker)[2].startswith("gpt2: 100% of ")
-    drawn = run(capsys, *base[:4], "--seed", "3", "--prompt", "Bye", "--max-new-tokens", "30", "--prompt-lookup")[1]
+    assert run_cli(capsys, *base, "--draft", talker)[2].startswith("gpt2: 100% of ")
+    drawn = run_cli(capsys, *base[:4], "--seed", "3", "--prompt", "Bye", "--max-new-tokens", "30", "--prompt-lookup")[1]
     texts = [
         prompt + "".join(speculate(model, BYTES, prompt, PromptLookup(), Sampling(top_k=50), max_new_tokens=30, seed=3))
         for prompt in ("Hello", "Bye")
@@ -205,7 +207,7 @@ def test_drafts_give_the_text_of_plain_decoding_and_say_how_it_went(
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision(precision: str, talker: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--max-new-tokens", "5", "--temperature", "0", "--logit-bias", "65=1000", "--device", "cpu"]
-    code, out, err = run(capsys, "sample", talker, "--prompt", "x", "--dtype", precision, *flags)
+    code, out, err = run_cli(capsys, "sample", talker, "--prompt", "x", "--dtype", precision, *flags)
     assert (code, out) == (0, "xAAAAA\n"), err
 
 
@@ -254,7 +256,7 @@ def test_what_does_not_go_is_one_line_and_code_2(
     if "{other}" in flags:
         gpt2.save(random_model(replace(CONFIG, vocab_size=300)), None, tmp_path / "other")
     argv = flags.format(talker=talker, other=tmp_path / "other").split()
-    code, out, err = run(capsys, "sample", talker, *argv)
+    code, out, err = run_cli(capsys, "sample", talker, *argv)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
@@ -275,9 +277,9 @@ class Screen(io.StringIO):
     ],
 )
 def test_a_terminal_gets_nothing_to_obey(text: str, seen: str) -> None:
-    assert shown(text, Screen()) == seen
-    assert shown(text, io.StringIO()) == text
-    assert shown(text, None) == text
+    assert escape_for_terminal(text, Screen()) == seen
+    assert escape_for_terminal(text, io.StringIO()) == text
+    assert escape_for_terminal(text, None) == text
 
 
 def test_what_is_sampled_cannot_control_a_terminal(
@@ -287,8 +289,8 @@ def test_what_is_sampled_cannot_control_a_terminal(
     for way in ([], ["--num-beams", "2"], ["--logprobs", "1"]):
         with monkeypatch.context() as patch:
             patch.setattr(sys.stdout, "isatty", lambda: True)
-            code, out, _ = run(capsys, "sample", talker, *flags, *way)
+            code, out, _ = run_cli(capsys, "sample", talker, *flags, *way)
         assert code == 0
         assert out.count(r"\x1b") >= 5  # the second best of two beams has another token
         assert "\x1b" not in out
-    assert run(capsys, "sample", talker, *flags)[1] == "\x1b\x1b\x1b\n---\n\x1b\x1b\x1b\n"
+    assert run_cli(capsys, "sample", talker, *flags)[1] == "\x1b\x1b\x1b\n---\n\x1b\x1b\x1b\n"

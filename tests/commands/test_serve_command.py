@@ -19,12 +19,12 @@ from tests.helpers.reference import random_model
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
-from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, save_adapter
+from gpt2.lora import LoRAConfig, adapter_state_dict, add_adapter, base_fingerprint, merge_and_unload, save_adapter
 from gpt2.serve.listen import bind_socket, is_loopback
 from gpt2.serve.models import served_model_name
-from gpt2.templates import PLAIN, Template, find_template
+from gpt2.templates import PLAIN_TEMPLATE, ChatTemplate, load_template
 from tests.helpers.serving import BYTE_TOKENIZER, CONFIG
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 STREAM = {"prompt": "x", "stream": True, "temperature": 0.1, "logit_bias": {"256": -100}}
 
@@ -155,14 +155,14 @@ def test_a_key_from_the_environment_and_prompts_in_the_log(folder: str, monkeypa
 def test_an_adapter_is_served_with_its_model(folder: str, tmp_path: Path) -> None:
     model, config = random_model(CONFIG), LoRAConfig(rank=3)
     base = base_fingerprint(model)
-    attach(model, config)
-    for tensor in adapter_tensors(model).values():
+    add_adapter(model, config)
+    for tensor in adapter_state_dict(model).values():
         nn.init.normal_(tensor, std=0.3)
-    save_adapter(tmp_path / "adapter", config, adapter_tensors(model), "tiny", base)
+    save_adapter(tmp_path / "adapter", config, adapter_state_dict(model), "tiny", base)
     question = {"prompt": "What", "temperature": 0, "max_tokens": 12}
     with process(folder, "--adapter", str(tmp_path / "adapter")) as (_, url):
         text = httpx.post(f"{url}/v1/completions", json=question, timeout=60).json()["choices"][0]["text"]
-    adapted = gpt2.generate(merge(model), BYTE_TOKENIZER, "What", max_new_tokens=12, temperature=0)[0]
+    adapted = gpt2.generate(merge_and_unload(model), BYTE_TOKENIZER, "What", max_new_tokens=12, temperature=0)[0]
     assert (
         "What" + text
         == adapted
@@ -173,7 +173,7 @@ def test_an_adapter_is_served_with_its_model(folder: str, tmp_path: Path) -> Non
 def test_a_port_in_use_is_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, out, err = run(capsys, "serve", folder, "--port", port)
+        code, out, err = run_cli(capsys, "serve", folder, "--port", port)
     assert (code, out) == (2, "")
     assert err == f"gpt2: port {port} on 127.0.0.1 is in use; choose another --port, or 0 for a free one\n"
 
@@ -199,18 +199,18 @@ def test_what_cannot_be_is_refused_in_one_line(
     folder: str, flags: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GPT2_API_KEY", raising=False)
-    code, out, err = run(capsys, "serve", folder, "--port", "0", *flags)
+    code, out, err = run_cli(capsys, "serve", folder, "--port", "0", *flags)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.search(said, err)
 
 
 def test_two_models_of_one_name_are_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "serve", folder, folder, "--port", "0")
+    code, _, err = run_cli(capsys, "serve", folder, folder, "--port", "0")
     assert (code, err) == (2, "gpt2: two models are called tiny: clients could not tell them apart\n")
 
 
 def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "serve", str(tmp_path), "--port", "0")
+    code, out, err = run_cli(capsys, "serve", str(tmp_path), "--port", "0")
     assert (code, out) == (2, "")
     assert err.startswith(f"gpt2: {tmp_path} is no model folder")
 
@@ -219,14 +219,19 @@ def test_a_missing_extra_says_what_brings_it(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    code, _, err = run(capsys, "serve", folder)
+    code, _, err = run_cli(capsys, "serve", folder)
     assert (code, err) == (2, "gpt2: gpt2 serve needs uvicorn, which is not installed: pip install 'gpt2[serve]'\n")
 
 
 def test_names_of_models_and_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "run")
-    assert served_model_name(str(tmp_path / "run")) == served_model_name(str(tmp_path / "run" / "model")) == served_model_name(".") == "run"
+    assert (
+        served_model_name(str(tmp_path / "run"))
+        == served_model_name(str(tmp_path / "run" / "model"))
+        == served_model_name(".")
+        == "run"
+    )
     assert served_model_name("openai-community/gpt2") == "openai-community/gpt2"
     assert [is_loopback(host) for host in ("localhost", "127.0.0.2", "::1", "[::1]")] == [True] * 4
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "example.com", "localhost.example.com")] == [False] * 4
@@ -243,19 +248,19 @@ def test_a_model_is_called_by_its_folder_or_its_run_s(tmp_path: Path, monkeypatc
 
 
 def test_templates_are_read_from_the_folder(tmp_path: Path) -> None:
-    assert (find_template(tmp_path) or Template()).source == PLAIN
+    assert (load_template(tmp_path) or ChatTemplate()).source == PLAIN_TEMPLATE
     config = tmp_path / "tokenizer_config.json"
     config.write_text(
         '{"chat_template": [{"name": "default", "template": "A{{ eos_token }}"}], "eos_token": {"content": "E"}}'
     )
-    assert (find_template(tmp_path) or Template()).prompt([("user", "x")]) == "AE"
+    assert (load_template(tmp_path) or ChatTemplate()).render_prompt([("user", "x")]) == "AE"
     (tmp_path / "chat_template.jinja").write_text("B{{ messages[0].content }}")
-    assert (find_template(tmp_path) or Template()).prompt([("user", "x")]) == "Bx"
+    assert (load_template(tmp_path) or ChatTemplate()).render_prompt([("user", "x")]) == "Bx"
     for broken in ("{% if %}", "{{ messages"):
         (tmp_path / "chat_template.jinja").write_text(broken)
         with pytest.raises(gpt2.UserError, match="chat template"):
-            find_template(tmp_path)
+            load_template(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     config.write_text("{")
     with pytest.raises(gpt2.UserError, match="chat template"):
-        find_template(tmp_path)
+        load_template(tmp_path)

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2.data.instruct import InstructData, is_instruct, open_instruct, tokenized
+from gpt2.data.instruct import InstructDataset, is_instruct_data, open_instruct, tokenize_rows
 from gpt2.data.prepare import prepare
 from gpt2.data.rows import Columns
 from gpt2.data.sources import Document, Source
 from gpt2.errors import UserError
-from gpt2.loss import IGNORE
-from gpt2.templates import Template, get_template
+from gpt2.loss import IGNORE_INDEX
+from gpt2.templates import ChatTemplate, get_template
 from gpt2.tokenizer import ByteTokenizer, Tokenizer, train_bpe, with_special_tokens
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 from tests.helpers.texts import SENTENCES
 
 WORDS = [
@@ -51,9 +51,9 @@ def bpe() -> Tokenizer:
     return with_special_tokens(train_bpe([*SENTENCES, *WORDS], 320), ["<|im_start|>", "<|im_end|>"])
 
 
-def document(data: InstructData, index: int) -> tuple[list[int], list[bool]]:
+def document(data: InstructDataset, index: int) -> tuple[list[int], list[bool]]:
     some = slice(*data.documents.offsets[index : index + 2])
-    return data.documents.tokens[some].tolist(), data.documents.learned[some].tolist()
+    return data.documents.tokens[some].tolist(), data.documents.loss_mask[some].tolist()
 
 
 @pytest.mark.parametrize("name", ["plain", "raw", "chatml"])
@@ -65,7 +65,7 @@ def test_the_prompt_is_what_the_model_is_given_when_it_talks(name: str, bpe: Tok
         tokens, learned = document(data, i)
         asked = [("user", row["prompt"])]
         prompt = template.encode_prompt(bpe, asked)
-        assert data.documents.answers[i] == len(prompt)
+        assert data.documents.answer_starts[i] == len(prompt)
         assert tokens[: len(prompt)] == prompt
         assert tokens[-1] == bpe.end_of_text
         assert not any(learned[: len(prompt)])
@@ -73,7 +73,7 @@ def test_the_prompt_is_what_the_model_is_given_when_it_talks(name: str, bpe: Tok
         end = [bpe.special_tokens["<|im_end|>"]] if name == "chatml" else []
         assert said[len(said) - len(end) - 1 :] == [*end, bpe.end_of_text]
         assert bpe.decode(said[: len(said) - len(end) - 1]).strip() == row["answer"].strip()
-        assert bpe.decode(tokens[:-1]) == template.text([*asked, ("assistant", row["answer"])])
+        assert bpe.decode(tokens[:-1]) == template.render([*asked, ("assistant", row["answer"])])
 
 
 def test_every_answer_of_a_conversation_is_learned_and_nothing_else(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -83,17 +83,17 @@ def test_every_answer_of_a_conversation_is_learned_and_nothing_else(bpe: Tokeniz
     template = get_template("plain")
     data = open_instruct(written(tmp_path, [row]), bpe, template)
     tokens, learned = document(data, 0)
-    assert bpe.decode(tokens) == template.text(talk) + "<|endoftext|>"
+    assert bpe.decode(tokens) == template.render(talk) + "<|endoftext|>"
     runs = "".join(bpe.decode([token]) if counts else "⁂" for token, counts in zip(tokens, learned, strict=True))
     assert [piece for piece in runs.split("⁂") if piece] == [" Yes?", " Me.<|endoftext|>"]
-    assert data.documents.answers[0] == len(template.encode_prompt(bpe, talk[:-1]))
+    assert data.documents.answer_starts[0] == len(template.encode_prompt(bpe, talk[:-1]))
 
 
 def test_without_the_mask_everything_is_learned(bpe: Tokenizer, tmp_path: Path) -> None:
     path = written(tmp_path, pairs(5))
-    masked, whole = (open_instruct(path, bpe, Template(), mask_prompt=mask) for mask in (True, False))
+    masked, whole = (open_instruct(path, bpe, ChatTemplate(), mask_prompt=mask) for mask in (True, False))
     assert np.array_equal(masked.documents.tokens, whole.documents.tokens)
-    assert whole.documents.learned.sum() == len(whole.documents.tokens) - 5  # nothing precedes the first
+    assert whole.documents.loss_mask.sum() == len(whole.documents.tokens) - 5  # nothing precedes the first
     assert masked.fingerprint != whole.fingerprint
 
 
@@ -104,36 +104,39 @@ def test_without_the_mask_everything_is_learned(bpe: Tokenizer, tmp_path: Path) 
 def test_every_tenth_row_is_held_out_as_of_documents(
     count: int, fraction: float, held_out: list[int], tmp_path: Path
 ) -> None:
-    data = open_instruct(written(tmp_path, pairs(count)), ByteTokenizer(), Template(), val_fraction=fraction)
-    assert data.val.tolist() == held_out
-    assert sorted([*data.train.tolist(), *held_out]) == list(range(count))
+    data = open_instruct(written(tmp_path, pairs(count)), ByteTokenizer(), ChatTemplate(), val_fraction=fraction)
+    assert data.val_indices.tolist() == held_out
+    assert sorted([*data.train_indices.tolist(), *held_out]) == list(range(count))
     assert (data.val_tokens is None) == (not held_out)
-    assert list(data.validation(4, 64, None)) == [] or held_out
+    assert list(data.validation_batches(4, 64, None)) == [] or held_out
 
 
 def test_rows_on_both_sides_of_the_split_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "gpt2")
     rows = pairs(30)
-    open_instruct(written(tmp_path, rows), ByteTokenizer(), Template())
+    open_instruct(written(tmp_path, rows), ByteTokenizer(), ChatTemplate())
     assert not caplog.text
     rows[9] = rows[29] = rows[3]
-    open_instruct(written(tmp_path, rows), ByteTokenizer(), Template())
+    open_instruct(written(tmp_path, rows), ByteTokenizer(), ChatTemplate())
     assert "rows: 2 of the 3 rows held out are among the training rows, too" in caplog.text
 
 
 def test_batches_hold_all_rows_and_validation_the_rest(bpe: Tokenizer, tmp_path: Path) -> None:
-    data = open_instruct(written(tmp_path, pairs(40)), bpe, Template())
+    data = open_instruct(written(tmp_path, pairs(40)), bpe, ChatTemplate())
     loader = data.loader(2, 64, seed=3)
-    rows = loader.packed.batch(np.arange(loader.windows_per_epoch))
-    held_out = list(data.validation(2, 64, None))
-    for chosen, batches, total in ((data.train, [rows], data.train_tokens), (data.val, held_out, data.val_tokens)):
-        found = sorted(t for batch in batches for t in batch.targets.flatten().tolist() if t != IGNORE)
+    rows = loader.packed_rows.batch(np.arange(loader.windows_per_epoch))
+    held_out = list(data.validation_batches(2, 64, None))
+    for chosen, batches, total in (
+        (data.train_indices, [rows], data.train_tokens),
+        (data.val_indices, held_out, data.val_tokens),
+    ):
+        found = sorted(t for batch in batches for t in batch.targets.flatten().tolist() if t != IGNORE_INDEX)
         both = [zip(*document(data, i), strict=True) for i in chosen.tolist()]
         assert found == sorted(token for pair in both for token, learned in pair if learned)
         assert len(found) == total
     counts = data.token_counts(10**9)
     assert counts.dtype == np.int64
-    assert counts.tolist() == np.bincount(rows.targets[rows.targets != IGNORE], minlength=bpe.vocab_size).tolist()
+    assert counts.tolist() == np.bincount(rows.targets[rows.targets != IGNORE_INDEX], minlength=bpe.vocab_size).tolist()
     assert 0 < data.token_counts(20).sum() <= 20
 
 
@@ -145,20 +148,20 @@ def test_long_rows_are_cut_and_that_is_said(tmp_path: Path, caplog: pytest.LogCa
     ]
     data = open_instruct(written(tmp_path, rows), ByteTokenizer(), get_template("raw"), val_fraction=0)
     loader = data.loader(1, 20, seed=0)
-    assert data.truncated(20) == (2, (106 - 21) + (102 - 21), 101 - 20)
+    assert data.truncation(20) == (2, (106 - 21) + (102 - 21), 101 - 20)
     assert (
         "rows: 2 of 3 documents are longer than a row of 20 tokens and were cut: 166 tokens are lost, 81" in caplog.text
     )
-    batch = loader.packed.batch(np.arange(len(loader.packed)))
-    rows_of_text = sorted(ByteTokenizer().decode(t for t in row if t != IGNORE) for row in batch.targets.tolist())
+    batch = loader.packed_rows.batch(np.arange(len(loader.packed_rows)))
+    rows_of_text = sorted(ByteTokenizer().decode(t for t in row if t != IGNORE_INDEX) for row in batch.targets.tolist())
     assert rows_of_text == ["a" * 20, "b<|endoftext|>", "short<|endoftext|>"]
-    assert data.truncated(200) == (0, 0, 0)
+    assert data.truncation(200) == (0, 0, 0)
 
 
 def test_what_the_data_says_of_itself(bpe: Tokenizer, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "answer": f"answer {i}"} for i in range(20)]
     path = written(tmp_path, rows)
-    data = open_instruct(path, ByteTokenizer(), Template())
+    data = open_instruct(path, ByteTokenizer(), ChatTemplate())
     assert data.name == "rows"
     assert data.prompts(1) == [("User: p9\nAssistant:", "answer 9")]
     assert data.prompts(9)[1:] == [("User: p19\nAssistant:", "answer 19")]
@@ -168,39 +171,39 @@ def test_what_the_data_says_of_itself(bpe: Tokenizer, tmp_path: Path) -> None:
     assert chatml.bytes_per_token is None
     fingerprints = [
         data.fingerprint,
-        open_instruct(path, bpe, Template()).fingerprint,
+        open_instruct(path, bpe, ChatTemplate()).fingerprint,
         open_instruct(path, ByteTokenizer(), get_template("raw")).fingerprint,
-        open_instruct(path, ByteTokenizer(), Template(), val_fraction=0.2).fingerprint,
-        open_instruct(written(tmp_path, rows[:-1]), ByteTokenizer(), Template()).fingerprint,
+        open_instruct(path, ByteTokenizer(), ChatTemplate(), val_fraction=0.2).fingerprint,
+        open_instruct(written(tmp_path, rows[:-1]), ByteTokenizer(), ChatTemplate()).fingerprint,
     ]
     assert len(set(fingerprints)) == 5
     assert all(len(fingerprint) == 16 for fingerprint in fingerprints)
-    assert open_instruct(written(tmp_path, rows), ByteTokenizer(), Template()).fingerprint == data.fingerprint
+    assert open_instruct(written(tmp_path, rows), ByteTokenizer(), ChatTemplate()).fingerprint == data.fingerprint
 
 
 def test_rows_are_told_from_text(tmp_path: Path) -> None:
-    assert is_instruct(written(tmp_path, pairs(2)))
+    assert is_instruct_data(written(tmp_path, pairs(2)))
     text = written(tmp_path, [{"text": "a", "prompt": "b", "reply": "c"}], "text.jsonl")
-    assert not is_instruct(text)
-    assert is_instruct(text, "prompt=prompt,answer=reply")
-    assert not is_instruct("python-docs")
-    assert not is_instruct(str(tmp_path / "nowhere"))
+    assert not is_instruct_data(text)
+    assert is_instruct_data(text, "prompt=prompt,answer=reply")
+    assert not is_instruct_data("python-docs")
+    assert not is_instruct_data(str(tmp_path / "nowhere"))
     prepare(Source("s", (Document("d", b"text" * 10),)), ByteTokenizer(), tmp_path / "shards")
-    assert not is_instruct(str(tmp_path / "shards"))
+    assert not is_instruct_data(str(tmp_path / "shards"))
     with pytest.raises(UserError, match="are texts, with no prompt and answer"):
-        open_instruct(text, ByteTokenizer(), Template())
+        open_instruct(text, ByteTokenizer(), ChatTemplate())
     with pytest.raises(UserError, match="no rows of prompts and answers at 'python-docs'"):
-        open_instruct("python-docs", ByteTokenizer(), Template())
+        open_instruct("python-docs", ByteTokenizer(), ChatTemplate())
 
 
-class Silent(Template):
+class Silent(ChatTemplate):
     """In which the assistant never has the word."""
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> list[tuple[list[int], bool]]:
-        return [(tokenizer.encode(self.text(messages)), False)]
+        return [(tokenizer.encode(self.render(messages)), False)]
 
 
-class Refusing(Template):
+class Refusing(ChatTemplate):
     def encode(self, tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> list[tuple[list[int], bool]]:
         raise UserError("the template is not for you")
 
@@ -208,14 +211,14 @@ class Refusing(Template):
 @pytest.mark.parametrize(
     ("row", "template", "message"),
     [
-        ({"prompt": "a", "answer": ""}, Template(), r"rows\.jsonl line 2: 'answer' is empty"),
-        ({"prompt": "a"}, Template(), r"rows\.jsonl line 2 has no 'answer'"),
+        ({"prompt": "a", "answer": ""}, ChatTemplate(), r"rows\.jsonl line 2: 'answer' is empty"),
+        ({"prompt": "a"}, ChatTemplate(), r"rows\.jsonl line 2 has no 'answer'"),
         ({"prompt": "a", "answer": "b"}, Silent(), r"line 1: the template leaves nothing of it to learn"),
         ({"prompt": "a", "answer": "b"}, Refusing(), r"line 1: the template is not for you"),
     ],
 )
 def test_a_row_that_nothing_can_be_learned_from_is_named(
-    row: dict[str, Any], template: Template, message: str, tmp_path: Path
+    row: dict[str, Any], template: ChatTemplate, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
         open_instruct(written(tmp_path, [*pairs(1), row]), ByteTokenizer(), template)
@@ -229,7 +232,7 @@ def test_a_large_vocabulary_is_kept_whole() -> None:
     tokenizer = Large()
     tokenizer.vocab_size = 70_000
     rows = iter([("line 1", {"prompt": "a", "answer": "b"})])
-    documents = tokenized(rows, Columns(prompt="prompt", answer="answer"), tokenizer, get_template("raw"))
+    documents = tokenize_rows(rows, Columns(prompt="prompt", answer="answer"), tokenizer, get_template("raw"))
     assert documents.tokens.tolist() == [66_097, 66_098, 256]
 
 
@@ -240,7 +243,9 @@ def test_inspect_shows_what_counts(tmp_path: Path, capsys: pytest.CaptureFixture
     path = written(
         tmp_path, [{"prompt": "Hi" if i != 9 else "Ho", "answer": "né\n" if i else "x" * 60} for i in range(12)]
     )
-    code, out, err = run(capsys, "data", "inspect", path, "--tokenizer", "bytes", "--block-size", "40", "--rows", "2")
+    code, out, err = run_cli(
+        capsys, "data", "inspect", path, "--tokenizer", "bytes", "--block-size", "40", "--rows", "2"
+    )
     assert (code, err) == (0, "")
     facts, first, second = out.split("\n--- ")
     assert "rows:       12: 11 to learn from, 1 held out\n" in facts
@@ -254,7 +259,7 @@ def test_inspect_shows_what_counts(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_inspect_of_text_shows_it_as_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, [{"text": f"ab{i}" + "c" * 500 * (i > 0)} for i in range(12)])
-    code, out, _ = run(capsys, "data", "inspect", path, "--tokenizer", "bytes", "--rows", "2")
+    code, out, _ = run_cli(capsys, "data", "inspect", path, "--tokenizer", "bytes", "--rows", "2")
     assert code == 0
     facts, first, second = out.split("\n--- ")
     assert "documents:  12, 5,538 bytes\n" in facts
@@ -266,11 +271,11 @@ def test_inspect_of_text_shows_it_as_tokens(tmp_path: Path, capsys: pytest.Captu
 def test_inspect_in_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from gpt2.commands.data import show
+    from gpt2.commands.data import print_tokens
 
     console = Console(force_terminal=True, color_system="standard", width=200)
     with console.capture() as capture:
-        show(console, ByteTokenizer(), [65, 66, 27], [False, True, True])
+        print_tokens(console, ByteTokenizer(), [65, 66, 27], [False, True, True])
     assert capture.get() == "\x1b[2mA│\x1b[0m\x1b[32mB│\\x1b│\x1b[0m\n"
 
 
@@ -288,6 +293,6 @@ def test_inspect_says_what_is_wrong_in_one_line(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = argv if "--tokenizer" in argv else [*argv, "--tokenizer", "bytes"]
-    code, _, err = run(capsys, "data", "inspect", written(tmp_path, pairs(3)), *arguments)
+    code, _, err = run_cli(capsys, "data", "inspect", written(tmp_path, pairs(3)), *arguments)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err

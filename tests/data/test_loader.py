@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.data.loader import Loader, evaluation_batches
+from gpt2.data.loader import TokenLoader, evaluation_batches
 from gpt2.errors import UserError
 
 
@@ -25,13 +25,13 @@ class Counting:
 
 
 @st.composite
-def loaders(draw: st.DrawFn) -> Loader:
+def loaders(draw: st.DrawFn) -> TokenLoader:
     block_size = draw(st.integers(1, 8))
     length = draw(st.integers(block_size + 1, 120))
-    return Loader(Counting(length), draw(st.integers(1, 40)), block_size, draw(st.integers(-(2**40), 2**40)))
+    return TokenLoader(Counting(length), draw(st.integers(1, 40)), block_size, draw(st.integers(-(2**40), 2**40)))
 
 
-def starts(loader: Loader, first: int, last: int) -> list[int]:
+def starts(loader: TokenLoader, first: int, last: int) -> list[int]:
     """The first tokens of rows [first, last), counted over all steps."""
     size = loader.batch_size
     rows = torch.cat([loader.batch(step)[0][:, 0] for step in range(first // size, -(-last // size))])
@@ -39,7 +39,7 @@ def starts(loader: Loader, first: int, last: int) -> list[int]:
 
 
 @given(loader=loaders(), epoch=st.integers(0, 5))
-def test_each_window_comes_once_in_an_epoch(loader: Loader, epoch: int) -> None:
+def test_each_window_comes_once_in_an_epoch(loader: TokenLoader, epoch: int) -> None:
     count, block_size, length = loader.windows_per_epoch, loader.block_size, len(loader.tokens)
     assert count == max(1, (length - block_size) // block_size)
     found = sorted(starts(loader, epoch * count, (epoch + 1) * count))
@@ -49,7 +49,7 @@ def test_each_window_comes_once_in_an_epoch(loader: Loader, epoch: int) -> None:
 
 
 @given(loader=loaders(), step=st.integers(0, 100))
-def test_targets_are_the_tokens_that_follow(loader: Loader, step: int) -> None:
+def test_targets_are_the_tokens_that_follow(loader: TokenLoader, step: int) -> None:
     tokens, targets, documents = loader.batch(step)
     assert documents is None
     assert tokens.shape == targets.shape == (loader.batch_size, loader.block_size)
@@ -61,15 +61,15 @@ def test_targets_are_the_tokens_that_follow(loader: Loader, step: int) -> None:
 
 
 @given(loader=loaders(), steps=st.lists(st.integers(0, 60), min_size=1, max_size=8))
-def test_no_call_depends_on_the_calls_before(loader: Loader, steps: list[int]) -> None:
+def test_no_call_depends_on_the_calls_before(loader: TokenLoader, steps: list[int]) -> None:
     for step in steps:
-        fresh = Loader(loader.tokens, loader.batch_size, loader.block_size, loader.seed)
+        fresh = TokenLoader(loader.tokens, loader.batch_size, loader.block_size, loader.seed)
         for found, expected in zip(loader.batch(step)[:2], fresh.batch(step)[:2], strict=True):
             assert torch.equal(found, expected)
 
 
 @given(loader=loaders(), step=st.integers(0, 60), data=st.data())
-def test_rows_are_slices_of_the_batch(loader: Loader, step: int, data: st.DataObject) -> None:
+def test_rows_are_slices_of_the_batch(loader: TokenLoader, step: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, loader.batch_size))
     stop = data.draw(st.integers(start, loader.batch_size))
     for part, all_rows in zip(loader.rows(step, start, stop)[:2], loader.batch(step)[:2], strict=True):
@@ -77,39 +77,39 @@ def test_rows_are_slices_of_the_batch(loader: Loader, step: int, data: st.DataOb
 
 
 def test_the_rows_do_not_depend_on_the_batch_size() -> None:
-    one, many = (Loader(Counting(1000), size, 8, seed=5) for size in (1, 7))
+    one, many = (TokenLoader(Counting(1000), size, 8, seed=5) for size in (1, 7))
     assert starts(one, 0, 700) == starts(many, 0, 700)
 
 
 def test_seeds_and_epochs_have_orders_and_offsets_of_their_own() -> None:
-    loader = Loader(Counting(10_000), 4, 32, seed=1)
+    loader = TokenLoader(Counting(10_000), 4, 32, seed=1)
     count = loader.windows_per_epoch
     epochs = [starts(loader, epoch * count, (epoch + 1) * count) for epoch in range(40)]
     assert len({epoch[0] for epoch in epochs}) > 30
     offsets = {min(epoch) for epoch in epochs}
     assert len(offsets) > 20  # so that the windows are cut elsewhere each time
-    other = Loader(Counting(10_000), 4, 32, seed=2)
+    other = TokenLoader(Counting(10_000), 4, 32, seed=2)
     assert starts(other, 0, count) != epochs[0]
     assert sorted(epochs[0]) != epochs[0]
 
 
 def test_every_place_of_the_data_begins_a_window_some_day() -> None:
-    loader = Loader(Counting(61), 1, 4, seed=0)
+    loader = TokenLoader(Counting(61), 1, 4, seed=0)
     assert set(starts(loader, 0, 14 * 200)) == set(range(61 - 4))
 
 
 def test_neighbouring_seeds_of_any_size_differ() -> None:
     seeds = (0, 1, -1, 2**63, 2**63 + 1, 2**64 - 2)
-    orders = {tuple(starts(Loader(Counting(10_000), 4, 32, seed), 0, 300)) for seed in seeds}
+    orders = {tuple(starts(TokenLoader(Counting(10_000), 4, 32, seed), 0, 300)) for seed in seeds}
     assert len(orders) == len(seeds)
 
 
 def test_data_shorter_than_a_block_is_refused_with_both_numbers() -> None:
-    assert Loader(Counting(1025), 1, 1024, 0).batch(3)[0].tolist() == [list(range(1024))]
+    assert TokenLoader(Counting(1025), 1, 1024, 0).batch(3)[0].tolist() == [list(range(1024))]
     with pytest.raises(UserError, match=r"the data has 1,024 tokens, and a block size of 1,024 needs 1,025: use more"):
-        Loader(Counting(1024), 1, 1024, 0)
+        TokenLoader(Counting(1024), 1, 1024, 0)
     with pytest.raises(ValueError, match="of a batch of 4"):
-        Loader(Counting(100), 4, 8, 0).rows(0, 2, 5)
+        TokenLoader(Counting(100), 4, 8, 0).rows(0, 2, 5)
 
 
 @given(

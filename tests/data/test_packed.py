@@ -8,9 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.data.packed import Documents, PackedLoader, Rows, Spans, best_fit, packed_evaluation, spans
+from gpt2.data.packed import (
+    PackedLoader,
+    PackedRows,
+    Spans,
+    TokenizedDocuments,
+    pack_best_fit,
+    packed_evaluation_batches,
+    truncate_documents,
+)
 from gpt2.errors import UserError
-from gpt2.loss import IGNORE
+from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT, GPTConfig
 
 FILLING = 10**6  # no document's token
@@ -19,7 +27,7 @@ lengths = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=1
 widths = st.integers(1, 20)
 
 
-def made(shapes: Sequence[tuple[int, int]]) -> Documents:
+def made(shapes: Sequence[tuple[int, int]]) -> TokenizedDocuments:
     """Documents of these many prompt and answer tokens (and an end each), in which no token occurs twice."""
     learned, sizes = [], []
     for prompt, answer in shapes:
@@ -28,19 +36,21 @@ def made(shapes: Sequence[tuple[int, int]]) -> Documents:
     offsets = np.concatenate(([0], np.cumsum(sizes)))
     counts = np.array(learned)
     counts[offsets[:-1]] = False
-    return Documents(np.arange(len(learned), dtype=np.int32), counts, offsets, np.array([p for p, _ in shapes]))
+    return TokenizedDocuments(
+        np.arange(len(learned), dtype=np.int32), counts, offsets, np.array([p for p, _ in shapes])
+    )
 
 
-def kept(documents: Documents, index: int, block_size: int) -> list[int]:
+def kept(documents: TokenizedDocuments, index: int, block_size: int) -> list[int]:
     """What of a document is read, a token at a time."""
     tokens = list(range(documents.offsets[index], documents.offsets[index + 1]))
-    first_kept = tokens[max(0, documents.answers[index] - 1)]
+    first_kept = tokens[max(0, documents.answer_starts[index] - 1)]
     while len(tokens) > block_size + 1:
         tokens = tokens[1:] if tokens[0] < first_kept else tokens[:-1]
     return tokens
 
 
-def everything(documents: Documents) -> np.ndarray:
+def everything(documents: TokenizedDocuments) -> np.ndarray:
     return np.arange(len(documents))
 
 
@@ -48,24 +58,24 @@ def everything(documents: Documents) -> np.ndarray:
 @settings(deadline=None)
 def test_the_oldest_tokens_go_first_and_the_last_answer_stays(shapes: list[tuple[int, int]], block_size: int) -> None:
     documents = made(shapes)
-    read, cut = spans(documents, everything(documents), block_size)
+    read, cut = truncate_documents(documents, everything(documents), block_size)
     expected = [kept(documents, i, block_size) for i in range(len(documents))]
     assert [list(range(start, stop)) for start, stop in zip(*read, strict=True)] == expected
     lost = [set(range(*documents.offsets[i : i + 2])) - set(tokens) for i, tokens in enumerate(expected)]
     assert cut.documents == sum(map(bool, lost))
     assert cut.tokens == sum(map(len, lost))
     whole = Spans(documents.offsets[:-1], documents.offsets[1:])
-    assert cut.learned == (whole.targets(documents) - read.targets(documents)).sum()
-    assert list(read.targets(documents)) == [sum(documents.learned[t] for t in tokens[1:]) for tokens in expected]
-    assert (read.targets(documents) > 0).all()
+    assert cut.targets == (whole.num_targets(documents) - read.num_targets(documents)).sum()
+    assert list(read.num_targets(documents)) == [sum(documents.loss_mask[t] for t in tokens[1:]) for tokens in expected]
+    assert (read.num_targets(documents) > 0).all()
 
 
 @given(shapes=lengths, block_size=widths, seed=st.integers(0, 3))
 @settings(deadline=None)
 def test_every_document_is_there_once_and_alone(shapes: list[tuple[int, int]], block_size: int, seed: int) -> None:
     documents = made(shapes)
-    read, _ = spans(documents, everything(documents), block_size)
-    rows = Rows(documents, read, block_size, FILLING, seed)
+    read, _ = truncate_documents(documents, everything(documents), block_size)
+    rows = PackedRows(documents, read, block_size, FILLING, seed)
     batch = rows.batch(np.arange(len(rows)))
     assert batch.documents is not None
     found, filling = [], 0
@@ -74,21 +84,21 @@ def test_every_document_is_there_once_and_alone(shapes: list[tuple[int, int]], b
         for number in set(numbers):
             places = [place for place, other in enumerate(numbers) if other == number]
             if tokens[places[0]] == FILLING:
-                assert all(tokens[place] == FILLING and targets[place] == IGNORE for place in places)
+                assert all(tokens[place] == FILLING and targets[place] == IGNORE_INDEX for place in places)
                 filling += len(places)
             else:
                 found.append(([tokens[place] for place in places], [targets[place] for place in places]))
-    assert filling == rows.padding
+    assert filling == rows.num_padding
     expected = [kept(documents, i, block_size) for i in range(len(documents))]
     assert sorted(found) == [
-        (tokens[:-1], [t if documents.learned[t] else IGNORE for t in tokens[1:]]) for tokens in expected
+        (tokens[:-1], [t if documents.loss_mask[t] else IGNORE_INDEX for t in tokens[1:]]) for tokens in expected
     ]
 
 
 @given(sizes=st.lists(st.integers(1, 9), max_size=40))
 @settings(deadline=None)
 def test_each_goes_where_the_least_room_is_left(sizes: list[int]) -> None:
-    row_of, count = best_fit(np.array(sizes, np.int64), 9)
+    row_of, count = pack_best_fit(np.array(sizes, np.int64), 9)
     room: list[int] = []
     for size, row in zip(sizes, row_of.tolist(), strict=True):
         fitting = [left for left in room if left >= size]
@@ -104,16 +114,19 @@ def test_each_goes_where_the_least_room_is_left(sizes: list[int]) -> None:
 def test_little_is_filling_and_small_documents_are_mixed() -> None:
     lengths = np.random.Generator(np.random.Philox(1)).integers(2, 30, 2000)
     documents = made([(0, int(n)) for n in np.sort(lengths)])
-    read, _ = spans(documents, everything(documents), 256)
-    rows = Rows(documents, read, 256, FILLING)
-    assert rows.padding / (256 * len(rows)) < 0.01
-    sizes = [(rows.read.stops - rows.read.starts)[a:b] for a, b in zip(rows.bounds, rows.bounds[1:], strict=False)]
+    read, _ = truncate_documents(documents, everything(documents), 256)
+    rows = PackedRows(documents, read, 256, FILLING)
+    assert rows.num_padding / (256 * len(rows)) < 0.01
+    sizes = [
+        (rows.spans.stops - rows.spans.starts)[a:b]
+        for a, b in zip(rows.row_offsets, rows.row_offsets[1:], strict=False)
+    ]
     assert np.median([np.ptp(some) for some in sizes]) > 20  # neighbours in the data would be of one length
 
 
-def loader(documents: Documents, batch_size: int, block_size: int, seed: int) -> PackedLoader:
-    read, _ = spans(documents, everything(documents), block_size)
-    return PackedLoader(Rows(documents, read, block_size, FILLING, seed), batch_size, seed)
+def loader(documents: TokenizedDocuments, batch_size: int, block_size: int, seed: int) -> PackedLoader:
+    read, _ = truncate_documents(documents, everything(documents), block_size)
+    return PackedLoader(PackedRows(documents, read, block_size, FILLING, seed), batch_size, seed)
 
 
 @given(shapes=lengths, batch_size=st.integers(1, 5), seed=st.integers(0, 2**70))
@@ -127,7 +140,7 @@ def test_an_epoch_is_every_row_once_and_a_batch_depends_on_nothing_else(
     steps = -(-epochs * one.windows_per_epoch // batch_size)
     batches = [one.batch(step) for step in range(steps)]
     line = torch.cat([batch.tokens for batch in batches])[: epochs * one.windows_per_epoch]
-    every_row = sorted(one.packed.batch(np.arange(one.windows_per_epoch)).tokens.tolist())
+    every_row = sorted(one.packed_rows.batch(np.arange(one.windows_per_epoch)).tokens.tolist())
     for epoch in line.split(one.windows_per_epoch):
         assert sorted(epoch.tolist()) == every_row
     other = loader(documents, batch_size, 20, seed)
@@ -140,7 +153,7 @@ def test_an_epoch_is_every_row_once_and_a_batch_depends_on_nothing_else(
 
 def test_each_epoch_and_each_seed_has_an_order_of_its_own() -> None:
     documents = made([(3, 10)] * 40)
-    rows = loader(documents, 40, 14, 0).packed  # one document in each
+    rows = loader(documents, 40, 14, 0).packed_rows  # one document in each
     orders = [PackedLoader(rows, 40, seed).batch(step).tokens[:, 0].tolist() for seed in (0, 1) for step in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert len({tuple(sorted(order)) for order in orders}) == 1
@@ -154,28 +167,28 @@ def test_evaluation_has_every_target_once_or_the_first_so_many(
     shapes: list[tuple[int, int]], block_size: int, rows: int, data: st.DataObject
 ) -> None:
     documents = made(shapes)
-    read, _ = spans(documents, everything(documents), block_size)
-    expected = [t for i in range(len(documents)) for t in kept(documents, i, block_size)[1:] if documents.learned[t]]
+    read, _ = truncate_documents(documents, everything(documents), block_size)
+    expected = [t for i in range(len(documents)) for t in kept(documents, i, block_size)[1:] if documents.loss_mask[t]]
     most = data.draw(st.none() | st.integers(1, len(expected) + 2))
-    batches = list(packed_evaluation(documents, read, rows, block_size, FILLING, most))
+    batches = list(packed_evaluation_batches(documents, read, rows, block_size, FILLING, most))
     assert all(len(batch.tokens) <= rows and batch.tokens.size(1) <= block_size for batch in batches)
-    found = [t for batch in batches for t in batch.targets.flatten().tolist() if t != IGNORE]
+    found = [t for batch in batches for t in batch.targets.flatten().tolist() if t != IGNORE_INDEX]
     assert sorted(found) == expected[:most]
 
 
 def test_no_target_is_an_error() -> None:
     documents = made([(1, 1)])
     with pytest.raises(UserError, match="nothing to evaluate on"):
-        list(packed_evaluation(documents, Spans(np.array([0]), np.array([3])), 1, 4, FILLING, 0))
+        list(packed_evaluation_batches(documents, Spans(np.array([0]), np.array([3])), 1, 4, FILLING, 0))
 
 
 def test_the_model_reads_a_packed_batch_as_its_documents_one_by_one() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=400, block_size=24, n_layer=2, n_head=2, n_embd=16)).double()
     documents = made([(3, 4), (0, 6), (10, 2), (1, 1), (7, 9), (2, 30), (30, 3)])
-    read, cut = spans(documents, everything(documents), 24)
+    read, cut = truncate_documents(documents, everything(documents), 24)
     assert cut.documents == 2
-    rows = Rows(documents, read, 24, filling=399)
+    rows = PackedRows(documents, read, 24, pad_token=399)
     batch = rows.batch(np.arange(len(rows)))
     loss = model.loss(batch.tokens, batch.targets, documents=batch.documents)
     loss.backward()
@@ -184,8 +197,8 @@ def test_the_model_reads_a_packed_batch_as_its_documents_one_by_one() -> None:
     total = torch.zeros((), dtype=torch.float64)
     for start, stop in zip(*read, strict=True):
         tokens = torch.arange(int(start), int(stop))
-        learned = torch.from_numpy(documents.learned[start:stop])
-        targets = tokens.where(learned, IGNORE)
+        learned = torch.from_numpy(documents.loss_mask[start:stop])
+        targets = tokens.where(learned, IGNORE_INDEX)
         total += model.loss(tokens[None, :-1], targets[None, 1:], divisor=float(batch.num_targets))
     total.backward()
     assert torch.allclose(loss, total, rtol=1e-12)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpt2.data.prepare as preparing
-from gpt2.data.loader import Loader
+from gpt2.data.loader import TokenLoader
 from gpt2.data.prepare import describe_shards, open_data, prepare
 from gpt2.data.shards import ShardsMeta, TokenShards, verify_shards
 from gpt2.data.sources import Document, Source, open_source
@@ -282,7 +282,7 @@ def test_a_wrong_id_in_the_middle_of_foreign_shards_is_named_when_it_is_read(
     data = open_data(str(tmp_path), "bytes")
     assert len(data.train) == 140
     with pytest.raises(UserError, match=r"x_train_2\.bin has token 300 at position 50, and its tokenizer has only 257"):
-        Loader(data.train, 1, 130, seed=0).batch(0)
+        TokenLoader(data.train, 1, 130, seed=0).batch(0)
 
 
 def test_shards_cut_short_while_in_use_are_named(tmp_path: Path) -> None:

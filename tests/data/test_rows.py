@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2.data.prepare import prepare
-from gpt2.data.rows import Columns, columns_of, open_rows, read_rows, row_files
+from gpt2.data.rows import Columns, detect_columns, find_row_files, open_rows, read_rows
 from gpt2.data.sources import open_source
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer
@@ -70,7 +70,7 @@ def test_every_format_gives_the_same_rows(ending: str, tmp_path: Path) -> None:
     if ending == "parquet":
         pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     path = written(tmp_path, f"rows.{ending}", FORMATS[ending](PAIRS))
-    assert [row for _, row in read_rows(row_files(str(path)))] == PAIRS
+    assert [row for _, row in read_rows(find_row_files(str(path)))] == PAIRS
 
 
 def test_json_of_one_row_a_line_is_read_as_such(tmp_path: Path) -> None:
@@ -104,17 +104,17 @@ def test_files_are_named_by_a_pattern_or_a_folder(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.JSONL", "sub/c.csv", ".hidden.jsonl", "runs/x/metrics.jsonl", "runs/x/config.toml"):
         written(tmp_path, name, "")
     names = [tmp_path / name for name in ("a.JSONL", "b.jsonl", "sub/c.csv")]
-    assert row_files(str(tmp_path)) == names
-    assert row_files(f"{tmp_path}/*.jsonl") == names[1:2]
-    assert row_files(f"{tmp_path}/[ab].*") == names[:2]
-    assert row_files(f"{tmp_path}/**/c.csv") == names[2:]
-    assert row_files(f"{tmp_path}/nowhere.jsonl") == []
+    assert find_row_files(str(tmp_path)) == names
+    assert find_row_files(f"{tmp_path}/*.jsonl") == names[1:2]
+    assert find_row_files(f"{tmp_path}/[ab].*") == names[:2]
+    assert find_row_files(f"{tmp_path}/**/c.csv") == names[2:]
+    assert find_row_files(f"{tmp_path}/nowhere.jsonl") == []
     written(tmp_path, "c.txt", "text")
-    assert row_files(str(tmp_path)) == []
+    assert find_row_files(str(tmp_path)) == []
     with pytest.raises(UserError, match="take one kind at a time"):
-        row_files(f"{tmp_path}/*.*")
+        find_row_files(f"{tmp_path}/*.*")
     written(tmp_path, "odd[1].jsonl", "")
-    assert row_files(f"{tmp_path}/odd[1].jsonl") == [tmp_path / "odd[1].jsonl"]
+    assert find_row_files(f"{tmp_path}/odd[1].jsonl") == [tmp_path / "odd[1].jsonl"]
 
 
 # What a row holds
@@ -138,23 +138,23 @@ def test_files_are_named_by_a_pattern_or_a_folder(tmp_path: Path) -> None:
     ],
 )
 def test_the_columns_say_what_a_row_is(row: dict[str, Any], columns: Columns) -> None:
-    assert columns_of("file", ("line 1", row)) == columns
+    assert detect_columns("file", ("line 1", row)) == columns
 
 
 def test_columns_can_be_named() -> None:
     row = "line 1", {"question": "a", "more": "b", "reply": "c", "talk": [], "body": "text"}
-    named = columns_of("file", row, "prompt=question, answer=reply")
-    assert named.messages_of(row) == [("user", "a"), ("assistant", "c")]
-    named = columns_of("file", row, "prompt=question,input=more,answer=reply")
-    assert named.messages_of(row) == [("user", "a\n\nb"), ("assistant", "c")]
-    assert columns_of("file", row, "text=body").text_of(row) == "text"
-    assert columns_of("file", row, "messages=talk") == Columns(messages="talk")
+    named = detect_columns("file", row, "prompt=question, answer=reply")
+    assert named.get_messages(row) == [("user", "a"), ("assistant", "c")]
+    named = detect_columns("file", row, "prompt=question,input=more,answer=reply")
+    assert named.get_messages(row) == [("user", "a\n\nb"), ("assistant", "c")]
+    assert detect_columns("file", row, "text=body").get_text(row) == "text"
+    assert detect_columns("file", row, "messages=talk") == Columns(messages="talk")
 
 
 @pytest.mark.parametrize("wanted", ["body", "text=", "=a", "promt=a,answer=b", "prompt=a", "text=a,answer=b", ","])
 def test_columns_that_make_no_sense_are_refused(wanted: str) -> None:
     with pytest.raises(UserError, match="--columns '") as caught:
-        columns_of("file", ("line 1", {}), wanted)
+        detect_columns("file", ("line 1", {}), wanted)
     assert ("did you mean 'prompt'" in str(caught.value)) == (wanted == "promt=a,answer=b")
 
 
@@ -165,7 +165,7 @@ def test_conversations_of_both_spellings_end_with_the_last_answer() -> None:
     names = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": names.get(role, role), "value": text} for role, text in talk]
     for messages in (openai, sharegpt):
-        assert columns.messages_of(("line 1", {"messages": messages})) == talk[:3]
+        assert columns.get_messages(("line 1", {"messages": messages})) == talk[:3]
 
 
 PAIR = Columns(prompt="prompt", answer="answer")
@@ -194,7 +194,7 @@ TALK = Columns(messages="messages")
 )
 def test_what_is_wrong_with_a_row_is_said_in_one_line(columns: Columns, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        columns.messages_of(("x line 7", row))
+        columns.get_messages(("x line 7", row))
     assert "\n" not in str(caught.value)
 
 
@@ -226,7 +226,7 @@ def test_files_that_are_not_what_their_ending_says(
 ) -> None:
     path = written(tmp_path, name, content)
     with pytest.raises(UserError, match=message) as caught:
-        list(open_rows(str(path), row_files(str(path)))[1])
+        list(open_rows(str(path), find_row_files(str(path)))[1])
     assert "\n" not in str(caught.value)
 
 
@@ -243,10 +243,10 @@ def test_parquet_rows_are_counted_over_its_groups_and_a_broken_file_is_named(tmp
     rows = list(read_rows([path]))
     assert [where for where, _ in rows] == [f"{path} row {i}" for i in range(1, 5)]
     with pytest.raises(UserError, match=r"a\.parquet row 4 has no 'answer'"):
-        PAIR.messages_of(rows[3])
+        PAIR.get_messages(rows[3])
     talk = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     (row,) = read_rows([written(tmp_path, "talk.parquet", as_parquet(talk))])
-    assert TALK.messages_of(row) == [("user", "a"), ("assistant", "b")]
+    assert TALK.get_messages(row) == [("user", "a"), ("assistant", "b")]
     with pytest.raises(UserError, match=r"b\.parquet is not a Parquet file that can be read: ") as caught:
         list(read_rows([written(tmp_path, "b.parquet", b"no parquet at all")]))
     assert "\n" not in str(caught.value)
@@ -267,7 +267,7 @@ def test_rows_of_text_make_the_shards_that_files_of_them_make(ending: str, count
         written(tmp_path, f"files/{i:02}.txt", text)
     source = open_source(str(written(tmp_path, f"rows.{ending}", FORMATS[ending](rows))))
     assert source.name == "rows"
-    assert ["".join(document.pieces(piece_bytes=50)) for document in source.documents] == TEXTS[:count]
+    assert ["".join(document.iter_chunks(chunk_bytes=50)) for document in source.documents] == TEXTS[:count]
     assert [document.size for document in source.documents] == [len(text.encode()) for text in TEXTS[:count]]
     of_rows = prepare(source, ByteTokenizer(), tmp_path / "a")
     of_files = prepare(open_source(str(tmp_path / "files")), ByteTokenizer(), tmp_path / "b")
@@ -279,11 +279,11 @@ def test_rows_of_text_are_read_once_and_anew_when_they_change(tmp_path: Path, gp
     with pytest.raises(UserError, match="no column is known"):
         open_source(str(path))
     source = open_source(str(path), "text=body")
-    assert ["".join(document.pieces()) for document in source.documents] == ["one", "\ufffd two"]
+    assert ["".join(document.iter_chunks()) for document in source.documents] == ["one", "\ufffd two"]
     assert open_source(str(path), "text=body") == source
     assert len(list((gpt2_home / "texts").iterdir())) == 1
     written(tmp_path, "rows.jsonl", as_jsonl([{"body": "three"}]))
-    assert ["".join(d.pieces()) for d in open_source(str(path), "text=body").documents] == ["three"]
+    assert ["".join(d.iter_chunks()) for d in open_source(str(path), "text=body").documents] == ["three"]
     assert not [p for p in (gpt2_home / "texts").iterdir() if p.name.startswith(".")]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2.data.sources import (
-    SOURCES,
+    BUILTIN_SOURCES,
     Document,
     Source,
     cache_home,
@@ -24,7 +24,7 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, train_bpe
 
 
 def whole(document: Document, piece_bytes: int = 1 << 20) -> str:
-    return "".join(document.pieces(piece_bytes=piece_bytes))
+    return "".join(document.iter_chunks(chunk_bytes=piece_bytes))
 
 
 # Pieces
@@ -45,7 +45,7 @@ def test_neighbouring_byte_ranges_neither_lose_nor_share_a_character(
 ) -> None:
     document = Document("t", text.encode())
     edges = [0, *sorted(min(cut, document.size) for cut in cuts), document.size]
-    ranges = [document.pieces(a, b, piece_bytes) for a, b in pairwise(edges)]
+    ranges = [document.iter_chunks(a, b, piece_bytes) for a, b in pairwise(edges)]
     assert "".join(piece for pieces in ranges for piece in pieces) == text
 
 
@@ -59,7 +59,7 @@ def bpe() -> Tokenizer:
 @given(text=texts, piece_bytes=st.integers(1, 40))
 @settings(max_examples=300)
 def test_tokens_of_the_pieces_are_the_tokens_of_the_text(text: str, piece_bytes: int, bpe: Tokenizer) -> None:
-    pieces = Document("t", text.encode()).pieces(piece_bytes=piece_bytes)
+    pieces = Document("t", text.encode()).iter_chunks(chunk_bytes=piece_bytes)
     assert [token for piece in pieces for token in bpe.encode(piece)] == bpe.encode(text)
 
 
@@ -69,7 +69,7 @@ def test_tokens_of_the_pieces_of_shakespeare(shakespeare_file: Path, piece_bytes
     text = shakespeare_file.read_bytes()[:200_000]
     for tokenizer in (get_tokenizer("gpt2"), train_bpe([text[:50_000].decode()], 600)):
         for form in (text, text.replace(b"\n", b"\r\n"), text.replace(b"\n", b"  ")):
-            pieces = list(Document("t", form).pieces(piece_bytes=piece_bytes))
+            pieces = list(Document("t", form).iter_chunks(chunk_bytes=piece_bytes))
             assert len(pieces) > len(form) / piece_bytes / 3
             joined = [token for tokens in tokenizer.encode_batch(pieces) for token in tokens]
             assert joined == tokenizer.encode(form.decode())
@@ -78,11 +78,11 @@ def test_tokens_of_the_pieces_of_shakespeare(shakespeare_file: Path, piece_bytes
 def test_pieces_are_of_about_the_size_asked_for(shakespeare_file: Path) -> None:
     for form in (lambda b: b, lambda b: b.replace(b"\n", b"\r\n"), lambda b: b.replace(b"\n", b" ")):
         document = Document("t", form(shakespeare_file.read_bytes()))
-        assert max(map(len, document.pieces(piece_bytes=5000))) < 10_000
+        assert max(map(len, document.iter_chunks(chunk_bytes=5000))) < 10_000
 
 
 def test_text_with_no_place_to_cut_comes_in_one_piece() -> None:
-    assert list(Document("t", "字".encode() * 10_000).pieces(piece_bytes=1000)) == ["字" * 10_000]
+    assert list(Document("t", "字".encode() * 10_000).iter_chunks(chunk_bytes=1000)) == ["字" * 10_000]
 
 
 def test_newlines_are_kept_and_a_leading_byte_order_mark_is_not(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_newlines_are_kept_and_a_leading_byte_order_mark_is_not(tmp_path: Path) 
     assert document.size == 13
     assert whole(document) == "one\r\ntwo\r\n"
     assert whole(document, 1) == "one\r\ntwo\r\n"
-    assert "".join(document.pieces(0, 1)) == ""
-    assert "".join(document.pieces(1, 6)) == "one"
+    assert "".join(document.iter_chunks(0, 1)) == ""
+    assert "".join(document.iter_chunks(1, 6)) == "one"
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
@@ -114,8 +114,8 @@ def test_a_character_cut_off_at_the_end_is_an_error() -> None:
 
 
 def test_names_are_listed_with_a_line_each() -> None:
-    assert {"shakespeare", "tiny_shakespear", "super_tiny_shakespear", "python-docs"} == set(SOURCES)
-    assert all(line and "\n" not in line for line in SOURCES.values())
+    assert {"shakespeare", "tiny_shakespear", "super_tiny_shakespear", "python-docs"} == set(BUILTIN_SOURCES)
+    assert all(line and "\n" not in line for line in BUILTIN_SOURCES.values())
 
 
 @pytest.fixture

@@ -20,36 +20,38 @@ from torch.distributed.run import get_args_parser
 
 from tests.helpers.clusters import (
     ADDRESSES,
-    ALL,
+    ALL_EXAMPLES,
     EXAMPLES,
     FAILED,
     HOSTS,
     SCRIPTS,
     STOPPED,
-    Cluster,
-    documents,
-    launch,
-    members,
+    FakeCluster,
+    launch_example,
+    load_yaml_documents,
+    running_processes,
 )
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 GUIDE = EXAMPLES.parent / "docs" / "distributed.md"
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    cluster = Cluster(tmp_path)
-    cluster.do(one="end", two="end", three="end")
+def cluster(tmp_path: Path) -> FakeCluster:
+    cluster = FakeCluster(tmp_path)
+    cluster.set_behavior(one="end", two="end", three="end")
     return cluster
 
 
-@pytest.mark.parametrize("example", ALL)
+@pytest.mark.parametrize("example", ALL_EXAMPLES)
 def test_torchrun_and_gpt2_are_told_what_they_understand(
-    example: str, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    example: str, cluster: FakeCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("PET_")]:
         monkeypatch.delenv(name)  # torchrun's parser would read them
-    told = {host: get_args_parser().parse_args(arguments) for host, arguments in launch(example, cluster).items()}
+    told = {
+        host: get_args_parser().parse_args(arguments) for host, arguments in launch_example(example, cluster).items()
+    }
     for args in told.values():
         assert (args.module, args.training_script) == (True, "gpt2")
         assert (args.rdzv_backend, args.max_restarts, int(args.nnodes)) == ("c10d", 3, len(HOSTS))
@@ -62,7 +64,7 @@ def test_torchrun_and_gpt2_are_told_what_they_understand(
     command, *flags = told["one"].training_script_args
     assert command == "train"
     monkeypatch.delenv("HOME")  # nothing of this machine's
-    code, out, err = run(capsys, "train", *flags, "--print-config")
+    code, out, err = run_cli(capsys, "train", *flags, "--print-config")
     assert (code, err) == (0, "")
     config = tomllib.loads(out)
     assert config["name"] == "gpt2-124m"
@@ -82,18 +84,18 @@ def hosts_and_gpus(example: str) -> int:
     if example == "slurm.sh":
         return int(batch_options()["nodes"]) * int(batch_options()["gpus-per-node"])
     if example == "skypilot.yaml":
-        (task,) = documents(example)
+        (task,) = load_yaml_documents(example)
         return task["num_nodes"] * int(task["resources"]["accelerators"].partition(":")[2])
     if example == "trainjob.yaml":
-        trainer = documents(example)[2]["spec"]["trainer"]
+        trainer = load_yaml_documents(example)[2]["spec"]["trainer"]
         assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == str(trainer["numProcPerNode"])
         return trainer["numNodes"] * trainer["numProcPerNode"]
     return 1  # as many as there are
 
 
 @pytest.mark.parametrize("example", ["ssh.sh", "skypilot.yaml", "trainjob.yaml"])
-def test_the_first_host_alone_is_where_all_meet(example: str, cluster: Cluster) -> None:
-    parsed = {host: get_args_parser().parse_args(told) for host, told in launch(example, cluster).items()}
+def test_the_first_host_alone_is_where_all_meet(example: str, cluster: FakeCluster) -> None:
+    parsed = {host: get_args_parser().parse_args(told) for host, told in launch_example(example, cluster).items()}
     meets = {host: _parse_rendezvous_config(args.rdzv_conf)["is_host"] for host, args in parsed.items()}
     assert meets == {"one": "true", "two": "false", "three": "false"}
     own = {host: args.local_addr for host, args in parsed.items()}
@@ -104,7 +106,7 @@ def test_the_first_host_alone_is_where_all_meet(example: str, cluster: Cluster) 
 def texts_of_shells() -> dict[str, str]:
     """All that is written for bash, in whatever file."""
     texts = {name: (EXAMPLES / name).read_text(encoding="utf-8") for name in SCRIPTS}
-    (task,), job = documents("skypilot.yaml"), documents("trainjob.yaml")[2]
+    (task,), job = load_yaml_documents("skypilot.yaml"), load_yaml_documents("trainjob.yaml")[2]
     bash = "#!/bin/bash\n"
     return texts | {
         "skypilot setup": bash + task["setup"],
@@ -126,43 +128,43 @@ def test_bash_and_shellcheck_find_nothing(tmp_path: Path) -> None:
 # ssh.sh
 
 
-def test_without_a_host_ssh_says_how_it_is_used(cluster: Cluster) -> None:
+def test_without_a_host_ssh_says_how_it_is_used(cluster: FakeCluster) -> None:
     command = ["bash", str(EXAMPLES / "ssh.sh")]
     told = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
     assert told.returncode == 2
     assert told.stderr.startswith("usage: ")
 
 
-def test_a_host_that_fails_stops_the_others(cluster: Cluster) -> None:
-    cluster.do(one="run", two="fail", three="run")
+def test_a_host_that_fails_stops_the_others(cluster: FakeCluster) -> None:
+    cluster.set_behavior(one="run", two="fail", three="run")
     code, said = cluster.run("ssh.sh")
     assert code == FAILED
     assert f"ssh.sh: torchrun on two ended with code {FAILED}\n" in said
-    assert [host for host in HOSTS if cluster.told(f"{host}.stopped")] == ["one", "three"]
+    assert [host for host in HOSTS if cluster.has_note(f"{host}.stopped")] == ["one", "three"]
 
 
-def test_a_host_that_cannot_be_reached_stops_the_others(cluster: Cluster) -> None:
-    cluster.do(one="run", two="run")
+def test_a_host_that_cannot_be_reached_stops_the_others(cluster: FakeCluster) -> None:
+    cluster.set_behavior(one="run", two="run")
     (cluster.notes / "three.does").unlink()
     code, said = cluster.run("ssh.sh")
     assert code
     assert "no route to three" in said
-    assert not any(cluster.told(f"{host}.started") != cluster.told(f"{host}.stopped") for host in HOSTS)
+    assert not any(cluster.has_note(f"{host}.started") != cluster.has_note(f"{host}.stopped") for host in HOSTS)
 
 
-def test_a_host_that_is_done_stops_nobody(cluster: Cluster) -> None:
-    cluster.do(one="run, done", two="end", three="run, done")
+def test_a_host_that_is_done_stops_nobody(cluster: FakeCluster) -> None:
+    cluster.set_behavior(one="run, done", two="end", three="run, done")
     with cluster.running("ssh.sh") as process:
         time.sleep(0.3)
         assert process.poll() is None
-        assert not any(cluster.told(f"{host}.stopped") for host in HOSTS)
+        assert not any(cluster.has_note(f"{host}.stopped") for host in HOSTS)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, "all ended well, though they were stopped"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_all_are_stopped_with_the_script(number: signal.Signals, cluster: Cluster) -> None:
-    cluster.do(one="run", two="run", three="run")
+def test_all_are_stopped_with_the_script(number: signal.Signals, cluster: FakeCluster) -> None:
+    cluster.set_behavior(one="run", two="run", three="run")
     with cluster.running("ssh.sh") as process:
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # which is how a terminal sends it
@@ -173,14 +175,14 @@ def test_all_are_stopped_with_the_script(number: signal.Signals, cluster: Cluste
         cluster.wait_for(*(f"{host}.stopped" for host in HOSTS))
 
 
-def test_nothing_is_left_behind(cluster: Cluster, tmp_path: Path) -> None:
+def test_nothing_is_left_behind(cluster: FakeCluster, tmp_path: Path) -> None:
     cluster.environment["TMPDIR"] = str(tmp_path / "tmp")
     (tmp_path / "tmp").mkdir()
-    cluster.do(one="run", two="fail", three="run")
+    cluster.set_behavior(one="run", two="fail", three="run")
     with cluster.running("ssh.sh") as process:
         assert process.wait(20)
         until = time.monotonic() + 5
-        while members(process.pid):
+        while running_processes(process.pid):
             assert time.monotonic() < until
             time.sleep(0.01)
     assert not list((tmp_path / "tmp").iterdir())
@@ -220,8 +222,8 @@ def test_sbatch_is_told_what_it_knows() -> None:
     assert re.fullmatch(r"\d+:\d\d:\d\d", options["time"])
 
 
-def test_there_is_time_to_save_before_the_limit(cluster: Cluster) -> None:
-    launch("slurm.sh", cluster)
+def test_there_is_time_to_save_before_the_limit(cluster: FakeCluster) -> None:
+    launch_example("slurm.sh", cluster)
     found = re.fullmatch(r"B:USR1@(\d+)", batch_options()["signal"])
     assert found
     save = int(cluster.variables("one")["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
@@ -239,21 +241,21 @@ def test_there_is_time_to_save_before_the_limit(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(("does", "code", "again"), [("run", STOPPED, True), ("run, done", 0, False)])
 def test_a_time_limit_becomes_a_saved_run_that_is_queued_again(
-    does: str, code: int, again: bool, cluster: Cluster
+    does: str, code: int, again: bool, cluster: FakeCluster
 ) -> None:
-    cluster.do(one=does, two=does, three=does)
+    cluster.set_behavior(one=does, two=does, three=does)
     with cluster.running("slurm.sh") as process:
         process.send_signal(signal.SIGUSR1)  # to the batch shell alone
         assert process.wait(20) == code
-    assert all(cluster.told(f"{host}.stopped") for host in HOSTS)
-    assert cluster.told("requeued") == again
-    assert not cluster.told("srun.signal")
+    assert all(cluster.has_note(f"{host}.stopped") for host in HOSTS)
+    assert cluster.has_note("requeued") == again
+    assert not cluster.has_note("srun.signal")
 
 
-def test_what_fails_is_not_queued_again(cluster: Cluster) -> None:
-    cluster.do(one="fail", two="fail", three="fail")
+def test_what_fails_is_not_queued_again(cluster: FakeCluster) -> None:
+    cluster.set_behavior(one="fail", two="fail", three="fail")
     assert cluster.run("slurm.sh")[0] == FAILED
-    assert not cluster.told("requeued")
+    assert not cluster.has_note("requeued")
 
 
 # skypilot.yaml
@@ -276,7 +278,7 @@ SKY_STORAGE = {"name", "source", "store", "mode"}
 
 
 def test_skypilots_fields_are_ones_it_has() -> None:
-    (task,) = documents("skypilot.yaml")
+    (task,) = load_yaml_documents("skypilot.yaml")
     assert task.keys() <= SKY_TASK
     assert task["resources"].keys() <= SKY_RESOURCES
     assert task["resources"]["job_recovery"].keys() <= SKY_RECOVERY
@@ -350,7 +352,7 @@ KINDS = {
 
 def test_the_train_jobs_fields_are_ones_kubernetes_has() -> None:
     jsonschema = pytest.importorskip("jsonschema_rs", reason="jsonschema-rs is not installed")
-    found = documents("trainjob.yaml")
+    found = load_yaml_documents("trainjob.yaml")
     assert [document["kind"] for document in found] == list(KINDS)
     for document in found:
         version, spec = KINDS[document["kind"]]
@@ -360,7 +362,7 @@ def test_the_train_jobs_fields_are_ones_kubernetes_has() -> None:
 
 
 def test_the_parts_of_the_train_job_fit_together() -> None:
-    claim, runtime, job = documents("trainjob.yaml")
+    claim, runtime, job = load_yaml_documents("trainjob.yaml")
     trainer, reference = job["spec"]["trainer"], job["spec"]["runtimeRef"]
     assert (reference["kind"], reference["name"]) == (runtime["kind"], runtime["metadata"]["name"])
     assert runtime["spec"]["mlPolicy"]["numNodes"] == trainer["numNodes"]
@@ -388,8 +390,8 @@ def test_the_guides_links_and_flags_exist(capsys: pytest.CaptureFixture[str]) ->
     for link in re.findall(r"\]\(([^)#]+)\)", guide):
         assert link.startswith("https://") or (GUIDE.parent / link).exists(), link
     linked = re.findall(r"\]\(\.\./examples/([^)]+)\)", guide)
-    assert set(linked) >= set(ALL)
-    ours = set(re.findall(r"--[a-z-]+", run(capsys, "train", "--help")[1] + run(capsys, "plan", "--help")[1]))
+    assert set(linked) >= set(ALL_EXAMPLES)
+    ours = set(re.findall(r"--[a-z-]+", run_cli(capsys, "train", "--help")[1] + run_cli(capsys, "plan", "--help")[1]))
     torchs = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", guide))
     assert named - ours - torchs == {"--signal"}  # scancel's

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from gpt2.train.recipes import recipe
+from gpt2.train.recipes import load_recipe
 from gpt2.train.trainer import train
-from tests.helpers.hosts import Host, Process, hosts
-from tests.helpers.runs import NUMBERS
+from tests.helpers.hosts import Host, Process, virtual_hosts
+from tests.helpers.runs import NUMBERS_TEXT
 
 STEPS, CUT = 60, 12  # of a run, and the one after which something happens to a host
 RANK_TIMEOUT = 5
@@ -43,7 +43,7 @@ VALUES = {
 def permitted(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Skips, with the reason, where the system permits no hosts."""
     try:
-        with hosts(1, tmp_path_factory.mktemp("permitted")):
+        with virtual_hosts(1, tmp_path_factory.mktemp("permitted")):
             pass
     except OSError as error:
         pytest.skip(f"no hosts can be made of namespaces here: {error}")
@@ -52,7 +52,7 @@ def permitted(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "numbers.txt"
-    path.write_text(NUMBERS)
+    path.write_text(NUMBERS_TEXT)
     return path
 
 
@@ -62,12 +62,12 @@ def alone(permitted: None, tmp_path_factory: pytest.TempPathFactory, numbers: Pa
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2_HOME", str(folder / "home"))
-        return train(replace(recipe("quickstart"), name="x", out_dir=str(folder), data=str(numbers), **VALUES))
+        return train(replace(load_recipe("quickstart"), name="x", out_dir=str(folder), data=str(numbers), **VALUES))
 
 
 @pytest.fixture
 def two(permitted: None, tmp_path: Path) -> Iterator[list[Host]]:
-    with hosts(2, tmp_path) as made:
+    with virtual_hosts(2, tmp_path) as made:
         yield made
 
 
@@ -206,8 +206,8 @@ def test_a_host_that_was_cut_off_and_is_back_goes_on_with_the_others(job: Job, a
     first, second = job.hosts
     for host in job.hosts:
         job.start(host)
-    job.in_mid_run(second.unplug, first, second)
-    second.plug()
+    job.in_mid_run(second.disconnect, first, second)
+    second.connect()
     job.supervise(first, second)
     assert job.said(first).count(f"on 4 ranks ({job.parallel}) of cpu") >= 2
     assert_same(job.run, alone)
@@ -222,9 +222,9 @@ def test_a_host_that_is_started_anew_goes_on_with_the_others(job: Job, alone: Pa
         job.start(host)
 
     def reboot() -> None:
-        lost.unplug()
+        lost.disconnect()
         lost.crash()
-        lost.plug()
+        lost.connect()
 
     job.in_mid_run(reboot, other)
     job.supervise(*job.hosts)
@@ -240,7 +240,7 @@ def test_when_a_host_is_lost_for_good_the_other_goes_on_alone(job: Job, alone: P
         job.start(host)
 
     def power_cut() -> None:
-        second.unplug()
+        second.disconnect()
         second.crash()
 
     job.in_mid_run(power_cut, first)
@@ -259,7 +259,7 @@ def test_hosts_leave_nothing(permitted: None, tmp_path: Path) -> None:
         wait_for(lambda: runs(left))
         raise ValueError
 
-    with pytest.raises(ValueError), hosts(1, tmp_path) as (host,):
+    with pytest.raises(ValueError), virtual_hosts(1, tmp_path) as (host,):
         fails(host)
     assert sleeping[0].wait(10) != 0
     assert not runs(left)

@@ -16,27 +16,34 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.data.loader import Batch, Batches, Loader, prefetched
-from gpt2.distributed.parallel import pick_kind
-from gpt2.distributed.process_group import ALONE, Ranks
+from gpt2.data.loader import Batch, BatchLoader, TokenLoader, prefetch_batches
+from gpt2.distributed.parallel import pick_parallel_kind
+from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt2.errors import UserError
-from gpt2.loss import IGNORE
+from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT
 from gpt2.reporting.metrics import read_metrics
-from gpt2.train.setup import start
+from gpt2.train.setup import load_model_and_data
 from tests.helpers.ranks_cases import (
-    ANSWERS,
-    LENGTH,
-    ROWS,
-    WAYS,
-    assert_same_mathematics,
-    config_of,
-    furthest,
+    BATCH_SIZE,
+    BLOCK_SIZE,
+    INSTRUCT_VALUES,
+    VARIANTS,
+    assert_equal_training,
+    max_difference,
+    small_config,
     weights,
-    work_place,
+    workspace,
 )
-from tests.helpers.ranks_work import Told, Trained, first_weights, trainings, typed, updates
-from tests.helpers.ranks_world import world
+from tests.helpers.ranks_work import (
+    TrainingRecord,
+    UpdateRecord,
+    initial_weights,
+    run_finetune,
+    run_trainings,
+    run_updates,
+)
+from tests.helpers.ranks_world import run_on_ranks
 
 WEIGHTS = 34_720  # of the model below
 FEW = ("micro", "plain", "answers")
@@ -59,18 +66,18 @@ class Case:
 
 def cases() -> list[Case]:
     found = [Case(1, parallel, "plain") for parallel in ("ddp", "fsdp")]
-    usual = [way for way in WAYS if way != "compile"]
+    usual = [way for way in VARIANTS if way != "compile"]
     found += [Case(2, "ddp", way) for way in usual] + [Case(2, "fsdp", way) for way in usual if way not in WHOLE_ONLY]
     found += [Case(size, parallel, way) for size in (3, 4) for parallel in ("ddp", "fsdp") for way in FEW[size < 4 :]]
     return found + [Case(4, "fsdp", way, local_size=2) for way in FEW[1:]]
 
 
-Runs = Callable[[Case | str], list[Trained]]
+Runs = Callable[[Case | str], list[TrainingRecord]]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Path]:
-    with work_place(tmp_path_factory.mktemp("parallel"), compiled) as folder:
+    with workspace(tmp_path_factory.mktemp("parallel"), compiled) as folder:
         yield folder
 
 
@@ -83,21 +90,21 @@ def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def runs(place: Path) -> Runs:
     """The trainings of a case, by rank, or of one process alone in a way; those of one world are done in one go."""
-    done: dict[Case | str, list[Trained]] = {}
+    done: dict[Case | str, list[TrainingRecord]] = {}
 
     def fill(size: int, local_size: int, found: list[Case | str]) -> None:
         configs = [
-            config_of(f"alone-{case}", **WAYS[case])
+            small_config(f"alone-{case}", **VARIANTS[case])
             if isinstance(case, str)
-            else config_of(str(case), parallel=case.parallel, **WAYS[case.way])
+            else small_config(str(case), parallel=case.parallel, **VARIANTS[case.way])
             for case in found
         ]
-        by_rank = world(size, trainings, configs, local_size)
+        by_rank = run_on_ranks(size, run_trainings, configs, local_size)
         done.update(zip(found, map(list, zip(*by_rank, strict=True)), strict=True))
 
-    def of(case: Case | str) -> list[Trained]:
+    def of(case: Case | str) -> list[TrainingRecord]:
         if case not in done and isinstance(case, str):
-            fill(0, 0, [way for way in WAYS if way != "compile"])
+            fill(0, 0, [way for way in VARIANTS if way != "compile"])
         elif case not in done:
             assert isinstance(case, Case)
             like = (case.size, case.local_size)
@@ -112,15 +119,17 @@ def test_any_number_of_ranks_does_what_one_process_does(case: Case, runs: Runs) 
     alone, shared = runs(case.way)[0], runs(case)
     assert {each.kind for each in shared} == {case.parallel}
     assert alone.kind == "none"
-    assert_same_mathematics(alone.folder, shared[0].folder, case.way)
+    assert_equal_training(alone.folder, shared[0].folder, case.way)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
-    (alone,) = world(0, trainings, [config_of(f"compile-alone-{parallel}", **WAYS["compile"])])
-    shared = world(2, trainings, [config_of(f"compile-{parallel}", parallel=parallel, **WAYS["compile"])])
-    assert_same_mathematics(alone[0].folder, shared[0][0].folder, "compile")
+    (alone,) = run_on_ranks(0, run_trainings, [small_config(f"compile-alone-{parallel}", **VARIANTS["compile"])])
+    shared = run_on_ranks(
+        2, run_trainings, [small_config(f"compile-{parallel}", parallel=parallel, **VARIANTS["compile"])]
+    )
+    assert_equal_training(alone[0].folder, shared[0][0].folder, "compile")
 
 
 @pytest.mark.gpu
@@ -128,50 +137,56 @@ def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gpus_do_it_over_nccl(parallel: str, place: Path) -> None:
     given, size = {"device": "cuda", "matmul_precision": "highest"}, min(4, torch.cuda.device_count())
-    (alone,) = world(0, trainings, [config_of(f"one-gpu-{parallel}", **given)])
-    shared = world(size, trainings, [config_of(f"gpus-{parallel}", parallel=parallel, **given)])
-    assert_same_mathematics(alone[0].folder, shared[0][0].folder)
+    (alone,) = run_on_ranks(0, run_trainings, [small_config(f"one-gpu-{parallel}", **given)])
+    shared = run_on_ranks(size, run_trainings, [small_config(f"gpus-{parallel}", parallel=parallel, **given)])
+    assert_equal_training(alone[0].folder, shared[0][0].folder)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_the_ranks_read_what_one_process_reads_row_for_row(case: Case, runs: Runs) -> None:
     alone, shared = runs(case.way)[0], runs(case)
-    for step, batch in enumerate(alone.stream):
-        assert np.array_equal(np.concatenate([each.stream[step] for each in shared], axis=1), batch)
-    assert len(alone.stream) == config_of("none").max_steps
-    first_rows = {batch[0, row].tobytes() for batch in alone.stream for row in range(ROWS)}
+    for step, batch in enumerate(alone.batches):
+        assert np.array_equal(np.concatenate([each.batches[step] for each in shared], axis=1), batch)
+    assert len(alone.batches) == small_config("none").max_steps
+    first_rows = {batch[0, row].tobytes() for batch in alone.batches for row in range(BATCH_SIZE)}
     assert (
-        len(first_rows) < len(alone.stream) * ROWS or case.way not in FEW
+        len(first_rows) < len(alone.batches) * BATCH_SIZE or case.way not in FEW
     )  # some came twice: an epoch ended on the way
 
 
 def test_the_cases_are_uneven_where_they_are_meant_to_be(runs: Runs, place: Path) -> None:
     by_rank = runs(Case(4, "ddp", "answers"))
-    counts = [[int((batch[1] != IGNORE).sum()) for batch in each.stream] for each in by_rank]
+    counts = [[int((batch[1] != IGNORE_INDEX).sum()) for batch in each.batches] for each in by_rank]
     assert all(len(set(step)) > 1 for step in zip(*counts, strict=True))
-    data = start(config_of("none"), None).data
-    batches = {size: len(list(data.validation(ROWS // size, LENGTH, None))) for size in (2, 3, 4)}
+    data = load_model_and_data(small_config("none"), None).data
+    batches = {size: len(list(data.validation_batches(BATCH_SIZE // size, BLOCK_SIZE, None))) for size in (2, 3, 4)}
     assert all(count % size for size, count in batches.items()), batches  # at the end a rank or more has none
 
 
 def test_one_rank_is_one_process_to_the_bit(place: Path) -> None:
-    given = config_of("dropping", dropout=0.2)
-    (alone,) = world(0, trainings, [given])
-    (one,) = world(1, trainings, [replace(given, name="dropping-1", parallel="ddp")])
+    given = small_config("dropping", dropout=0.2)
+    (alone,) = run_on_ranks(0, run_trainings, [given])
+    (one,) = run_on_ranks(1, run_trainings, [replace(given, name="dropping-1", parallel="ddp")])
     name = "model/model.safetensors"
     assert (one[0].folder / name).read_bytes() == (alone[0].folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_the_parts_of_every_batch_are_the_batch(parts: int, place: Path) -> None:
-    text, rows = config_of("none"), config_of("none", **ANSWERS)
-    plain, packed = (start(each, None).data.loader(ROWS, each.block_size, 7) for each in (text, rows))
+    text, rows = small_config("none"), small_config("none", **INSTRUCT_VALUES)
+    plain, packed = (
+        load_model_and_data(each, None).data.loader(BATCH_SIZE, each.block_size, 7) for each in (text, rows)
+    )
     tokens = np.arange(3_000, dtype=np.uint16) % 250
-    apart = Loader(_Tokens(tokens), ROWS, LENGTH, 7, begin=100)  # documents in a row that do not see each other
-    loader: Batches
+    apart = TokenLoader(
+        _Tokens(tokens), BATCH_SIZE, BLOCK_SIZE, 7, document_start_token=100
+    )  # documents in a row that do not see each other
+    loader: BatchLoader
     for loader in (plain, packed, apart):
-        steps = 2 * loader.windows_per_epoch // ROWS + 2  # over two borders of epochs
-        shared = [list(prefetched(loader, 1, steps, torch.device("cpu"), part=i, parts=parts)) for i in range(parts)]
+        steps = 2 * loader.windows_per_epoch // BATCH_SIZE + 2  # over two borders of epochs
+        shared = [
+            list(prefetch_batches(loader, 1, steps, torch.device("cpu"), part=i, parts=parts)) for i in range(parts)
+        ]
         assert {len(each) for each in shared} == {steps - 1}
         for step, some in enumerate(zip(*shared, strict=True), 1):
             for field, whole in zip(zip(*some, strict=True), loader.batch(step), strict=True):
@@ -193,42 +208,42 @@ class _Tokens:
 def random_batches(count: int, *, without: slice = slice(0)) -> list[Batch]:
     """Batches of random tokens; the rows `without` have no targets, and each of the others some."""
     own = torch.Generator().manual_seed(5)
-    tokens = torch.randint(257, (count, 2, ROWS, LENGTH), generator=own)
-    lengths = torch.randint(1, LENGTH, (ROWS, 1), generator=own)
-    tokens[:, 1] = tokens[:, 1].where(torch.arange(LENGTH) < lengths, IGNORE)
-    tokens[:, 1, without] = IGNORE
+    tokens = torch.randint(257, (count, 2, BATCH_SIZE, BLOCK_SIZE), generator=own)
+    lengths = torch.randint(1, BLOCK_SIZE, (BATCH_SIZE, 1), generator=own)
+    tokens[:, 1] = tokens[:, 1].where(torch.arange(BLOCK_SIZE) < lengths, IGNORE_INDEX)
+    tokens[:, 1, without] = IGNORE_INDEX
     return [Batch(each[0], each[1]) for each in tokens]
 
 
-def assert_same_updates(alone: Told, shared: list[Told]) -> None:
+def assert_same_updates(alone: UpdateRecord, shared: list[UpdateRecord]) -> None:
     for told in shared:
         np.testing.assert_allclose(told.updates, alone.updates, rtol=3e-6)
-        assert furthest(told.weights, alone.weights) < 1e-5
+        assert max_difference(told.weights, alone.weights) < 1e-5
         assert told.tied
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
 def test_a_rank_without_a_single_target_takes_no_part_in_the_mean(size: int, parallel: str, place: Path) -> None:
-    given = config_of("none", micro_batch_size=3)
-    batches = random_batches(3, without=slice(ROWS - ROWS // size, ROWS))  # the last rank's share
-    (alone,) = world(0, updates, given, batches)
-    shared = world(size, updates, replace(given, parallel=parallel), batches)
+    given = small_config("none", micro_batch_size=3)
+    batches = random_batches(3, without=slice(BATCH_SIZE - BATCH_SIZE // size, BATCH_SIZE))  # the last rank's share
+    (alone,) = run_on_ranks(0, run_updates, given, batches)
+    shared = run_on_ranks(size, run_updates, replace(given, parallel=parallel), batches)
     assert set(shared[-1].part_losses[0]) == {0.0}
     assert_same_updates(alone, shared)
     summed = np.sum([np.sum(told.part_losses, axis=1) for told in shared], axis=0)
     np.testing.assert_allclose(summed, [loss for loss, _ in alone.updates], rtol=3e-6)
 
 
-def elements(told: Told, name: str) -> list[int]:
+def elements(told: UpdateRecord, name: str) -> list[int]:
     """What the third update gave to a collective operation, but for single numbers; DDP has settled by then."""
-    return [count for operation, count in told.sent[2] if operation == name and count > 1]
+    return [count for operation, count in told.collectives[2] if operation == name and count > 1]
 
 
 @pytest.mark.parametrize("micro", [1, 6])
 def test_gradients_travel_once_a_step(micro: int, place: Path) -> None:
     batches, parts = random_batches(3), 6 // micro
     ddp, fsdp = (
-        world(2, updates, config_of("none", micro_batch_size=micro, parallel=parallel), batches)
+        run_on_ranks(2, run_updates, small_config("none", micro_batch_size=micro, parallel=parallel), batches)
         for parallel in ("ddp", "fsdp")
     )
     for told in ddp:
@@ -243,11 +258,11 @@ def test_gradients_travel_once_a_step(micro: int, place: Path) -> None:
 
 
 def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(place: Path) -> None:
-    given, batches = config_of("none", parallel="fsdp", micro_batch_size=1), random_batches(3)
-    (alone,) = world(0, updates, replace(given, parallel="auto"), batches)
+    given, batches = small_config("none", parallel="fsdp", micro_batch_size=1), random_batches(3)
+    (alone,) = run_on_ranks(0, run_updates, replace(given, parallel="auto"), batches)
     assert (alone.cut, alone.kept) == ((0, WEIGHTS), 2 * WEIGHTS + 28)  # two moments, and a count for each parameter
     for size, local_size, parts in ((2, 0, 2), (3, 0, 3), (4, 0, 4), (4, 2, 2)):
-        shared = world(size, updates, given, batches, local_size)
+        shared = run_on_ranks(size, run_updates, given, batches, local_size)
         assert_same_updates(alone, shared)
         hosts = size // parts
         assert {told.cut[0] for told in shared} == {28}  # the head's matrix is the embedding's, and no parameter more
@@ -261,20 +276,20 @@ def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(plac
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_all_begin_with_the_weights_of_rank_0(parallel: str, place: Path) -> None:
-    one, other, third = world(3, first_weights, config_of("none"), parallel)
-    assert furthest(one, other) == furthest(one, third) == 0.0
+    one, other, third = run_on_ranks(3, initial_weights, small_config("none"), parallel)
+    assert max_difference(one, other) == max_difference(one, third) == 0.0
     torch.manual_seed(0)
-    meant = GPT(config_of("none").model_config(257)).transformer.wte.weight.detach().numpy()
+    meant = GPT(small_config("none").model_config(257)).transformer.wte.weight.detach().numpy()
     assert np.array_equal(one["transformer.wte.weight"], meant)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_draw_dropout_each_its_own(parallel: str, place: Path) -> None:
     (batch,) = random_batches(1)
-    same = Batch(batch.tokens[:1].expand(ROWS, -1), batch.targets[:1].expand(ROWS, -1))
+    same = Batch(batch.tokens[:1].expand(BATCH_SIZE, -1), batch.targets[:1].expand(BATCH_SIZE, -1))
     for dropout in (0.0, 0.5):
-        given = config_of("none", dropout=dropout, parallel=parallel)
-        one, other = world(2, updates, given, [same, same])
+        given = small_config("none", dropout=dropout, parallel=parallel)
+        one, other = run_on_ranks(2, run_updates, given, [same, same])
         assert (one.part_losses == other.part_losses) == (dropout == 0.0)
         assert one.updates == other.updates
 
@@ -284,7 +299,7 @@ def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
     flags = ["--data", "doubles.jsonl", "--epochs", "2", "--batch-size", "4", "--lora-rank", "2", "--lr", "0.003"]
     flags += ["--dropout", "0", "--lora-dropout", "0"]  # which each rank would draw for itself
     flags += ["--device", "cpu", "--dtype", "float32", "--eval-every", "3", "--sample-tokens", "8"]
-    world(0, typed, ["base/model", "--name", "typed-alone", *flags])
+    run_on_ranks(0, run_finetune, ["base/model", "--name", "typed-alone", *flags])
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gpt2", "finetune"]
     command = [sys.executable, "-m", *torchrun, "base/model", "--name", "typed-shared", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -297,25 +312,25 @@ def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
     alone, shared = Path("runs/typed-alone"), Path("runs/typed-shared")
     one, other = (read_metrics(folder / "metrics.jsonl") for folder in (alone, shared))
     assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=3e-6)
-    assert furthest(weights(alone), weights(shared)) < 1e-5
+    assert max_difference(weights(alone), weights(shared)) < 1e-5
     names = [sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (alone, shared)]
     assert names[0] == names[1]
 
 
-OF_TWO = Ranks(1, 2, 1, 2, patient=cast(Any, object()))
+OF_TWO = ProcessGroup(1, 2, 1, 2, control_group=cast(Any, object()))
 
 
 def test_how_the_ranks_share_a_model() -> None:
-    given = config_of("none")
+    given = small_config("none")
     sharded, muon = replace(given, parallel="fsdp"), replace(given, optimizer="muon")
     adapters = replace(given, init_from="x", lora_rank=2)
-    assert pick_kind(given, ALONE, fits=True) == "none"
+    assert pick_parallel_kind(given, SINGLE_PROCESS, fits=True) == "none"
     for fits, kind in ((True, "ddp"), (False, "fsdp")):
-        assert pick_kind(given, OF_TWO, fits=fits) == kind
-        assert pick_kind(replace(given, parallel="ddp"), OF_TWO, fits=fits) == "ddp"
-        assert pick_kind(sharded, OF_TWO, fits=fits) == "fsdp"
-        assert pick_kind(muon, OF_TWO, fits=fits) == pick_kind(adapters, OF_TWO, fits=fits) == "ddp"
-    assert pick_kind(given, replace(OF_TWO, rank=0, size=1), fits=False) == "ddp"
+        assert pick_parallel_kind(given, OF_TWO, fits=fits) == kind
+        assert pick_parallel_kind(replace(given, parallel="ddp"), OF_TWO, fits=fits) == "ddp"
+        assert pick_parallel_kind(sharded, OF_TWO, fits=fits) == "fsdp"
+        assert pick_parallel_kind(muon, OF_TWO, fits=fits) == pick_parallel_kind(adapters, OF_TWO, fits=fits) == "ddp"
+    assert pick_parallel_kind(given, replace(OF_TWO, rank=0, size=1), fits=False) == "ddp"
 
 
 @pytest.mark.parametrize(
@@ -327,12 +342,12 @@ def test_how_the_ranks_share_a_model() -> None:
 )
 def test_what_fsdp_cannot_divide_is_told(given: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError) as raised:
-        config_of("none", parallel="fsdp", **given).check()
+        small_config("none", parallel="fsdp", **given).check()
     assert str(raised.value) == f"{told}, and --parallel fsdp divides them: --parallel ddp"
-    config_of("none", parallel="ddp", **given).check()
+    small_config("none", parallel="ddp", **given).check()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_process_has_nobody_to_share_with(parallel: str) -> None:
     with pytest.raises(UserError, match=f"--parallel {parallel} is for several processes: torchrun"):
-        pick_kind(config_of("none", parallel=parallel), ALONE, fits=True)
+        pick_parallel_kind(small_config("none", parallel=parallel), SINGLE_PROCESS, fits=True)

@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 
 from gpt2.commands.export import main as export
 from gpt2.config import TrainConfig
-from gpt2.reporting.metrics import read_metrics, without_times
-from gpt2.train.checkpoint import newest_checkpoint
-from tests.helpers.learner import contents
-from tests.helpers.ranks_cases import WAYS, assert_same_mathematics, config_of, furthest, work_place
-from tests.helpers.ranks_work import resumptions, rewritten, trainings, writings
-from tests.helpers.ranks_world import world
+from gpt2.reporting.metrics import read_metrics, without_timings
+from gpt2.train.checkpoint import latest_checkpoint
+from tests.helpers.learner import file_contents
+from tests.helpers.ranks_cases import VARIANTS, assert_equal_training, max_difference, small_config, workspace
+from tests.helpers.ranks_work import record_writes, resume_trainings, rewrite_checkpoint, run_trainings
+from tests.helpers.ranks_world import run_on_ranks
 
 LEG = 3  # steps between checkpoints
 KEPT: dict[str, Any] = {"schedule": "constant", "eval_every": LEG, "save_every": LEG, "keep_checkpoints": 9}
@@ -63,7 +63,7 @@ def name_of(way: str, journey: tuple[Leg, ...]) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Path]:
-    with work_place(tmp_path_factory.mktemp("moving"), compiled) as folder:
+    with workspace(tmp_path_factory.mktemp("moving"), compiled) as folder:
         yield folder
 
 
@@ -76,26 +76,26 @@ def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def runs(place: Path) -> Path:
     """Where the runs of all journeys lie, each by its name, beside `undisturbed-WAY`, done by one process in one go."""
-    world(0, trainings, [config_for(way, f"undisturbed-{way}", 3 * LEG) for way in JOURNEYS])
+    run_on_ranks(0, run_trainings, [config_for(way, f"undisturbed-{way}", 3 * LEG) for way in JOURNEYS])
     for number in range(3):
         for where in sorted({(journey[number].size, journey[number].local_size) for _, journey in ALL}):
             there = [(way, j) for way, j in ALL if (j[number].size, j[number].local_size) == where]
             size, local_size = where
             if number == 0:
                 begun = [config_for(way, name_of(way, j), LEG, parallel=j[0].parallel) for way, j in there]
-                world(size, trainings, begun, local_size)
+                run_on_ranks(size, run_trainings, begun, local_size)
             else:
                 steps = (number + 1) * LEG
                 later = {
                     Path("runs", name_of(way, j)): {"max_steps": steps, "parallel": j[number].parallel}
                     for way, j in there
                 }
-                world(size, resumptions, later, local_size)
+                run_on_ranks(size, resume_trainings, later, local_size)
     return place / "runs"
 
 
 def config_for(way: str, name: str, steps: int, **given: Any) -> TrainConfig:
-    return config_of(name, **{**WAYS[way], **KEPT, "max_steps": steps, "sample_tokens": 0, **given})
+    return small_config(name, **{**VARIANTS[way], **KEPT, "max_steps": steps, "sample_tokens": 0, **given})
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def config_for(way: str, name: str, steps: int, **given: Any) -> TrainConfig:
 )
 def test_a_run_that_moves_is_one_that_stayed(way: str, journey: tuple[Leg, ...], runs: Path) -> None:
     stayed, moved = runs / f"undisturbed-{way}", runs / name_of(way, journey)
-    assert_same_mathematics(stayed, moved, way)
+    assert_equal_training(stayed, moved, way)
     for step in (LEG, 2 * LEG, 3 * LEG):
         file = f"checkpoints/step-{step}/optimizer.safetensors"
         one, other = load_file(stayed / file), load_file(moved / file)
@@ -111,7 +111,7 @@ def test_a_run_that_moves_is_one_that_stayed(way: str, journey: tuple[Leg, ...],
         for name, value in one.items():
             assert (value.shape, value.dtype) == (other[name].shape, other[name].dtype)
         if way != "muon":
-            assert furthest(one, other) < 1e-5
+            assert max_difference(one, other) < 1e-5
     names = [sorted(path.relative_to(each) for path in each.rglob("*")) for each in (stayed, moved)]
     assert names[0] == names[1]
 
@@ -123,9 +123,9 @@ SHARED = [Leg(1, "ddp"), Leg(2, "ddp"), Leg(2, "fsdp"), Leg(3, "fsdp"), Leg(4, "
 @pytest.mark.parametrize("leg", SHARED, ids=str)
 def test_the_same_state_is_the_same_bytes_whoever_writes_it(way: str, leg: Leg, runs: Path) -> None:
     stayed, out = runs / f"undisturbed-{way}", runs / f"rewritten-{way}-{leg}"
-    world(leg.size, rewritten, stayed, out, leg.parallel, leg.local_size)
+    run_on_ranks(leg.size, rewrite_checkpoint, stayed, out, leg.parallel, leg.local_size)
     for part in ("model", f"checkpoints/step-{3 * LEG}"):
-        assert contents(out / part) == contents(stayed / part)
+        assert file_contents(out / part) == file_contents(stayed / part)
 
 
 @pytest.mark.parametrize("journey", [journey for journey in JOURNEYS["plain"] if journey[2].size > 1], ids=str)
@@ -133,29 +133,29 @@ def test_what_ranks_leave_is_what_one_process_makes_of_the_same_state(journey: t
     """The run's model, its last checkpoint, and what is exported of it."""
     left = runs / name_of("plain", journey)
     out = runs / f"alone-{left.name}"
-    world(0, rewritten, left, out, "auto")
+    run_on_ranks(0, rewrite_checkpoint, left, out, "auto")
     for part in ("model", f"checkpoints/step-{3 * LEG}"):
-        assert contents(out / part) == contents(left / part)
+        assert file_contents(out / part) == file_contents(left / part)
     for source in (left, out / "model"):
         export([str(source), str(out / f"exported-{source.name}")])
-    exported = contents(out / f"exported-{left.name}")
-    assert exported == contents(out / "exported-model")
+    exported = file_contents(out / f"exported-{left.name}")
+    assert exported == file_contents(out / "exported-model")
     assert exported["model.safetensors"] == (left / "model" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("leg", [Leg(2, "ddp"), Leg(3, "fsdp"), Leg(4, "fsdp", local_size=2)], ids=str)
 def test_the_same_ranks_go_on_to_the_bit_with_dropout_too(leg: Leg, place: Path) -> None:
     given = config_for("plain", f"whole-{leg}", 2 * LEG, parallel=leg.parallel, dropout=0.2, sample_tokens=5)
-    world(leg.size, trainings, [given], leg.local_size)
+    run_on_ranks(leg.size, run_trainings, [given], leg.local_size)
     whole, parts = Path("runs") / f"whole-{leg}", Path("runs") / f"parts-{leg}"
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / f"step-{2 * LEG}")  # as if killed before it was saved
-    world(leg.size, resumptions, {parts: {}}, leg.local_size)
-    assert newest_checkpoint(parts / "checkpoints") == parts / "checkpoints" / f"step-{2 * LEG}"
-    one, other = (without_times(read_metrics(folder / "metrics.jsonl")) for folder in (whole, parts))
+    run_on_ranks(leg.size, resume_trainings, {parts: {}}, leg.local_size)
+    assert latest_checkpoint(parts / "checkpoints") == parts / "checkpoints" / f"step-{2 * LEG}"
+    one, other = (without_timings(read_metrics(folder / "metrics.jsonl")) for folder in (whole, parts))
     assert one == other
     names = {"metrics.jsonl", "config.toml"}  # with times, and with the name of the run
-    left, again = ({n: b for n, b in contents(folder).items() if n not in names} for folder in (whole, parts))
+    left, again = ({n: b for n, b in file_contents(folder).items() if n not in names} for folder in (whole, parts))
     assert left == again
 
 
@@ -164,7 +164,7 @@ def test_rank_0_alone_writes(parallel: str, place: Path, monkeypatch: pytest.Mon
     """Neither in the run folder nor, on its host, what is kept of the text's tokens, does another one touch a file."""
     monkeypatch.setenv("GPT2_HOME", str(place / f"home-{parallel}"))
     given = config_for("plain", "written", LEG, parallel=parallel, out_dir=str(place / f"written-{parallel}"))
-    written = world(3, writings, given, [given.out_dir, str(place / f"home-{parallel}")])
+    written = run_on_ranks(3, record_writes, given, [given.out_dir, str(place / f"home-{parallel}")])
     assert written[1:] == [[], []]
     for what in ("written/metrics.jsonl", f"step-{LEG}", "config.toml", "shards", "model"):
         assert any(what in line for line in written[0]), what

@@ -10,10 +10,18 @@ import torch.distributed as dist
 
 from gpt2.data.loader import Batch
 from gpt2.distributed import process_group as ranks_module
-from gpt2.distributed.process_group import ALONE, Ranks, _lost, _one_line, _place, joined, restarts
-from gpt2.errors import LostRanks, ToldElsewhere, UserError
-from gpt2.loss import IGNORE
-from tests.helpers.ranks_world import RankFailed, world
+from gpt2.distributed.process_group import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    _first_sentence,
+    _from_environment,
+    _lost_ranks_message,
+    max_restarts,
+    process_group,
+)
+from gpt2.errors import RankFailure, ReportedByOtherRank, UserError
+from gpt2.loss import IGNORE_INDEX
+from tests.helpers.ranks_world import RankFailed, run_on_ranks
 
 TORCHRUN = {
     "RANK": "0",
@@ -28,15 +36,15 @@ TORCHRUN = {
 @pytest.mark.parametrize(
     ("given", "ranks"),
     [
-        ({}, Ranks(0, 4, 0, 2)),
-        ({"RANK": "3", "LOCAL_RANK": "1"}, Ranks(3, 4, 1, 2)),
-        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, Ranks(0, 1, 0, 1)),
-        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3", "RANK": "3"}, Ranks(3, 4, 3, 4)),
-        ({"OTHER": "7"}, Ranks(0, 4, 0, 2)),
+        ({}, ProcessGroup(0, 4, 0, 2)),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, ProcessGroup(3, 4, 1, 2)),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, ProcessGroup(0, 1, 0, 1)),
+        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3", "RANK": "3"}, ProcessGroup(3, 4, 3, 4)),
+        ({"OTHER": "7"}, ProcessGroup(0, 4, 0, 2)),
     ],
 )
-def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: Ranks) -> None:
-    assert _place(TORCHRUN | given) == ranks
+def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: ProcessGroup) -> None:
+    assert _from_environment(TORCHRUN | given) == ranks
 
 
 @pytest.mark.parametrize(
@@ -44,25 +52,25 @@ def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: Ran
     [{}, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"RANK": "", "WORLD_SIZE": ""}, {"OMP_NUM_THREADS": "1"}],
 )
 def test_without_torchrun_it_is_alone(environment: dict[str, str]) -> None:
-    assert _place(environment) is None
+    assert _from_environment(environment) is None
 
 
 @pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "RANK"])
 def test_half_an_environment_is_told_by_rank_0_alone(missing: str) -> None:
     left = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(UserError) as raised:
-        _place(left)
+        _from_environment(left)
     assert (
         str(raised.value)
         == f"RANK is set and {missing} is not: start with torchrun, which sets all it takes, or unset it"
     )
-    with pytest.raises(ToldElsewhere):
-        _place(left | {"RANK": "1"})
+    with pytest.raises(ReportedByOtherRank):
+        _from_environment(left | {"RANK": "1"})
 
 
 def test_a_rank_that_does_not_know_its_number_tells_of_it() -> None:
     with pytest.raises(UserError, match="WORLD_SIZE is set and RANK is not: start with torchrun"):
-        _place({"WORLD_SIZE": "2"})
+        _from_environment({"WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(
@@ -78,39 +86,44 @@ def test_a_rank_that_does_not_know_its_number_tells_of_it() -> None:
 )
 def test_numbers_that_cannot_be_are_told(given: dict[str, str], told: str) -> None:
     with pytest.raises(UserError) as raised:
-        _place(TORCHRUN | given)
+        _from_environment(TORCHRUN | given)
     assert str(raised.value).startswith(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE {told}")
 
 
 def test_joining_without_torchrun_is_being_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    with joined() as ranks:
-        assert ranks is ALONE
+    with process_group() as ranks:
+        assert ranks is SINGLE_PROCESS
     assert not dist.is_initialized()
 
 
 def test_torchs_restarts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
-    assert restarts() == 0
+    assert max_restarts() == 0
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert restarts() == 3
+    assert max_restarts() == 3
 
 
 def test_one_alone_agrees_with_itself() -> None:
-    assert (ALONE.main, ALONE.alone, ALONE.rank, ALONE.size) == (True, True, 0, 1)
-    assert ALONE.with_timeout(5.0) is ALONE
-    assert ALONE.first(lambda: 3) == ALONE.in_turn(lambda: 3) == 3
-    assert ALONE.gathered("x") == ["x"]
-    assert ALONE.sum(1.5, 2.0) == [1.5, 2.0]
-    assert (ALONE.any(True), ALONE.any(False)) == (True, False)
+    assert (
+        SINGLE_PROCESS.is_main_process,
+        SINGLE_PROCESS.is_single_process,
+        SINGLE_PROCESS.rank,
+        SINGLE_PROCESS.world_size,
+    ) == (True, True, 0, 1)
+    assert SINGLE_PROCESS.with_timeout(5.0) is SINGLE_PROCESS
+    assert SINGLE_PROCESS.broadcast_from_main(lambda: 3) == SINGLE_PROCESS.main_process_first(lambda: 3) == 3
+    assert SINGLE_PROCESS.all_gather_object("x") == ["x"]
+    assert SINGLE_PROCESS.all_reduce_scalars(1.5, 2.0) == [1.5, 2.0]
+    assert (SINGLE_PROCESS.any_rank(True), SINGLE_PROCESS.any_rank(False)) == (True, False)
     tensor = torch.ones(2)
-    assert ALONE.add_up(tensor) is tensor
-    ALONE.same({"data": "x"}, "mend")
-    ALONE.wait()
+    assert SINGLE_PROCESS.all_reduce_sum(tensor) is tensor
+    SINGLE_PROCESS.assert_same_on_all_ranks({"data": "x"}, "mend")
+    SINGLE_PROCESS.barrier()
     for device in ("cpu", "mps", "cuda:1"):
-        ALONE.take(torch.device(device))
-    with pytest.raises(UserError, match="no such thing"), ALONE.together():
+        SINGLE_PROCESS.set_device(torch.device(device))
+    with pytest.raises(UserError, match="no such thing"), SINGLE_PROCESS.raise_on_all_ranks():
         raise UserError("no such thing")
 
 
@@ -121,7 +134,7 @@ def batches(count: int) -> list[Batch]:
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 7])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_batches_are_dealt_like_cards(count: int, size: int) -> None:
-    hands = [list(Ranks(rank, size).dealt(batches(count))) for rank in range(size)]
+    hands = [list(ProcessGroup(rank, size).shard(batches(count))) for rank in range(size)]
     assert {len(hand) for hand in hands} == {-(-count // size)}  # each as many, or some would wait for the others
     in_order = [batch for turn in zip(*hands, strict=True) for batch in turn]
     assert [int(batch.tokens[0, 0]) for batch in in_order[:count]] == list(range(count))
@@ -129,7 +142,7 @@ def test_batches_are_dealt_like_cards(count: int, size: int) -> None:
     for blank in in_order[count:]:
         assert blank.num_targets == 0
         assert blank.tokens.shape == blank.targets.shape == (2, 3)
-        assert bool((blank.targets == IGNORE).all())
+        assert bool((blank.targets == IGNORE_INDEX).all())
 
 
 def test_dealing_reads_no_further_than_the_turn_under_way() -> None:
@@ -140,18 +153,18 @@ def test_dealing_reads_no_further_than_the_turn_under_way() -> None:
             read.append(number)
             yield batch
 
-    hand = Ranks(1, 2).dealt(source())
+    hand = ProcessGroup(1, 2).shard(source())
     assert int(next(hand).tokens[0, 0]) == 1
     assert read == [0, 1]
 
 
-SOMEONE = Ranks(1, 4, 1, 2, patient=cast(Any, object()), timeout=timedelta(seconds=5))
+SOMEONE = ProcessGroup(1, 4, 1, 2, control_group=cast(Any, object()), timeout=timedelta(seconds=5))
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:1", "cpu:0"])
 def test_one_device_is_not_enough_for_many_ranks(device: str) -> None:
     with pytest.raises(UserError, match=f"--device {device} is one device: under torchrun take cuda or cpu"):
-        SOMEONE.take(torch.device(device))
+        SOMEONE.set_device(torch.device(device))
 
 
 def test_gpus_need_nccl_and_one_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,53 +173,53 @@ def test_gpus_need_nccl_and_one_for_each_rank(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="this torch has no NCCL, without which GPUs cannot talk: --device cpu"):
-        SOMEONE.take(torch.device("cuda"))
+        SOMEONE.set_device(torch.device("cuda"))
     monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: True)
     with pytest.raises(UserError, match=r"there are 1 GPUs on .*: --nproc-per-node=1"):
-        SOMEONE.take(torch.device("cuda"))
-    replace(SOMEONE, rank=2, local_rank=0).take(torch.device("cuda"))
+        SOMEONE.set_device(torch.device("cuda"))
+    replace(SOMEONE, rank=2, local_rank=0).set_device(torch.device("cuda"))
     assert taken == [0]
-    SOMEONE.take(torch.device("cpu"))
+    SOMEONE.set_device(torch.device("cpu"))
 
 
 def test_what_torch_says_becomes_a_line() -> None:
     long = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by\n peer [10.0.0.1]:12. ")
-    assert _one_line(long) == "Connection closed by peer [10.0.0.1]:12"
-    assert len(_one_line(RuntimeError("word " * 100))) <= 160
-    told = _lost(SOMEONE, long)
+    assert _first_sentence(long) == "Connection closed by peer [10.0.0.1]:12"
+    assert len(_first_sentence(RuntimeError("word " * 100))) <= 160
+    told = _lost_ranks_message(SOMEONE, long)
     assert told.startswith("rank 1 on ")
     assert "lost the others, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in told
     assert told.endswith("with --resume auto the run goes on from its last checkpoint")
-    assert LostRanks(told).exit_code == 75
+    assert RankFailure(told).exit_code == 75
 
 
-def talk(ranks: Ranks) -> dict[str, Any]:
+def talk(ranks: ProcessGroup) -> dict[str, Any]:
     """On each rank: what they say to each other."""
     made: list[int] = []
     found: dict[str, Any] = {
-        "who": (ranks.rank, ranks.main, ranks.alone),
-        "gathered": ranks.gathered({"rank": ranks.rank}),
-        "first": ranks.first(lambda: made.append(1) or f"made by {ranks.rank}"),
+        "who": (ranks.rank, ranks.is_main_process, ranks.is_single_process),
+        "gathered": ranks.all_gather_object({"rank": ranks.rank}),
+        "first": ranks.broadcast_from_main(lambda: made.append(1) or f"made by {ranks.rank}"),
         "made": len(made),
     }
-    ranks.same({"data": "x", "seed": 1}, "mend")
+    ranks.assert_same_on_all_ranks({"data": "x", "seed": 1}, "mend")
     ranks = ranks.with_timeout(60.0)
-    found["sum"] = ranks.sum(0.1 * ranks.rank, 1.0)
-    found["any"] = [ranks.any(False), ranks.any(ranks.rank == 1), ranks.any(True)]
-    found["tensor"] = ranks.add_up(torch.tensor([1.0, float(ranks.rank)])).tolist()
+    found["sum"] = ranks.all_reduce_scalars(0.1 * ranks.rank, 1.0)
+    found["any"] = [ranks.any_rank(False), ranks.any_rank(ranks.rank == 1), ranks.any_rank(True)]
+    found["tensor"] = ranks.all_reduce_sum(torch.tensor([1.0, float(ranks.rank)])).tolist()
     found["errors"] = [
         raised_in(ranks, ranks.rank == 1),
         raised_in(ranks, ranks.rank != 1),
         raised_in(ranks, True),
         differing(ranks, {"seed": 1, "data": f"text {ranks.rank == 2}"}),
-        differing(ranks, {"seed": 1} if ranks.main else {"seed": 1, "more": "x" * 90}),
+        differing(ranks, {"seed": 1} if ranks.is_main_process else {"seed": 1, "more": "x" * 90}),
     ]
     return found
 
 
-def raised_in(ranks: Ranks, fails: bool) -> str:
+def raised_in(ranks: ProcessGroup, fails: bool) -> str:
     try:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if fails:
                 raise UserError(f"it fails on {ranks.rank}")
     except UserError as error:
@@ -214,9 +227,9 @@ def raised_in(ranks: Ranks, fails: bool) -> str:
     return "fine"
 
 
-def differing(ranks: Ranks, facts: dict[str, Any]) -> str:
+def differing(ranks: ProcessGroup, facts: dict[str, Any]) -> str:
     try:
-        ranks.same(facts, "start every rank with the same command")
+        ranks.assert_same_on_all_ranks(facts, "start every rank with the same command")
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "fine"
@@ -224,7 +237,7 @@ def differing(ranks: Ranks, facts: dict[str, Any]) -> str:
 
 def test_three_that_talk() -> None:
     """These three are processes, and gloo is between them."""
-    told = world(3, talk)
+    told = run_on_ranks(3, talk)
     for rank, each in enumerate(told):
         assert each["who"] == (rank, rank == 0, False)
         assert each["gathered"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
@@ -246,13 +259,13 @@ def test_three_that_talk() -> None:
     assert f"has more {'x' * 37}..., rank 0 on" in errors[0][4]
 
 
-def fail(ranks: Ranks) -> None:
+def fail(ranks: ProcessGroup) -> None:
     """On each rank: one of them has a bug."""
     if ranks.rank == 1:
         raise ZeroDivisionError("one of us")
-    ranks.wait()
+    ranks.barrier()
 
 
 def test_the_tests_own_worlds_end_when_a_rank_fails() -> None:
     with pytest.raises(RankFailed, match=r"ZeroDivisionError: one of us|lost the others"):
-        world(3, fail)
+        run_on_ranks(3, fail)

@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 import gpt2
 from gpt2.config import read_toml
-from gpt2.distributed.process_group import Ranks
+from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
 from gpt2.model import GPTConfig
 from gpt2.reporting.metrics import read_metrics
 from gpt2.tokenizer import get_tokenizer
 from gpt2.train.run_folder import RunFolder
-from tests.helpers.faults_host import WITHOUT, Ended, Nursery
+from tests.helpers.faults_host import NO_RANK_ENVIRONMENT, ExitResults, RankForkServer
 from tests.helpers.reference import random_model
-from tests.helpers.runs import NUMBERS
+from tests.helpers.runs import NUMBERS_TEXT
 
 pytest_plugins = "tests.helpers.faults_fixtures"
 
@@ -30,13 +30,13 @@ RUN = (
     "--device cpu --dtype float32 --optimizer adamw --no-compile --eval-every 0 --save-every 3 --sample-tokens 0"
 )
 TRAIN = f"{RUN} --n-layer 1 --n-head 2 --n-embd 16 --block-size 16".split()
-ALONE = {"environment": WITHOUT}
+ALONE = {"environment": NO_RANK_ENVIRONMENT}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Where the ranks work, with something to learn from."""
-    (tmp_path / "numbers.txt").write_text(NUMBERS)
+    (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
     return tmp_path
 
 
@@ -45,12 +45,12 @@ def environment(**given: Any) -> dict[int, Any]:
     return {rank: {"environment": given} for rank in (0, 1)}
 
 
-def assert_refused(ended: Ended, line: str, folder: Path, *, by: int = 0) -> None:
+def assert_refused(ended: ExitResults, line: str, folder: Path, *, by: int = 0) -> None:
     """One line in all, which matches `line`, from one rank; and no run folder, whole or half."""
     assert ended.codes == [2] * len(ended.codes), ended.err
-    assert len(ended.lines) == 1, ended.err
-    assert re.fullmatch(line, ended.lines[0])
-    assert ended.err[by] == f"gpt2: {ended.lines[0]}\n"
+    assert len(ended.messages) == 1, ended.err
+    assert re.fullmatch(line, ended.messages[0])
+    assert ended.err[by] == f"gpt2: {ended.messages[0]}\n"
     assert "".join(ended.out) == ""
     assert not (folder / "runs").exists() or not list((folder / "runs").iterdir())
 
@@ -69,11 +69,11 @@ def assert_refused(ended: Ended, line: str, folder: Path, *, by: int = 0) -> Non
         ("--resume runs/none", "--resume runs/none: there is no run in that folder"),
     ],
 )
-def test_a_mistake_that_all_make_is_told_once(nursery: Nursery, folder: Path, flags: str, line: str) -> None:
+def test_a_mistake_that_all_make_is_told_once(nursery: RankForkServer, folder: Path, flags: str, line: str) -> None:
     assert_refused(nursery.run([*TRAIN, *flags.split()], folder), line, folder)
 
 
-def test_adapters_are_not_cut_up(nursery: Nursery, folder: Path) -> None:
+def test_adapters_are_not_cut_up(nursery: RankForkServer, folder: Path) -> None:
     config = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16)
     gpt2.save(random_model(config), get_tokenizer("bytes"), folder / "model")
     flags = "--block-size 16 --init-from model --lora-rank 2 --parallel fsdp"
@@ -81,12 +81,12 @@ def test_adapters_are_not_cut_up(nursery: Nursery, folder: Path) -> None:
     assert_refused(nursery.run(f"{RUN} {flags}".split(), folder), line, folder)
 
 
-def test_who_would_be_started_anew_must_go_on(nursery: Nursery, folder: Path) -> None:
+def test_who_would_be_started_anew_must_go_on(nursery: RankForkServer, folder: Path) -> None:
     ended = nursery.run(TRAIN, folder, odd=environment(TORCHELASTIC_MAX_RESTARTS=3))
     assert_refused(ended, "torchrun --max-restarts starts the run again: give --resume auto, .*", folder)
 
 
-def test_what_needs_several_processes_says_how_to_start_them(nursery: Nursery, folder: Path) -> None:
+def test_what_needs_several_processes_says_how_to_start_them(nursery: RankForkServer, folder: Path) -> None:
     ended = nursery.run([*TRAIN, "--parallel", "fsdp"], folder, size=1, odd={0: ALONE})
     assert_refused(ended, "--parallel fsdp is for several processes: torchrun --nproc-per-node=N .*", folder)
 
@@ -103,13 +103,13 @@ HERE = re.escape(socket.gethostname())
 ODD = "rank 1 on elsewhere has"
 
 
-def test_a_rank_with_another_flag_is_refused_by_name(nursery: Nursery, folder: Path) -> None:
+def test_a_rank_with_another_flag_is_refused_by_name(nursery: RankForkServer, folder: Path) -> None:
     odd = {1: {"argv": [*TRAIN, "--lr", "1e-4"], "change": "other_host"}}
     line = rf"{ODD} --lr 0\.0001, rank 0 on {HERE} 0\.003: start every rank with the same command"
     assert_refused(nursery.run(TRAIN, folder, odd=odd), line, folder)
 
 
-def test_a_rank_with_another_toml_is_refused_by_name(nursery: Nursery, folder: Path, elsewhere: Path) -> None:
+def test_a_rank_with_another_toml_is_refused_by_name(nursery: RankForkServer, folder: Path, elsewhere: Path) -> None:
     (folder / "my.toml").write_text("weight_decay = 0.1\n")
     (elsewhere / "my.toml").write_text("weight_decay = 0.2\n")
     ended = nursery.run(["train", "my.toml", *TRAIN[1:]], folder, odd={1: {"folder": str(elsewhere)}})
@@ -117,33 +117,33 @@ def test_a_rank_with_another_toml_is_refused_by_name(nursery: Nursery, folder: P
     assert_refused(ended, line, folder)
 
 
-def test_a_rank_with_another_torch_is_refused_by_name(nursery: Nursery, folder: Path) -> None:
+def test_a_rank_with_another_torch_is_refused_by_name(nursery: RankForkServer, folder: Path) -> None:
     version = re.escape(torch.__version__)
     ended = nursery.run(TRAIN, folder, odd={1: {"change": "other_torch"}})
     line = f"rank 1 on {HERE} has torch 1.0, rank 0 on {HERE} {version}: start every rank with the same command"
     assert_refused(ended, line, folder)
 
 
-def test_a_rank_with_other_data_is_refused_by_name(nursery: Nursery, folder: Path, elsewhere: Path) -> None:
-    (elsewhere / "numbers.txt").write_text(NUMBERS.replace("everybody", "somebody"))
+def test_a_rank_with_other_data_is_refused_by_name(nursery: RankForkServer, folder: Path, elsewhere: Path) -> None:
+    (elsewhere / "numbers.txt").write_text(NUMBERS_TEXT.replace("everybody", "somebody"))
     odd = {1: {"folder": str(elsewhere), "change": "other_host"}}
     ended = nursery.run(TRAIN, folder, odd=odd)
     assert_refused(ended, rf"{ODD} data \S+, rank 0 on {HERE} \S+: .*all ranks.*", folder)
 
 
-def test_a_rank_without_the_data_says_so_itself(nursery: Nursery, folder: Path, elsewhere: Path) -> None:
+def test_a_rank_without_the_data_says_so_itself(nursery: RankForkServer, folder: Path, elsewhere: Path) -> None:
     odd = {1: {"folder": str(elsewhere), "change": "other_host"}}
     ended = nursery.run(TRAIN, folder, odd=odd)
     assert_refused(ended, r"rank 1 on elsewhere: .*numbers\.txt.*", folder, by=1)
 
 
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_PORT"])
-def test_an_environment_that_lacks_something_is_refused(nursery: Nursery, folder: Path, missing: str) -> None:
+def test_an_environment_that_lacks_something_is_refused(nursery: RankForkServer, folder: Path, missing: str) -> None:
     ended = nursery.run(TRAIN, folder, odd=environment(**{missing: ""}))
     assert_refused(ended, f"RANK is set and {missing} is not: start with torchrun, .*", folder)
 
 
-def test_a_port_in_use_is_named(nursery: Nursery, folder: Path) -> None:
+def test_a_port_in_use_is_named(nursery: RankForkServer, folder: Path) -> None:
     with socket.socket() as ours:
         ours.bind(("127.0.0.1", 0))
         ours.listen()
@@ -154,37 +154,37 @@ def test_a_port_in_use_is_named(nursery: Nursery, folder: Path) -> None:
     assert_refused(ended, line, folder)
 
 
-def test_ranks_that_do_not_come_are_not_waited_for_in_vain(nursery: Nursery, folder: Path) -> None:
+def test_ranks_that_do_not_come_are_not_waited_for_in_vain(nursery: RankForkServer, folder: Path) -> None:
     alone = {"change": "impatient", "environment": {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}}
     ended = nursery.run(TRAIN, folder, size=1, odd={0: alone})
     assert_refused(ended, rf"rank 0 on {HERE} does not find the others at 127\.0\.0\.1:\d+: .+", folder)
 
 
-def test_a_run_that_exists_or_is_in_use_is_let_alone(nursery: Nursery, folder: Path) -> None:
+def test_a_run_that_exists_or_is_in_use_is_let_alone(nursery: RankForkServer, folder: Path) -> None:
     assert nursery.run(TRAIN, folder).codes == [0, 0]
     run = folder / "runs" / "run"
     before = sorted(run.rglob("*"))
     assert not (run / ".lock").exists()
     again = nursery.run(TRAIN, folder)
-    assert (again.codes, len(again.lines)) == ([2, 2], 1)
-    assert again.lines[0] == "runs/run exists: --resume auto goes on with it, another --name starts beside it"
+    assert (again.codes, len(again.messages)) == ([2, 2], 1)
+    assert again.messages[0] == "runs/run exists: --resume auto goes on with it, another --name starts beside it"
     config = replace(read_toml(run / "config.toml"), out_dir=str(folder / "runs"), resume="auto")
     with RunFolder(config):
         held = nursery.run([*TRAIN, "--resume", "auto"], folder)
-    assert (held.codes, len(held.lines)) == ([2, 2], 1)
-    assert re.fullmatch(r"runs/run is in use by process \d+: wait until it has ended, or stop it", held.lines[0])
+    assert (held.codes, len(held.messages)) == ([2, 2], 1)
+    assert re.fullmatch(r"runs/run is in use by process \d+: wait until it has ended, or stop it", held.messages[0])
     assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_bug_on_one_rank_has_one_traceback_and_ends_all(nursery: Nursery, folder: Path, which: int) -> None:
+def test_a_bug_on_one_rank_has_one_traceback_and_ends_all(nursery: RankForkServer, folder: Path, which: int) -> None:
     ended = nursery.run(TRAIN, folder, odd={which: {"change": "clumsy"}})
     other = 1 - which
     assert (ended.codes[which], ended.codes[other]) == (1, 75)
     assert "KeyError: 'nobody has thought of this'" in ended.err[which]
     assert "Traceback" not in ended.err[other]
-    (line,) = ended.lines
+    (line,) = ended.messages
     assert line.startswith(f"rank {other} on {socket.gethostname()} lost the others, or waited too long for them (")
     assert line.endswith("): with --resume auto the run goes on from its last checkpoint")
     assert f"gpt2: {line}" in ended.err[other]
@@ -195,13 +195,15 @@ def test_a_bug_on_one_rank_has_one_traceback_and_ends_all(nursery: Nursery, fold
 
 
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_loss_that_is_not_finite_is_looked_into_by_rank_0_alone(nursery: Nursery, folder: Path, kind: str) -> None:
+def test_a_loss_that_is_not_finite_is_looked_into_by_rank_0_alone(
+    nursery: RankForkServer, folder: Path, kind: str
+) -> None:
     """The one line, and the batch and the numbers in the dump, are those of a run of one process."""
     one = nursery.run([*TRAIN, "--name", "alone"], folder, size=1, odd={0: {"change": "spoilt", **ALONE}})
     both = {rank: {"change": "spoilt"} for rank in (0, 1)}
     two = nursery.run([*TRAIN, "--parallel", kind, "--micro-batch-size", "3"], folder, odd=both)
     assert (one.codes, two.codes) == ([2], [2, 2])
-    (expected,), (line,) = one.lines, two.lines
+    (expected,), (line,) = one.messages, two.messages
     assert line == expected.replace("runs/alone", "runs/run")
     assert "step 4: the loss is inf; first bad: " in line
     dumps = [folder / "runs" / name / "dumps" / "step-4" for name in ("alone", "run")]
@@ -214,7 +216,7 @@ def test_a_loss_that_is_not_finite_is_looked_into_by_rank_0_alone(nursery: Nurse
 
 
 @pytest.mark.slow
-def test_batches_that_stand_out_are_left_out_as_one_process_does(nursery: Nursery, folder: Path) -> None:
+def test_batches_that_stand_out_are_left_out_as_one_process_does(nursery: RankForkServer, folder: Path) -> None:
     argv = [*TRAIN, "--skip-spikes", "1.2", "--max-steps", "50"]
     one = nursery.run([*argv, "--name", "alone"], folder, size=1, odd={0: ALONE})
     two = nursery.run(argv, folder)
@@ -228,9 +230,9 @@ def test_batches_that_stand_out_are_left_out_as_one_process_does(nursery: Nurser
     assert told[2] == []
 
 
-def a_rank(**given: int) -> Ranks:
+def a_rank(**given: int) -> ProcessGroup:
     """Rank 1 of two on this host; nothing of a process group is asked of it."""
-    return Ranks(rank=1, size=2, local_rank=1, local_size=2, patient=object(), **given)  # pyright: ignore[reportArgumentType]
+    return ProcessGroup(rank=1, world_size=2, local_rank=1, local_world_size=2, control_group=object(), **given)  # pyright: ignore[reportArgumentType]
 
 
 def test_gpus_that_are_not_there_or_cannot_talk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,41 +241,41 @@ def test_gpus_that_are_not_there_or_cannot_talk(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     with pytest.raises(UserError, match=rf"^there are 1 GPUs on {HERE}: --nproc-per-node=1$"):
-        a_rank().take(torch.device("cuda"))
+        a_rank().set_device(torch.device("cuda"))
     for device in ("mps", "cuda:1", "cuda:0"):
         with pytest.raises(UserError, match=f"^--device {device} is one device: under torchrun take cuda or cpu"):
-            a_rank().take(torch.device(device))
+            a_rank().set_device(torch.device(device))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert taken == []
-    a_rank().take(torch.device("cuda"))
-    a_rank().take(torch.device("cpu"))
+    a_rank().set_device(torch.device("cuda"))
+    a_rank().set_device(torch.device("cpu"))
     assert taken == [1]
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match=r"^this torch has no NCCL, without which GPUs cannot talk: --device cpu, or "):
-        a_rank().take(torch.device("cuda"))
+        a_rank().set_device(torch.device("cuda"))
     assert taken == [1]
 
 
-def test_gpus_without_nccl_are_told_once(nursery: Nursery, folder: Path) -> None:
+def test_gpus_without_nccl_are_told_once(nursery: RankForkServer, folder: Path) -> None:
     odd = {rank: {"change": "no_nccl"} for rank in (0, 1)}
     ended = nursery.run([*TRAIN, "--device", "cuda"], folder, odd=odd)
     assert_refused(ended, "this torch has no NCCL, .*", folder)
 
 
 @pytest.mark.parametrize("wrong", [{"LOCAL_WORLD_SIZE": 3}, {"MASTER_PORT": "x"}])
-def test_an_environment_that_cannot_be_is_shown(nursery: Nursery, folder: Path, wrong: dict[str, Any]) -> None:
+def test_an_environment_that_cannot_be_is_shown(nursery: RankForkServer, folder: Path, wrong: dict[str, Any]) -> None:
     ((name, value),) = wrong.items()
     ended = nursery.run(TRAIN, folder, odd=environment(**wrong))
     assert_refused(ended, rf".*\b{name}\b.* (are|is) .*\b{value}\b.* torchrun.*", folder)
 
 
-def test_a_stray_rank_that_has_no_company_says_so_itself(nursery: Nursery, folder: Path) -> None:
-    ended = nursery.run(TRAIN, folder, size=1, odd={0: {"environment": {**WITHOUT, "RANK": 3}}})
+def test_a_stray_rank_that_has_no_company_says_so_itself(nursery: RankForkServer, folder: Path) -> None:
+    ended = nursery.run(TRAIN, folder, size=1, odd={0: {"environment": {**NO_RANK_ENVIRONMENT, "RANK": 3}}})
     assert_refused(ended, "RANK is set and WORLD_SIZE is not: .*, or unset it", folder)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_warning_comes_once(nursery: Nursery, folder: Path) -> None:
+def test_a_warning_comes_once(nursery: RankForkServer, folder: Path) -> None:
     ended = nursery.run([*TRAIN, "--device", "cuda", "--max-steps", "2"], folder)
     assert ended.codes == [0, 0]
-    assert ended.lines == ["there is no cuda device on this machine: running on the CPU"]
+    assert ended.messages == ["there is no cuda device on this machine: running on the CPU"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.faults_host import Ended, Nursery
+from tests.helpers.faults_host import ExitResults, RankForkServer
 
 pytest_plugins = "tests.helpers.faults_fixtures"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found by /proc")
@@ -36,7 +36,7 @@ def soak(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 
 
 @pytest.fixture(scope="module")
-def undisturbed(soak: Any, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def undisturbed(soak: Any, nursery: RankForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The home of a run that two ranks have done with DDP."""
     home = soak.RanksHome(tmp_path_factory.mktemp("whole") / "home")
     ended = nursery.run([*soak.TRAIN, "--parallel", "ddp"], home.folder)
@@ -80,7 +80,9 @@ def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbe
     assert soak.differences(undisturbed.run, home.run) == []
 
 
-def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(soak: Any, nursery: Nursery, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(
+    soak: Any, nursery: RankForkServer, tmp_path: Path
+) -> None:
     home = soak.RanksHome(tmp_path / "home")
     nursery.start([*soak.TRAIN, "--parallel", "ddp", "--rank-timeout", "3"], home.folder)
     until_it_goes_on(soak, home)
@@ -89,9 +91,9 @@ def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(soak: Any, nur
     soak.wait_until(Living(), lambda: is_over(waiting), 60, every=0.02)
     assert 2 < time.monotonic() - began < 30
     os.kill(hung, signal.SIGKILL)
-    ended = nursery.ended()
+    ended = nursery.wait()
     assert ended.codes == [75, -signal.SIGKILL]
-    (line,) = ended.lines
+    (line,) = ended.messages
     assert line.startswith("rank 0 on ")
     assert "lost the others, or waited too long for them" in line
 
@@ -102,9 +104,9 @@ def is_over(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def stopped_at(ended: Ended, why: str) -> int:
+def stopped_at(ended: ExitResults, why: str) -> int:
     """The step after which rank 0, and no other, says that all was stopped and saved."""
-    (line,) = ended.lines
+    (line,) = ended.messages
     assert ended.err[0].endswith(f"gpt2: {line}\n")
     assert line.startswith(f"stopped by {why} after step ")
     assert line.endswith(", everything saved; go on with: gpt2 train --resume runs/soak")
@@ -116,7 +118,7 @@ def newest(home: Any) -> int:
 
 
 def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
-    soak: Any, undisturbed: Any, nursery: Nursery, tmp_path: Path
+    soak: Any, undisturbed: Any, nursery: RankForkServer, tmp_path: Path
 ) -> None:
     """By a signal to one rank, by --max-minutes, and by a scheduler's signal to torchrun; and resumed each time."""
     home = soak.RanksHome(tmp_path / "home")
@@ -124,7 +126,7 @@ def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
     nursery.start(train, home.folder)
     until_it_goes_on(soak, home)
     os.kill(nursery.pids[1], signal.SIGTERM)
-    ended = nursery.ended()
+    ended = nursery.wait()
     assert ended.codes == [143, 143]
     assert stopped_at(ended, "SIGTERM") == newest(home) == home.steps_recorded()
 

@@ -15,8 +15,15 @@ from gpt2.generation.beam_search import Hypothesis, beam_search
 from gpt2.generation.contrastive_search import contrastive_search
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from tests.helpers.reference import random_model, transformers_twin
-from tests.helpers.searching import CONFIGS, assert_same, decided_model, greedy, pair, theirs
+from tests.helpers.reference import random_model, to_transformers
+from tests.helpers.searching import (
+    CONFIGS,
+    assert_same_hypotheses,
+    greedy_decode,
+    model_pair,
+    peaked_model,
+    transformers_beam_search,
+)
 
 # Beam search beside transformers
 
@@ -55,7 +62,7 @@ def test_beam_search_equals_transformers_in_tokens_and_scores(
     early_stopping: Any,
     penalties: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
-    model, twin = pair(which, seed)
+    model, twin = model_pair(which, seed)
     common: dict[str, Any] = {
         "num_beams": num_beams,
         "max_new_tokens": max_new_tokens,
@@ -64,7 +71,9 @@ def test_beam_search_equals_transformers_in_tokens_and_scores(
     }
     sampling = Sampling(temperature=0.3, top_k=1, **penalties[0])  # the first two have no say
     ours = beam_search(model, prompt, **common, num_return=num_beams, sampling=sampling, end_tokens=ends)
-    assert_same(ours, theirs(twin, prompt, ends, **common, **penalties[1], num_return_sequences=num_beams))
+    assert_same_hypotheses(
+        ours, transformers_beam_search(twin, prompt, ends, **common, **penalties[1], num_return_sequences=num_beams)
+    )
     few = beam_search(model, prompt, **common, num_return=1, sampling=sampling, end_tokens=ends)
     assert few == ours[:1]
 
@@ -72,12 +81,12 @@ def test_beam_search_equals_transformers_in_tokens_and_scores(
 @pytest.mark.parametrize(("seed", "ends", "power"), [(3, [*range(10, 18)], 1.0), (0, [11, 25], 2.0)])
 def test_the_three_kinds_of_early_stopping_find_three_things(seed: int, ends: list[int], power: float) -> None:
     """What the test above could not show if no search were decided before its last token."""
-    model, twin = pair(0, seed)
+    model, twin = model_pair(0, seed)
     lengths = set()
     for early_stopping in (False, True, "never"):
         rules: dict[str, Any] = {"early_stopping": early_stopping, "length_penalty": power, "num_beams": 4}
         ours = beam_search(model, [1, 2], max_new_tokens=20, num_return=4, end_tokens=ends, **rules)
-        assert_same(ours, theirs(twin, [1, 2], ends, 20, num_return_sequences=4, **rules))
+        assert_same_hypotheses(ours, transformers_beam_search(twin, [1, 2], ends, 20, num_return_sequences=4, **rules))
         lengths.add(tuple(len(hypothesis.tokens) for hypothesis in ours))
     assert len(lengths) == 3
 
@@ -86,24 +95,26 @@ def test_beam_search_in_float32_at_odd_sizes_equals_transformers() -> None:
     model = random_model(GPTConfig(vocab_size=500, block_size=40, n_layer=3, n_head=7, n_embd=49, n_inner=50))
     common: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 15}
     ours = beam_search(model, [3, 1, 4], **common, num_return=3)
-    assert_same(ours, theirs(transformers_twin(model), [3, 1, 4], [], **common, num_return_sequences=3))
+    assert_same_hypotheses(
+        ours, transformers_beam_search(to_transformers(model), [3, 1, 4], [], **common, num_return_sequences=3)
+    )
 
 
 def test_with_a_beam_for_every_token_two_tokens_are_searched_exhaustively() -> None:
-    model = decided_model(replace(CONFIGS[0], vocab_size=11))
+    model = peaked_model(replace(CONFIGS[0], vocab_size=11))
     texts = list(product(range(11), repeat=2))
     with torch.no_grad():
         logprobs = model(torch.tensor([[7, *text] for text in texts])).log_softmax(-1).tolist()
     scores = {text: (row[0][text[0]] + row[1][text[1]]) / 2 for text, row in zip(texts, logprobs, strict=True)}
     best = sorted(scores, key=lambda text: -scores[text])[:11]
     found = beam_search(model, [7], num_beams=11, max_new_tokens=2, num_return=11)
-    assert_same(found, [Hypothesis(list(text), scores[text]) for text in best])
+    assert_same_hypotheses(found, [Hypothesis(list(text), scores[text]) for text in best])
 
 
 def test_one_beam_is_greedy_decoding() -> None:
-    model, _ = pair(0, 0)
+    model, _ = model_pair(0, 0)
     (found,) = beam_search(model, [5, 6], num_beams=1, max_new_tokens=20)
-    assert found.tokens == greedy(model, [5, 6], 20)
+    assert found.tokens == greedy_decode(model, [5, 6], 20)
 
 
 # Diverse groups
@@ -145,7 +156,7 @@ def diverse_by_the_paper(
 def test_groups_equal_the_algorithm_of_the_paper(
     beams: int, groups: int, strength: float, length: int, ends: list[int]
 ) -> None:
-    model, _ = pair(0, 2)
+    model, _ = model_pair(0, 2)
     found = beam_search(
         model,
         [9, 4, 1],
@@ -157,17 +168,17 @@ def test_groups_equal_the_algorithm_of_the_paper(
         end_tokens=ends,
         early_stopping=True,
     )
-    assert_same(found, diverse_by_the_paper(model, [9, 4, 1], beams, groups, strength, length, ends))
+    assert_same_hypotheses(found, diverse_by_the_paper(model, [9, 4, 1], beams, groups, strength, length, ends))
     if ends:
         assert len({len(hypothesis.tokens) for hypothesis in found}) > 1
 
 
 def test_groups_without_a_penalty_all_find_what_one_of_their_size_finds() -> None:
-    model, _ = pair(1, 0)
+    model, _ = model_pair(1, 0)
     rules: dict[str, Any] = {"max_new_tokens": 12, "end_tokens": [12, 13]}
     alone = beam_search(model, [9], num_beams=2, num_return=2, **rules)
     found = beam_search(model, [9], num_beams=6, num_beam_groups=3, num_return=6, **rules)
-    assert_same(found, [hypothesis for hypothesis in alone for _ in range(3)])
+    assert_same_hypotheses(found, [hypothesis for hypothesis in alone for _ in range(3)])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +186,7 @@ def test_groups_without_a_penalty_all_find_what_one_of_their_size_finds() -> Non
 )
 def test_one_group_may_be_done_long_before_the_other(seed: int, ends: list[int], lasts_longer: int) -> None:
     """Its rows of the cache go to the other then, whichever it is."""
-    model, _ = pair(0, seed)
+    model, _ = model_pair(0, seed)
     found = beam_search(
         model,
         [1],
@@ -187,7 +198,7 @@ def test_one_group_may_be_done_long_before_the_other(seed: int, ends: list[int],
         early_stopping=True,
         end_tokens=ends,
     )
-    assert_same(found, diverse_by_the_paper(model, [1], 4, 2, 2.0, 20, ends))
+    assert_same_hypotheses(found, diverse_by_the_paper(model, [1], 4, 2, 2.0, 20, ends))
     first = beam_search(
         model, [1], num_beams=2, num_return=2, max_new_tokens=20, early_stopping=True, end_tokens=ends
     )  # nothing comes before it
@@ -202,7 +213,7 @@ def test_one_group_may_be_done_long_before_the_other(seed: int, ends: list[int],
 
 
 def test_a_beam_for_which_every_token_is_ruled_out_ends_and_the_others_go_on() -> None:
-    model, _ = pair(0, 0)
+    model, _ = model_pair(0, 0)
     first = beam_search(model, [1], num_beams=1, max_new_tokens=1)[0].tokens[0]
     after_first = Sampling(temperature=0, bad_words=[(first, token) for token in range(31)])
     found = beam_search(model, [1], num_beams=3, max_new_tokens=8, num_return=3, sampling=after_first)
@@ -211,7 +222,7 @@ def test_a_beam_for_which_every_token_is_ruled_out_ends_and_the_others_go_on() -
 
 
 def test_there_may_be_fewer_beams_for_a_while() -> None:
-    model, _ = pair(0, 0)
+    model, _ = model_pair(0, 0)
     rules: dict[str, Any] = {
         "num_beams": 4,
         "num_return": 4,
@@ -222,11 +233,13 @@ def test_there_may_be_fewer_beams_for_a_while() -> None:
     only = beam_search(model, [1], max_new_tokens=1, **rules)
     assert [hypothesis.tokens for hypothesis in only] == [[2]]
     rest = beam_search(model, [1, 2], max_new_tokens=7, **rules)
-    assert_same(found, [Hypothesis([2, *hypothesis.tokens], only[0].score + hypothesis.score) for hypothesis in rest])
+    assert_same_hypotheses(
+        found, [Hypothesis([2, *hypothesis.tokens], only[0].score + hypothesis.score) for hypothesis in rest]
+    )
 
 
 def test_when_every_beam_is_at_a_dead_end_what_has_finished_is_returned_or_it_is_an_error() -> None:
-    model = decided_model(replace(CONFIGS[0], vocab_size=9))
+    model = peaked_model(replace(CONFIGS[0], vocab_size=9))
     once_each = Sampling(temperature=0, no_repeat_ngram_size=1)
     with pytest.raises(UserError, match="rule out every token"):
         beam_search(model, [1], num_beams=3, max_new_tokens=20, sampling=once_each)
@@ -236,10 +249,12 @@ def test_when_every_beam_is_at_a_dead_end_what_has_finished_is_returned_or_it_is
 
 
 def test_a_search_ends_where_the_context_is_full() -> None:
-    model, twin = pair(0, 0)
+    model, twin = model_pair(0, 0)
     prompt = [3] * 25
     ours = beam_search(model, prompt, num_beams=3, max_new_tokens=100, num_return=3)
-    assert_same(ours, theirs(twin, prompt, [], num_beams=3, max_new_tokens=6, num_return_sequences=3))
+    assert_same_hypotheses(
+        ours, transformers_beam_search(twin, prompt, [], num_beams=3, max_new_tokens=6, num_return_sequences=3)
+    )
     assert len(list(contrastive_search(model, prompt, top_k=3, penalty_alpha=0.5, max_new_tokens=100))) == 5
     full = [3] * 30
     assert len(beam_search(model, full, num_beams=3, max_new_tokens=100)[0].tokens) == 1
@@ -247,6 +262,6 @@ def test_a_search_ends_where_the_context_is_full() -> None:
 
 
 def test_no_new_tokens_are_no_tokens() -> None:
-    model, _ = pair(0, 0)
+    model, _ = model_pair(0, 0)
     assert beam_search(model, [1], num_beams=3, max_new_tokens=0) == [Hypothesis([], 0.0)]
     assert list(contrastive_search(model, [1], top_k=3, penalty_alpha=0.5, max_new_tokens=0)) == []

@@ -13,10 +13,10 @@ import gpt2
 from gpt2.cache import KVCache
 from gpt2.errors import UserError
 from gpt2.generation.chat import Conversation
-from gpt2.generation.engine import Engine, LanguageModel, Request
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from gpt2.templates import PLAIN, Template, get_template
+from gpt2.templates import PLAIN_TEMPLATE, ChatTemplate, get_template
 from gpt2.tokenizer import BPETokenizer, Tokenizer, get_tokenizer, with_special_tokens
 from tests.helpers.reference import random_model
 
@@ -40,7 +40,7 @@ class Watched:
         self.read += tokens.numel()
         if self.interrupted:
             assert cache is not None
-            cache.extended(tokens.size(1))
+            cache.extend(tokens.size(1))
             raise KeyboardInterrupt
         return self.model.hidden_states(tokens, cache)
 
@@ -61,7 +61,7 @@ class Actor:
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         assert cache is not None
         start = cache.length
-        cache.extended(tokens.size(1))
+        cache.extend(tokens.size(1))
         return torch.arange(start + 1, start + 1 + tokens.size(1)).view(1, -1, 1)  # where the next token stands
 
     def lm_head(self, hidden: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def talk(
 
 
 def say(conversation: Conversation, text: str) -> str:
-    return "".join(conversation.say(text))
+    return "".join(conversation.send(text))
 
 
 def test_each_answer_is_what_generate_says_to_the_transcript() -> None:
@@ -89,7 +89,7 @@ def test_each_answer_is_what_generate_says_to_the_transcript() -> None:
         written += say(conversation, said)
         assert written == full
         assert conversation.transcript == written
-    assert [turn.said for turn in conversation.turns] == ["Hello!", "How are you, señor?", "Bye."]
+    assert [turn.user_text for turn in conversation.turns] == ["Hello!", "How are you, señor?", "Bye."]
 
 
 def test_without_roles_it_is_one_text() -> None:
@@ -168,9 +168,13 @@ def test_what_is_kept_in_the_cache_never_changes_an_answer(said: list[str], seed
     for number, text in enumerate(said):
         answer = say(conversation, text)
         fresh = talk(model, sampling=Sampling(top_k=20), max_new_tokens=12, seed=seed)
-        fresh.turns, fresh.forgotten, fresh._answers = conversation.turns[:-1], conversation.forgotten, number
+        fresh.turns, fresh.num_dropped_turns, fresh._next_sample_index = (
+            conversation.turns[:-1],
+            conversation.num_dropped_turns,
+            number,
+        )
         assert say(fresh, text) == answer
-        assert fresh.forgotten == conversation.forgotten
+        assert fresh.num_dropped_turns == conversation.num_dropped_turns
 
 
 def test_the_oldest_turns_are_dropped_whole_until_three_quarters_are_left() -> None:
@@ -179,13 +183,13 @@ def test_the_oldest_turns_are_dropped_whole_until_three_quarters_are_left() -> N
     room, forgotten, seen = 192 - 10, 0, set()
     for i in range(12):
         say(conversation, f"turn {i}" * (1 + i * i % 7))
-        parts = [f"\nUser: {turn.said}\nAssistant:{turn.answer}" for turn in conversation.turns]
+        parts = [f"\nUser: {turn.user_text}\nAssistant:{turn.answer}" for turn in conversation.turns]
         sizes = [len("System.\n" + "".join(parts[n:])) for n in range(i + 1)]  # with n turns dropped, in bytes
         prompts = [size - len(conversation.turns[-1].answer) for size in sizes]
         if prompts[forgotten] > room:
             forgotten = next(n for n, size in enumerate(prompts) if size <= room * 3 // 4)
-        assert conversation.forgotten == forgotten
-        assert conversation.length == sizes[forgotten] <= 192
+        assert conversation.num_dropped_turns == forgotten
+        assert conversation.num_prompt_tokens == sizes[forgotten] <= 192
         seen.add(forgotten)
     assert 3 <= len(seen) < 8
     assert len(conversation.turns) == 12
@@ -198,16 +202,16 @@ def test_a_turn_that_does_not_fit_is_refused_and_the_talk_goes_on() -> None:
     with pytest.raises(UserError, match=r"\d+ tokens do not fit the model's context of 256"):
         say(conversation, "x" * 300)
     assert [turn.answer for turn in conversation.turns] == [answer]
-    assert conversation.forgotten == 0
+    assert conversation.num_dropped_turns == 0
     assert say(conversation, "x" * 230)  # with room for a few tokens only
-    assert conversation.length <= 256
+    assert conversation.num_prompt_tokens <= 256
 
 
 def test_an_answer_may_be_left_at_any_piece() -> None:
     model = random_model(CONFIG)
     conversation = talk(model, max_new_tokens=30)
     say(conversation, "Hello")
-    pieces = conversation.say("Go on")
+    pieces = conversation.send("Go on")
     heard = "".join(next(pieces) for _ in range(12))
     pieces.close()
     assert heard
@@ -223,7 +227,7 @@ def test_interrupted_in_the_midst_of_a_step_nothing_of_the_cache_is_believed() -
     watched = Watched(random_model(CONFIG))
     conversation = talk(watched, max_new_tokens=20)
     say(conversation, "Hello")
-    pieces = conversation.say("Go on")
+    pieces = conversation.send("Go on")
     heard = "".join(next(pieces) for _ in range(5))
     watched.interrupted = True
     with pytest.raises(KeyboardInterrupt):
@@ -234,7 +238,7 @@ def test_interrupted_in_the_midst_of_a_step_nothing_of_the_cache_is_believed() -
     fresh.turns = list(conversation.turns)
     watched.read = 0
     assert say(conversation, "And then?") == say(fresh, "And then?")
-    assert watched.read == conversation.length - 1
+    assert watched.read == conversation.num_prompt_tokens - 1
 
 
 def test_undo_retry_reset_seed() -> None:
@@ -248,7 +252,7 @@ def test_undo_retry_reset_seed() -> None:
     assert [turn.answer for turn in conversation.turns] == [two]
     conversation.seed = 1
     assert "".join(conversation.retry()) == one
-    assert conversation.undo().said == "Hello"
+    assert conversation.undo().user_text == "Hello"
     assert conversation.transcript == ""
     say(conversation, "Hello")
     conversation.reset()
@@ -287,17 +291,17 @@ def test_each_answer_is_what_is_said_to_the_templates_prompt() -> None:
         assert watched.read == len(prompt) - begin + 9
         begin = len(prompt) + 9  # the last token of an answer was not read when it was said
         fresh = Engine(watched.model, slots=1)
-        expected = fresh.submit(Request(prompt, sampling, 10, 1))
-        while not expected.finished:
+        expected = fresh.submit(GenerationRequest(prompt, sampling, 10, 1))
+        while not expected.finish_reason:
             fresh.step()
         assert MARKED.decode(expected.new_tokens) == answer
-        assert conversation.length == len(prompt) + 10
+        assert conversation.num_prompt_tokens == len(prompt) + 10
         messages.append(("assistant", answer))
-        assert conversation.transcript == CHATML.text(messages)
+        assert conversation.transcript == CHATML.render(messages)
 
 
-@pytest.mark.parametrize("template", [CHATML, Template(CHATML.source + "{# #}")])
-def test_an_answer_ends_at_the_templates_mark(template: Template) -> None:
+@pytest.mark.parametrize("template", [CHATML, ChatTemplate(CHATML.source + "{# #}")])
+def test_an_answer_ends_at_the_templates_mark(template: ChatTemplate) -> None:
     actor = Actor(MARKED, "")
     play = [("user", "Who's there?"), ("assistant", "A ghost."), ("user", "Whose?"), ("assistant", "Yours.")]
     text = [i for ids, _ in template.encode(MARKED, play) for i in ids]
@@ -305,21 +309,21 @@ def test_an_answer_ends_at_the_templates_mark(template: Template) -> None:
     conversation = talk(actor, MARKED, BY_HEART, max_new_tokens=50, template=template)
     assert say(conversation, "Who's there?") == "A ghost."
     assert say(conversation, "Whose?") == "Yours."
-    assert conversation.transcript == template.text(play)
-    assert conversation.opening == ""
+    assert conversation.transcript == template.render(play)
+    assert conversation.answer_prefix == ""
 
 
 def test_the_plain_transcript_as_a_template_is_the_one_without() -> None:
-    for template in (Template(), Template(PLAIN + "{# #}")):
+    for template in (ChatTemplate(), ChatTemplate(PLAIN_TEMPLATE + "{# #}")):
         plain, own = talk(Actor(BYTES, PLAY)), talk(Actor(BYTES, PLAY), template=template)
         for conversation in (plain, own):
             conversation.sampling, conversation.max_new_tokens = BY_HEART, 50
             assert say(conversation, "Who's there?") == " A ghost."
             assert say(conversation, "Whose?") == " Yours."
         assert own.transcript == plain.transcript
-        assert own.opening == plain.opening == " "
+        assert own.answer_prefix == plain.answer_prefix == " "
         assert [turn.tokens for turn in own.turns] == [turn.tokens for turn in plain.turns]
-        assert own.length == plain.length
+        assert own.num_prompt_tokens == plain.num_prompt_tokens
 
 
 def test_an_answer_keeps_the_tokens_it_was_said_in(small_bpe: BPETokenizer) -> None:
@@ -335,25 +339,25 @@ def test_an_answer_keeps_the_tokens_it_was_said_in(small_bpe: BPETokenizer) -> N
     say(conversation, "Which?")
     messages = [("user", "Who?"), ("assistant", "the fox"), ("user", "Which?")]
     assert conversation.turns[0].tokens == oddly
-    assert conversation.length == len(CHATML.encode_prompt(marked, messages, [oddly]))
-    assert conversation.length > len(CHATML.encode_prompt(marked, messages))
+    assert conversation.num_prompt_tokens == len(CHATML.encode_prompt(marked, messages, [oddly]))
+    assert conversation.num_prompt_tokens > len(CHATML.encode_prompt(marked, messages))
 
 
 def test_with_a_template_the_oldest_turns_are_dropped_too() -> None:
     conversation = talk(random_model(replace(CONFIG, vocab_size=259)), MARKED, template=CHATML, system="S.")
     for i in range(8):
         say(conversation, f"turn {i}")
-        assert conversation.length <= 256
-    kept = conversation.turns[conversation.forgotten :]
+        assert conversation.num_prompt_tokens <= 256
+    kept = conversation.turns[conversation.num_dropped_turns :]
     assert 0 < len(kept) < 8
     messages = [("system", "S.")]
     for turn in kept:
-        messages += [("user", turn.said), ("assistant", turn.answer)]
-    assert conversation.length == len(CHATML.encode_prompt(MARKED, messages[:-1])) + len(kept[-1].tokens)
+        messages += [("user", turn.user_text), ("assistant", turn.answer)]
+    assert conversation.num_prompt_tokens == len(CHATML.encode_prompt(MARKED, messages[:-1])) + len(kept[-1].tokens)
 
 
 def test_a_template_that_refuses_leaves_the_talk_as_it_was() -> None:
-    picky = Template("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}:")
+    picky = ChatTemplate("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}:")
     conversation = talk(random_model(CONFIG), template=picky, system="S")
     with pytest.raises(UserError, match="no system"):
         say(conversation, "Hello")

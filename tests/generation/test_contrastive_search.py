@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from gpt2.generation.contrastive_search import contrastive_search
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT
-from tests.helpers.searching import greedy, pair
+from tests.helpers.searching import greedy_decode, model_pair
 
 
 def contrastive_by_the_paper(model: GPT, prompt: list[int], k: int, alpha: float, length: int) -> list[int]:
@@ -31,13 +31,13 @@ def contrastive_by_the_paper(model: GPT, prompt: list[int], k: int, alpha: float
 @pytest.mark.parametrize("k", [2, 5])
 def test_contrastive_search_equals_the_equation_of_the_paper(k: int, alpha: float) -> None:
     for which, prompt in ((0, [3]), (1, [7, 7, 8])):
-        model, _ = pair(which, 1)
+        model, _ = model_pair(which, 1)
         found = list(contrastive_search(model, prompt, top_k=k, penalty_alpha=alpha, max_new_tokens=12))
         assert found == contrastive_by_the_paper(model, prompt, k, alpha, 12)
 
 
 def test_its_hidden_states_are_the_last_ones_of_transformers() -> None:
-    model, twin = pair(0, 0)
+    model, twin = model_pair(0, 0)
     tokens = torch.tensor([[1, 2, 3, 4]])
     last = twin(tokens, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(model.hidden_states(tokens), last)
@@ -45,15 +45,15 @@ def test_its_hidden_states_are_the_last_ones_of_transformers() -> None:
 
 @pytest.mark.parametrize("rules", [{"top_k": 1, "penalty_alpha": 0.6}, {"top_k": 5, "penalty_alpha": 0.0}])
 def test_contrastive_search_with_nothing_to_choose_from_is_greedy(rules: dict[str, Any]) -> None:
-    model, _ = pair(0, 1)
-    assert list(contrastive_search(model, [5, 6], max_new_tokens=20, **rules)) == greedy(model, [5, 6], 20)
+    model, _ = model_pair(0, 1)
+    assert list(contrastive_search(model, [5, 6], max_new_tokens=20, **rules)) == greedy_decode(model, [5, 6], 20)
     bans = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.5}
     found = contrastive_search(model, [5, 6], max_new_tokens=20, sampling=Sampling(temperature=0, **bans), **rules)
-    assert list(found) == greedy(model, [5, 6], 20, **bans)
+    assert list(found) == greedy_decode(model, [5, 6], 20, **bans)
 
 
 def test_contrastive_search_ends_with_an_end_token_and_never_takes_what_is_ruled_out() -> None:
-    model, _ = pair(0, 1)
+    model, _ = model_pair(0, 1)
     rules: dict[str, Any] = {"top_k": 5, "penalty_alpha": 0.9, "max_new_tokens": 20}
     free = list(contrastive_search(model, [5], **rules))
     end = free.index(free[7])

@@ -5,7 +5,7 @@ import torch
 
 from gpt2.generation import cuda_graphs
 from gpt2.generation.cuda_graphs import GraphedGPT
-from gpt2.generation.engine import Engine, LanguageModel, Request
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPTConfig
 from tests.helpers.reference import random_model
@@ -17,7 +17,7 @@ def several(model: LanguageModel) -> list[list[int]]:
     """Texts of unequal length that join and leave, beyond two graphs' lengths and the context."""
     engine = Engine(model, 3)
     asked = [
-        engine.submit(Request(list(range(1, 2 + 40 * i)), Sampling(0.7 * (i % 2)), 60 + 50 * i, seed=i))
+        engine.submit(GenerationRequest(list(range(1, 2 + 40 * i)), Sampling(0.7 * (i % 2)), 60 + 50 * i, seed=i))
         for i in range(6)
     ]
     while not engine.idle:
@@ -28,7 +28,7 @@ def several(model: LanguageModel) -> list[list[int]]:
 def test_the_step_that_is_captured_is_the_models_own() -> None:
     model, captured = random_model(CONFIG), []
 
-    def capture(step: cuda_graphs.Step) -> cuda_graphs.Step:
+    def capture(step: cuda_graphs.DecodeStep) -> cuda_graphs.DecodeStep:
         captured.append(step)
         return step
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2.generation import filters
-from tests.helpers.rows import histories, random_logits, said, seeds, tokens
+from tests.helpers.rows import histories, make_histories, random_logits, seeds, tokens
 
 NO_TOKENS: Any = torch.empty(0, dtype=torch.long)
 INF = math.inf
@@ -49,7 +49,7 @@ def test_what_looks_at_the_distribution_equals_transformers(
 def test_top_k_equals_transformers(seed: int, size: int, k: int, coarse: bool) -> None:
     from transformers import TopKLogitsWarper
 
-    logits = random_logits(seed, 3, size, ruled_out=0.2)
+    logits = random_logits(seed, 3, size, masked_fraction=0.2)
     logits = logits.round() if coarse else logits  # many are equal then, and the equals of the last stay
     assert torch.equal(filters.keep_top_k(logits, k), TopKLogitsWarper(k)(NO_TOKENS, logits))
 
@@ -70,8 +70,8 @@ def beside(ours: Tensor, processor: Any, rows: list[list[int]], logits: Tensor) 
 def test_repetition_penalty_equals_transformers(seed: int, rows: list[list[int]], penalty: float) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    logits = random_logits(seed, len(rows), 9, ruled_out=0.2)
-    ours = filters.penalize_repetition(logits, said(rows, prompt_length=3), penalty)
+    logits = random_logits(seed, len(rows), 9, masked_fraction=0.2)
+    ours = filters.penalize_repetition(logits, make_histories(rows, prompt_length=3), penalty)
     beside(ours, RepetitionPenaltyLogitsProcessor(penalty), rows, logits)
 
 
@@ -82,7 +82,12 @@ def test_repeated_ngrams_equal_transformers(seed: int, rows: list[list[int]], si
 
     rows = [[token % 3 for token in row] for row in rows] if seed % 2 else rows
     logits = random_logits(seed, len(rows), 9)
-    beside(filters.ban_repeated_ngrams(logits, said(rows), size), NoRepeatNGramLogitsProcessor(size), rows, logits)
+    beside(
+        filters.ban_repeated_ngrams(logits, make_histories(rows), size),
+        NoRepeatNGramLogitsProcessor(size),
+        rows,
+        logits,
+    )
 
 
 @settings(deadline=None, max_examples=150)
@@ -92,7 +97,7 @@ def test_bad_words_equal_transformers(seed: int, rows: list[list[int]], words: l
 
     rows = [[token % 4 for token in row] for row in rows]
     logits = random_logits(seed, len(rows), 9)
-    beside(filters.ban_words(logits, said(rows), words), NoBadWordsLogitsProcessor(words), rows, logits)
+    beside(filters.ban_words(logits, make_histories(rows), words), NoBadWordsLogitsProcessor(words), rows, logits)
 
 
 @settings(deadline=None)
@@ -103,7 +108,7 @@ def test_the_least_length_equals_transformers(
     from transformers import MinNewTokensLengthLogitsProcessor
 
     logits, prompt_length = random_logits(seed, len(rows), 9), min(prompt_length, len(rows[0]))
-    ours = filters.ban_early_end(logits, said(rows, prompt_length, tuple(ends)), least)
+    ours = filters.ban_early_end_tokens(logits, make_histories(rows, prompt_length, tuple(ends)), least)
     beside(ours, MinNewTokensLengthLogitsProcessor(prompt_length, least, ends), rows, logits)
 
 
@@ -119,7 +124,7 @@ def test_presence_and_frequency_follow_the_formula_of_openai(
             count = history[prompt_length:].count(token)
             expected[row, token] -= (count > 0) * presence
             expected[row, token] -= count * frequency
-    given, past = logits.clone(), said(rows, prompt_length)
+    given, past = logits.clone(), make_histories(rows, prompt_length)
     ours = filters.penalize_frequency(filters.penalize_presence(logits, past, presence), past, frequency)
     assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(logits, given)
@@ -131,23 +136,23 @@ def test_presence_and_frequency_follow_the_formula_of_openai(
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 5000, 50257])
 def test_the_largest_are_found_in_blocks(size: int) -> None:
     for logits in (random_logits(0, 2, size), random_logits(1, 1, size).round(), torch.full((1, size), -INF)):
-        assert torch.equal(filters.first_largest(logits), logits.argmax(-1, keepdim=True))
+        assert torch.equal(filters.stable_argmax(logits), logits.argmax(-1, keepdim=True))
         for n in {min(size, n) for n in (1, 5, 50, 256, 700)}:
-            ids = filters.largest(logits, n)
+            ids = filters.topk_indices(logits, n)
             assert torch.equal(logits.gather(-1, ids), logits.topk(n).values)
             assert all(len(set(row)) == n for row in ids.tolist())
     at_the_end = torch.full((1, size), -2.0)
     at_the_end[0, -1] = -1
-    assert filters.first_largest(at_the_end).item() == filters.largest(at_the_end, 1).item() == size - 1
+    assert filters.stable_argmax(at_the_end).item() == filters.topk_indices(at_the_end, 1).item() == size - 1
 
 
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("size", [100, 40_000])
 def test_the_order_is_that_of_a_stable_sort(size: int, descending: bool) -> None:
-    logits = random_logits(0, 2, size, ruled_out=0.1)
+    logits = random_logits(0, 2, size, masked_fraction=0.1)
     logits[1] = logits[1].round()  # with both zeros
     expected = logits.sort(dim=-1, descending=descending, stable=True).indices
-    assert torch.equal(filters.in_order(logits, descending), expected)
+    assert torch.equal(filters.stable_argsort(logits, descending), expected)
 
 
 def test_a_sum_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:

@@ -8,12 +8,12 @@ import torch
 
 import gpt2
 from gpt2.errors import UserError
-from gpt2.generation.engine import Engine, Request
-from gpt2.generation.sampling import Sampling, draw, probabilities, random_stream
+from gpt2.generation.engine import Engine, GenerationRequest
+from gpt2.generation.sampling import Sampling, logits_to_probs, make_generator, sample_from_probs
 from gpt2.generation.text import stream
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
-from tests.helpers.reference import ODD_CONFIGS, random_model, transformers_twin
+from tests.helpers.reference import ODD_CONFIGS, random_model, to_transformers
 
 GREEDY = Sampling(temperature=0)
 TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -24,7 +24,7 @@ def first_tokens(
 ) -> list[list[int]]:
     """`count` new tokens of each sample: one list a sample."""
     engine = Engine(model, num_samples, len(prompt) + count)
-    asked = [engine.submit(Request(prompt, sampling, count, seed, sample)) for sample in range(num_samples)]
+    asked = [engine.submit(GenerationRequest(prompt, sampling, count, seed, sample)) for sample in range(num_samples)]
     while not engine.idle:
         engine.step()
     for continuation in asked:
@@ -38,7 +38,7 @@ def first_tokens(
 )
 def test_fifty_greedy_tokens_equal_transformers(config: GPTConfig) -> None:
     model = random_model(config)
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     prompt = [1, 2, 3]
     theirs = twin.generate(
         torch.tensor([prompt]),
@@ -54,7 +54,7 @@ def test_fifty_greedy_tokens_equal_transformers(config: GPTConfig) -> None:
 def test_fifty_greedy_tokens_at_full_size_equal_transformers() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     prompt = [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     theirs = twin.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, 8), max_new_tokens=50, do_sample=False, eos_token_id=None
@@ -67,11 +67,11 @@ def test_cached_equals_uncached_token_for_token(sampling: Sampling) -> None:
     model, prompt = random_model(TALKER), [72, 101, 108]
     got = first_tokens(model, prompt, 50, sampling, num_samples=2, seed=7)
     for sample in range(2):
-        tokens, own = list(prompt), random_stream(7, sample)
+        tokens, own = list(prompt), make_generator(7, sample)
         for _ in range(50):
             with torch.no_grad():
                 logits = model(torch.tensor([tokens]))[:, -1]
-            tokens.append(int(draw(probabilities(logits, sampling), [own])))
+            tokens.append(int(sample_from_probs(logits_to_probs(logits, sampling), [own])))
         assert got[sample] == tokens[3:]
 
 

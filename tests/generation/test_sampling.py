@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2.generation import filters
-from gpt2.generation.candidates import by_rungs
+from gpt2.generation.candidates import gpu_candidates
 from gpt2.generation.filters import History
-from gpt2.generation.sampling import Sampling, choose, draw, log_probabilities, probabilities, random_stream
-from tests.helpers.rows import histories, random_logits, said, seeds, tokens
+from gpt2.generation.sampling import (
+    Sampling,
+    gather_logprobs,
+    logits_to_probs,
+    make_generator,
+    sample_from_probs,
+    sample_tokens,
+)
+from tests.helpers.rows import histories, make_histories, random_logits, seeds, tokens
 
 GREEDY = Sampling(temperature=0)
 INF = math.inf
@@ -28,8 +35,8 @@ def test_a_bias_is_added_and_minus_infinity_bans() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, -INF]])
     sampling = Sampling(logit_bias={2: -INF, 0: 10.0})
     assert filters.bias_logits(logits, sampling.logit_bias).tolist() == [[11, 2, -INF], [10, 5, -INF]]  # type: ignore[arg-type]
-    assert probabilities(logits, sampling)[:, 2].tolist() == [0, 0]
-    assert torch.equal(probabilities(logits, sampling)[0, :2], torch.tensor([11.0, 2.0]).softmax(-1))
+    assert logits_to_probs(logits, sampling)[:, 2].tolist() == [0, 0]
+    assert torch.equal(logits_to_probs(logits, sampling)[0, :2], torch.tensor([11.0, 2.0]).softmax(-1))
 
 
 def chain_of_transformers(s: Sampling, prompt_length: int, end_tokens: tuple[int, ...], nudge: float) -> Any:
@@ -91,7 +98,7 @@ def test_whole_chains_equal_transformers(
     ]
     assume(torch.equal(below, above))
     given = logits.clone()
-    ours = probabilities(logits, sampling, said(rows, prompt_length, (1, 2)))
+    ours = logits_to_probs(logits, sampling, make_histories(rows, prompt_length, (1, 2)))
     assert torch.equal(logits, given)
     assert torch.equal(ours > 0, theirs.softmax(-1) > 0)
     assert torch.allclose(ours, theirs.softmax(-1), atol=1e-6)
@@ -109,7 +116,7 @@ def test_whole_chains_equal_transformers(
         1.0,
     )
     likeliest = warpers_left_out(torch.tensor(rows), logits.clone()).argmax(-1)
-    assert torch.equal(choose(logits, greedy, said(rows, prompt_length, (1, 2)), []), likeliest)
+    assert torch.equal(sample_tokens(logits, greedy, make_histories(rows, prompt_length, (1, 2)), []), likeliest)
 
 
 # The quick ways beside the plain ones
@@ -160,7 +167,7 @@ def test_the_quick_way_equals_the_filters_one_by_one(sampling: Sampling, size: i
     plain = filters.keep_typical(plain, sampling.typical_p) if sampling.typical_p < 1 else plain
     plain = filters.keep_epsilon(plain, sampling.epsilon_cutoff) if sampling.epsilon_cutoff else plain
     plain = filters.keep_eta(plain, sampling.eta_cutoff) if sampling.eta_cutoff else plain
-    quick = probabilities(logits, sampling)
+    quick = logits_to_probs(logits, sampling)
     assert torch.equal(quick > 0, plain.softmax(-1) > 0)
     assert torch.allclose(quick, plain.softmax(-1), rtol=1e-5, atol=1e-9)
 
@@ -175,9 +182,9 @@ def test_the_rungs_of_a_gpu_hold_what_is_kept(top_p: float, min_p: float, coarse
     shares = logits.softmax(-1) if top_p < 1 else None
     plain = filters.keep_min_p(filters.keep_top_p(logits, top_p) if top_p < 1 else logits, min_p)
     widths = set()
-    for part in by_rungs(logits, shares, top_p, min_p):
+    for part in gpu_candidates(logits, shares, top_p, min_p):
         assert part.ids is not None
-        left = filters.keep_top_p(part.logits, top_p, part.shares) if top_p < 1 else part.logits
+        left = filters.keep_top_p(part.logits, top_p, part.probs) if top_p < 1 else part.logits
         whole = torch.full_like(plain[part.rows], -INF).scatter(-1, part.ids, filters.keep_min_p(left, min_p))
         assert torch.equal(whole, plain[part.rows])
         widths.add(part.ids.size(-1))
@@ -188,10 +195,10 @@ def test_the_rungs_of_a_gpu_hold_what_is_kept(top_p: float, min_p: float, coarse
 @pytest.mark.parametrize("sampling", [GREEDY, *KINDS], ids=name_of)
 def test_choose_is_draw_of_probabilities(sampling: Sampling, coarse: bool) -> None:
     logits = mixed_rows(6001, coarse)
-    probs = probabilities(logits, sampling)
+    probs = logits_to_probs(logits, sampling)
     for seed in range(20):
-        chosen = choose(logits, sampling, None, [random_stream(seed, row) for row in range(6)])
-        assert torch.equal(chosen, draw(probs, [random_stream(seed, row) for row in range(6)]))
+        chosen = sample_tokens(logits, sampling, None, [make_generator(seed, row) for row in range(6)])
+        assert torch.equal(chosen, sample_from_probs(probs, [make_generator(seed, row) for row in range(6)]))
         assert (probs.gather(-1, chosen.unsqueeze(-1)) > 0).all()
 
 
@@ -201,12 +208,12 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(sampling: Sampling, size: i
     logits = mixed_rows(size, coarse=size == 6001)
     sampling = replace(sampling, repetition_penalty=1.1, frequency_penalty=0.2)
     past = [History([row, 1, 2, 2, 3, 3, 3, 4], prompt_length=2) for row in range(6)]
-    together = probabilities(logits, sampling, past)
-    chosen = choose(logits, sampling, past, [random_stream(9, row) for row in range(6)])
+    together = logits_to_probs(logits, sampling, past)
+    chosen = sample_tokens(logits, sampling, past, [make_generator(9, row) for row in range(6)])
     for row in range(6) if size < 50257 else (2, 3):
         alone = logits[row : row + 1], sampling, past[row : row + 1]
-        assert torch.equal(probabilities(*alone), together[row : row + 1])
-        assert choose(*alone, [random_stream(9, row)]).item() == chosen[row]
+        assert torch.equal(logits_to_probs(*alone), together[row : row + 1])
+        assert sample_tokens(*alone, [make_generator(9, row)]).item() == chosen[row]
 
 
 # Temperature and drawing
@@ -214,24 +221,24 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(sampling: Sampling, size: i
 
 def test_temperature() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert probabilities(logits, Sampling(0)).tolist() == [[0, 1, 0]]
-    assert torch.equal(probabilities(logits, Sampling(0.5)), (logits * 2).softmax(-1))
-    assert probabilities(logits, Sampling(1e-4)).argmax() == 1
-    assert probabilities(logits, Sampling(1e4))[0] == pytest.approx([1 / 3] * 3, abs=1e-3)
+    assert logits_to_probs(logits, Sampling(0)).tolist() == [[0, 1, 0]]
+    assert torch.equal(logits_to_probs(logits, Sampling(0.5)), (logits * 2).softmax(-1))
+    assert logits_to_probs(logits, Sampling(1e-4)).argmax() == 1
+    assert logits_to_probs(logits, Sampling(1e4))[0] == pytest.approx([1 / 3] * 3, abs=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-21])
 def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
     logits = torch.tensor([[1.0, 3.0, -INF, 2.999999], [-4e4, 2.0, 2.0, 1.0]])
-    assert torch.equal(probabilities(logits, Sampling(temperature)), probabilities(logits, GREEDY))
+    assert torch.equal(logits_to_probs(logits, Sampling(temperature)), logits_to_probs(logits, GREEDY))
     cold = Sampling(temperature, top_k=2, top_p=0.5)
-    assert torch.equal(probabilities(logits, cold), probabilities(logits, GREEDY))
+    assert torch.equal(logits_to_probs(logits, cold), logits_to_probs(logits, GREEDY))
 
 
 def test_cold_temperatures_are_distributions() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [3e4, 3e4, -3e4]])
     for temperature in (1e-19, 1e-10, 1e-6):
-        probs = probabilities(logits, Sampling(temperature))
+        probs = logits_to_probs(logits, Sampling(temperature))
         assert probs.tolist() == [[0, 1, 0], [0.5, 0.5, 0]]
 
 
@@ -246,16 +253,16 @@ def test_the_largest_settings_still_make_a_distribution(temperature: float, size
         logit_bias={0: 1e6, 1: -1e6},
     )
     logits = torch.tensor([[3e4, -3e4, 1.0, -INF]])
-    probs = probabilities(logits, extreme, [History([0, 1, 1, 3])])
+    probs = logits_to_probs(logits, extreme, [History([0, 1, 1, 3])])
     assert probs.sum() == pytest.approx(1)
     assert probs[0, 3] == 0
 
 
 def test_half_precision_logits_are_taken_as_they_are() -> None:
     logits = random_logits(0, 2, 50).bfloat16()
-    probs = probabilities(logits, Sampling(logit_bias={3: 1.0}))
+    probs = logits_to_probs(logits, Sampling(logit_bias={3: 1.0}))
     assert probs.dtype == torch.float32
-    assert torch.equal(probs, probabilities(logits.float(), Sampling(logit_bias={3: 1.0})))
+    assert torch.equal(probs, logits_to_probs(logits.float(), Sampling(logit_bias={3: 1.0})))
 
 
 def chi_square(counts: Counter[int], probs: list[float]) -> float:
@@ -265,19 +272,19 @@ def chi_square(counts: Counter[int], probs: list[float]) -> float:
 
 def test_draws_follow_the_probabilities() -> None:
     probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]])
-    own = random_stream(1, 0)
-    counts = Counter(int(draw(probs, [own])) for _ in range(4000))
+    own = make_generator(1, 0)
+    counts = Counter(int(sample_from_probs(probs, [own])) for _ in range(4000))
     assert counts[1] == 0
     assert chi_square(counts, probs[0].tolist()) < 13.8  # 2 degrees of freedom: one seed in a thousand is worse
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=5, top_p=0.9), Sampling(top_p=0.7)], ids=name_of)
 def test_choices_follow_the_probabilities(sampling: Sampling) -> None:
-    logits = random_logits(3, 1, 1000, spread=0.1)
+    logits = random_logits(3, 1, 1000, scale=0.1)
     logits[0, 990:] += 6
-    probs = probabilities(logits, sampling)
-    own = random_stream(2, 0)
-    counts = Counter(int(choose(logits, sampling, None, [own])) for _ in range(3000))
+    probs = logits_to_probs(logits, sampling)
+    own = make_generator(2, 0)
+    counts = Counter(int(sample_tokens(logits, sampling, None, [own])) for _ in range(3000))
     coarse = Counter({i: counts[990 + i] for i in range(10)}) + Counter({10: sum(counts[i] for i in range(990))})
     expected = [*probs[0, 990:].tolist(), float(probs[0, :990].sum())]
     assert sum(coarse.values()) == 3000
@@ -289,7 +296,7 @@ def test_choices_follow_the_probabilities(sampling: Sampling) -> None:
 def test_a_token_without_probability_is_never_drawn(seed: int, alive: int, size: int) -> None:
     probs = torch.zeros(1, size)
     probs[0, -1 - alive] = 1e-30
-    assert int(draw(probs, [random_stream(seed, 0)])) == size - 1 - alive
+    assert int(sample_from_probs(probs, [make_generator(seed, 0)])) == size - 1 - alive
 
 
 @pytest.mark.parametrize("size", [100, 600, 1024])
@@ -300,35 +307,35 @@ def test_the_least_and_the_largest_number_draw_tokens_that_have_a_chance(
     probs = random_logits(0, 1, size).softmax(-1)
     probs[0, :5], probs[0, size - 6 :] = 0.0, 0.0
     monkeypatch.setattr(torch, "rand", lambda *_, dtype, **__: torch.tensor(number, dtype=dtype))
-    assert draw(probs, [random_stream(0, 0)]).item() == expected % size
+    assert sample_from_probs(probs, [make_generator(0, 0)]).item() == expected % size
 
 
 @settings(deadline=None)
 @given(seeds, st.integers(1, 3000))
 def test_draw_inverts_the_cumulated_probabilities(seed: int, size: int) -> None:
-    probs = random_logits(seed, 1, size, ruled_out=0.5).softmax(-1)
-    number = torch.rand((), generator=random_stream(seed, 0), dtype=torch.float64)
+    probs = random_logits(seed, 1, size, masked_fraction=0.5).softmax(-1)
+    number = torch.rand((), generator=make_generator(seed, 0), dtype=torch.float64)
     cdf = probs[0].double().cumsum(-1)
-    assert draw(probs, [random_stream(seed, 0)]).item() == int((cdf <= number * cdf[-1]).sum())
+    assert sample_from_probs(probs, [make_generator(seed, 0)]).item() == int((cdf <= number * cdf[-1]).sum())
 
 
 def test_greedy_takes_the_first_of_equals_and_no_random_number() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, -INF]])
-    own = random_stream(0, 0)
+    own = make_generator(0, 0)
     before = own.get_state()
-    assert choose(logits, GREEDY, None, [own]).tolist() == [1]
+    assert sample_tokens(logits, GREEDY, None, [own]).tolist() == [1]
     assert torch.equal(own.get_state(), before)
-    choose(logits, Sampling(top_k=1), None, [own])
+    sample_tokens(logits, Sampling(top_k=1), None, [own])
     assert not torch.equal(own.get_state(), before)
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:
-    logits = random_logits(0, 3, 5000, ruled_out=0.1)
+    logits = random_logits(0, 3, 5000, masked_fraction=0.1)
     ids = torch.tensor([0, 17, 4999])
     expected = logits.log_softmax(-1)
-    own, best, theirs = log_probabilities(logits, ids, 5)
+    own, best, theirs = gather_logprobs(logits, ids, 5)
     assert torch.equal(own, expected[[0, 1, 2], ids])
     assert torch.equal(theirs, expected.topk(5).values)
     assert torch.equal(best, expected.topk(5).indices)
-    assert log_probabilities(logits, ids)[1].shape == (3, 0)
-    assert log_probabilities(logits[:, :3], ids[:1].expand(3), 20)[1].shape == (3, 3)
+    assert gather_logprobs(logits, ids)[1].shape == (3, 0)
+    assert gather_logprobs(logits[:, :3], ids[:1].expand(3), 20)[1].shape == (3, 3)

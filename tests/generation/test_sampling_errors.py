@@ -9,7 +9,7 @@ import torch
 
 from gpt2.errors import UserError
 from gpt2.generation.filters import History
-from gpt2.generation.sampling import Sampling, choose, probabilities, random_stream
+from gpt2.generation.sampling import Sampling, logits_to_probs, make_generator, sample_tokens
 
 INF = math.inf
 
@@ -68,11 +68,11 @@ def test_a_sampling_is_hashable_and_keeps_what_it_was_given() -> None:
 
 def test_ids_outside_the_vocabulary() -> None:
     sampling = Sampling(logit_bias={99: 1.0}, bad_words=[[1, 120]])
-    sampling.check_ids(121)
+    sampling.check_token_ids(121)
     with pytest.raises(UserError, match="bad-words: token 120 is not in the model's vocabulary of 120"):
-        sampling.check_ids(120)
+        sampling.check_token_ids(120)
     with pytest.raises(UserError, match="logit-bias: token 99 is not"):
-        sampling.check_ids(99)
+        sampling.check_token_ids(99)
 
 
 @pytest.mark.parametrize(
@@ -87,22 +87,22 @@ def test_ids_outside_the_vocabulary() -> None:
 def test_nothing_left_to_say_is_one_line(sampling: Sampling) -> None:
     past = [History([0, 1], 1, end_tokens=(0, 1))]
     with pytest.raises(UserError, match="together rule out every token"):
-        probabilities(torch.zeros(1, 2), sampling, past)
+        logits_to_probs(torch.zeros(1, 2), sampling, past)
     with pytest.raises(UserError, match="together rule out every token"):
-        choose(torch.zeros(1, 2), sampling, past, [random_stream(0, 0)])
-    assert choose(torch.zeros(1, 3), sampling, past, [random_stream(0, 0)]).tolist() == [2]
+        sample_tokens(torch.zeros(1, 2), sampling, past, [make_generator(0, 0)])
+    assert sample_tokens(torch.zeros(1, 3), sampling, past, [make_generator(0, 0)]).tolist() == [2]
 
 
 def test_what_one_row_rules_out_takes_no_number_from_the_others() -> None:
     sampling = Sampling(no_repeat_ngram_size=1)
-    past, streams = [History([0])] * 20, [random_stream(0, row) for row in range(21)]
+    past, streams = [History([0])] * 20, [make_generator(0, row) for row in range(21)]
     with pytest.raises(UserError, match="rule out every token"):
-        choose(torch.zeros(21, 2), sampling, [*past, History([0, 1])], streams)
-    assert torch.equal(streams[0].get_state(), random_stream(0, 0).get_state())
+        sample_tokens(torch.zeros(21, 2), sampling, [*past, History([0, 1])], streams)
+    assert torch.equal(streams[0].get_state(), make_generator(0, 0).get_state())
 
 
 def test_what_looks_back_needs_histories() -> None:
-    assert not Sampling(top_k=3, logit_bias={1: 1.0}).looks_back
+    assert not Sampling(top_k=3, logit_bias={1: 1.0}).needs_history
     for sampling in (Sampling(repetition_penalty=1.1), Sampling(min_new_tokens=1), Sampling(bad_words=[[1]])):
         with pytest.raises(ValueError, match="histories"):
-            probabilities(torch.zeros(1, 2), sampling)
+            logits_to_probs(torch.zeros(1, 2), sampling)

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from gpt2.errors import UserError
-from gpt2.generation.beam_search import beam_search, beam_texts
+from gpt2.generation.beam_search import beam_search, beam_search_texts
 from gpt2.generation.contrastive_search import contrastive_search, contrastive_stream
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT
 from gpt2.tokenizer import get_tokenizer
 from tests.helpers.reference import random_model
-from tests.helpers.searching import CONFIGS, WRITER, assert_same, decided_model, pair
+from tests.helpers.searching import BYTE_CONFIG, CONFIGS, assert_same_hypotheses, model_pair, peaked_model
 
 
 def test_dropout_is_out_while_searching_and_the_model_stays_as_it_was() -> None:
-    model = decided_model(replace(CONFIGS[0], dropout=0.5))
+    model = peaked_model(replace(CONFIGS[0], dropout=0.5))
     beams = beam_search(model, [1], num_beams=3, max_new_tokens=10)
     words = list(contrastive_search(model, [1], top_k=3, penalty_alpha=0.5, max_new_tokens=10))
     model.train()
@@ -27,7 +27,7 @@ def test_dropout_is_out_while_searching_and_the_model_stays_as_it_was() -> None:
 
 
 def test_the_prompt_is_not_changed() -> None:
-    model, _ = pair(0, 0)
+    model, _ = model_pair(0, 0)
     prompt = [1, 2]
     beam_search(model, prompt, num_beams=3, max_new_tokens=4)
     list(contrastive_search(model, prompt, top_k=3, penalty_alpha=0.5, max_new_tokens=4))
@@ -61,7 +61,7 @@ CONTRAST: dict[str, Any] = {"top_k": 4, "penalty_alpha": 0.6, "max_new_tokens": 
 )
 def test_what_beam_search_cannot_do_is_one_line(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        beam_search(pair(0, 0)[0], **{"prompt_ids": [1, 2], **BEAMS, **wrong})
+        beam_search(model_pair(0, 0)[0], **{"prompt_ids": [1, 2], **BEAMS, **wrong})
     assert "\n" not in str(error.value)
 
 
@@ -79,7 +79,7 @@ def test_what_beam_search_cannot_do_is_one_line(wrong: dict[str, Any], message: 
 )
 def test_what_contrastive_search_cannot_do_is_one_line_at_once(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        contrastive_search(pair(0, 0)[0], **{"prompt_ids": [1, 2], **CONTRAST, **wrong})
+        contrastive_search(model_pair(0, 0)[0], **{"prompt_ids": [1, 2], **CONTRAST, **wrong})
     assert "\n" not in str(error.value)
 
 
@@ -94,7 +94,7 @@ def test_a_model_that_gives_nan_is_an_error() -> None:
 
 
 def test_bans_that_leave_nothing_to_say_are_an_error() -> None:
-    model, nothing = pair(0, 0)[0], Sampling(bad_words=[(token,) for token in range(31)])
+    model, nothing = model_pair(0, 0)[0], Sampling(bad_words=[(token,) for token in range(31)])
     with pytest.raises(UserError, match="rule out every token"):
         beam_search(model, [1], **BEAMS, sampling=nothing)
     with pytest.raises(UserError, match="rule out every token"):
@@ -104,11 +104,11 @@ def test_bans_that_leave_nothing_to_say_are_an_error() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_finds_what_a_cpu_finds() -> None:
-    model, _ = pair(0, 0)
-    there = decided_model(CONFIGS[0], 0).cuda()
+    model, _ = model_pair(0, 0)
+    there = peaked_model(CONFIGS[0], 0).cuda()
     groups: dict[str, Any] = {"num_beam_groups": 2, "diversity_penalty": 1.0, "num_return": 4, "end_tokens": range(4)}
     penalized = Sampling(temperature=0, repetition_penalty=1.2, no_repeat_ngram_size=3)
-    assert_same(
+    assert_same_hypotheses(
         beam_search(there, [1, 2], **BEAMS, **groups, sampling=penalized),
         beam_search(model, [1, 2], **BEAMS, **groups, sampling=penalized),
     )
@@ -120,7 +120,7 @@ def test_a_gpu_finds_what_a_cpu_finds() -> None:
 
 def letters(text: str) -> GPT:
     """A model that speaks in the letters of `text` only."""
-    model, allowed = decided_model(WRITER), list(text.encode())
+    model, allowed = peaked_model(BYTE_CONFIG), list(text.encode())
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = 50
         model.lm_head.weight[:, 0] = torch.tensor([float(token in allowed) for token in range(257)])
@@ -129,7 +129,7 @@ def letters(text: str) -> GPT:
 
 def test_texts_hold_the_prompt_and_come_best_first() -> None:
     model, tokenizer = letters("abcdefgh"), get_tokenizer("bytes")
-    texts = beam_texts(model, tokenizer, "Hello", num_beams=4, num_return=3, max_new_tokens=10)
+    texts = beam_search_texts(model, tokenizer, "Hello", num_beams=4, num_return=3, max_new_tokens=10)
     found = beam_search(
         model, list(b"Hello"), num_beams=4, num_return=3, max_new_tokens=10, end_tokens=[tokenizer.end_of_text]
     )
@@ -140,9 +140,9 @@ def test_texts_hold_the_prompt_and_come_best_first() -> None:
 
 
 def test_an_empty_prompt_begins_a_text() -> None:
-    model, tokenizer = decided_model(WRITER), get_tokenizer("bytes")
-    (text,) = beam_texts(model, tokenizer, "", num_beams=2, max_new_tokens=5)
-    assert text == beam_texts(model, tokenizer, "<|endoftext|>", num_beams=2, max_new_tokens=5)[0][13:]
+    model, tokenizer = peaked_model(BYTE_CONFIG), get_tokenizer("bytes")
+    (text,) = beam_search_texts(model, tokenizer, "", num_beams=2, max_new_tokens=5)
+    assert text == beam_search_texts(model, tokenizer, "<|endoftext|>", num_beams=2, max_new_tokens=5)[0][13:]
     assert "".join(contrastive_stream(model, tokenizer, "", max_new_tokens=5))
 
 
@@ -150,7 +150,7 @@ def test_a_stop_string_ends_a_beam_as_an_end_token_does_and_is_not_shown() -> No
     model, tokenizer = letters("abcdefgh"), get_tokenizer("bytes")
     rules: dict[str, Any] = {"num_beams": 4, "num_return": 4, "max_new_tokens": 20, "length_penalty": 0.5}
     found = beam_search(model, list(b"abc"), **rules, end_tokens=[ord("e")])
-    texts = beam_texts(model, tokenizer, "abc", **rules, stop=["e"])
+    texts = beam_search_texts(model, tokenizer, "abc", **rules, stop=["e"])
     assert texts == ["abc" + tokenizer.decode(f.tokens).removesuffix("e") for f in found]
     assert any(f.tokens[-1] == ord("e") for f in found)
 
@@ -158,10 +158,10 @@ def test_a_stop_string_ends_a_beam_as_an_end_token_does_and_is_not_shown() -> No
 def test_a_stop_string_over_several_tokens() -> None:
     model, tokenizer = letters("abcdefgh"), get_tokenizer("bytes")
     rules: dict[str, Any] = {"num_beams": 4, "num_return": 4, "max_new_tokens": 20, "length_penalty": 0.5}
-    (free,) = (text[3:] for text in beam_texts(model, tokenizer, "abc", **{**rules, "num_return": 1}))
+    (free,) = (text[3:] for text in beam_search_texts(model, tokenizer, "abc", **{**rules, "num_return": 1}))
     stop = free[4:7]
-    found = beam_search(model, list(b"abc"), **rules, stopped=lambda new: bytes(new).endswith(stop.encode()))
-    texts = beam_texts(model, tokenizer, "abc", **rules, stop=["nothing", stop])
+    found = beam_search(model, list(b"abc"), **rules, stopping_criterion=lambda new: bytes(new).endswith(stop.encode()))
+    texts = beam_search_texts(model, tokenizer, "abc", **rules, stop=["nothing", stop])
     assert texts == ["abc" + tokenizer.decode(hypothesis.tokens).removesuffix(stop) for hypothesis in found]
     assert len({len(text) for text in texts}) > 1
     free = "".join(contrastive_stream(model, tokenizer, "abc", max_new_tokens=20))
@@ -172,16 +172,16 @@ def test_a_stop_string_over_several_tokens() -> None:
 
 def test_a_token_without_text_ends_a_text() -> None:
     """A vocabulary may be padded beyond the tokenizer's."""
-    model, tokenizer = decided_model(replace(WRITER, vocab_size=300)), get_tokenizer("bytes")
+    model, tokenizer = peaked_model(replace(BYTE_CONFIG, vocab_size=300)), get_tokenizer("bytes")
     favoured = Sampling(temperature=0, logit_bias={290: 1000.0})
-    assert beam_texts(model, tokenizer, "abc", num_beams=1, sampling=favoured, stop=["x"]) == ["abc"]
+    assert beam_search_texts(model, tokenizer, "abc", num_beams=1, sampling=favoured, stop=["x"]) == ["abc"]
     assert list(contrastive_stream(model, tokenizer, "abc", penalty_alpha=0.1, sampling=favoured)) == []
 
 
 @pytest.mark.parametrize("stop", [[""], "text"])
 def test_texts_without_a_tokenizer_or_with_an_impossible_stop_are_one_line(stop: Any) -> None:
-    model, tokenizer = pair(0, 0)[0], get_tokenizer("bytes")
-    for search in (beam_texts, contrastive_stream):
+    model, tokenizer = model_pair(0, 0)[0], get_tokenizer("bytes")
+    for search in (beam_search_texts, contrastive_stream):
         with pytest.raises(UserError, match="has no tokenizer"):
             list(search(model, None, "a"))
         with pytest.raises(UserError, match="stop string"):

@@ -9,22 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import Request
-from gpt2.generation.sampling import History, Sampling, random_stream
+from gpt2.generation.engine import GenerationRequest
+from gpt2.generation.sampling import History, Sampling, make_generator
 from gpt2.generation.speculative import (
-    ModelDraft,
+    CachedModel,
+    DraftModel,
     PromptLookup,
-    Reader,
-    Speculation,
-    next_length,
+    SpeculativeDecoder,
+    next_draft_length,
     speculate,
 )
 from gpt2.generation.text import stream
 from gpt2.model import GPTConfig
-from gpt2.native.build import library
+from gpt2.native.build import load_library
 from gpt2.native.model import NativeGPT
 from gpt2.tokenizer import BPETokenizer, get_tokenizer
-from tests.helpers.drafts import DRAFTS, opinionated, perturbed, plain, said
+from tests.helpers.drafts import (
+    DRAFTERS,
+    context_sensitive_model,
+    decode_without_draft,
+    perturbed_model,
+    speculative_decode,
+)
 from tests.helpers.reference import ODD_CONFIGS, random_model
 
 GREEDY = Sampling(temperature=0)
@@ -35,21 +41,21 @@ FEW = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_
 # greedy: token for token
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("draft", DRAFTERS)
 @pytest.mark.parametrize("config", ODD_CONFIGS, ids=lambda c: f"{c.n_layer}x{c.n_embd}")
 def test_greedy_tokens_are_those_of_plain_decoding_beyond_the_context_too(config: GPTConfig, draft: str) -> None:
-    model = opinionated(config)
-    guesser = DRAFTS[draft](model)
+    model = context_sensitive_model(config)
+    guesser = DRAFTERS[draft](model)
     for prompt, count in (([1, 2, 3], 40), (list(range(config.block_size)), 12)):
-        request = Request(prompt, GREEDY, count)
-        assert said(model, guesser, request) == plain(model, request)
+        request = GenerationRequest(prompt, GREEDY, count)
+        assert speculative_decode(model, guesser, request) == decode_without_draft(model, request)
 
 
 @settings(deadline=None, max_examples=25)
 @given(
     context=st.integers(1, 12),
     prompt=st.lists(st.integers(0, 10), min_size=1, max_size=12),
-    draft=st.sampled_from(list(DRAFTS)),
+    draft=st.sampled_from(list(DRAFTERS)),
     longest=st.integers(1, 9),
     count=st.integers(0, 25),
     sampling=st.builds(
@@ -74,30 +80,30 @@ def test_greedy_tokens_are_the_same_for_any_settings(
     sampling: Sampling,
     end_tokens: tuple[int, ...],
 ) -> None:
-    model = opinionated(replace(FEW, vocab_size=11, block_size=context, n_embd=16))
-    request = Request(prompt[:context], sampling, count, end_tokens=end_tokens)
-    assert said(model, DRAFTS[draft](model), request, longest) == plain(model, request)
+    model = context_sensitive_model(replace(FEW, vocab_size=11, block_size=context, n_embd=16))
+    request = GenerationRequest(prompt[:context], sampling, count, end_tokens=end_tokens)
+    assert speculative_decode(model, DRAFTERS[draft](model), request, longest) == decode_without_draft(model, request)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_the_cpu_kernel_reads_guesses_as_it_reads_single_tokens(precision: str) -> None:
-    kernel = library()
+    kernel = load_library()
     if kernel is None:
         pytest.skip("the CPU kernel cannot be compiled here")
-    gpt = opinionated(replace(TALKER, n_embd=64, block_size=24))
+    gpt = context_sensitive_model(replace(TALKER, n_embd=64, block_size=24))
     model = NativeGPT(gpt, precision, kernel)
-    for draft in (ModelDraft(model), ModelDraft(gpt), PromptLookup()):
-        request = Request([1, 2, 3], GREEDY, 40)
-        assert said(model, draft, request) == plain(model, request)
+    for draft in (DraftModel(model), DraftModel(gpt), PromptLookup()):
+        request = GenerationRequest([1, 2, 3], GREEDY, 40)
+        assert speculative_decode(model, draft, request) == decode_without_draft(model, request)
 
 
 def test_a_draft_serves_one_text_after_the_other() -> None:
-    model = opinionated(replace(TALKER, block_size=12))
+    model = context_sensitive_model(replace(TALKER, block_size=12))
     for name in ("nearly", "lookup"):
-        draft = DRAFTS[name](model)
+        draft = DRAFTERS[name](model)
         for prompt in ([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9], [5], [1, 2, 3, 4]):
-            request = Request(prompt, GREEDY, 25)
-            assert said(model, draft, request) == plain(model, request)
+            request = GenerationRequest(prompt, GREEDY, 25)
+            assert speculative_decode(model, draft, request) == decode_without_draft(model, request)
 
 
 # the reader, the drafts and the numbers
@@ -112,13 +118,13 @@ def test_a_draft_serves_one_text_after_the_other() -> None:
 def test_a_reader_reads_what_differs_and_says_what_the_model_says(
     context: int, texts: list[list[int]], data: st.DataObject
 ) -> None:
-    model = opinionated(replace(FEW, block_size=context))
-    reader = Reader(model)
+    model = context_sensitive_model(replace(FEW, block_size=context))
+    reader = CachedModel(model)
     for text in texts:
         start = 0
         while len(text) - start > context:  # as the engine does: the later half and the token that found no room
             start += context + 1 - max(1, context // 2)
-        assert reader.room(len(text)) == context - (len(text) - start)
+        assert reader.remaining_context(len(text)) == context - (len(text) - start)
         count = data.draw(st.integers(1, len(text) - start))
         with torch.no_grad():
             expected = model(torch.tensor([text[start:]]))[0, -count:]
@@ -128,7 +134,7 @@ def test_a_reader_reads_what_differs_and_says_what_the_model_says(
 def test_a_reader_reads_no_more_than_it_must() -> None:
     model, read = random_model(TALKER), []
     model.transformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].tolist()[0]))
-    reader = Reader(model)
+    reader = CachedModel(model)
     reader.logits([1, 2, 3], 1)
     reader.logits([1, 2, 3, 4, 5], 3)  # the last of the three lies before what is new, and is read again
     reader.logits([1, 2, 3, 4, 9], 1)
@@ -137,8 +143,8 @@ def test_a_reader_reads_no_more_than_it_must() -> None:
 
 
 def test_the_model_reads_each_token_once_and_its_guesses() -> None:
-    model, read = opinionated(TALKER), []
-    speculation = Speculation(model, DRAFTS["nearly"](model), Request([1, 2, 3], Sampling(), 40))
+    model, read = context_sensitive_model(TALKER), []
+    speculation = SpeculativeDecoder(model, DRAFTERS["nearly"](model), GenerationRequest([1, 2, 3], Sampling(), 40))
     model.transformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].size(1)))
     list(speculation)
     assert len(read) == speculation.calls
@@ -153,8 +159,8 @@ def test_the_model_reads_each_token_once_and_its_guesses() -> None:
 )
 @pytest.mark.parametrize("context", [64, 11])
 def test_a_model_that_drafts_for_itself_is_never_wrong(sampling: Sampling, context: int) -> None:
-    model = opinionated(replace(TALKER, block_size=context))
-    speculation = Speculation(model, ModelDraft(model), Request([1, 2, 3], sampling, 50))
+    model = context_sensitive_model(replace(TALKER, block_size=context))
+    speculation = SpeculativeDecoder(model, DraftModel(model), GenerationRequest([1, 2, 3], sampling, 50))
     lists = list(speculation)
     assert speculation.acceptance_rate == 1.0
     assert speculation.drafted == 50 - speculation.calls
@@ -163,11 +169,11 @@ def test_a_model_that_drafts_for_itself_is_never_wrong(sampling: Sampling, conte
 
 
 def test_numbers_of_a_draft_that_is_always_wrong() -> None:
-    model = opinionated(TALKER)
-    wrong = perturbed(model)
+    model = context_sensitive_model(TALKER)
+    wrong = perturbed_model(model)
     with torch.no_grad():
         wrong.lm_head.weight.mul_(-1)
-    speculation = Speculation(model, ModelDraft(wrong), Request([1, 2, 3], GREEDY, 20))
+    speculation = SpeculativeDecoder(model, DraftModel(wrong), GenerationRequest([1, 2, 3], GREEDY, 20))
     assert (speculation.acceptance_rate, speculation.tokens_per_call) == (0.0, 0.0)
     list(speculation)
     assert (speculation.calls, speculation.accepted, speculation.acceptance_rate) == (20, 0, 0.0)
@@ -176,13 +182,13 @@ def test_numbers_of_a_draft_that_is_always_wrong() -> None:
 
 
 def test_how_long_the_next_draft_is() -> None:
-    assert [next_length(4, accepted, 16) for accepted in range(5)] == [3, 3, 4, 4, 5]
-    assert (next_length(16, 16, 16), next_length(1, 0, 16), next_length(1, 1, 1)) == (16, 1, 1)
+    assert [next_draft_length(4, accepted, 16) for accepted in range(5)] == [3, 3, 4, 4, 5]
+    assert (next_draft_length(16, 16, 16), next_draft_length(1, 0, 16), next_draft_length(1, 1, 1)) == (16, 1, 1)
 
 
 def test_what_prompt_lookup_finds() -> None:
     def found(tokens: list[int], count: int = 4, ngram: int = 3) -> list[int]:
-        return PromptLookup(ngram).propose(History(tokens), count, Sampling(), random_stream(0, 0)).tokens
+        return PromptLookup(ngram).propose(History(tokens), count, Sampling(), make_generator(0, 0)).tokens
 
     assert found([1, 2, 3, 4, 5, 6, 1, 2, 3]) == [4, 5, 6, 1]
     assert found([1, 2, 3, 7, 1, 2, 3, 8, 9, 0, 1, 2, 3], 2) == [8, 9]  # the latest
@@ -195,30 +201,32 @@ def test_what_prompt_lookup_finds() -> None:
 
 
 def test_settings_that_leave_nothing_after_a_guess_are_no_error_before_it_comes_to_that() -> None:
-    model = opinionated(FEW)
+    model = context_sensitive_model(FEW)
     rule = Sampling(no_repeat_ngram_size=1)  # four tokens, then nothing
-    for draft in (ModelDraft(model), ModelDraft(opinionated(FEW, 1)), PromptLookup()):
-        assert sorted(said(model, draft, Request([2], rule, 3))) == [0, 1, 3]
+    for draft in (DraftModel(model), DraftModel(context_sensitive_model(FEW, 1)), PromptLookup()):
+        assert sorted(speculative_decode(model, draft, GenerationRequest([2], rule, 3))) == [0, 1, 3]
         with pytest.raises(UserError, match="rule out every token"):
-            said(model, draft, Request([2], rule, 4))
+            speculative_decode(model, draft, GenerationRequest([2], rule, 4))
 
 
 def test_an_end_token_ends_it_and_what_was_guessed_after_it_is_dropped() -> None:
     model = random_model(TALKER)
-    whole = plain(model, Request([1, 2, 3], GREEDY, 30))
+    whole = decode_without_draft(model, GenerationRequest([1, 2, 3], GREEDY, 30))
     end = whole[7]
-    speculation = Speculation(model, ModelDraft(model), Request([1, 2, 3], GREEDY, 30, end_tokens=(end,)))
+    speculation = SpeculativeDecoder(
+        model, DraftModel(model), GenerationRequest([1, 2, 3], GREEDY, 30, end_tokens=(end,))
+    )
     tokens = [token for tokens in speculation for token in tokens]
     assert tokens == whole[: whole.index(end) + 1]
-    assert speculation.continuation.finished == "stop"
+    assert speculation.sequence.finish_reason == "stop"
     assert list(speculation) == []
 
 
 def test_a_draft_and_a_model_are_asked_without_their_dropout_and_stay_as_they_were() -> None:
     quiet, loud = random_model(TALKER), random_model(replace(TALKER, dropout=0.5)).train()
-    request = Request([1, 2, 3], GREEDY, 30)
-    speculation = Speculation(loud, ModelDraft(loud), request)
-    assert [token for tokens in speculation for token in tokens] == plain(quiet, request)
+    request = GenerationRequest([1, 2, 3], GREEDY, 30)
+    speculation = SpeculativeDecoder(loud, DraftModel(loud), request)
+    assert [token for tokens in speculation for token in tokens] == decode_without_draft(quiet, request)
     assert speculation.acceptance_rate == 1.0
     assert all(module.training for module in loud.modules())
 
@@ -229,13 +237,13 @@ def test_a_draft_and_a_model_are_asked_without_their_dropout_and_stay_as_they_we
 @pytest.mark.parametrize("name", ["another", "nearly", "lookup"])
 def test_greedy_text_is_that_of_stream(name: str) -> None:
     model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
-    draft = DRAFTS[name](model)
+    draft = DRAFTERS[name](model)
     for prompt, count in (("Hello", 100), ("", 20), ("abcabcabc", 40), ("x" * 64, 5)):
         pieces = [piece for _, piece in stream(model, tokenizer, prompt, GREEDY, max_new_tokens=count)]
         whole = "".join(pieces)
         text = speculate(model, tokenizer, prompt, draft, GREEDY, max_new_tokens=count)
         assert "".join(text) == whole
-        assert len(text.speculation.continuation.new_tokens) == count
+        assert len(text.decoder.sequence.new_tokens) == count
         middle = whole[len(whole) // 2 :][:2]
         ended = speculate(model, tokenizer, prompt, draft, GREEDY, max_new_tokens=count, stop=[middle])
         assert "".join(ended) == whole[: whole.index(middle)]
@@ -244,19 +252,19 @@ def test_greedy_text_is_that_of_stream(name: str) -> None:
 def test_a_text_ends_at_the_end_of_text() -> None:
     model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
     sampling = Sampling(logit_bias={256: 1e6}, min_new_tokens=3)  # as soon as it may
-    for draft in (ModelDraft(model), PromptLookup()):
+    for draft in (DraftModel(model), PromptLookup()):
         text = speculate(model, tokenizer, "Hello", draft, sampling, seed=1)
-        shown, said = "".join(text), text.speculation.continuation
-        assert (said.finished, len(said.new_tokens), said.tokens[-1]) == ("stop", 4, 256)
+        shown, said = "".join(text), text.decoder.sequence
+        assert (said.finish_reason, len(said.new_tokens), said.tokens[-1]) == ("stop", 4, 256)
         assert shown == tokenizer.decode(said.new_tokens[:3])
 
 
 def test_a_seed_gives_its_text() -> None:
-    model, tokenizer = opinionated(TALKER), get_tokenizer("bytes")
-    draft = ModelDraft(opinionated(TALKER, 1))
+    model, tokenizer = context_sensitive_model(TALKER), get_tokenizer("bytes")
+    draft = DraftModel(context_sensitive_model(TALKER, 1))
 
     def text(seed: int | None, sample: int = 0) -> str:
-        pieces = speculate(model, tokenizer, "Hello", draft, max_new_tokens=20, seed=seed, sample=sample)
+        pieces = speculate(model, tokenizer, "Hello", draft, max_new_tokens=20, seed=seed, sample_index=sample)
         return "".join(pieces)
 
     assert text(1) == text(1)
@@ -268,14 +276,14 @@ def test_a_seed_gives_its_text() -> None:
 
 def test_a_draft_of_another_vocabulary_or_tokenizer_is_refused(small_bpe: BPETokenizer) -> None:
     model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
-    larger = ModelDraft(random_model(replace(TALKER, vocab_size=300)), small_bpe)
+    larger = DraftModel(random_model(replace(TALKER, vocab_size=300)), small_bpe)
     with pytest.raises(UserError, match=r"^the draft has a vocabulary of 300 tokens, the model one of 257$"):
         speculate(model, tokenizer, "x", larger)
     with pytest.raises(UserError, match="vocabulary of 300"):
-        Speculation(model, larger, Request([1]))
+        SpeculativeDecoder(model, larger, GenerationRequest([1]))
     with pytest.raises(UserError, match=r"^the draft has another tokenizer than the model"):
-        speculate(model, tokenizer, "x", ModelDraft(random_model(TALKER), small_bpe))
-    assert list(speculate(model, tokenizer, "x", ModelDraft(model, tokenizer), max_new_tokens=0)) == []
+        speculate(model, tokenizer, "x", DraftModel(random_model(TALKER), small_bpe))
+    assert list(speculate(model, tokenizer, "x", DraftModel(model, tokenizer), max_new_tokens=0)) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -284,35 +292,35 @@ def test_a_model_or_a_draft_that_gives_nan_is_called_broken(value: float) -> Non
     with torch.no_grad():
         dict(broken.named_parameters())["transformer.h.1.mlp.c_proj.bias"][3] = value
     for sampling in (GREEDY, Sampling(top_k=5)):
-        request = Request([1, 2, 1], sampling, 5)
-        for draft in (ModelDraft(sound), PromptLookup()):
+        request = GenerationRequest([1, 2, 1], sampling, 5)
+        for draft in (DraftModel(sound), PromptLookup()):
             with pytest.raises(UserError, match=r"^the model gives nan or inf"):
-                said(broken, draft, request)
+                speculative_decode(broken, draft, request)
         with pytest.raises(UserError, match=r"^the draft is of no use: the model gives nan or inf"):
-            said(sound, ModelDraft(broken), request)
+            speculative_decode(sound, DraftModel(broken), request)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([]), "no tokens"),
-        (Request([0] * 65), "65 tokens do not fit the model's context of 64"),
-        (Request([257]), "outside the model's vocabulary of 257"),
-        (Request([-1]), "outside the model's vocabulary of 257"),
-        (Request([1], max_new_tokens=-1), "max_new_tokens must be 0 or more"),
-        (Request([1], Sampling(logit_bias={257: 1})), "logit-bias: token 257"),
+        (GenerationRequest([]), "no tokens"),
+        (GenerationRequest([0] * 65), "65 tokens do not fit the model's context of 64"),
+        (GenerationRequest([257]), "outside the model's vocabulary of 257"),
+        (GenerationRequest([-1]), "outside the model's vocabulary of 257"),
+        (GenerationRequest([1], max_new_tokens=-1), "max_new_tokens must be 0 or more"),
+        (GenerationRequest([1], Sampling(logit_bias={257: 1})), "logit-bias: token 257"),
     ],
 )
-def test_a_request_that_cannot_be_served(request_: Request, message: str) -> None:
+def test_a_request_that_cannot_be_served(request_: GenerationRequest, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Speculation(random_model(TALKER), PromptLookup(), request_)
+        SpeculativeDecoder(random_model(TALKER), PromptLookup(), request_)
 
 
 def test_impossible_drafts() -> None:
     with pytest.raises(UserError, match="at least 1 token to look for, not 0"):
         PromptLookup(0)
     with pytest.raises(UserError, match="a draft has at least 1 token, not 0"):
-        Speculation(random_model(TALKER), PromptLookup(), Request([1]), longest=0)
+        SpeculativeDecoder(random_model(TALKER), PromptLookup(), GenerationRequest([1]), max_draft_length=0)
     with pytest.raises(UserError, match="no tokenizer"):
         speculate(random_model(TALKER), None, "x", PromptLookup())
     with pytest.raises(UserError, match="stop string"):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2.generation import speculative
-from gpt2.generation.engine import LanguageModel, Request
-from gpt2.generation.sampling import History, Sampling, probabilities, random_stream
-from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, keep_or_redraw
+from gpt2.generation.engine import GenerationRequest, LanguageModel
+from gpt2.generation.sampling import History, Sampling, logits_to_probs, make_generator
+from gpt2.generation.speculative import Drafter, DraftModel, PromptLookup, accept_or_resample
 from gpt2.model import GPTConfig
-from tests.helpers.drafts import Pairs, opinionated, said
+from tests.helpers.drafts import TrigramModel, context_sensitive_model, speculative_decode
 
 TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 FEW = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
@@ -35,7 +35,7 @@ def chi_square_p(counts: Tensor, probs: Tensor) -> float:
     return float(torch.special.gammaincc(freedom / 2, statistic / 2))
 
 
-def distribution(model: LanguageModel, request: Request) -> Tensor:
+def distribution(model: LanguageModel, request: GenerationRequest) -> Tensor:
     """The exact probability of each continuation of all new tokens: (V ** max_new_tokens,)."""
     size, count, prompt = model.config.vocab_size, request.max_new_tokens, list(request.prompt)
     texts = torch.tensor([prompt + list(new) for new in product(range(size), repeat=count)])
@@ -44,17 +44,17 @@ def distribution(model: LanguageModel, request: Request) -> Tensor:
     total = torch.ones(len(texts), dtype=torch.float64)
     for i in range(len(prompt), texts.size(1)):
         pasts = [History(text[:i].tolist(), len(prompt)) for text in texts]
-        probs = probabilities(logits[:, i - 1], request.sampling, pasts)
+        probs = logits_to_probs(logits[:, i - 1], request.sampling, pasts)
         total *= probs.double().gather(-1, texts[:, i : i + 1])[:, 0]
     return total
 
 
-def sampled_p(draft: Draft, model: LanguageModel, sampling: Sampling, longest: int = 16, runs: int = 400) -> float:
+def sampled_p(draft: Drafter, model: LanguageModel, sampling: Sampling, longest: int = 16, runs: int = 400) -> float:
     """Three new tokens in each of `runs` runs against their exact distribution."""
-    request, size = Request([0, 1, 2, 0, 1], sampling, 3), model.config.vocab_size
+    request, size = GenerationRequest([0, 1, 2, 0, 1], sampling, 3), model.config.vocab_size
     counts = torch.zeros(size**3)
     for sample in range(runs):
-        tokens = said(model, draft, replace(request, seed=1, sample=sample), longest)
+        tokens = speculative_decode(model, draft, replace(request, seed=1, sample=sample), longest)
         counts[sum(token * size ** (2 - i) for i, token in enumerate(tokens))] += 1
     return chi_square_p(counts, distribution(model, request))
 
@@ -70,14 +70,14 @@ SETTINGS = {
 @pytest.mark.parametrize(("sampling", "longest"), [("plain", 1), *((name, 16) for name in SETTINGS)])
 @pytest.mark.parametrize("draft", ["model", "lookup"])
 def test_samples_have_the_distribution_of_the_model(draft: str, sampling: str, longest: int) -> None:
-    guesser = ModelDraft(Pairs(FEW, 1)) if draft == "model" else PromptLookup()
-    assert sampled_p(guesser, Pairs(FEW, 153), SETTINGS[sampling], longest) > 0.01
+    guesser = DraftModel(TrigramModel(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, TrigramModel(FEW, 153), SETTINGS[sampling], longest) > 0.01
 
 
 @pytest.mark.parametrize("draft", ["model", "lookup"])
 def test_samples_have_the_distribution_of_gpt2(draft: str) -> None:
-    guesser = ModelDraft(opinionated(FEW, 1)) if draft == "model" else PromptLookup()
-    assert sampled_p(guesser, opinionated(FEW), Sampling(0.8, top_k=3)) > 0.01
+    guesser = DraftModel(context_sensitive_model(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, context_sensitive_model(FEW), Sampling(0.8, top_k=3)) > 0.01
 
 
 def always_kept(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
@@ -86,7 +86,7 @@ def always_kept(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator
 
 def redrawn_from_p(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
     """Right but for the distribution that a rejected token is redrawn from."""
-    kept = keep_or_redraw(guess, p, q, stream)
+    kept = accept_or_resample(guess, p, q, stream)
     return kept if kept == guess else int(torch.multinomial(p, 1, generator=stream))
 
 
@@ -94,8 +94,8 @@ def redrawn_from_p(guess: int, p: Tensor, q: Tensor | None, stream: torch.Genera
 @pytest.mark.parametrize("draft", ["model", "lookup"])
 def test_the_test_finds_a_wrong_rule(draft: str, wrong: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculative, "keep_or_redraw", wrong)
-    guesser = ModelDraft(Pairs(FEW, 1)) if draft == "model" else PromptLookup()
-    assert sampled_p(guesser, Pairs(FEW, 153), Sampling()) < 1e-4
+    guesser = DraftModel(TrigramModel(FEW, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(guesser, TrigramModel(FEW, 153), Sampling()) < 1e-4
 
 
 @settings(deadline=None, max_examples=30)
@@ -109,26 +109,26 @@ def test_one_token_exactly(data: st.DataObject, size: int) -> None:
     keep = torch.minimum(torch.ones(size), p / q.clamp_min(1e-9))
     expected = q * keep + (q * (1 - keep)).sum() * (rest / rest.sum().clamp_min(1e-9))
     assert torch.allclose(expected, p, atol=1e-6)
-    own = random_stream(0, 0)
+    own = make_generator(0, 0)
     for guess in range(size):
         if q[guess] == 0:
             continue
-        drawn = torch.tensor([keep_or_redraw(guess, p, q, own) for _ in range(400)])
+        drawn = torch.tensor([accept_or_resample(guess, p, q, own) for _ in range(400)])
         share = (drawn == guess).float().mean()
         assert abs(share - keep[guess]) < 5 * math.sqrt(0.25 / 400)
         assert (rest[drawn[drawn != guess]] > 0).all()
 
 
 def test_the_random_numbers_are_the_requests_own() -> None:
-    model = opinionated(TALKER)
-    for draft in (ModelDraft(opinionated(TALKER, 1)), PromptLookup()):
-        request = Request([1, 2, 1, 2], Sampling(), 40, seed=3)
+    model = context_sensitive_model(TALKER)
+    for draft in (DraftModel(context_sensitive_model(TALKER, 1)), PromptLookup()):
+        request = GenerationRequest([1, 2, 1, 2], Sampling(), 40, seed=3)
         before = torch.get_rng_state()
-        once = said(model, draft, request)
+        once = speculative_decode(model, draft, request)
         torch.rand(7)
-        assert said(model, draft, request) == once
-        assert said(model, draft, replace(request, seed=4)) != once
-        assert said(model, draft, replace(request, sample=1)) != once
+        assert speculative_decode(model, draft, request) == once
+        assert speculative_decode(model, draft, replace(request, seed=4)) != once
+        assert speculative_decode(model, draft, replace(request, sample=1)) != once
         torch.set_rng_state(before)
-        said(model, draft, request)
+        speculative_decode(model, draft, request)
         assert torch.equal(torch.get_rng_state(), before)

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
-from gpt2.bench.ladder import full_loss
+from gpt2.bench.ladder import full_logits_loss
 from gpt2.bench.timing import Workload
 from gpt2.model import GPT, GPTConfig
 
-TINY = GPTConfig(vocab_size=301, block_size=1024, n_layer=2, n_head=2, n_embd=32)
-WORK = Workload("cpu", TINY, batch_size=2, block_size=16, steps=3, warmup=2, lr=3e-3)
-FLAGS = "--devices cpu --n-layer 2 --n-head 2 --n-embd 32 --vocab-size 301 --batch-size 2 --block-size 16 --steps 2"
-TRAIN = ["bench", "train", *FLAGS.split()]
+TINY_CONFIG = GPTConfig(vocab_size=301, block_size=1024, n_layer=2, n_head=2, n_embd=32)
+TINY_WORKLOAD = Workload("cpu", TINY_CONFIG, batch_size=2, block_size=16, steps=3, warmup=2, lr=3e-3)
+TINY_FLAGS = (
+    "--devices cpu --n-layer 2 --n-head 2 --n-embd 32 --vocab-size 301 --batch-size 2 --block-size 16 --steps 2"
+)
+BENCH_TRAIN_ARGS = ["bench", "train", *TINY_FLAGS.split()]
 
-NANOGPT = '''
+FAKE_NANOGPT = '''
 """A stand-in with the interface of nanoGPT's model.py."""
 from dataclasses import dataclass
 from torch.nn import functional as F
@@ -42,8 +44,8 @@ class GPT(gpt2.model.GPT):
 
 
 def scaled_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    return 1.001 * full_loss(model, tokens, targets)
+    return 1.001 * full_logits_loss(model, tokens, targets)
 
 
-def not_a_number(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    return full_loss(model, tokens, targets) * torch.nan
+def nan_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    return full_logits_loss(model, tokens, targets) * torch.nan

@@ -13,10 +13,10 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = ("slurm.sh", "ssh.sh")
-ALL = (*SCRIPTS, "skypilot.yaml", "trainjob.yaml")
+ALL_EXAMPLES = (*SCRIPTS, "skypilot.yaml", "trainjob.yaml")
 HOSTS = ("one", "two", "three")
 ADDRESSES = {"one": "10.0.0.1", "two": "10.0.0.2", "three": "10.0.0.3"}
-JOB = "4242"
+JOB_ID = "4242"
 STOPPED, FAILED = 1, 3  # how torchrun ends when it is stopped, and how ours does when it is to fail
 
 # What stands in for torchrun: it notes what it was told and by whom, and then does as HOST.does says.
@@ -63,7 +63,7 @@ SCANCEL = """#!/bin/bash
 """
 
 
-class Cluster:
+class FakeCluster:
     """Hosts that are folders' worth of notes: what each would do, and what it was told."""
 
     def __init__(self, folder: Path) -> None:
@@ -87,19 +87,19 @@ class Cluster:
             "VENV": str(folder / "venv"),
             "SHARED": "/shared disk",  # a space must go through all shells
             "DATA": "/data of mine",
-            "SLURM_JOB_ID": JOB,
+            "SLURM_JOB_ID": JOB_ID,
             "SLURM_JOB_NODELIST": "node[1-3]",
             "SLURM_SUBMIT_DIR": "/submitted/from",
             "SLURM_CPUS_PER_TASK": "32",
         }
 
-    def do(self, **what: str) -> None:
+    def set_behavior(self, **what: str) -> None:
         """What torchrun does there: "end" at once, "fail" when all have started, "run" until it is stopped, and
         "run, done", which ends well when it is."""
         for host, does in what.items():
             (self.notes / f"{host}.does").write_text(does)
 
-    def told(self, name: str) -> bool:
+    def has_note(self, name: str) -> bool:
         return (self.notes / name).exists()
 
     def arguments(self, who: str) -> list[str]:
@@ -135,7 +135,7 @@ class Cluster:
 
     def wait_for(self, *names: str) -> None:
         until = time.monotonic() + 20
-        while missing := [name for name in names if not self.told(name)]:
+        while missing := [name for name in names if not self.has_note(name)]:
             assert time.monotonic() < until, missing
             time.sleep(0.01)
 
@@ -150,7 +150,7 @@ class Cluster:
         subprocess.run(script, env=self.environment | {"HOST": host} | variables, timeout=30, check=True)
 
 
-def members(group: int) -> list[str]:
+def running_processes(group: int) -> list[str]:
     """The processes of a process group that still run, where /proc tells of them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -161,18 +161,18 @@ def members(group: int) -> list[str]:
     return found
 
 
-def documents(name: str) -> list[dict[str, Any]]:
+def load_yaml_documents(name: str) -> list[dict[str, Any]]:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     return list(yaml.safe_load_all((EXAMPLES / name).read_text(encoding="utf-8")))
 
 
-def launch(example: str, cluster: Cluster) -> dict[str, list[str]]:
+def launch_example(example: str, cluster: FakeCluster) -> dict[str, list[str]]:
     """What torchrun was told by the example, by host."""
     if example in SCRIPTS:
         code, said = cluster.run(example)
         assert (code, said) == (0, "")
     elif example == "skypilot.yaml":
-        (task,) = documents(example)
+        (task,) = load_yaml_documents(example)
         for rank, host in enumerate(HOSTS):
             own = {
                 "SKYPILOT_NODE_RANK": str(rank),
@@ -182,7 +182,7 @@ def launch(example: str, cluster: Cluster) -> dict[str, list[str]]:
             }
             cluster.run_task(["bash", "-c", task["run"]], host, task["envs"] | own)
     else:
-        trainer = documents(example)[2]["spec"]["trainer"]
+        trainer = load_yaml_documents(example)[2]["spec"]["trainer"]
         for rank, host in enumerate(HOSTS):
             own = {
                 "PET_NNODES": str(len(HOSTS)),

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from gpt2.cache import KVCache
-from gpt2.generation.engine import Engine, LanguageModel, Request
-from gpt2.generation.speculative import Draft, ModelDraft, PromptLookup, Speculation
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
+from gpt2.generation.speculative import Drafter, DraftModel, PromptLookup, SpeculativeDecoder
 from gpt2.model import GPT, GPTConfig
 from tests.helpers.reference import random_model
 
 
-def opinionated(config: GPTConfig, seed: int = 0) -> GPT:
+def context_sensitive_model(config: GPTConfig, seed: int = 0) -> GPT:
     """A random model that hears what was said before, and is far from thinking all tokens equally likely."""
     model = random_model(config, seed)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def opinionated(config: GPTConfig, seed: int = 0) -> GPT:
     return model
 
 
-class Pairs:
+class TrigramModel:
     """A language model in a table: what comes next depends on the last two tokens. Quick, and it needs its cache."""
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
@@ -41,12 +41,12 @@ class Pairs:
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         cache = self.make_cache(len(tokens)) if cache is None else cache
         keys, values = (tokens[:, None, :, None].float() for _ in range(2))
-        kept, _ = cache.extended(tokens.size(1)).layer(0).append(keys, values)  # (B, 1, S, 1)
+        kept, _ = cache.extend(tokens.size(1)).layer(0).append(keys, values)  # (B, 1, S, 1)
         text = torch.cat((torch.zeros(len(tokens), 1), kept[:, 0, :, 0]), 1).long()  # as if a 0 came before
         return torch.stack((text[:, :-1], text[:, 1:]), -1)[:, -tokens.size(1) :]
 
 
-def plain(model: LanguageModel, request: Request) -> list[int]:
+def decode_without_draft(model: LanguageModel, request: GenerationRequest) -> list[int]:
     """The same request without a draft."""
     engine = Engine(model, 1)
     continuation = engine.submit(request)
@@ -57,24 +57,26 @@ def plain(model: LanguageModel, request: Request) -> list[int]:
     return continuation.new_tokens
 
 
-def said(model: LanguageModel, draft: Draft, request: Request, longest: int = 16) -> list[int]:
-    speculation = Speculation(model, draft, request, longest)
+def speculative_decode(
+    model: LanguageModel, draft: Drafter, request: GenerationRequest, longest: int = 16
+) -> list[int]:
+    speculation = SpeculativeDecoder(model, draft, request, longest)
     tokens = [token for tokens in speculation for token in tokens]
-    assert tokens == speculation.continuation.new_tokens
+    assert tokens == speculation.sequence.new_tokens
     return tokens
 
 
-DRAFTS: dict[str, Callable[[GPT], Draft]] = {
-    "itself": ModelDraft,
-    "another": lambda model: ModelDraft(opinionated(replace(model.config, n_layer=1), 5)),
-    "shorter": lambda model: ModelDraft(opinionated(replace(model.config, block_size=5), 5)),
-    "nearly": lambda model: ModelDraft(perturbed(model)),
+DRAFTERS: dict[str, Callable[[GPT], Drafter]] = {
+    "itself": DraftModel,
+    "another": lambda model: DraftModel(context_sensitive_model(replace(model.config, n_layer=1), 5)),
+    "shorter": lambda model: DraftModel(context_sensitive_model(replace(model.config, block_size=5), 5)),
+    "nearly": lambda model: DraftModel(perturbed_model(model)),
     "lookup": lambda model: PromptLookup(),
     "lookup 1": lambda model: PromptLookup(1),
 }
 
 
-def perturbed(model: GPT) -> GPT:
+def perturbed_model(model: GPT) -> GPT:
     """Nearly the same model."""
     other = GPT(model.config).eval()
     other.load_state_dict(model.state_dict())

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.faults_host import Nursery
+from tests.helpers.faults_host import RankForkServer
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Nursery]:
+def nursery(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[RankForkServer]:
     folder = tmp_path_factory.mktemp("nursery")
     (folder / "native").symlink_to(compiled)
-    nursery = Nursery(folder)
+    nursery = RankForkServer(folder)
     yield nursery
     nursery.close()

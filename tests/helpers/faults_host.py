@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-WITHOUT = dict.fromkeys(WHO, "")  # the environment of a process that is no rank
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+NO_RANK_ENVIRONMENT = dict.fromkeys(RANK_VARIABLES, "")  # the environment of a process that is no rank
 
 
-class Ended(NamedTuple):
+class ExitResults(NamedTuple):
     """What became of the ranks, each by its number: exit code (of a signal n, -n), standard output, standard error."""
 
     codes: list[int]
@@ -24,12 +24,12 @@ class Ended(NamedTuple):
     err: list[str]
 
     @property
-    def lines(self) -> list[str]:
+    def messages(self) -> list[str]:
         """What we say on standard error, on whatever rank; not what torch does."""
         return [line.removeprefix("gpt2: ") for err in self.err for line in err.splitlines() if line[:6] == "gpt2: "]
 
 
-class Nursery:
+class RankForkServer:
     """Runs ranks, those of one run at a time, as torchrun would."""
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class Nursery:
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._said = folder / "said"
+        self._output_prefix = folder / "said"
         self.pids: list[int] = []
 
     def start(
@@ -47,7 +47,7 @@ class Nursery:
         folder: Path,
         size: int = 2,
         port: int | None = None,
-        odd: dict[int, Any] | None = None,
+        overrides: dict[int, Any] | None = None,
     ) -> None:
         """Start as many ranks in `folder`.
 
@@ -57,27 +57,30 @@ class Nursery:
         there["MASTER_PORT"] = free_port() if port is None else port
         ranks = []
         for number in range(size):
-            own = (odd or {}).get(number, {})
+            own = (overrides or {}).get(number, {})
             environment = {**there, "RANK": number, "LOCAL_RANK": number, **own.get("environment", {})}
             words = {name: str(value) for name, value in environment.items()}
             rank = {"argv": list(argv), "change": "", **own, "environment": words}
-            ranks.append({"folder": str(folder), **rank, "said": f"{self._said}-{number}"})
+            ranks.append({"folder": str(folder), **rank, "said": f"{self._output_prefix}-{number}"})
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"ranks": ranks}) + "\n")
         self._process.stdin.flush()
-        self.pids = self._answer(60)
+        self.pids = self._read_reply(60)
 
-    def ended(self, seconds: float = 120) -> Ended:
+    def wait(self, seconds: float = 120) -> ExitResults:
         """Wait for all of them; who takes longer is killed, which its code tells."""
-        codes = self._answer(seconds)
-        texts = [[Path(f"{self._said}-{n}.{name}").read_text() for n in range(len(codes))] for name in ("out", "err")]
+        codes = self._read_reply(seconds)
+        texts = [
+            [Path(f"{self._output_prefix}-{n}.{name}").read_text() for n in range(len(codes))]
+            for name in ("out", "err")
+        ]
         self.pids = []
-        return Ended(codes, *texts)
+        return ExitResults(codes, *texts)
 
-    def run(self, argv: Sequence[str], folder: Path, **given: Any) -> Ended:
+    def run(self, argv: Sequence[str], folder: Path, **given: Any) -> ExitResults:
         """Start ranks, and wait for them."""
         self.start(argv, folder, **given)
-        return self.ended()
+        return self.wait()
 
     def close(self) -> None:
         self._kill()
@@ -89,7 +92,7 @@ class Nursery:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _answer(self, seconds: float) -> list[int]:
+    def _read_reply(self, seconds: float) -> list[int]:
         timer = threading.Timer(seconds, self._kill)
         timer.start()
         assert self._process.stdout is not None

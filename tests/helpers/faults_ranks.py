@@ -22,20 +22,20 @@ from gpt2.distributed import process_group
 from gpt2.train import run, trainer
 
 
-def nursery() -> list[str]:
+def serve_forks() -> list[str]:
     """Fork ranks until standard input ends. Returns only in a rank, with its command line."""
     for line in sys.stdin:
         pids = []
         for rank in json.loads(line)["ranks"]:
             if (pid := os.fork()) == 0:
-                return become(**rank)
+                return become_rank(**rank)
             pids.append(pid)
         print(json.dumps(pids), flush=True)
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
     sys.exit()
 
 
-def become(argv: list[str], environment: dict[str, str], folder: str, said: str, change: str) -> list[str]:
+def become_rank(argv: list[str], environment: dict[str, str], folder: str, said: str, change: str) -> list[str]:
     """Make this process a rank: its environment, its folder, where it talks to, and what is odd about it."""
     out = os.open(f"{said}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     err = os.open(f"{said}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -56,7 +56,7 @@ def other_torch() -> None:
 
 def impatient() -> None:
     """The others have three seconds to come."""
-    process_group.JOINING = timedelta(seconds=3)
+    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=3)
 
 
 def no_nccl() -> None:
@@ -71,13 +71,13 @@ def other_host() -> None:
     socket.gethostname = lambda: "elsewhere"
 
 
-def at_step(number: int, act: Callable[[Any], None]) -> None:
+def at_step(number: int, action: Callable[[Any], None]) -> None:
     """Do something to the run before the update of a step."""
     update = trainer.update
 
     def changed(now: Any, *rest: Any) -> Any:
         if now.step == number:
-            act(now)
+            action(now)
         return update(now, *rest)
 
     trainer.update = changed
@@ -107,4 +107,4 @@ CHANGES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    main(nursery())
+    main(serve_forks())

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-ROOT = os.geteuid() == 0  # who is not makes a namespace of users first, where that is permitted, and is root there
-HOLD = "echo held; read -r _"
-FLAGS = {"mnt": "mount"}  # of nsenter, where it is not the name that the namespace has under /proc
-FILES = {"pid": "pid_for_children"}  # under /proc, where it is not the one that the holder is in itself
+IS_ROOT = os.geteuid() == 0  # who is not makes a namespace of users first, where that is permitted, and is root there
+HOLD_COMMAND = "echo held; read -r _"
+NSENTER_FLAGS = {"mnt": "mount"}  # of nsenter, where it is not the name that the namespace has under /proc
+NAMESPACE_FILES = {"pid": "pid_for_children"}  # under /proc, where it is not the one that the holder is in itself
 
 Process = subprocess.Popen[str]
 
@@ -29,12 +29,12 @@ class Host:
     address: str
     holder: Process
     switch: Process
-    started: list[Process] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], output: IO[str], cwd: Path) -> Process:
         """A process on this host; its standard output and error go to `output`."""
         process = subprocess.Popen(
-            [*_inside(self.holder, "mnt", "uts", "net", "pid"), *command],
+            [*_nsenter(self.holder, "mnt", "uts", "net", "pid"), *command],
             env={**os.environ, **environment},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -42,26 +42,26 @@ class Host:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.started.append(process)
+        self.processes.append(process)
         return process
 
-    def unplug(self) -> None:
+    def disconnect(self) -> None:
         """Pull the cable out at the switch: what is sent is lost, and nobody is told."""
         _ip(self.switch, f"link set {self.name} down")
 
-    def plug(self) -> None:
+    def connect(self) -> None:
         """Put it in again."""
         _ip(self.switch, f"link set {self.name} up")
 
     def crash(self) -> None:
         """End all that runs on it, at once; others learn of it unless its cable was out."""
-        subprocess.run([*_inside(self.holder, "mnt", "pid"), "sh", "-c", "kill -9 -1"], check=True)
-        for process in self.started:
+        subprocess.run([*_nsenter(self.holder, "mnt", "pid"), "sh", "-c", "kill -9 -1"], check=True)
+        for process in self.processes:
             process.wait()
 
 
 @contextmanager
-def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
+def virtual_hosts(count: int, folder: Path) -> Iterator[list[Host]]:
     """So many hosts, plugged into one switch, called host1, host2 ...; they are gone after the block.
 
     folder: where the table of their names is written.
@@ -75,12 +75,14 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
     table = folder / "hosts"
     table.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in places.items()))
     with ExitStack() as stack:
-        switch = stack.enter_context(_held(["--net", *([] if ROOT else ["--map-root-user"])], HOLD))
+        switch = stack.enter_context(
+            _namespace_holder(["--net", *([] if IS_ROOT else ["--map-root-user"])], HOLD_COMMAND)
+        )
         _ip(switch, "link add name switch type bridge", "link set switch up")
         made = []
         for name, address in places.items():
-            begin = f"hostname {name} && mount --bind '{table}' /etc/hosts && {HOLD}"
-            holder = stack.enter_context(_held(["--net", "--uts", "--mount"], begin, _inside(switch)))
+            begin = f"hostname {name} && mount --bind '{table}' /etc/hosts && {HOLD_COMMAND}"
+            holder = stack.enter_context(_namespace_holder(["--net", "--uts", "--mount"], begin, _nsenter(switch)))
             _ip(switch, f"link add name {name} master switch type veth peer name eth0 netns {holder.pid}")
             _ip(switch, f"link set {name} up")
             _ip(holder, "link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up")
@@ -89,7 +91,7 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
 
 
 @contextmanager
-def _held(kinds: list[str], begin: str, where: Sequence[str] = ()) -> Iterator[Process]:
+def _namespace_holder(kinds: list[str], begin: str, where: Sequence[str] = ()) -> Iterator[Process]:
     """Namespaces of these kinds, and one of processes, in which the shell did `begin`.
 
     where: the beginning of a command that makes them in other namespaces.
@@ -107,16 +109,23 @@ def _held(kinds: list[str], begin: str, where: Sequence[str] = ()) -> Iterator[P
             holder.kill()  # with it the first process of its namespace, and with that all the others
 
 
-def _inside(holder: Process, *kinds: str) -> list[str]:
+def _nsenter(holder: Process, *kinds: str) -> list[str]:
     """The beginning of a command that is to run in these namespaces of a holder."""
-    files = {kind: f"/proc/{holder.pid}/ns/{FILES.get(kind, kind)}" for kind in (*kinds, *([] if ROOT else ["user"]))}
-    return ["nsenter", "--preserve-credentials", *(f"--{FLAGS.get(kind, kind)}={file}" for kind, file in files.items())]
+    files = {
+        kind: f"/proc/{holder.pid}/ns/{NAMESPACE_FILES.get(kind, kind)}"
+        for kind in (*kinds, *([] if IS_ROOT else ["user"]))
+    }
+    return [
+        "nsenter",
+        "--preserve-credentials",
+        *(f"--{NSENTER_FLAGS.get(kind, kind)}={file}" for kind, file in files.items()),
+    ]
 
 
 def _ip(holder: Process, *commands: str) -> None:
     """`ip` in the network of a holder. Raises OSError with what it has against a command."""
     done = subprocess.run(
-        [*_inside(holder, "net"), "ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True
+        [*_nsenter(holder, "net"), "ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True
     )
     if done.returncode:
         raise OSError(" ".join(done.stderr.split()))

@@ -29,7 +29,7 @@ def serve_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
             for name, folder in repositories.items():
                 files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
                 if path.startswith((f"/api/models/{name}/", f"/api/models/{name}")):
-                    return self.reply(200, describe(name, files, tree="/tree/" in path), body)
+                    return self.reply(200, repository_info(name, files, tree="/tree/" in path), body)
                 asked = path.removeprefix(f"/{name}/resolve/{COMMIT}/")
                 if asked in files:
                     if body:
@@ -60,7 +60,7 @@ def serve_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-def describe(name: str, files: dict[str, bytes], tree: bool) -> bytes:
+def repository_info(name: str, files: dict[str, bytes], tree: bool) -> bytes:
     """What the hub's API says of a repository: the list of its files, or who it is and the same."""
     if tree:
         entries = [

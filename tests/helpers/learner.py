@@ -11,15 +11,15 @@ from gpt2.config import TrainConfig
 from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers
 from gpt2.tokenizer import get_tokenizer
-from gpt2.train.artifact import Product
-from gpt2.train.checkpoint import State, load_optimizers, optimizer_tensors, write_checkpoint
+from gpt2.train.artifact import ModelArtifact
+from gpt2.train.checkpoint import CheckpointState, load_optimizers, optimizer_tensors, write_checkpoint
 from gpt2.weights import load
 
 TOKENIZER = get_tokenizer("bytes")
 SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
 
 
-class Learner:
+class TinyTrainer:
     """A small model with its optimizers, and a step that changes all of their state."""
 
     def __init__(self, optimizer: str = "adamw", shape: GPTConfig = SHAPE) -> None:
@@ -43,12 +43,12 @@ class Learner:
         return found
 
     @property
-    def product(self) -> Product:
-        return Product(self.model.config, TOKENIZER)
+    def artifact(self) -> ModelArtifact:
+        return ModelArtifact(self.model.config, TOKENIZER)
 
-    def save(self, folder: Path, step: int, keep: int = 9, facts: dict[str, Any] | None = None) -> Path:
-        weights, optimizer = self.product.weights(self.model), optimizer_tensors(self.model, self.optimizers)
-        state = State(step, self.product, weights, optimizer, facts or {})
+    def save(self, folder: Path, step: int, keep: int = 9, metadata: dict[str, Any] | None = None) -> Path:
+        weights, optimizer = self.artifact.weights(self.model), optimizer_tensors(self.model, self.optimizers)
+        state = CheckpointState(step, self.artifact, weights, optimizer, metadata or {})
         return write_checkpoint(folder, state, keep)
 
 
@@ -58,12 +58,12 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-def loaded(path: Path, optimizer: str = "adamw") -> dict[str, Tensor]:
-    learner = Learner(optimizer)
+def load_state(path: Path, optimizer: str = "adamw") -> dict[str, Tensor]:
+    learner = TinyTrainer(optimizer)
     learner.model.load_state_dict(load(path / "model")[0].state_dict())
     load_optimizers(path, learner.model, learner.optimizers)
     return learner.state()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def file_contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

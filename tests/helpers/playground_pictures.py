@@ -21,7 +21,9 @@ SETTINGS = {"temperature": 0.7, "repetition_penalty": 1.1, "max_tokens": 60}
 MAX_SCREENSHOT_BYTES = 250_000
 
 
-def take_screenshot(browser: Any, address: str, prompt: str, path: Path, token_index: int, tab: str, context_options: dict[str, Any]) -> None:
+def take_screenshot(
+    browser: Any, address: str, prompt: str, path: Path, token_index: int, tab: str, context_options: dict[str, Any]
+) -> None:
     """One picture: a text, one of its tokens chosen, and its alternatives or a tab of the inspector."""
     context = browser.new_context(reduced_motion="reduce", **context_options)
     page = context.new_page()
@@ -46,7 +48,9 @@ def take_screenshot(browser: Any, address: str, prompt: str, path: Path, token_i
     page.screenshot(path=path)
     context.close()
     if path.stat().st_size > MAX_SCREENSHOT_BYTES:
-        sys.exit(f"{path} has {path.stat().st_size:,} bytes: more than {MAX_SCREENSHOT_BYTES:,} are too many for the docs")
+        sys.exit(
+            f"{path} has {path.stat().st_size:,} bytes: more than {MAX_SCREENSHOT_BYTES:,} are too many for the docs"
+        )
 
 
 def main(model: str, prompt: str = PROMPT, folder: str = "docs/images") -> None:

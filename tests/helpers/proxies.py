@@ -55,7 +55,9 @@ def nginx_command(folder: Path, port: int, upstreams: list[str]) -> list[str]:
         "-subj",
         "/CN=gpt2",
     ]
-    subprocess.run([require_program("openssl"), *make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    subprocess.run(
+        [require_program("openssl"), *make, "-keyout", key, "-out", certificate], check=True, capture_output=True
+    )
     text = replace_once(
         (EXAMPLES / "nginx.conf").read_text(encoding="utf-8"),
         ("    server 127.0.0.1:8000 max_fails=0;", "".join(f"server {one} max_fails=0;" for one in upstreams)),

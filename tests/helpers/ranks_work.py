@@ -15,22 +15,30 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2.commands.finetune import main as finetune
-from gpt2.config import TrainConfig, resumed
+from gpt2.config import TrainConfig, config_for_resume
 from gpt2.data.loader import Batch
-from gpt2.distributed.parallel import Spread, whole
-from gpt2.distributed.process_group import Ranks
+from gpt2.distributed.parallel import DistributedModel, full_tensor
+from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT
 from gpt2.train import trainer
 from gpt2.train.checkpoint import CheckpointWriter
-from gpt2.train.run import Run, set_up
-from gpt2.train.trainer import Update, train, update
-from tests.helpers.runs import talk
+from gpt2.train.run import Run, setup_run
+from gpt2.train.trainer import UpdateResult, train, update
+from tests.helpers.runs import fixed_seed_sampler
 
-WRITING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link")  # audit events
+WRITE_EVENTS = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "os.symlink",
+    "os.link",
+)  # audit events
 
 
 @dataclass
-class Trained:
+class TrainingRecord:
     """What one rank can say of a training.
 
     folder: of the run.
@@ -40,65 +48,67 @@ class Trained:
 
     folder: Path
     kind: str = ""
-    stream: list[np.ndarray] = field(default_factory=list)
+    batches: list[np.ndarray] = field(default_factory=list)
 
 
-def trainings(ranks: Ranks, configs: Sequence[TrainConfig], local_size: int = 0) -> list[Trained]:
+def run_trainings(ranks: ProcessGroup, configs: Sequence[TrainConfig], local_size: int = 0) -> list[TrainingRecord]:
     """Train as each of the configs says, one after the other; `local_size` says how many ranks there are on a host."""
-    trainer.explain = lambda run, why_stopped: None  # the picture takes longer than the training
-    return [_training(_on_hosts_of(local_size, ranks), config) for config in configs]
+    trainer.write_report = lambda run, why_stopped: None  # the picture takes longer than the training
+    return [_run_training(_with_local_world_size(local_size, ranks), config) for config in configs]
 
 
-def _training(ranks: Ranks, config: TrainConfig) -> Trained:
-    told = Trained(Path())
+def _run_training(ranks: ProcessGroup, config: TrainConfig) -> TrainingRecord:
+    told = TrainingRecord(Path())
 
-    def recorded(run: Run, batch: Batch, rate: float) -> Update:
-        told.kind = run.spread.kind
-        told.stream.append(torch.stack((batch.tokens, batch.targets)).numpy().copy())
+    def recorded(run: Run, batch: Batch, rate: float) -> UpdateResult:
+        told.kind = run.distributed_model.kind
+        told.batches.append(torch.stack((batch.tokens, batch.targets)).numpy().copy())
         return update(run, batch, rate)
 
     trainer.update = recorded
-    told.folder = train(config, talk, ranks)
+    told.folder = train(config, fixed_seed_sampler, ranks)
     return told
 
 
-def resumptions(ranks: Ranks, folders: Mapping[Path, dict[str, Any]], local_size: int = 0) -> None:
+def resume_trainings(ranks: ProcessGroup, folders: Mapping[Path, dict[str, Any]], local_size: int = 0) -> None:
     """Go on with the runs in these folders, each under the values given."""
-    trainings(ranks, [resumed(folder, given) for folder, given in folders.items()], local_size)
+    run_trainings(ranks, [config_for_resume(folder, given) for folder, given in folders.items()], local_size)
 
 
-def first_weights(ranks: Ranks, config: TrainConfig, parallel: str) -> dict[str, np.ndarray]:
+def initial_weights(ranks: ProcessGroup, config: TrainConfig, parallel: str) -> dict[str, np.ndarray]:
     """What a rank begins with, by name, all of each, when every rank has drawn weights of its own."""
     torch.manual_seed(ranks.rank)
-    spread = Spread(parallel, GPT(config.model_config(257)), ranks.with_timeout(60.0), torch.device("cpu"))
-    return {name: whole(p.detach()).numpy().copy() for name, p in spread.model.named_parameters()}
+    spread = DistributedModel(parallel, GPT(config.model_config(257)), ranks.with_timeout(60.0), torch.device("cpu"))
+    return {name: full_tensor(p.detach()).numpy().copy() for name, p in spread.model.named_parameters()}
 
 
-def typed(ranks: Ranks, arguments: Sequence[str]) -> None:
+def run_finetune(ranks: ProcessGroup, arguments: Sequence[str]) -> None:
     """`gpt2 finetune` with these arguments."""
-    assert ranks.alone
+    assert ranks.is_single_process
     assert finetune(list(arguments)) == 0
 
 
-def writings(ranks: Ranks, config: TrainConfig, folders: Sequence[str]) -> list[str]:
+def record_writes(ranks: ProcessGroup, config: TrainConfig, folders: Sequence[str]) -> list[str]:
     """Train as the config says; what this process wrote, made, renamed or removed under these folders."""
     seen: list[str] = []
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event in WRITING or (event == "open" and isinstance(arguments[2], int) and arguments[2] & _CHANGES)
+        writes = event in WRITE_EVENTS or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITE_FLAGS
+        )
         path = arguments[0] if arguments else None
         if writes and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(tuple(folders)):
             seen.append(f"{event} {path}")
 
     sys.addaudithook(note)
-    trainings(ranks, [config])
+    run_trainings(ranks, [config])
     return seen
 
 
-_CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-class Told(NamedTuple):
+class UpdateRecord(NamedTuple):
     """What came of some updates on one rank.
 
     updates:     loss and norm of the gradient of each.
@@ -112,71 +122,75 @@ class Told(NamedTuple):
 
     updates: list[tuple[float, float]]
     part_losses: list[list[float]]
-    sent: list[list[tuple[str, int]]]
+    collectives: list[list[tuple[str, int]]]
     weights: dict[str, np.ndarray]
     tied: bool
-    cut: tuple[int, int]
-    kept: int
+    sharding: tuple[int, int]
+    optimizer_elements: int
 
 
-def updates(ranks: Ranks, config: TrainConfig, batches: Sequence[Batch], local_size: int = 0) -> Told:
+def run_updates(
+    ranks: ProcessGroup, config: TrainConfig, batches: Sequence[Batch], local_size: int = 0
+) -> UpdateRecord:
     """Do an update with each of these global batches, of which each rank takes its share, as the loader would."""
-    run = set_up(config, Path(config.out_dir) / "none", _on_hosts_of(local_size, ranks))
-    share = config.batch_size // ranks.size
+    run = setup_run(config, Path(config.out_dir) / "none", _with_local_world_size(local_size, ranks))
+    share = config.batch_size // ranks.world_size
     found, part_losses, sent = [], [], []
     for batch in batches:
         part = batch.split(share)[ranks.rank]
         run.step += 1
-        with _losses_of(run) as losses, Sent() as sending:
+        with _recorded_losses(run) as losses, CollectiveRecorder() as sending:
             done = update(run, part, config.lr)
         found.append((done.loss, done.grad_norm))
         part_losses.append(losses)
-        sent.append(sending.seen)
+        sent.append(sending.collectives)
     own = [p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in run.model.parameters()]
-    exported = run.spread.whole_model()
-    return Told(
+    exported = run.distributed_model.full_model()
+    return UpdateRecord(
         updates=found,
         part_losses=part_losses,
-        sent=sent,
-        weights={name: whole(p.detach()).numpy().copy() for name, p in run.model.named_parameters()},
+        collectives=sent,
+        weights={name: full_tensor(p.detach()).numpy().copy() for name, p in run.model.named_parameters()},
         tied=all(m.lm_head.weight is m.transformer.wte.weight for m in (run.model, exported)),
-        cut=(sum(isinstance(p, DTensor) for p in run.model.parameters()), sum(own)),
-        kept=sum(_own(value).numel() for o in run.optimizers for s in o.state.values() for value in s.values()),
+        sharding=(sum(isinstance(p, DTensor) for p in run.model.parameters()), sum(own)),
+        optimizer_elements=sum(
+            _local_tensor(value).numel() for o in run.optimizers for s in o.state.values() for value in s.values()
+        ),
     )
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
-def _losses_of(run: Run) -> Iterator[list[float]]:
+def _recorded_losses(run: Run) -> Iterator[list[float]]:
     """Note what this rank's micro-batches give, before it is summed over the ranks."""
     losses: list[float] = []
-    loss = run.spread.loss
+    loss = run.distributed_model.loss
 
     def noted(tokens: Tensor, targets: Tensor, divisor: float, documents: Tensor | None) -> Tensor:
         value = loss(tokens, targets, divisor, documents)
         losses.append(value.item())
         return value
 
-    run.spread.loss = noted
+    run.distributed_model.loss = noted
     yield losses
-    run.spread.loss = loss
+    run.distributed_model.loss = loss
 
 
-class Sent(TorchDispatchMode):
+class CollectiveRecorder(TorchDispatchMode):
     """Notes every collective operation: its name, and how many elements this rank gives to it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, int]] = []
+        self.collectives: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.__name__.split(".")[0]
             given = args[1] if "gather" in name or "scatter" in name else args[0]  # those name the output first
-            self.seen.append((name, _numel(given)))
+            self.collectives.append((name, _numel(given)))
         return func(*args, **(kwargs or {}))
 
 
@@ -184,15 +198,17 @@ def _numel(given: Any) -> int:
     return given.numel() if isinstance(given, Tensor) else sum(_numel(each) for each in given)
 
 
-def rewritten(ranks: Ranks, folder: Path, out: Path, parallel: str, local_size: int = 0) -> None:
+def rewrite_checkpoint(ranks: ProcessGroup, folder: Path, out: Path, parallel: str, local_size: int = 0) -> None:
     """Take up the run in `folder` at its newest checkpoint, and at once write what was read as a run's under `out`."""
-    ranks = _on_hosts_of(local_size, ranks)
-    run = set_up(resumed(folder, {"parallel": parallel}), folder, ranks)
-    with CheckpointWriter(out, run.product, keep=1, facts=run.facts, writes=ranks.main) as writer:
+    ranks = _with_local_world_size(local_size, ranks)
+    run = setup_run(config_for_resume(folder, {"parallel": parallel}), folder, ranks)
+    with CheckpointWriter(
+        out, run.artifact, keep=1, metadata=run.checkpoint_metadata, is_writer=ranks.is_main_process
+    ) as writer:
         writer.save(run.step, run.model, run.optimizers)
 
 
-def _on_hosts_of(local_size: int, ranks: Ranks) -> Ranks:
+def _with_local_world_size(local_size: int, ranks: ProcessGroup) -> ProcessGroup:
     """The same ranks, so many of them on each host."""
     if not local_size:
         return ranks

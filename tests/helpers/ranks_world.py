@@ -16,30 +16,32 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from gpt2.distributed.process_group import joined
+from gpt2.distributed.process_group import process_group
 
-PRELOADED = ["pytest", "torch._dynamo", "torch.testing", "torch.distributed.fsdp", "torch.distributed.tensor"]
-PRELOADED += ["gpt2.train.trainer", "gpt2.generation.text"]
-SECONDS = 300  # after which a world counts as hung
+PRELOADED_MODULES = ["pytest", "torch._dynamo", "torch.testing", "torch.distributed.fsdp", "torch.distributed.tensor"]
+PRELOADED_MODULES += ["gpt2.train.trainer", "gpt2.generation.text"]
+TIMEOUT_SECONDS = 300  # after which a world counts as hung
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
+_context.set_forkserver_preload(PRELOADED_MODULES)
 
 
 class RankFailed(Exception):
     """A rank raised what is told here; the others were ended."""
 
 
-def world(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_on_ranks(world_size: int, fn: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(ranks, *arguments)` returns on each of `size` ranks, by rank; `size` 0 is one process by itself.
 
     work: a function that a module of tests/ knows by name.
     Raises RankFailed with the traceback of the first rank that fails.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
-    members = [_Member(_environment(rank, size, store.port), work, arguments) for rank in range(max(1, size))]
+    members = [
+        _RankProcess(_environment(rank, world_size, store.port), fn, arguments) for rank in range(max(1, world_size))
+    ]
     try:
-        return _results(members)
+        return _collect_results(members)
     finally:
         for member in members:
             member.process.kill()
@@ -56,12 +58,14 @@ def _environment(rank: int, size: int, port: int) -> dict[str, str]:
     return own
 
 
-class _Member:
+class _RankProcess:
     """One rank's process, and the end of a pipe that its result comes through."""
 
     def __init__(self, environment: Mapping[str, str], work: Callable[..., Any], arguments: Sequence[Any]) -> None:
         self.pipe, theirs = _context.Pipe(duplex=False)
-        self.process = _context.Process(target=_live, args=(theirs, dict(environment), work, arguments), daemon=True)
+        self.process = _context.Process(
+            target=_rank_main, args=(theirs, dict(environment), work, arguments), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -76,26 +80,28 @@ class _Member:
         return value
 
 
-def _results(members: Sequence[_Member]) -> list[Any]:
+def _collect_results(members: Sequence[_RankProcess]) -> list[Any]:
     found: dict[int, Any] = {}
     waiting: dict[Any, int] = {member.pipe: number for number, member in enumerate(members)}
     while waiting:
-        ready = wait(list(waiting), SECONDS)
+        ready = wait(list(waiting), TIMEOUT_SECONDS)
         if not ready:
-            raise RankFailed(f"ranks {sorted(waiting.values())} said nothing for {SECONDS} seconds")
+            raise RankFailed(f"ranks {sorted(waiting.values())} said nothing for {TIMEOUT_SECONDS} seconds")
         for pipe in ready:
             number = waiting.pop(pipe)
             found[number] = members[number].result()
     return [found[number] for number in range(len(members))]
 
 
-def _live(pipe: Connection, environment: dict[str, str], work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _rank_main(
+    pipe: Connection, environment: dict[str, str], work: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
     """In the process of a rank."""
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        with joined() as ranks:
+        with process_group() as ranks:
             told = (False, work(ranks, *arguments))
     except BaseException:
         told = (True, traceback.format_exc())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.model import GPT, GPTConfig
-from gpt2.weights import TRANSPOSED
+from gpt2.weights import CONV1D_WEIGHTS
 
 # a few shapes nobody would choose, where an off-by-one shows
 ODD_CONFIGS = [
@@ -18,7 +18,7 @@ ODD_CONFIGS = [
 ]
 
 
-def transformers_twin(model: GPT) -> Any:
+def to_transformers(model: GPT) -> Any:
     """A `GPT2LMHeadModel` of the same shape with the same weights, in evaluation mode without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -49,7 +49,7 @@ def transformers_twin(model: GPT) -> Any:
 
 def as_conv1d(name: str, tensor: Tensor) -> Tensor:
     """A tensor of ours in the layout of `transformers`."""
-    return tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+    return tensor.t().contiguous() if name.endswith(CONV1D_WEIGHTS) else tensor
 
 
 def random_model(config: GPTConfig, seed: int = 0) -> GPT:

@@ -15,14 +15,14 @@ histories = st.integers(1, 25).flatmap(
 )
 
 
-def random_logits(seed: int, rows: int, size: int, spread: float = 3.0, ruled_out: float = 0.0) -> Tensor:
+def random_logits(seed: int, rows: int, size: int, scale: float = 3.0, masked_fraction: float = 0.0) -> Tensor:
     """(rows, size); `ruled_out` of them at minus infinity, but never all of a row."""
     own = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, size, generator=own) * spread
-    out = torch.rand(rows, size, generator=own) < ruled_out
+    logits = torch.randn(rows, size, generator=own) * scale
+    out = torch.rand(rows, size, generator=own) < masked_fraction
     out[:, seed % size] = False
     return logits.masked_fill(out, -math.inf)
 
 
-def said(rows: list[list[int]], prompt_length: int = 0, end_tokens: tuple[int, ...] = ()) -> list[History]:
+def make_histories(rows: list[list[int]], prompt_length: int = 0, end_tokens: tuple[int, ...] = ()) -> list[History]:
     return [History(tokens, prompt_length, end_tokens) for tokens in rows]

@@ -6,15 +6,15 @@ from typing import Any
 import gpt2
 from gpt2.config import TrainConfig
 
-NUMBERS = "".join(f"The number {i} comes before the number {i + 1}, as everybody knows.\n" for i in range(400))
+NUMBERS_TEXT = "".join(f"The number {i} comes before the number {i + 1}, as everybody knows.\n" for i in range(400))
 
 
-def talk(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
+def fixed_seed_sampler(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
     """A sampler for `train`."""
     return gpt2.generate(model, tokenizer, prompt, max_new_tokens=length, seed=1)[0]
 
 
-def saving_often(config: TrainConfig) -> TrainConfig:
+def with_frequent_saves(config: TrainConfig) -> TrainConfig:
     """A smaller run, which saves and says something at every second step."""
     small = replace(config, n_layer=1, batch_size=4, max_steps=6, warmup_steps=2)
     return replace(small, eval_every=0, save_every=2, sample_tokens=5)

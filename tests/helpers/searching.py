@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from gpt2.generation.beam_search import Hypothesis
-from gpt2.generation.engine import Engine, Request
+from gpt2.generation.engine import Engine, GenerationRequest
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from tests.helpers.reference import random_model, transformers_twin
+from tests.helpers.reference import random_model, to_transformers
 
 CONFIGS = [
     GPTConfig(vocab_size=31, block_size=30, n_layer=2, n_head=2, n_embd=16, tie_word_embeddings=False),
     GPTConfig(vocab_size=60, block_size=30, n_layer=1, n_head=5, n_embd=40, tie_word_embeddings=False),
 ]
-WRITER = replace(CONFIGS[0], vocab_size=257, block_size=64)  # speaks in bytes
+BYTE_CONFIG = replace(CONFIGS[0], vocab_size=257, block_size=64)  # speaks in bytes
 
 
-def decided_model(config: GPTConfig, seed: int = 0) -> GPT:
+def peaked_model(config: GPTConfig, seed: int = 0) -> GPT:
     """A random model that clearly prefers some tokens, others at each place; in float64, so that two roundings do
     not swap two candidates."""
     model = random_model(config, seed)
@@ -34,13 +34,15 @@ def decided_model(config: GPTConfig, seed: int = 0) -> GPT:
 
 
 @cache
-def pair(which: int, seed: int) -> tuple[GPT, Any]:
+def model_pair(which: int, seed: int) -> tuple[GPT, Any]:
     """A model and its twin in transformers."""
-    model = decided_model(CONFIGS[which], seed)
-    return model, transformers_twin(model).double()
+    model = peaked_model(CONFIGS[which], seed)
+    return model, to_transformers(model).double()
 
 
-def theirs(twin: Any, prompt: list[int], ends: Sequence[int], max_new_tokens: int, **given: Any) -> list[Hypothesis]:
+def transformers_beam_search(
+    twin: Any, prompt: list[int], ends: Sequence[int], max_new_tokens: int, **given: Any
+) -> list[Hypothesis]:
     ids = torch.tensor([prompt])
     found = twin.generate(
         ids,
@@ -59,14 +61,14 @@ def theirs(twin: Any, prompt: list[int], ends: Sequence[int], max_new_tokens: in
     return [Hypothesis(row, score) for row, score in zip(rows, found.sequences_scores.tolist(), strict=True)]
 
 
-def assert_same(ours: list[Hypothesis], others: list[Hypothesis]) -> None:
+def assert_same_hypotheses(ours: list[Hypothesis], others: list[Hypothesis]) -> None:
     assert [found.tokens for found in ours] == [found.tokens for found in others]
     assert [found.score for found in ours] == pytest.approx([found.score for found in others], rel=1e-5, abs=1e-6)
 
 
-def greedy(model: GPT, prompt: list[int], count: int, **given: Any) -> list[int]:
+def greedy_decode(model: GPT, prompt: list[int], count: int, **given: Any) -> list[int]:
     engine = Engine(model, 1)
-    continuation = engine.submit(Request(prompt, Sampling(temperature=0, **given), count))
+    continuation = engine.submit(GenerationRequest(prompt, Sampling(temperature=0, **given), count))
     while not engine.idle:
         engine.step()
     return continuation.new_tokens

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from gpt2.generation.inference import accelerated
+from gpt2.generation.inference import prepare_for_inference
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.app import create_app
 from gpt2.serve.limits import Limits
@@ -72,7 +72,9 @@ def temporary_home(native_cache: Path, folder: Path) -> Iterator[None]:
 @contextmanager
 def run_app(app: FastAPI) -> Iterator[str]:
     """The address at which the app answers, from a thread of its own."""
-    config = uvicorn.Config(app, http=HeaderTimeoutProtocol, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, http=HeaderTimeoutProtocol, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -92,7 +94,7 @@ def run_app(app: FastAPI) -> Iterator[str]:
 def run_server(limits: Limits = SMALL_LIMITS, access: AccessPolicy | None = None, **given: Any) -> Iterator[LiveServer]:
     """A server of one model, "tiny". given: other arguments of `serve_model`."""
     model = random_model(CONFIG)
-    models = {"tiny": create_served_model("tiny", model, accelerated(model), BYTE_TOKENIZER, limits, **given)}
+    models = {"tiny": create_served_model("tiny", model, prepare_for_inference(model), BYTE_TOKENIZER, limits, **given)}
     app = create_app(models, limits, access)
     with run_app(app) as address:
         yield LiveServer(address, models, app)

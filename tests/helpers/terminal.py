@@ -5,7 +5,7 @@ import pytest
 from gpt2.cli import main
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+def run_cli(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     """`gpt2 ARGV` in this process: exit code, standard output, standard error."""
     with pytest.raises(SystemExit) as stop:
         main(argv)

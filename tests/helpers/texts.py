@@ -26,13 +26,13 @@ HARD_TEXTS = [
 
 
 @cache
-def gpt2() -> Tokenizer:
+def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's tokenizer, made once; for tests that have asked for `gpt2_vocabulary`."""
     return GPT2Tokenizer()
 
 
-MAKERS: dict[str, Callable[[], Tokenizer]] = {
-    "gpt2": gpt2,
+TOKENIZER_FACTORIES: dict[str, Callable[[], Tokenizer]] = {
+    "gpt2": gpt2_tokenizer,
     "bytes": ByteTokenizer,
     "bpe": lambda: train_bpe(SENTENCES, 300),
 }

@@ -27,7 +27,7 @@ def test_the_original_generation_command(gpt2_vocabulary: None, tmp_path: Path) 
     import torch
 
     from tests.helpers.hub import serve_hub
-    from tests.helpers.reference import transformers_twin
+    from tests.helpers.reference import to_transformers
 
     model = random_model(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16))
     tokenizer = get_tokenizer("gpt2")
@@ -39,7 +39,7 @@ def test_the_original_generation_command(gpt2_vocabulary: None, tmp_path: Path) 
         other = script("experiment", *command, "--seed", "7", "--num_return_sequences", "2", "--device", "cpu", **env)
     assert done.returncode == 0, done.stderr
 
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     tokens = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * 5)
     torch.manual_seed(1337)
     with torch.no_grad():

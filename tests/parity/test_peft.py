@@ -12,10 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, read_adapter, save_adapter
+from gpt2.lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    add_adapter,
+    base_fingerprint,
+    merge_and_unload,
+    read_adapter,
+    save_adapter,
+)
 from gpt2.model import GPT, GPTConfig
 from gpt2.weights import load, save
-from tests.helpers.reference import random_batch, random_model, relative_error, transformers_twin
+from tests.helpers.reference import random_batch, random_model, relative_error, to_transformers
 
 peft = pytest.importorskip("peft")
 
@@ -44,8 +52,8 @@ def randomize(tensors: dict[str, Tensor]) -> None:
 
 def ours(config: LoRAConfig) -> GPT:
     model = random_model(SHAPE)
-    attach(model, config)
-    randomize(adapter_tensors(model))
+    add_adapter(model, config)
+    randomize(adapter_state_dict(model))
     return model
 
 
@@ -59,7 +67,7 @@ def theirs(config: LoRAConfig, base: Any = None) -> Any:
         target_modules=list(config.targets),
         use_rslora=config.use_rslora,
     )
-    model = peft.get_peft_model(base or transformers_twin(random_model(SHAPE)), settings)
+    model = peft.get_peft_model(base or to_transformers(random_model(SHAPE)), settings)
     randomize({name: p.data for name, p in model.named_parameters() if "lora_" in name})
     return model
 
@@ -71,8 +79,8 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_peft_reads_our_adapter(tmp_path: Path, config: LoRAConfig) -> None:
     model, tokens = ours(config), random_batch(SHAPE)[0]
-    save_adapter(tmp_path, config, adapter_tensors(model), "base", base_fingerprint(model))
-    read = peft.PeftModel.from_pretrained(transformers_twin(random_model(SHAPE)), tmp_path)
+    save_adapter(tmp_path, config, adapter_state_dict(model), "base", base_fingerprint(model))
+    read = peft.PeftModel.from_pretrained(to_transformers(random_model(SHAPE)), tmp_path)
     assert relative_error(model(tokens), logits(read, tokens)) < 1e-5
     assert read.peft_config["default"].base_model_name_or_path == "base"
     assert relative_error(model(tokens), logits(read.merge_and_unload(), tokens)) < 1e-5
@@ -95,7 +103,7 @@ def test_we_read_pefts_adapter(tmp_path: Path, config: LoRAConfig) -> None:
     "more", [{"target_modules": r".*\.h\.1\..*c_(attn|proj)"}, {"layers_to_transform": [1], "layers_pattern": "h"}]
 )
 def test_we_read_pefts_patterns_and_pick_of_blocks(tmp_path: Path, more: dict[str, Any]) -> None:
-    base, tokens = transformers_twin(random_model(SHAPE)), random_batch(SHAPE)[0]
+    base, tokens = to_transformers(random_model(SHAPE)), random_batch(SHAPE)[0]
     settings = {"target_modules": ["c_attn", "c_proj"], **more}
     reference = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
     randomize({name: p.data for name, p in reference.named_parameters() if "lora_" in name})
@@ -104,14 +112,14 @@ def test_we_read_pefts_patterns_and_pick_of_blocks(tmp_path: Path, more: dict[st
     merged, _ = load(tmp_path / "base", adapter=tmp_path / "adapter")
     assert relative_error(merged(tokens), logits(reference, tokens)) < 1e-5
     read = read_adapter(tmp_path / "adapter")  # and what we make of it, peft reads again
-    again = save_adapter(tmp_path / "again", read.config, read.tensors, read.base, "")
-    rebuilt = peft.PeftModel.from_pretrained(transformers_twin(random_model(SHAPE)), again)
+    again = save_adapter(tmp_path / "again", read.config, read.tensors, read.base_model, "")
+    rebuilt = peft.PeftModel.from_pretrained(to_transformers(random_model(SHAPE)), again)
     assert relative_error(merged(tokens), logits(rebuilt, tokens)) < 1e-5
 
 
 def test_we_read_an_adapter_that_peft_put_on_a_model_without_its_head(tmp_path: Path) -> None:
     config, tokens = CONFIGS[0], random_batch(SHAPE)[0]
-    twin = transformers_twin(random_model(SHAPE))
+    twin = to_transformers(random_model(SHAPE))
     reference = theirs(config, twin.transformer)
     reference.save_pretrained(tmp_path / "adapter")
     save(random_model(SHAPE), None, tmp_path / "base")
@@ -123,7 +131,7 @@ def test_we_read_an_adapter_that_peft_put_on_a_model_without_its_head(tmp_path: 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_files_are_pefts_own(tmp_path: Path, config: LoRAConfig) -> None:
     model = ours(config)
-    save_adapter(tmp_path / "ours", config, adapter_tensors(model), "base", base_fingerprint(model))
+    save_adapter(tmp_path / "ours", config, adapter_state_dict(model), "base", base_fingerprint(model))
     theirs(config).save_pretrained(tmp_path / "theirs")
     mine, reference = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert {name: (t.shape, t.dtype) for name, t in mine.items()} == {
@@ -138,9 +146,9 @@ def test_the_files_are_pefts_own(tmp_path: Path, config: LoRAConfig) -> None:
 def test_a_step_of_training_teaches_what_it_teaches_with_peft(config: LoRAConfig) -> None:
     model, reference = ours(config).train(), theirs(config).train()
     paired = {
-        name: reference.get_parameter(f"base_model.model.{name}.default.weight") for name in adapter_tensors(model)
+        name: reference.get_parameter(f"base_model.model.{name}.default.weight") for name in adapter_state_dict(model)
     }
-    for name, tensor in adapter_tensors(model).items():
+    for name, tensor in adapter_state_dict(model).items():
         paired[name].data.copy_(tensor)
     tokens, targets = random_batch(SHAPE)
     own = model.loss(tokens, targets)
@@ -159,9 +167,9 @@ def test_both_begin_with_an_a_of_the_same_kind_and_no_b() -> None:
     wide = GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=1, n_embd=512)
     model = GPT(wide)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=["c_fc", "c_proj"])
-    reference = peft.get_peft_model(transformers_twin(model), settings)
-    attach(model, LoRAConfig(rank=64, targets=("c_fc", "c_proj")))
-    for name, tensor in adapter_tensors(model).items():
+    reference = peft.get_peft_model(to_transformers(model), settings)
+    add_adapter(model, LoRAConfig(rank=64, targets=("c_fc", "c_proj")))
+    for name, tensor in adapter_state_dict(model).items():
         other = reference.get_parameter(f"base_model.model.{name}.default.weight")
         if name.endswith("lora_B"):
             assert not tensor.any()
@@ -178,11 +186,11 @@ def test_transformers_reads_the_merged_folder_and_it_holds_what_peft_would_merge
     from transformers import GPT2LMHeadModel
 
     model, tokens = ours(config), random_batch(SHAPE)[0]
-    save(merge(model), None, tmp_path / "merged")
+    save(merge_and_unload(model), None, tmp_path / "merged")
     read: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     assert relative_error(model(tokens), logits(read, tokens)) < 1e-5
-    save_adapter(tmp_path / "adapter", config, adapter_tensors(model), "base", base_fingerprint(model))
-    base = transformers_twin(random_model(SHAPE))
+    save_adapter(tmp_path / "adapter", config, adapter_state_dict(model), "base", base_fingerprint(model))
+    base = to_transformers(random_model(SHAPE))
     reference = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
     assert reference.keys() == read.state_dict().keys()
     for name, tensor in read.state_dict().items():

@@ -16,19 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2.config import TrainConfig
 from gpt2.errors import UserError
-from gpt2.lora import LoRAConfig, attach, trainable_parameters
-from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
+from gpt2.lora import LoRAConfig, add_adapter, trainable_parameters
+from gpt2.model import GPT, OPENAI_CONFIGS, GPTConfig
 from gpt2.optimizers import build_optimizers
 from gpt2.planning.costs import (
-    Setup,
+    StepSetup,
     block_activations,
     flops_per_token,
     num_parameters,
-    num_trainable,
+    num_trainable_parameters,
     optimizer_bytes,
     training_memory,
 )
-from gpt2.runtime import autocast, recompute_blocks
+from gpt2.runtime import apply_activation_checkpointing, autocast
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(vocab_size=101, block_size=32, n_layer=3, n_head=4, n_embd=64)
@@ -40,14 +40,14 @@ GPT2_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPENAI_SIZES)
+@pytest.mark.parametrize("name", OPENAI_CONFIGS)
 def test_the_parameters_of_openais_models(name: str) -> None:
-    assert num_parameters(OPENAI_SIZES[name]) == GPT2_PARAMETERS[name]
+    assert num_parameters(OPENAI_CONFIGS[name]) == GPT2_PARAMETERS[name]
 
 
 @pytest.mark.parametrize(
     "config",
-    [OPENAI_SIZES["gpt2-xl"], TINY, replace(TINY, tie_word_embeddings=False), replace(TINY, n_inner=100)],
+    [OPENAI_CONFIGS["gpt2-xl"], TINY, replace(TINY, tie_word_embeddings=False), replace(TINY, n_inner=100)],
     ids=["xl", "tiny", "untied", "inner"],
 )
 def test_parameters_are_those_of_the_model(config: GPTConfig) -> None:
@@ -67,7 +67,7 @@ TUNED: list[dict[str, Any]] = [
 def prepared(model: GPT, lora: LoRAConfig | None = None, freeze: int = 0) -> GPT:
     """With an adapter, or with its embeddings and first blocks frozen, as a run does it."""
     if lora is not None:
-        attach(model, lora)
+        add_adapter(model, lora)
     if freeze:
         for part in (model.transformer.wte, model.transformer.wpe, *model.transformer.h[:freeze]):
             part.requires_grad_(False)
@@ -79,14 +79,14 @@ def prepared(model: GPT, lora: LoRAConfig | None = None, freeze: int = 0) -> GPT
 def test_what_learns_is_what_learns_in_the_model(tuned: dict[str, Any], change: dict[str, Any]) -> None:
     config = replace(TINY, **change)
     learning = trainable_parameters(prepared(GPT(config), **tuned))
-    assert num_trainable(config, **tuned) == sum(p.numel() for p in learning.values())
+    assert num_trainable_parameters(config, **tuned) == sum(p.numel() for p in learning.values())
 
 
 def test_what_cannot_learn_is_one_line() -> None:
     with pytest.raises(UserError, match="the model has no 'c_atn' for an adapter"):
-        num_trainable(TINY, LoRAConfig(targets=("c_atn",)))
+        num_trainable_parameters(TINY, LoRAConfig(targets=("c_atn",)))
     with pytest.raises(UserError, match="--freeze 4 is more than the model's 3 blocks"):
-        num_trainable(TINY, freeze=4)
+        num_trainable_parameters(TINY, freeze=4)
 
 
 @pytest.mark.parametrize("tuned", TUNED)
@@ -137,7 +137,7 @@ def test_a_block_keeps_the_activations_it_is_said_to_keep(
         for pointer, tensor in kept.items()
         if pointer not in weights and tensor.untyped_storage().nbytes() not in casts
     )
-    setup = Setup(rows=10, length=config.block_size, dtype=dtype, lora=lora)
+    setup = StepSetup(rows=10, length=config.block_size, dtype=dtype, lora=lora)
     said = sum(block_activations(config, setup).values())
     assert said == pytest.approx(seen, rel=0.03)
 
@@ -196,10 +196,10 @@ class LiveBytes(TorchDispatchMode):
 )
 def test_the_peak_is_that_of_the_tensors_of_real_steps(vocab_size: int, change: dict[str, Any]) -> None:
     config = GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=3, n_head=4, n_embd=64)
-    setup = replace(Setup(rows=16, length=64), **change)
+    setup = replace(StepSetup(rows=16, length=64), **change)
     model = prepared(GPT(config), setup.lora, setup.freeze).train()
     if setup.recompute:
-        recompute_blocks(model.transformer.h)
+        apply_activation_checkpointing(model.transformer.h)
     optimizers = build_optimizers(model, TrainConfig(optimizer=setup.optimizer))
     tokens = torch.zeros(setup.rows, setup.length, dtype=torch.int64)
     with LiveBytes(list(model.parameters())) as counted:
@@ -209,7 +209,7 @@ def test_the_peak_is_that_of_the_tensors_of_real_steps(vocab_size: int, change: 
     assert memory.step - memory.allocator == pytest.approx(counted.peak, rel=0.08)
 
 
-def _step(model: GPT, optimizers: list[Any], tokens: Tensor, setup: Setup) -> None:
+def _step(model: GPT, optimizers: list[Any], tokens: Tensor, setup: StepSetup) -> None:
     for _ in range(setup.micro_batches):
         with autocast(CPU, setup.dtype):
             loss = model.loss(tokens, tokens, 100.0)
@@ -272,7 +272,7 @@ def test_muon_and_sgd_remember_less_than_adamw() -> None:
         model = GPT(TINY)
         optimizers = build_optimizers(model, TrainConfig(optimizer=name))
         tokens = torch.zeros(1, 8, dtype=torch.int64)
-        _step(model, optimizers, tokens, Setup(rows=1, length=8))
+        _step(model, optimizers, tokens, StepSetup(rows=1, length=8))
         tensors = [
             value
             for each in optimizers
@@ -284,8 +284,8 @@ def test_muon_and_sgd_remember_less_than_adamw() -> None:
 
 
 def test_recomputing_leaves_the_blocks_inputs_and_one_block() -> None:
-    setup = Setup(rows=16, length=1024, dtype=torch.bfloat16, device="cuda")
-    kept = training_memory(OPENAI_SIZES["gpt2"], setup)
-    again = training_memory(OPENAI_SIZES["gpt2"], replace(setup, recompute=True))
+    setup = StepSetup(rows=16, length=1024, dtype=torch.bfloat16, device="cuda")
+    kept = training_memory(OPENAI_CONFIGS["gpt2"], setup)
+    again = training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, recompute=True))
     assert again.activations < 0.2 * kept.activations
     assert kept.peak > again.peak > again.weights + again.gradients + again.optimizer

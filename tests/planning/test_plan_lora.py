@@ -8,19 +8,19 @@ import pytest
 from gpt2.commands.plan import main
 from gpt2.config import TrainConfig
 from gpt2.errors import UserError
-from gpt2.hardware import accelerator
+from gpt2.hardware import get_accelerator
 from gpt2.lora import LoRAConfig
-from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
-from gpt2.planning.costs import Setup, training_memory
+from gpt2.model import GPT, OPENAI_CONFIGS, GPTConfig
+from gpt2.planning.costs import StepSetup, training_memory
 from gpt2.planning.plan import Plan, plan
 from gpt2.tokenizer import get_tokenizer
-from gpt2.train.recipes import recipe
+from gpt2.train.recipes import load_recipe
 from gpt2.weights import save
 
 
 def passes(made: Plan) -> float:
     """Seconds of a planned step without its update, which takes 40 bytes of memory for each number that learns."""
-    return made.seconds_per_step - 40 * made.trainable / (0.8 * accelerator(made.device).bandwidth)
+    return made.seconds_per_step - 40 * made.trainable / (0.8 * get_accelerator(made.device).bandwidth)
 
 
 def test_adapters_of_the_largest_gpt2_fit_where_all_of_it_does_not() -> None:
@@ -38,14 +38,14 @@ def test_adapters_of_the_largest_gpt2_fit_where_all_of_it_does_not() -> None:
 
 
 def test_adapters_of_the_smallest_gpt2_are_learned_in_two_gigabytes() -> None:
-    setup = Setup(rows=1, length=1024, lora=LoRAConfig(rank=8))
+    setup = StepSetup(rows=1, length=1024, lora=LoRAConfig(rank=8))
     program = 350 * 2**20  # of Python and torch, about
-    assert training_memory(OPENAI_SIZES["gpt2"], setup, program).peak < 2 * 10**9
-    assert training_memory(OPENAI_SIZES["gpt2"], replace(setup, lora=None), program).step > 3 * 10**9
+    assert training_memory(OPENAI_CONFIGS["gpt2"], setup, program).peak < 2 * 10**9
+    assert training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, lora=None), program).step > 3 * 10**9
 
 
 def test_computing_again_costs_another_forward_pass() -> None:
-    config = replace(recipe("gpt2-124m"), micro_batch_size=8, recompute=True)
+    config = replace(load_recipe("gpt2-124m"), micro_batch_size=8, recompute=True)
     made, once = plan(config, on="h100"), plan(replace(config, recompute=False), on="h100")
     assert passes(made) == pytest.approx(4 / 3 * passes(once))
     tuned = replace(config, init_from="gpt2", lora_rank=8)

@@ -17,47 +17,47 @@ from torch.utils._pytree import tree_leaves
 
 from gpt2.commands.plan import main
 from gpt2.errors import UserError
-from gpt2.hardware import KNOWN
+from gpt2.hardware import ACCELERATORS
 from gpt2.lora import LoRAConfig
-from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
+from gpt2.model import GPT, OPENAI_CONFIGS, GPTConfig
 from gpt2.optimizers import build_optimizers
-from gpt2.planning.cluster import Cluster, Link, all_reduce_seconds, all_reduce_sent, cpu_cluster, gpu_cluster
+from gpt2.planning.cluster import Cluster, Link, all_reduce_bytes_sent, all_reduce_seconds, cpu_cluster, gpu_cluster
 from gpt2.planning.costs import (
-    FLOAT,
-    Setup,
-    block_tensors,
+    FLOAT32_BYTES,
+    StepSetup,
+    block_tensor_sizes,
     flops_per_token,
     num_parameters,
-    num_trainable,
+    num_trainable_parameters,
     training_memory,
 )
 from gpt2.planning.plan import plan
 from gpt2.planning.scaling import (
-    BETWEEN,
     COMPUTE,
-    INSIDE,
-    Part,
+    INTER_NODE,
+    INTRA_NODE,
+    LayerWork,
+    StepWork,
     Task,
-    Work,
-    buckets,
-    divided_work,
-    predict,
+    ddp_buckets,
+    predict_step,
+    simulate,
+    split_step_work,
     update_seconds,
-    walk,
 )
 from gpt2.runtime import autocast
-from gpt2.train.recipes import recipe
+from gpt2.train.recipes import load_recipe
 
-H100 = KNOWN["h100"]
+H100 = ACCELERATORS["h100"]
 TINY = GPTConfig(vocab_size=101, block_size=32, n_layer=3, n_head=4, n_embd=64)
 MIB = 2**20
 
 
-def work_of(name: str, rows: int = 8, micro_batches: int = 1, **changes: Any) -> Work:
-    shape = OPENAI_SIZES[name]
-    setup = replace(Setup(rows=rows, length=1024, micro_batches=micro_batches, dtype=torch.bfloat16), **changes)
+def work_of(name: str, rows: int = 8, micro_batches: int = 1, **changes: Any) -> StepWork:
+    shape = OPENAI_CONFIGS[name]
+    setup = replace(StepSetup(rows=rows, length=1024, micro_batches=micro_batches, dtype=torch.bfloat16), **changes)
     passes = flops_per_token(shape, 1024) * rows * micro_batches * 1024 / (0.45 * H100.bf16)
-    return divided_work(shape, setup, passes, update_seconds(shape, setup, H100))
+    return split_step_work(shape, setup, passes, update_seconds(shape, setup, H100))
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -65,53 +65,55 @@ def test_a_blocks_tensors_are_those_of_the_model(tie: bool) -> None:
     shape = replace(TINY, n_inner=100, tie_word_embeddings=tie)
     with torch.device("meta"):
         model = GPT(shape)
-    assert block_tensors(shape) == [p.numel() for p in model.transformer.h[0].parameters()]
-    work = divided_work(shape, Setup(rows=1, length=32), 1.0, 0.0)
-    gradients = [size for part in work.parts for size in part.gradients]
-    assert gradients == [FLOAT * p.numel() for p in model.parameters()]
-    assert work.weights == work.gradients == FLOAT * num_parameters(shape)
+    assert block_tensor_sizes(shape) == [p.numel() for p in model.transformer.h[0].parameters()]
+    work = split_step_work(shape, StepSetup(rows=1, length=32), 1.0, 0.0)
+    gradients = [size for part in work.layers for size in part.gradient_bytes]
+    assert gradients == [FLOAT32_BYTES * p.numel() for p in model.parameters()]
+    assert work.weight_bytes == work.gradient_bytes == FLOAT32_BYTES * num_parameters(shape)
 
 
 @pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}])
 def test_the_parts_of_a_step_take_as_long_as_the_step(changes: dict[str, Any]) -> None:
     work = work_of("gpt2", micro_batches=3, **changes)
-    assert 3 * work.one_pass == pytest.approx(
-        flops_per_token(OPENAI_SIZES["gpt2"], 1024) * 24 * 1024 / (0.45 * H100.bf16)
+    assert 3 * work.micro_batch_seconds == pytest.approx(
+        flops_per_token(OPENAI_CONFIGS["gpt2"], 1024) * 24 * 1024 / (0.45 * H100.bf16)
     )
-    assert all(part.forward >= 0 and part.backward >= 0 for part in work.parts)
+    assert all(part.forward >= 0 and part.backward >= 0 for part in work.layers)
 
 
 def test_a_ring_sends_each_byte_nearly_twice_and_a_machine_sends_out_what_one_device_would() -> None:
     link = Link(1e9)
     for devices in (2, 3, 8, 1024):
         ring = 2 * (devices - 1) / devices * 7e6
-        assert all_reduce_sent(7e6, Cluster(1, devices, link, link)) == (pytest.approx(ring), 0)
-        assert all_reduce_sent(7e6, Cluster(devices, 1, link, link)) == (0, pytest.approx(ring))
-        assert 8 * all_reduce_sent(7e6, Cluster(devices, 8, link, link)).between == pytest.approx(ring)
+        assert all_reduce_bytes_sent(7e6, Cluster(1, devices, link, link)) == (pytest.approx(ring), 0)
+        assert all_reduce_bytes_sent(7e6, Cluster(devices, 1, link, link)) == (0, pytest.approx(ring))
+        assert 8 * all_reduce_bytes_sent(7e6, Cluster(devices, 8, link, link)).inter_node == pytest.approx(ring)
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (4, 8), (4, 1)])
 def test_what_a_step_sends_is_known_beforehand(nodes: int, gpus: int) -> None:
     work, cluster = work_of("gpt2", micro_batches=2), gpu_cluster(H100, nodes, gpus)
-    size = FLOAT * 124_439_808
-    ddp, fsdp = (predict(work, cluster, way) for way in ("ddp", "fsdp"))
-    loss = all_reduce_sent(FLOAT, cluster)
-    assert ddp.sent_inside == pytest.approx(all_reduce_sent(size, cluster).inside + loss.inside)
-    assert ddp.sent_between == pytest.approx(all_reduce_sent(size, cluster).between + loss.between)
-    block = FLOAT * sum(block_tensors(OPENAI_SIZES["gpt2"]))
+    size = FLOAT32_BYTES * 124_439_808
+    ddp, fsdp = (predict_step(work, cluster, way) for way in ("ddp", "fsdp"))
+    loss = all_reduce_bytes_sent(FLOAT32_BYTES, cluster)
+    assert ddp.sent_inside == pytest.approx(all_reduce_bytes_sent(size, cluster).intra_node + loss.intra_node)
+    assert ddp.sent_between == pytest.approx(all_reduce_bytes_sent(size, cluster).inter_node + loss.inter_node)
+    block = FLOAT32_BYTES * sum(block_tensor_sizes(OPENAI_CONFIGS["gpt2"]))
     shards = gpus if gpus > 1 else nodes
     gathered = 2 * (size + 12 * block)  # in each pass everything once, the blocks twice
     around = (shards - 1) / shards * (gathered + size)
     across = 2 * (nodes - 1) / nodes * size / shards if gpus > 1 else 0
     assert fsdp.sent_inside + fsdp.sent_between == pytest.approx(around + across + sum(loss))
-    assert fsdp.sent_inside == (pytest.approx(around + loss.inside) if gpus > 1 else 0)
+    assert fsdp.sent_inside == (pytest.approx(around + loss.intra_node) if gpus > 1 else 0)
 
 
 def test_a_step_of_three_parts_by_hand() -> None:
     ready = (MIB, 30 * MIB, 40 * MIB)  # bytes of the last part's gradients, the middle's, the first's
-    parts = (Part(0, 1, 0, ready[2:]), Part(2, 4, 0, ready[1:2]), Part(1, 3, 0, ready[:1]))
-    link = Link(bandwidth=MIB, start=0.5, hop=0.25)  # two devices send as many bytes as there are: 1, 30 and 40 s
-    made = predict(Work(parts, 1, update=7), Cluster(1, 2, link, link), "ddp")
+    parts = (LayerWork(0, 1, 0, ready[2:]), LayerWork(2, 4, 0, ready[1:2]), LayerWork(1, 3, 0, ready[:1]))
+    link = Link(
+        bandwidth=MIB, latency=0.5, hop_latency=0.25
+    )  # two devices send as many bytes as there are: 1, 30 and 40 s
+    made = predict_step(StepWork(parts, 1, update=7), Cluster(1, 2, link, link), "ddp")
     sends = [each + 0.5 + 2 * 0.25 for each in (1, 30, 40)]
     last = 0.5 + 2 * 0.25 + 4 / MIB
     first_sent = 3 + 3 + sends[0]  # the forward pass, the head's backward
@@ -124,25 +126,25 @@ def test_a_step_of_three_parts_by_hand() -> None:
 
 def test_a_step_of_fsdp_by_hand() -> None:
     """Two devices, one block: gather (3 s of bytes, half of it sent) and compute, and divide the gradients."""
-    outside, block = Part(0, 0, 3 * MIB, (3 * MIB,)), Part(1, 2, 8 * MIB, (8 * MIB,))
-    head = Part(10, 20, 0, ())
+    outside, block = LayerWork(0, 0, 3 * MIB, (3 * MIB,)), LayerWork(1, 2, 8 * MIB, (8 * MIB,))
+    head = LayerWork(10, 20, 0, ())
     link = Link(bandwidth=MIB)
-    work = Work((outside, block, head), 1, update=6)
-    made = predict(work, Cluster(1, 2, link, link), "fsdp")
+    work = StepWork((outside, block, head), 1, update=6)
+    made = predict_step(work, Cluster(1, 2, link, link), "fsdp")
     # root gathered at 1.5, block at 5.5, computed at 6.5, head at 16.5; gathered again under the head's 20 s, at 20.5;
     # backward at 38.5; 4 s for the block's gradients, 1.5 for the root's, almost nothing for the loss; half the update
     assert made.seconds == pytest.approx(38.5 + 4 + 1.5 + 3, abs=1e-4)
-    with_gloo = predict(work, Cluster(1, 2, link, link, gloo=True), "fsdp")
+    with_gloo = predict_step(work, Cluster(1, 2, link, link, gloo=True), "fsdp")
     # nothing at once, and dividing the gradients takes twice as long
     assert with_gloo.seconds == pytest.approx(1.5 + 4 + 1 + 10 + 4 + 20 + 2 + 8 + 3 + 3, abs=1e-4)
     assert with_gloo.communication == pytest.approx(with_gloo.exposed)
-    slower = predict(work, Cluster(1, 2, link, link, gloo=True, gather_rate=0.5), "fsdp")
+    slower = predict_step(work, Cluster(1, 2, link, link, gloo=True, gather_rate=0.5), "fsdp")
     assert slower.seconds == pytest.approx(with_gloo.seconds + 1.5 + 4 + 4)  # of what is gathered, and not of sums
     assert slower.sent_inside == with_gloo.sent_inside
 
 
 def test_where_messages_wait_for_each_other_none_is_hidden() -> None:
-    made = predict(work_of("gpt2"), cpu_cluster(2, 2), "fsdp")
+    made = predict_step(work_of("gpt2"), cpu_cluster(2, 2), "fsdp")
     assert made.exposed == pytest.approx(made.communication)
 
 
@@ -153,17 +155,17 @@ def test_machines_work_at_a_sum_in_stages_that_overlap() -> None:
 
 
 def test_what_waits_and_what_does_not() -> None:
-    tasks = [Task(COMPUTE, 2, ()), Task(INSIDE, 5, (0,)), Task(COMPUTE, 4, ()), Task(BETWEEN, 1, (1,))]
-    assert walk(tasks) == 8
-    assert walk([*tasks, Task(COMPUTE, 1, (3,))]) == 9
-    assert walk([]) == 0
+    tasks = [Task(COMPUTE, 2, ()), Task(INTRA_NODE, 5, (0,)), Task(COMPUTE, 4, ()), Task(INTER_NODE, 1, (1,))]
+    assert simulate(tasks) == 8
+    assert simulate([*tasks, Task(COMPUTE, 1, (3,))]) == 9
+    assert simulate([]) == 0
 
 
 def test_a_message_that_needs_the_processor_slows_what_it_hides_behind() -> None:
-    tasks = [Task(COMPUTE, 4, ()), Task(INSIDE, 2, ())]
-    assert walk(tasks) == 4
-    assert walk(tasks, busy=0.5) == pytest.approx(5)
-    assert walk(tasks, busy=1.0) == pytest.approx(6)
+    tasks = [Task(COMPUTE, 4, ()), Task(INTRA_NODE, 2, ())]
+    assert simulate(tasks) == 4
+    assert simulate(tasks, compute_slowdown=0.5) == pytest.approx(5)
+    assert simulate(tasks, compute_slowdown=1.0) == pytest.approx(6)
 
 
 def test_messages_are_filled_as_torch_fills_them() -> None:
@@ -171,12 +173,12 @@ def test_messages_are_filled_as_torch_fills_them() -> None:
     from torch._C import _distributed_c10d as c10d
 
     with torch.device("meta"):
-        tensors = list(GPT(OPENAI_SIZES["gpt2-medium"]).parameters())[::-1]
+        tensors = list(GPT(OPENAI_CONFIGS["gpt2-medium"]).parameters())[::-1]
     tensors = [torch.empty(p.shape, device="meta") for p in tensors]
     made, _ = c10d._compute_bucket_assignment_by_size(tensors, [MIB, 25 * MIB])
-    sizes = [sum(FLOAT * tensors[i].numel() for i in bucket) for bucket in made]
-    assert [size for size, _ in buckets(work_of("gpt2-medium").parts)] == sizes
-    assert sizes[-1] > FLOAT * 50257 * 1024  # with the tied embedding, which is the last to be ready
+    sizes = [sum(FLOAT32_BYTES * tensors[i].numel() for i in bucket) for bucket in made]
+    assert [size for size, _ in ddp_buckets(work_of("gpt2-medium").layers)] == sizes
+    assert sizes[-1] > FLOAT32_BYTES * 50257 * 1024  # with the tied embedding, which is the last to be ready
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
@@ -184,7 +186,7 @@ def test_messages_are_filled_as_torch_fills_them() -> None:
 def test_steps_are_no_shorter_than_computing_or_sending_and_faster_links_never_hurt(name: str, way: str) -> None:
     work, before = work_of(name, rows=2), float("inf")
     for gbit in (1, 10, 100, 400, 3200, 10**6):
-        made = predict(work, gpu_cluster(H100, 16, 8, gbit * 1e9 / 8), way)
+        made = predict_step(work, gpu_cluster(H100, 16, 8, gbit * 1e9 / 8), way)
         assert made.seconds >= made.compute
         assert made.seconds >= made.communication
         assert made.exposed == pytest.approx(made.seconds - made.compute)
@@ -196,31 +198,31 @@ def test_steps_are_no_shorter_than_computing_or_sending_and_faster_links_never_h
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "none"])
 def test_one_device_says_nothing_to_anyone(way: str) -> None:
     work = work_of("gpt2", micro_batches=3)
-    made = predict(work, gpu_cluster(H100, 1, 1), way)
+    made = predict_step(work, gpu_cluster(H100, 1, 1), way)
     assert (made.messages, made.sent_inside, made.sent_between, made.communication) == (0, 0, 0, 0)
-    assert made.seconds == pytest.approx(3 * work.one_pass + work.update)
+    assert made.seconds == pytest.approx(3 * work.micro_batch_seconds + work.update)
     assert made.efficiency == pytest.approx(1)
 
 
 def test_the_tied_embedding_cannot_hide() -> None:
     cluster = gpu_cluster(H100, 1, 8)
-    embedding = FLOAT * 50257 * 768
-    made = predict(work_of("gpt2", rows=64), cluster, "ddp")
+    embedding = FLOAT32_BYTES * 50257 * 768
+    made = predict_step(work_of("gpt2", rows=64), cluster, "ddp")
     assert made.exposed > all_reduce_seconds(embedding, cluster)
     assert made.exposed < 1.5 * all_reduce_seconds(embedding, cluster)
 
 
 def test_micro_batches_are_summed_before_they_are_sent() -> None:
     cluster = gpu_cluster(H100, 2, 8)
-    once, often = (predict(work_of("gpt2", micro_batches=count), cluster, "ddp") for count in (1, 5))
+    once, often = (predict_step(work_of("gpt2", micro_batches=count), cluster, "ddp") for count in (1, 5))
     assert (once.sent_inside, once.sent_between) == (often.sent_inside, often.sent_between)
     assert once.exposed == pytest.approx(often.exposed)
-    gathered = predict(work_of("gpt2", micro_batches=5), cluster, "fsdp").sent_inside
-    assert gathered > 3 * predict(work_of("gpt2"), cluster, "fsdp").sent_inside
+    gathered = predict_step(work_of("gpt2", micro_batches=5), cluster, "fsdp").sent_inside
+    assert gathered > 3 * predict_step(work_of("gpt2"), cluster, "fsdp").sent_inside
 
 
 def test_memory_of_fsdp_becomes_that_of_one_device() -> None:
-    shape, setup = OPENAI_SIZES["gpt2-xl"], Setup(rows=1, length=1024, dtype=torch.bfloat16, device="cuda")
+    shape, setup = OPENAI_CONFIGS["gpt2-xl"], StepSetup(rows=1, length=1024, dtype=torch.bfloat16, device="cuda")
     alone = training_memory(shape, setup)
     assert training_memory(shape, replace(setup, shards=1)) == alone
     assert alone.gathered == 0
@@ -232,24 +234,27 @@ def test_memory_of_fsdp_becomes_that_of_one_device() -> None:
 
 
 def test_memory_of_fsdp_that_sums_micro_batches_holds_whole_gradients() -> None:
-    shape, setup = OPENAI_SIZES["gpt2-xl"], Setup(rows=1, length=1024, dtype=torch.bfloat16, device="cuda", shards=8)
+    shape, setup = (
+        OPENAI_CONFIGS["gpt2-xl"],
+        StepSetup(rows=1, length=1024, dtype=torch.bfloat16, device="cuda", shards=8),
+    )
     once, often = (training_memory(shape, replace(setup, micro_batches=count)) for count in (1, 2))
-    assert often.step - once.step > 0.7 * FLOAT * num_parameters(shape)
+    assert often.step - once.step > 0.7 * FLOAT32_BYTES * num_parameters(shape)
 
 
 def test_the_planned_step_has_what_the_devices_send() -> None:
-    made = plan(recipe("gpt2-124m"), on="h100", devices=8, nodes=4)
+    made = plan(load_recipe("gpt2-124m"), on="h100", devices=8, nodes=4)
     assert (made.devices, made.nodes, made.parallel, made.micro_batch_size) == (32, 4, "ddp", 16)
     assert made.seconds_per_step == made.ways["ddp"].step.seconds > made.ways["ddp"].step.compute
     assert made.network == pytest.approx(8 * 50e9)
-    assert made.flops_per_step == plan(recipe("gpt2-124m"), on="h100").flops_per_step
-    slow = plan(recipe("gpt2-124m"), on="h100", devices=8, nodes=4, network=1e9)
+    assert made.flops_per_step == plan(load_recipe("gpt2-124m"), on="h100").flops_per_step
+    slow = plan(load_recipe("gpt2-124m"), on="h100", devices=8, nodes=4, network=1e9)
     assert slow.seconds_per_step > 2 * made.seconds_per_step
-    assert plan(recipe("gpt2-124m"), on="h100").parallel == "none"
+    assert plan(load_recipe("gpt2-124m"), on="h100").parallel == "none"
 
 
 def test_fsdp_is_taken_where_a_whole_copy_does_not_fit() -> None:
-    xl = replace(recipe("gpt2-124m"), n_layer=48, n_head=25, n_embd=1600, batch_size=64, micro_batch_size=None)
+    xl = replace(load_recipe("gpt2-124m"), n_layer=48, n_head=25, n_embd=1600, batch_size=64, micro_batch_size=None)
     made = plan(xl, on="a10g", devices=8, nodes=8)
     assert (made.parallel, made.ways["ddp"].fits, made.ways["fsdp"].fits, made.fits) == ("fsdp", False, True, True)
     assert made.memory == made.ways["fsdp"].memory
@@ -259,7 +264,7 @@ def test_fsdp_is_taken_where_a_whole_copy_does_not_fit() -> None:
 
 @pytest.mark.parametrize(("changes", "gpus"), [({"optimizer": "muon"}, 8), ({"init_from": "gpt2", "lora_rank": 8}, 2)])
 def test_what_cannot_be_divided_is_not_planned_so(changes: dict[str, Any], gpus: int) -> None:
-    config = replace(recipe("gpt2-124m"), **changes)
+    config = replace(load_recipe("gpt2-124m"), **changes)
     made = plan(config, on="h100", devices=gpus)
     assert (made.parallel, set(made.ways)) == ("ddp", {"ddp"})
     with pytest.raises(UserError, match="whole matrices, and --parallel fsdp divides them: --parallel ddp"):
@@ -267,17 +272,17 @@ def test_what_cannot_be_divided_is_not_planned_so(changes: dict[str, Any], gpus:
 
 
 def test_adapters_are_little_to_send() -> None:
-    shape = OPENAI_SIZES["gpt2"]
+    shape = OPENAI_CONFIGS["gpt2"]
     work = work_of("gpt2", lora=LoRAConfig(rank=8))
-    assert work.gradients == FLOAT * num_trainable(shape, LoRAConfig(rank=8))
+    assert work.gradient_bytes == FLOAT32_BYTES * num_trainable_parameters(shape, LoRAConfig(rank=8))
     frozen = work_of("gpt2", freeze=4)
-    assert frozen.gradients == FLOAT * num_trainable(shape, freeze=4)
-    assert sum(part.backward == 0 for part in frozen.parts) == 5  # four blocks, and the embeddings as ever
+    assert frozen.gradient_bytes == FLOAT32_BYTES * num_trainable_parameters(shape, freeze=4)
+    assert sum(part.backward == 0 for part in frozen.layers) == 5  # four blocks, and the embeddings as ever
 
 
 def test_what_is_asked_for_is_what_is_planned() -> None:
     for way in ("ddp", "fsdp"):
-        made = plan(replace(recipe("gpt2-124m"), parallel=way), on="h100", devices=8)
+        made = plan(replace(load_recipe("gpt2-124m"), parallel=way), on="h100", devices=8)
         assert made.parallel == way
         assert made.seconds_per_step == made.ways[way].step.seconds
 
@@ -321,7 +326,7 @@ def test_memory_of_fsdp_is_what_torch_takes(vocab_size: int, micro_batches: int,
         fully_shard(block)
     sharded = fully_shard(model)
     register_fsdp_forward_method(model, "loss")
-    (optimizer,) = build_optimizers(model, recipe("gpt2-124m"))
+    (optimizer,) = build_optimizers(model, load_recipe("gpt2-124m"))
 
     def step() -> None:
         for number in range(micro_batches):
@@ -335,7 +340,7 @@ def test_memory_of_fsdp_is_what_torch_takes(vocab_size: int, micro_batches: int,
     step()
     with LiveBytes() as alive:
         step()
-    setup = Setup(rows=1, length=128, dtype=dtype, micro_batches=micro_batches, shards=8)
+    setup = StepSetup(rows=1, length=128, dtype=dtype, micro_batches=micro_batches, shards=8)
     said = training_memory(shape, setup)
     moments = said.optimizer  # which no operation but the update's sees
     assert 1.0 <= (said.step - said.allocator) / (alive.peak + moments) < 1.2
@@ -344,8 +349,8 @@ def test_memory_of_fsdp_is_what_torch_takes(vocab_size: int, micro_batches: int,
 def test_devices_without_a_datasheet_talk_through_gloo() -> None:
     cluster = cpu_cluster(2, 4, network=1e8)
     assert cluster.gloo
-    assert cluster.network == pytest.approx(1e8)
-    assert cluster.between.bandwidth == pytest.approx(0.8 * 1e8 / 4)
+    assert cluster.node_bandwidth == pytest.approx(1e8)
+    assert cluster.inter_node.bandwidth == pytest.approx(0.8 * 1e8 / 4)
 
 
 def test_a_plan_for_many_in_json_and_as_a_table(

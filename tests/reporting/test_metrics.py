@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from gpt2.errors import UserError
-from gpt2.reporting.metrics import Report, _smoothed, plot_loss, read_metrics
+from gpt2.reporting.metrics import MetricsLogger, _smoothed, plot_loss, read_metrics
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -20,9 +20,9 @@ def record(step: int, **more: Any) -> dict[str, Any]:
 
 
 def test_plain_lines_when_it_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Report(tmp_path, 0, 20) as report:
+    with MetricsLogger(tmp_path, 0, 20) as report:
         for step in range(1, 21):
-            report.step(record(step, **({"val_loss": 4.5} if step == 10 else {})))
+            report.log_step(record(step, **({"val_loss": 4.5} if step == 10 else {})))
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("step 1/20  loss 4.9000  1,000 tok/s")
     assert any(line.startswith("step 10/20  loss 4.0000  val 4.5000") for line in said)
@@ -34,10 +34,10 @@ def test_a_live_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(Console, "is_terminal", True)
-    with Report(tmp_path, 0, 5) as report:
+    with MetricsLogger(tmp_path, 0, 5) as report:
         for step in range(1, 6):
-            report.step(record(step))
-        report.say("a line above")
+            report.log_step(record(step))
+        report.log_message("a line above")
     text = screen.getvalue()
     assert "step 5/5" in text
     assert "tok/s" in text
@@ -47,8 +47,8 @@ def test_a_live_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_metrics_are_cut_back_to_the_step_that_is_gone_on_from(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
-    with Report(tmp_path, 4, 6) as report:
-        report.step(record(5))
+    with MetricsLogger(tmp_path, 4, 6) as report:
+        report.log_step(record(5))
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
 
 

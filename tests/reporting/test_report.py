@@ -16,14 +16,14 @@ import torch
 
 import gpt2.reporting.profiler
 from gpt2.config import TrainConfig, to_toml
-from gpt2.data.dataset import TokenData
+from gpt2.data.dataset import TokenDataset
 from gpt2.data.shards import ShardWriter, TokenShards
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
-from gpt2.reporting.findings import Finding, RunFacts, findings, rates, time_spent, utilization
+from gpt2.reporting.findings import Finding, RunFacts, findings, model_flops_utilization, throughputs, time_spent
 from gpt2.reporting.profiler import StepProfiler
-from gpt2.reporting.report import unigram_entropy, write_report
-from gpt2.reporting.units import byte_size, count, duration
+from gpt2.reporting.report import unigram_entropy, write_markdown_report
+from gpt2.reporting.units import format_bytes, format_count, format_duration
 from gpt2.tokenizer import get_tokenizer
 
 CONFIG = TrainConfig(name="it", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, max_steps=1000, lr=1e-3)
@@ -74,8 +74,8 @@ def found(records: list[dict[str, Any]], config: TrainConfig = CONFIG, facts: Ru
 def test_overfitting_names_the_best_step() -> None:
     records = run(1000, falling, lambda step: 3 + abs(step - 400) / 1000)
     seen = found(records)["overfitting"]
-    assert "best, 3.000, at step 400 and rose to 3.600" in seen.seen
-    assert "read 2.6 times" in seen.seen
+    assert "best, 3.000, at step 400 and rose to 3.600" in seen.observation
+    assert "read 2.6 times" in seen.observation
     assert "`--dropout 0.1`" in seen.advice
     assert "`--max-steps 400`" in seen.advice
     assert "`--dropout 0.3`" in found(records, replace(CONFIG, dropout=0.2))["overfitting"].advice
@@ -110,14 +110,14 @@ def test_still_falling_or_levelled_off_by_validation_and_by_training_loss() -> N
     for val in (falling, None):
         longer = found(run(1000, falling, val))["still falling"]
         assert "`--max-steps 2000`" in longer.advice
-        assert ("validation" if val else "training") in longer.seen
+        assert ("validation" if val else "training") in longer.observation
     for val in (level, None):
         seen = found(run(1000, level, val))
         assert "still falling" not in seen
         assert "`--n-layer 3`" in seen["levelled off"].advice
     by_heart = found(run(1000, level, lambda step: 3.6), facts=replace(FACTS, train_tokens=10_000))["levelled off"]
     assert "by heart" in by_heart.advice
-    assert "above the training loss" in by_heart.seen
+    assert "above the training loss" in by_heart.observation
     assert "`--dropout 0.1`" in by_heart.advice
     assert "short" in found(run(10))
 
@@ -136,7 +136,7 @@ def test_spikes_that_were_taken() -> None:
     for step in (500, 777):
         records[step]["loss"] = 9.0
     spikes = found(records)["spikes"]
-    assert spikes.seen.startswith("2 of 1,000 steps")
+    assert spikes.observation.startswith("2 of 1,000 steps")
     assert "`--skip-spikes 5`" in spikes.advice
     for step in (500, 777):
         records[step]["skipped"] = True
@@ -146,7 +146,7 @@ def test_spikes_that_were_taken() -> None:
 def test_clipping_all_the_time() -> None:
     assert "clipping" not in found(run(100))
     clipped = found(run(100, grad_norm=3.0))["clipping"]
-    assert "100%" in clipped.seen
+    assert "100%" in clipped.observation
     assert "`--grad-clip 6`" in clipped.advice
     assert "clipping" not in found(run(100, grad_norm=3.0), replace(CONFIG, grad_clip=0.0))
 
@@ -176,16 +176,16 @@ def test_what_takes_more_than_its_share_of_the_time(part: str, name: str, mend: 
     little: dict[str, Any] = {part: 0.001}
     seen = found(run(50, **much))
     assert mend in seen[name].advice
-    assert "30%" in seen[name].seen
+    assert "30%" in seen[name].observation
     assert name not in found(run(50, **little))
 
 
 def test_a_low_mfu_suggests_what_is_not_used_yet() -> None:
     facts = replace(FACTS, matmul_flops=1e10)  # 2,560 tokens of 0.4 MFLOP a second are 10% of it
     config = replace(CONFIG, dtype="float32", micro_batch_size=2)
-    assert utilization(run(50), facts) == pytest.approx(0.1024)
+    assert model_flops_utilization(run(50), facts) == pytest.approx(0.1024)
     slow = found(run(50), config, facts)["low mfu"]
-    assert "10%" in slow.seen
+    assert "10%" in slow.observation
     for flag in ("`--dtype bfloat16`", "`--compile`", "`--micro-batch-size 4`"):
         assert flag in slow.advice
     tuned = found(run(50), replace(CONFIG, dtype="bfloat16", compile=True), facts)["low mfu"]
@@ -196,7 +196,7 @@ def test_a_low_mfu_suggests_what_is_not_used_yet() -> None:
 
 def test_a_stopped_run_is_gone_on_with_first() -> None:
     first, *_ = findings(run(100), CONFIG, replace(FACTS, finished=False, why_stopped="SIGTERM"))
-    assert first.seen == "The run stopped (SIGTERM) after step 100 of 1,000."
+    assert first.observation == "The run stopped (SIGTERM) after step 100 of 1,000."
     assert "`gpt2 train --resume runs/it`" in first.advice
 
 
@@ -210,7 +210,7 @@ def test_time_is_accounted_for_whole_or_beside_the_parts() -> None:
     assert spent["checkpoints"] == pytest.approx(2.0)
     assert sum(spent.values()) == pytest.approx(8 * 0.5 + 0.7 + 2.4)
     records[4]["tokens_per_second"] = 1.0
-    assert rates(records) == [2560.0] * 8
+    assert throughputs(records) == [2560.0] * 8
 
 
 def write_run(folder: Path, records: list[dict[str, Any]], config: TrainConfig = CONFIG) -> Path:
@@ -227,7 +227,7 @@ def test_the_report_tells_it_all(tmp_path: Path) -> None:
     )
     folder = write_run(tmp_path / "it", records)
     (folder / "loss.png").write_bytes(b"")
-    text = write_report(folder, facts).read_text()
+    text = write_markdown_report(folder, facts).read_text()
     loss = falling(1000)
     for part in (
         "# it\n\nA GPT-2 of 50,000 parameters (2 layers of 32, context 32) learned from `words` for 1,000 steps",
@@ -250,7 +250,7 @@ def test_the_report_tells_it_all(tmp_path: Path) -> None:
 
 
 def test_the_report_of_one_step_without_anything_known(tmp_path: Path) -> None:
-    text = write_report(write_run(tmp_path, run(1)), replace(FACTS, val_tokens=None)).read_text()
+    text = write_markdown_report(write_run(tmp_path, run(1)), replace(FACTS, val_tokens=None)).read_text()
     assert "for 1 step in 0.1 s on cpu" in text
     assert "training loss is **" in text
     assert "loss.png" not in text
@@ -259,7 +259,7 @@ def test_the_report_of_one_step_without_anything_known(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_run_that_did_no_step(tmp_path: Path) -> None:
-    assert "no step was done" in write_report(write_run(tmp_path, []), FACTS).read_text()
+    assert "no step was done" in write_markdown_report(write_run(tmp_path, []), FACTS).read_text()
 
 
 def test_the_report_of_a_stopped_run_with_skipped_steps(tmp_path: Path) -> None:
@@ -267,32 +267,32 @@ def test_the_report_of_a_stopped_run_with_skipped_steps(tmp_path: Path) -> None:
     for step in range(3, 300, 50):
         records[step] |= {"skipped": True, "loss": math.nan, "grad_norm": math.nan}
     facts = replace(FACTS, finished=False, why_stopped="--max-minutes")
-    text = write_report(write_run(tmp_path, records), facts).read_text()
+    text = write_markdown_report(write_run(tmp_path, records), facts).read_text()
     assert "**It was stopped (--max-minutes) after step 300 of 1,000**" in text
     assert f"`gpt2 train --resume {tmp_path}` goes on with it." in text
     assert "- 6 of 300 steps were left out as spikes: 4, 54, 104, 154, 204, ..." in text
     assert "nan" not in text
     everything = [{**record, "skipped": True} for record in records]
-    assert "No step of it could be taken." in write_report(write_run(tmp_path, everything), facts).read_text()
+    assert "No step of it could be taken." in write_markdown_report(write_run(tmp_path, everything), facts).read_text()
 
 
 def test_published_losses_stand_only_where_they_apply(tmp_path: Path) -> None:
     folder = write_run(tmp_path, run(10))
     theirs = replace(FACTS, tokenizer="gpt2", vocab_size=50257)
-    text = write_report(folder, theirs).read_text()
+    text = write_markdown_report(folder, theirs).read_text()
     assert "| GPT-2 124M, as published | 3.12 | on another text" in text
-    assert "as published" not in write_report(folder, replace(FACTS, vocab_size=50257)).read_text()
-    assert "nanoGPT" not in write_report(folder, replace(FACTS, tokenizer="bytes", vocab_size=257)).read_text()
+    assert "as published" not in write_markdown_report(folder, replace(FACTS, vocab_size=50257)).read_text()
+    assert "nanoGPT" not in write_markdown_report(folder, replace(FACTS, tokenizer="bytes", vocab_size=257)).read_text()
     folder = write_run(tmp_path, run(10), replace(CONFIG, data="shakespeare"))
-    assert "| 1.4697 | on this text" in write_report(folder, replace(FACTS, tokenizer="bytes")).read_text()
-    assert "1.4697" not in write_report(folder, FACTS).read_text()
+    assert "| 1.4697 | on this text" in write_markdown_report(folder, replace(FACTS, tokenizer="bytes")).read_text()
+    assert "1.4697" not in write_markdown_report(folder, FACTS).read_text()
 
 
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     folder = write_run(tmp_path, run(10))
     (folder / "report.md").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*report\.md"):
-        write_report(folder, FACTS)
+        write_markdown_report(folder, FACTS)
 
 
 @pytest.mark.parametrize(
@@ -307,21 +307,21 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_counts_and_sizes_are_for_people() -> None:
-    counts = [count(number) for number in (50_000, 1e6, 124_439_808, 1.24e9, 3e12)]
+    counts = [format_count(number) for number in (50_000, 1e6, 124_439_808, 1.24e9, 3e12)]
     assert counts == ["50,000", "1.0M", "124.4M", "1.2B", "3.0T"]
-    sizes = [byte_size(number) for number in (12, 2**10, 2**20 - 2**10, 995_000_000, 3 * 2**29, 2000 * 2**30)]
+    sizes = [format_bytes(number) for number in (12, 2**10, 2**20 - 2**10, 995_000_000, 3 * 2**29, 2000 * 2**30)]
     assert sizes == ["12 B", "1.0 KiB", "1,023.0 KiB", "948.9 MiB", "1.50 GiB", "2,000.00 GiB"]
 
 
-def data_of(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenData:
+def data_of(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenDataset:
     with ShardWriter(folder, "train", shard_tokens) as writer:
         writer.write(tokens)
     shards = TokenShards([folder / file.name for file in writer.files])
-    return TokenData("numbers", folder, shards, None, get_tokenizer("bytes"), None)
+    return TokenDataset("numbers", folder, shards, None, get_tokenizer("bytes"), None)
 
 
 def test_unigram_entropy_equals_torchs(tmp_path: Path) -> None:

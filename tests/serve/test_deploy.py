@@ -27,9 +27,18 @@ from gpt2.serve.app import ERROR_RESPONSES, create_app
 from gpt2.serve.limits import Limits
 from gpt2.serve.models import create_served_model
 from gpt2.serve.playground import playground_router
-from tests.helpers.proxies import EXAMPLES, PROXIES, SITE, https_client, free_port, require_program, run_proxy, replace_once
+from tests.helpers.proxies import (
+    EXAMPLES,
+    PROXIES,
+    SITE,
+    free_port,
+    https_client,
+    replace_once,
+    require_program,
+    run_proxy,
+)
 from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, run_app
-from tests.helpers.terminal import run
+from tests.helpers.terminal import run_cli
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -230,7 +239,7 @@ def test_every_path_of_the_guide_exists_and_none_of_openais_is_missing() -> None
 
 
 def test_every_flag_of_the_guide_and_the_examples_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    known = set(re.findall(r"--[a-z-]+", run(capsys, "serve", "--help")[1]))
+    known = set(re.findall(r"--[a-z-]+", run_cli(capsys, "serve", "--help")[1]))
     named = set(re.findall(r"`(--[a-z-]+)[^`]*`", GUIDE)) - FLAGS_OF_DOCKER
     texts = [GUIDE, *(path.read_text(encoding="utf-8") for path in (ROOT / "Dockerfile", *EXAMPLES.iterdir()))]
     for text in texts:

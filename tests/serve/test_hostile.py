@@ -15,7 +15,7 @@ from gpt2.serve import listen, middleware, sse
 from gpt2.serve.limits import Limits
 from gpt2.serve.listen import bind_socket
 from gpt2.serve.schema import ErrorBody
-from tests.helpers.serving import LiveServer, temporary_home, run_server
+from tests.helpers.serving import LiveServer, run_server, temporary_home
 
 COMPLETIONS = "/v1/completions"
 LONG = 10**6

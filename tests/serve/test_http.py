@@ -18,15 +18,15 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
-from gpt2.generation.engine import Continuation
+from gpt2.generation.engine import Sequence
 from gpt2.serve.answers import ResponseStream
 from gpt2.serve.limits import Limits
 from gpt2.serve.middleware import SECURITY_HEADERS, AccessPolicy
 from gpt2.serve.scheduler import RequestHandle
 from gpt2.serve.schema import ErrorBody
 from gpt2.serve.sse import SSEResponse
-from gpt2.templates import Template
-from tests.helpers.serving import BYTE_TOKENIZER, SMALL_LIMITS, LiveServer, temporary_home, run_server
+from gpt2.templates import ChatTemplate
+from tests.helpers.serving import BYTE_TOKENIZER, SMALL_LIMITS, LiveServer, run_server, temporary_home
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -77,7 +77,9 @@ def test_curl_reads_the_events(server: LiveServer) -> None:
     assert all(event.startswith("data: {") for event in events[:-2])
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1])
     bias: Any = {256: -100}
-    assert ["curl" + text] == gpt2.generate(server.model, BYTE_TOKENIZER, "curl", max_new_tokens=5, seed=1, logit_bias=bias)
+    assert ["curl" + text] == gpt2.generate(
+        server.model, BYTE_TOKENIZER, "curl", max_new_tokens=5, seed=1, logit_bias=bias
+    )
     assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
 
 
@@ -230,7 +232,9 @@ def test_no_slot_is_lost_to_clients_that_come_and_go(server: LiveServer, count: 
         assert client.post(COMPLETIONS, json={"prompt": "x", "n": 4, "seed": 1}).status_code == 200
     gc.collect()
     left = Counter(type(thing) for thing in gc.get_objects())
-    assert max(left[kind] for kind in (ResponseStream, RequestHandle, Continuation, SSEResponse)) < 10  # a local name holds one or two
+    assert (
+        max(left[kind] for kind in (ResponseStream, RequestHandle, Sequence, SSEResponse)) < 10
+    )  # a local name holds one or two
 
 
 def test_a_full_server_says_when_to_come_again(home: None) -> None:
@@ -277,7 +281,10 @@ def test_a_key_is_asked_for(home: None) -> None:
 
 def test_another_name_is_not_answered(home: None) -> None:
     """A page whose name was made to point to this machine sends that name."""
-    with run_server(SMALL_LIMITS, AccessPolicy(allowed_hosts=["127.0.0.1", "localhost"])) as served, served.client() as client:
+    with (
+        run_server(SMALL_LIMITS, AccessPolicy(allowed_hosts=["127.0.0.1", "localhost"])) as served,
+        served.client() as client,
+    ):
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
             error_of(client.get("/v1/models", headers={"Host": host}), 403)
         for host in ("localhost", "localhost:99", "LOCALHOST", "127.0.0.1"):
@@ -290,7 +297,7 @@ def test_the_folders_own_template_is_used(home: None) -> None:
     source = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     source += "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
     source += "{% if messages[0]['content'] == 'out' %}{{ ''.__class__.__mro__ }}{% endif %}[assistant]"
-    template = Template(source, {"bos_token": "<|endoftext|>"})
+    template = ChatTemplate(source, {"bos_token": "<|endoftext|>"})
     asked = {"seed": 1, "max_tokens": 6}
     with run_server(SMALL_LIMITS, template=template) as served, served.client() as client:
         reply = client.post(CHAT, json=asked | {"messages": [{"role": "user", "content": "Hi"}]}).json()

@@ -9,20 +9,20 @@ import torch
 
 from gpt2.errors import UserError
 from gpt2.generation.filters import History
-from gpt2.generation.sampling import Sampling, probabilities
+from gpt2.generation.sampling import Sampling, logits_to_probs
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.inspect import (
     NextTokenCandidates,
     attention_weights,
-    top_candidates,
     logit_lens,
     next_logits,
     perplexity,
     score_tokens,
     token_offsets,
+    top_candidates,
 )
 from gpt2.tokenizer import ByteTokenizer
-from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, transformers_twin
+from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, to_transformers
 
 CONFIG = GPTConfig(vocab_size=257, block_size=24, n_layer=3, n_head=4, n_embd=32)
 TOKENIZER = ByteTokenizer()
@@ -40,7 +40,7 @@ def look(model: GPT, sampling: Sampling, top: int = 5, asked: int | None = None)
 
 
 def run_twin(model: GPT, tokens: Any, **asked: bool) -> Any:
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     twin.set_attn_implementation("eager")
     with torch.no_grad():
         return twin(tokens, **asked)
@@ -83,7 +83,7 @@ def test_the_last_layer_says_what_the_model_says(model: GPT) -> None:
 def test_perplexity_is_that_of_transformers(model: GPT) -> None:
     tokens = torch.tensor([TEXT])
     with torch.inference_mode():
-        loss = transformers_twin(model)(tokens, labels=tokens).loss.item()
+        loss = to_transformers(model)(tokens, labels=tokens).loss.item()
     scored = score_tokens(model, TOKENIZER, TEXT)
     assert [token.id for token in scored] == TEXT[1:]
     assert perplexity(scored) == pytest.approx(math.exp(loss), rel=1e-5)
@@ -116,7 +116,7 @@ def test_a_long_text_is_scored_in_windows(model: GPT, length: int) -> None:
 )
 def test_the_candidates_have_the_chances_of_the_sampler(model: GPT, sampling: Sampling) -> None:
     logits = next_logits(model, TEXT)
-    probs = probabilities(logits, sampling, [History(TEXT, 4, (256,))])[0]
+    probs = logits_to_probs(logits, sampling, [History(TEXT, 4, (256,))])[0]
     told = look(model, sampling, top=300, asked=65)
     assert {token.id for token in told.tokens} == set(range(257))
     assert [token.probability for token in told.tokens] == sorted((float(p) for p in probs), reverse=True)

@@ -13,7 +13,7 @@ import gpt2
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 from gpt2.serve.limits import Limits  # noqa: E402
 from gpt2.serve.middleware import AccessPolicy  # noqa: E402
-from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, temporary_home, run_server  # noqa: E402
+from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, run_server, temporary_home  # noqa: E402
 
 KEY = "a-key"
 
@@ -193,8 +193,10 @@ def test_a_chat_is_the_transcript_of_gpt2_chat(server: LiveServer, client: Any) 
     from gpt2.generation.chat import Conversation
     from gpt2.generation.sampling import Sampling
 
-    talk = Conversation(server.model, BYTE_TOKENIZER, Sampling(temperature=0.7), max_new_tokens=12, seed=6, system="Be kind.")
-    said = "".join(talk.say("Hello"))
+    talk = Conversation(
+        server.model, BYTE_TOKENIZER, Sampling(temperature=0.7), max_new_tokens=12, seed=6, system="Be kind."
+    )
+    said = "".join(talk.send("Hello"))
     messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     asked: dict[str, Any] = {"model": "tiny", "messages": messages, "temperature": 0.7, "seed": 6}
     reply = client.chat.completions.create(**asked, max_completion_tokens=12, logprobs=True, top_logprobs=2)

@@ -15,7 +15,9 @@ from tests.helpers.playground_app import CONFIG, LIMITS, MODELS, PROMPT, TOKENIZ
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(create_served_models(MODELS, TOKENIZER, LIMITS), LIMITS), base_url="http://127.0.0.1") as client:
+    with TestClient(
+        create_app(create_served_models(MODELS, TOKENIZER, LIMITS), LIMITS), base_url="http://127.0.0.1"
+    ) as client:
         yield client
 
 

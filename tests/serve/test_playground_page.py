@@ -5,14 +5,23 @@ from typing import Any
 
 import pytest
 
-from gpt2.commands.decoding import bad_words
-from gpt2.generation.engine import Engine, Request
+from gpt2.commands.decoding import encode_bad_words
+from gpt2.generation.engine import Engine, GenerationRequest
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from gpt2.serve.inspect import attention_weights, top_candidates, logit_lens, next_logits, perplexity, score_tokens
+from gpt2.serve.inspect import attention_weights, logit_lens, next_logits, perplexity, score_tokens, top_candidates
 from gpt2.tokenizer import Tokenizer
-from tests.helpers.playground_app import BYTE_TOKENIZER, CONFIG, MODELS, PROMPT, TOKENIZER, PlaygroundPage, run_playground, generated_text
+from tests.helpers.playground_app import (
+    BYTE_TOKENIZER,
+    CONFIG,
+    MODELS,
+    PROMPT,
+    TOKENIZER,
+    PlaygroundPage,
+    generated_text,
+    run_playground,
+)
 from tests.helpers.reference import random_model
 
 pytest_plugins = "tests.helpers.playground_fixtures"
@@ -127,7 +136,7 @@ def said_ids(prompt: list[int], model: GPT = MODELS["one"], tokenizer: Tokenizer
     """The eight tokens that follow a prompt, as the model says them."""
     engine = Engine(model, 1)
     sampling = Sampling(**{"top_k": 50, **how})
-    new = engine.submit(Request(prompt, sampling, 8, 42, 0, (tokenizer.end_of_text,)))
+    new = engine.submit(GenerationRequest(prompt, sampling, 8, 42, 0, (tokenizer.end_of_text,)))
     while not engine.idle:
         engine.step()
     return new.new_tokens
@@ -200,7 +209,7 @@ def test_words_can_be_forbidden_and_favoured(reader: PlaygroundPage) -> None:
     reader.fill_setting("logit_bias", '7 = 2.5\n"the dog"=3\nfoo')
     assert reader.page.get_attribute("#set-logit_bias", "aria-invalid") == "true"
     assert reader.page.text_content("#set-logit_bias-about") == 'not id=bias or "text"=bias: foo'
-    words = bad_words(TOKENIZER, [first, "never"])
+    words = encode_bad_words(TOKENIZER, [first, "never"])
     biases = {7: 2.5} | dict.fromkeys(TOKENIZER.encode("the dog"), 3.0)
     told = reader.continue_text()
     assert told == generated_text(max_new_tokens=8, bad_words=words, logit_bias=biases) != usual
@@ -214,7 +223,9 @@ def test_words_can_be_forbidden_and_favoured(reader: PlaygroundPage) -> None:
 
 
 def test_parts_of_characters_stay_as_the_model_said_them(browser: Any) -> None:
-    model = random_model(GPTConfig(vocab_size=BYTE_TOKENIZER.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=32), 1)
+    model = random_model(
+        GPTConfig(vocab_size=BYTE_TOKENIZER.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=32), 1
+    )
     with run_playground({"bytes": model}, BYTE_TOKENIZER) as address:
         reader = PlaygroundPage(browser, address)
         reader.fill_setting("max_tokens", 8)

@@ -16,7 +16,9 @@ pytest_plugins = "tests.helpers.playground_fixtures"
 AWKWARD = 'the cat\'s "mat"\n$HOME `sat` \\ on é 😀 '
 
 
-def test_texts_are_kept_shared_and_taken_away(reader: PlaygroundPage, browser: Any, address: str, tmp_path: Path) -> None:
+def test_texts_are_kept_shared_and_taken_away(
+    reader: PlaygroundPage, browser: Any, address: str, tmp_path: Path
+) -> None:
     reader.fill_setting("max_tokens", 6)
     reader.fill_setting("bad_words", "barn")
     reader.fill_setting("logit_bias", "3=-1")

@@ -17,8 +17,8 @@ from tests.helpers.playground_app import (
     BreakableProxy,
     PlaygroundPage,
     SlowGPT,
-    run_playground,
     generated_text,
+    run_playground,
 )
 
 pytest_plugins = "tests.helpers.playground_fixtures"

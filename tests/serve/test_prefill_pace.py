@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gpt2.generation.engine import Engine, Request, Token
+from gpt2.generation.engine import Engine, GenerationRequest, SampledToken
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.scheduler import MIN_PREFILL_TOKENS, RequestHandle, Scheduler
@@ -40,7 +40,7 @@ async def new_tokens(call: RequestHandle, most: int) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < most:
         _, event = await asyncio.wait_for(call.events.get(), 20)
-        assert isinstance(event, Token)
+        assert isinstance(event, SampledToken)
         tokens.append(event.id)
     return tokens
 
@@ -48,12 +48,14 @@ async def new_tokens(call: RequestHandle, most: int) -> list[int]:
 def read_beside(speaking: int, length: int) -> list[int]:
     """How a prompt is cut while so many texts run. What is said after it is the same as ever."""
     model = Watched(random_model(CONFIG))
-    asked = Request(prompt(length, 63), GREEDY, 3)
+    asked = GenerationRequest(prompt(length, 63), GREEDY, 3)
     scheduler = Scheduler(model, slots=64)
     scheduler.start()
 
     async def go() -> tuple[list[int], list[int]]:
-        running = [scheduler.submit("first", [Request(prompt(1, seed), GREEDY, 10_000)]) for seed in range(speaking)]
+        running = [
+            scheduler.submit("first", [GenerationRequest(prompt(1, seed), GREEDY, 10_000)]) for seed in range(speaking)
+        ]
         for call in running:
             await new_tokens(call, 1)
         model.read.clear()

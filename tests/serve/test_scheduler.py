@@ -12,10 +12,18 @@ import pytest
 import torch
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import Continuation, Engine, Request, Token
+from gpt2.generation.engine import Engine, GenerationRequest, SampledToken, Sequence
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from gpt2.serve.scheduler import SHUTTING_DOWN, TooManyRequestsError, RequestHandle, ShuttingDownError, SequenceFinished, Scheduler, PromptLogprobsRequest
+from gpt2.serve.scheduler import (
+    SHUTTING_DOWN,
+    PromptLogprobsRequest,
+    RequestHandle,
+    Scheduler,
+    SequenceFinished,
+    ShuttingDownError,
+    TooManyRequestsError,
+)
 from tests.helpers.reference import random_model
 
 CONFIG = GPTConfig(vocab_size=64, block_size=48, n_layer=1, n_head=2, n_embd=16)
@@ -38,9 +46,9 @@ def running(model: Any, **settings: Any) -> Iterator[Scheduler]:
         assert not scheduler.alive
 
 
-def request(seed: int = 0, length: int = 6, prompt: int = 5, **settings: Any) -> Request:
+def request(seed: int = 0, length: int = 6, prompt: int = 5, **settings: Any) -> GenerationRequest:
     tokens = [(seed + i * i) % CONFIG.vocab_size for i in range(prompt)]
-    return Request(tokens, Sampling(**settings), max_new_tokens=length, seed=seed)
+    return GenerationRequest(tokens, Sampling(**settings), max_new_tokens=length, seed=seed)
 
 
 async def tokens_of(call: RequestHandle) -> tuple[list[list[int]], list[SequenceFinished]]:
@@ -49,14 +57,14 @@ async def tokens_of(call: RequestHandle) -> tuple[list[list[int]], list[Sequence
     ends: dict[int, SequenceFinished] = {}
     while len(ends) < len(texts):
         index, event = await asyncio.wait_for(call.events.get(), 60)
-        if isinstance(event, Token):
+        if isinstance(event, SampledToken):
             texts[index].append(event.id)
         elif isinstance(event, SequenceFinished):
             ends[index] = event
     return texts, [ends[i] for i in range(len(texts))]
 
 
-def alone(model: GPT, asked: Request) -> list[int]:
+def alone(model: GPT, asked: GenerationRequest) -> list[int]:
     """What the request gives in an engine of its own."""
     engine = Engine(model, slots=1)
     text = engine.submit(asked)
@@ -97,7 +105,9 @@ def test_the_clients_take_turns(model: GPT) -> None:
 
     class Watched(Scheduler):
         def _deliver(self) -> None:
-            order.extend(text.parent.client for text, event in self._pending_events if isinstance(event, SequenceFinished))
+            order.extend(
+                text.parent.client for text, event in self._pending_events if isinstance(event, SequenceFinished)
+            )
             super()._send_events()
 
     async def go(scheduler: Scheduler) -> None:
@@ -146,7 +156,7 @@ def test_a_cancelled_text_leaves_its_slot_within_a_step(model: GPT) -> None:
         steps = 0
         step = scheduler.engine.step
 
-        def counted() -> list[Token]:
+        def counted() -> list[SampledToken]:
             nonlocal steps
             steps += 1
             return step()
@@ -190,7 +200,7 @@ def test_what_goes_wrong_with_one_text_ends_that_one(model: GPT) -> None:
         assert ends[0].finish_reason == "error"
         assert "rule out every token" in str(ends[0].error)
         with pytest.raises(UserError, match="vocabulary"):
-            scheduler.submit("a", [Request([64])])
+            scheduler.submit("a", [GenerationRequest([64])])
         with pytest.raises(UserError, match="49 tokens do not fit"):
             scheduler.submit("a", [PromptLogprobsRequest([0] * 49)])
         assert scheduler.idle
@@ -245,7 +255,7 @@ def test_a_thread_that_dies_leaves_nobody_waiting(model: GPT, monkeypatch: pytes
     """Say, the GPU has gone."""
     monkeypatch.setattr(threading, "excepthook", lambda given: None)
 
-    def fail() -> list[Token]:
+    def fail() -> list[SampledToken]:
         raise RuntimeError("no GPU")
 
     async def go(scheduler: Scheduler) -> None:
@@ -302,4 +312,4 @@ def test_a_thousand_random_cancellations_lose_no_slot_and_no_memory(model: GPT) 
         assert not scheduler._open_per_client
         assert not scheduler._open_requests
         gc.collect()
-        assert sum(type(thing) is Continuation for thing in gc.get_objects()) < 10  # a local name holds one or two
+        assert sum(type(thing) is Sequence for thing in gc.get_objects()) < 10  # a local name holds one or two

@@ -22,30 +22,33 @@ from gpt2.errors import UserError
 from gpt2.optimizers import build_optimizers
 from gpt2.train.checkpoint import (
     CheckpointWriter,
-    checkpoint_facts,
+    checkpoint_metadata,
     is_published,
+    latest_checkpoint,
     load_optimizers,
-    newest_checkpoint,
 )
-from gpt2.train.run_folder import RunFolder, start_folder
-from tests.helpers.learner import SHAPE, Learner, assert_equal, contents, loaded
+from gpt2.train.run_folder import RunFolder, write_config
+from tests.helpers.learner import SHAPE, TinyTrainer, assert_equal, file_contents, load_state
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_the_writer_writes_what_a_plain_save_does_and_all_of_it_comes_back(tmp_path: Path, optimizer: str) -> None:
-    learner = Learner(optimizer)
-    with CheckpointWriter(tmp_path / "run", learner.product, keep=2, facts={"data": "x"}) as writer:
+    learner = TinyTrainer(optimizer)
+    with CheckpointWriter(tmp_path / "run", learner.artifact, keep=2, metadata={"data": "x"}) as writer:
         for step in (1, 2, 3):
             learner.step()
             state = learner.state()
             writer.save(step, learner.model, learner.optimizers)
     learner.save(tmp_path / "plain", 3)
-    ours, plain = contents(tmp_path / "run" / "checkpoints" / "step-3"), contents(tmp_path / "plain" / "step-3")
+    ours, plain = (
+        file_contents(tmp_path / "run" / "checkpoints" / "step-3"),
+        file_contents(tmp_path / "plain" / "step-3"),
+    )
     own_state = json.loads(ours.pop("state.json"))
     assert own_state["sha256"] == json.loads(plain.pop("state.json"))["sha256"]
     assert own_state["facts"] == {"data": "x", "samples_bytes": 0}
     assert ours == plain
-    assert_equal(loaded(tmp_path / "run" / "checkpoints" / "step-3", optimizer), state)
+    assert_equal(load_state(tmp_path / "run" / "checkpoints" / "step-3", optimizer), state)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-2", "step-3"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "model"]
     assert is_published(tmp_path / "run" / "checkpoints" / "step-3", tmp_path / "run")
@@ -61,27 +64,27 @@ def held_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def test_updates_made_while_a_checkpoint_is_written_are_not_in_it(tmp_path: Path, held_up: threading.Event) -> None:
-    learner = Learner()
+    learner = TinyTrainer()
     learner.step()
-    with CheckpointWriter(tmp_path, learner.product, keep=2) as writer:
+    with CheckpointWriter(tmp_path, learner.artifact, keep=2) as writer:
         before = learner.state()
         writer.save(1, learner.model, learner.optimizers)
         for _ in range(3):
             learner.step()
         held_up.set()
         writer.wait()
-        assert_equal(loaded(tmp_path / "checkpoints" / "step-1"), before)
+        assert_equal(load_state(tmp_path / "checkpoints" / "step-1"), before)
         learner.step()  # the next one is copied into the same memory
         before = learner.state()
         writer.save(2, learner.model, learner.optimizers)
-    assert_equal(loaded(tmp_path / "checkpoints" / "step-2"), before)
+    assert_equal(load_state(tmp_path / "checkpoints" / "step-2"), before)
 
 
 def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
-    learner = Learner("muon")
+    learner = TinyTrainer("muon")
     learner.step()
     before = torch.get_rng_state()
-    with CheckpointWriter(tmp_path, learner.product, keep=2) as writer:
+    with CheckpointWriter(tmp_path, learner.artifact, keep=2) as writer:
         for step in (1, 2):
             writer.save(step, learner.model, learner.optimizers)
     learner.save(tmp_path / "plain", 1)
@@ -89,9 +92,9 @@ def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
 
 
 def test_a_save_holds_the_training_up_for_less_than_it_takes(tmp_path: Path) -> None:
-    learner = Learner(shape=replace(SHAPE, n_layer=4, n_embd=256))  # 3 million parameters, 40 MB with AdamW's state
+    learner = TinyTrainer(shape=replace(SHAPE, n_layer=4, n_embd=256))  # 3 million parameters, 40 MB with AdamW's state
     learner.step()
-    with CheckpointWriter(tmp_path, learner.product, keep=1) as writer:
+    with CheckpointWriter(tmp_path, learner.artifact, keep=1) as writer:
         writer.save(1, learner.model, learner.optimizers)
         writer.wait()
         writer.save(2, learner.model, learner.optimizers)
@@ -100,9 +103,9 @@ def test_a_save_holds_the_training_up_for_less_than_it_takes(tmp_path: Path) -> 
         assert writer.stall_seconds > writer.write_seconds / 4
 
 
-def save_and_ask(run: Path, learner: Learner, asked_by: str) -> None:
+def save_and_ask(run: Path, learner: TinyTrainer, asked_by: str) -> None:
     """Save as step 2, and do what should raise what went wrong."""
-    with CheckpointWriter(run, learner.product, keep=1) as writer:
+    with CheckpointWriter(run, learner.artifact, keep=1) as writer:
         writer.save(2, learner.model, learner.optimizers)
         end = time.monotonic() + 20
         if asked_by == "save":
@@ -110,7 +113,7 @@ def save_and_ask(run: Path, learner: Learner, asked_by: str) -> None:
         elif asked_by == "wait":
             writer.wait()
         while asked_by == "check" and time.monotonic() < end:
-            writer.check()
+            writer.raise_if_failed()
             time.sleep(0.001)
         if asked_by == "nobody":
             raise ZeroDivisionError
@@ -119,7 +122,7 @@ def save_and_ask(run: Path, learner: Learner, asked_by: str) -> None:
 
 @pytest.mark.parametrize("asked_by", ["save", "check", "wait", "exit"])
 def test_what_goes_wrong_in_the_thread_is_raised_in_the_trainers(tmp_path: Path, asked_by: str) -> None:
-    learner = Learner()
+    learner = TinyTrainer()
     learner.step()
     state = learner.state()
     learner.save(tmp_path / "checkpoints", 1)
@@ -127,8 +130,8 @@ def test_what_goes_wrong_in_the_thread_is_raised_in_the_trainers(tmp_path: Path,
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*step-2: .*File exists") as error:
         save_and_ask(tmp_path, learner, asked_by)
     assert "\n" not in str(error.value)
-    assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-1"
-    assert_equal(loaded(tmp_path / "checkpoints" / "step-1"), state)
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-1"
+    assert_equal(load_state(tmp_path / "checkpoints" / "step-1"), state)
 
 
 def test_another_error_is_not_hidden_by_that_of_a_write_and_waits_for_it(
@@ -139,8 +142,8 @@ def test_another_error_is_not_hidden_by_that_of_a_write_and_waits_for_it(
     for way in ("clear", "blocked"):
         threading.Timer(0.1, held_up.set).start()
         with pytest.raises(ZeroDivisionError):
-            save_and_ask(tmp_path / way, Learner(), "nobody")
-    assert newest_checkpoint(tmp_path / "clear" / "checkpoints") is not None
+            save_and_ask(tmp_path / way, TinyTrainer(), "nobody")
+    assert latest_checkpoint(tmp_path / "clear" / "checkpoints") is not None
     assert "step-2: " in caplog.text
     assert "File exists" in caplog.text
 
@@ -149,7 +152,7 @@ def test_another_error_is_not_hidden_by_that_of_a_write_and_waits_for_it(
 def test_what_reads_back_otherwise_than_it_was_meant_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    learner = Learner()
+    learner = TinyTrainer()
     learner.step()
     learner.save(tmp_path, 1)
     module = gpt2.train.checkpoint if where == "checkpoint" else gpt2.weights
@@ -166,10 +169,10 @@ def test_what_reads_back_otherwise_than_it_was_meant_is_no_checkpoint(
 
 
 def test_one_bit_flipped_in_any_file_makes_a_broken_checkpoint(tmp_path: Path) -> None:
-    learner = Learner()
+    learner = TinyTrainer()
     learner.step()
     older, newer = learner.save(tmp_path, 1), learner.save(tmp_path, 2)
-    names = contents(newer)
+    names = file_contents(newer)
     assert {"state.json", "optimizer.safetensors", "model/model.safetensors"} <= names.keys()
     for name, whole in names.items():
         places = range(0, len(whole), 7) if name == "state.json" else (0, len(whole) // 2, len(whole) - 1)
@@ -177,13 +180,13 @@ def test_one_bit_flipped_in_any_file_makes_a_broken_checkpoint(tmp_path: Path) -
             damaged = bytearray(whole)
             damaged[place] ^= 1 << place % 8
             (newer / name).write_bytes(damaged)
-            assert newest_checkpoint(tmp_path) == older, (name, place)
+            assert latest_checkpoint(tmp_path) == older, (name, place)
         (newer / name).write_bytes(whole)
-    assert newest_checkpoint(tmp_path) == newer
+    assert latest_checkpoint(tmp_path) == newer
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
-    learner = Learner("adamw")
+    learner = TinyTrainer("adamw")
     learner.step()
     path = learner.save(tmp_path, 1)
     with pytest.raises(UserError, match="has optimizer state for"):
@@ -191,14 +194,14 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_length_of_the_samples_is_that_at_the_save(tmp_path: Path, held_up: threading.Event) -> None:
-    learner = Learner()
+    learner = TinyTrainer()
     (tmp_path / "samples.txt").write_bytes(b"--- step 1\nabc\n\n")
-    with CheckpointWriter(tmp_path, learner.product, keep=1) as writer:
+    with CheckpointWriter(tmp_path, learner.artifact, keep=1) as writer:
         writer.save(1, learner.model, learner.optimizers)
         with (tmp_path / "samples.txt").open("ab") as file:
             file.write(b"--- step 2\nlater\n\n")
         held_up.set()
-    assert checkpoint_facts(tmp_path / "checkpoints" / "step-1")["samples_bytes"] == 16
+    assert checkpoint_metadata(tmp_path / "checkpoints" / "step-1")["samples_bytes"] == 16
 
 
 # Kills. A process that is killed does nothing any more: from the k-th operation on files on, every one of them fails,
@@ -249,12 +252,12 @@ def test_a_kill_between_any_two_operations_of_a_save_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill is no power cut, and the disk is slow
-    learner, number, ended = Learner(), 0, False
+    learner, number, ended = TinyTrainer(), 0, False
     states = {}
     for step in (1, 2):
         learner.step()
         states[step] = learner.state()
-        with CheckpointWriter(tmp_path / "made", learner.product, keep=1) as writer:
+        with CheckpointWriter(tmp_path / "made", learner.artifact, keep=1) as writer:
             writer.save(step, learner.model, learner.optimizers)
         if step == 1:
             shutil.copytree(tmp_path / "made", tmp_path / "one")
@@ -264,22 +267,22 @@ def test_a_kill_between_any_two_operations_of_a_save_loses_nothing(
         number += 1
         run = tmp_path / str(number)
         shutil.copytree(tmp_path / "one", run)
-        start_folder(run, replace(config, name=run.name))
+        write_config(run, replace(config, name=run.name))
         with killed_at(number, monkeypatch) as calls:
             try:
-                with CheckpointWriter(run, learner.product, keep=1) as writer:
+                with CheckpointWriter(run, learner.artifact, keep=1) as writer:
                     writer.save(2, learner.model, learner.optimizers)
             except Killed:
                 pass
             ended = calls() < number
-        newest = newest_checkpoint(run / "checkpoints")
+        newest = latest_checkpoint(run / "checkpoints")
         assert newest is not None, number
         if newest.name not in seen:
-            seen[newest.name] = contents(newest)
-            assert_equal(loaded(newest), states[int(newest.name[-1])])
-        assert contents(newest) == seen[newest.name]
+            seen[newest.name] = file_contents(newest)
+            assert_equal(load_state(newest), states[int(newest.name[-1])])
+        assert file_contents(newest) == seen[newest.name]
         with RunFolder(replace(config, name=run.name)) as folder:
-            folder.begin(replace(config, name=run.name), newest)
+            folder.initialize(replace(config, name=run.name), newest)
         assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "model"]
         assert not [p for p in run.rglob(".*") if p.exists()], number
         assert is_published(newest, run), number

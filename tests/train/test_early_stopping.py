@@ -2,17 +2,17 @@
 
 import math
 
-from gpt2.train.early_stopping import Best
+from gpt2.train.early_stopping import BestValidation
 
 
 def test_the_first_of_equals_is_the_best_and_steps_without_a_validation_count_for_nothing() -> None:
-    best = Best()
-    assert (best.step, best.loss, best.since) == (None, None, 0)
+    best = BestValidation()
+    assert (best.step, best.loss, best.evals_since_best) == (None, None, 0)
     losses = [(1, 3.0), (2, None), (3, 2.0), (4, 2.0), (5, math.nan), (6, 2.5), (7, None), (8, 1.9)]
     told = []
     for step, loss in losses:
         record = {"step": step, "loss": 9.0} | ({} if loss is None else {"val_loss": loss})
-        told.append((best.note(record), best.step, best.since))
+        told.append((best.update(record), best.step, best.evals_since_best))
     assert told == [
         (True, 1, 0),
         (False, 1, 0),
@@ -27,10 +27,10 @@ def test_the_first_of_equals_is_the_best_and_steps_without_a_validation_count_fo
 
 def test_records_read_again_give_the_same() -> None:
     records = [{"step": step, "loss": 1.0, "val_loss": loss} for step, loss in ((1, 2.0), (2, 1.0), (3, 1.5))]
-    best = Best(records)
-    assert (best.step, best.loss, best.since) == (2, 1.0, 1)
+    best = BestValidation(records)
+    assert (best.step, best.loss, best.evals_since_best) == (2, 1.0, 1)
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
-    best = Best([{"step": 1, "loss": 1.0, "val_loss": math.nan}])
-    assert best.note({"step": 2, "loss": 1.0, "val_loss": 5.0})
+    best = BestValidation([{"step": 1, "loss": 1.0, "val_loss": math.nan}])
+    assert best.update({"step": 2, "loss": 1.0, "val_loss": 5.0})

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import gpt2
-from gpt2.commands.finetune import tuning_flags
-from gpt2.commands.train import training_config
-from gpt2.config import TrainConfig, read_toml, resumed
+from gpt2.commands.finetune import finetune_settings
+from gpt2.commands.train import resolve_config
+from gpt2.config import TrainConfig, config_for_resume, read_toml
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
-from gpt2.lora import LoRAConfig, adapter_tensors, attach, base_fingerprint, merge, read_adapter
-from gpt2.loss import IGNORE
-from gpt2.reporting.metrics import read_metrics, without_times
-from gpt2.train.comparison import MOST_TOKENS, compare
-from gpt2.train.run import set_up
+from gpt2.lora import LoRAConfig, adapter_state_dict, add_adapter, base_fingerprint, merge_and_unload, read_adapter
+from gpt2.loss import IGNORE_INDEX
+from gpt2.reporting.metrics import read_metrics, without_timings
+from gpt2.train.comparison import MAX_TOKENS, compare
+from gpt2.train.run import setup_run
 from gpt2.train.trainer import train
-from tests.helpers.learner import contents
-from tests.helpers.runs import NUMBERS, talk
+from tests.helpers.learner import file_contents
+from tests.helpers.runs import NUMBERS_TEXT, fixed_seed_sampler
 
 DOUBLES = [{"prompt": f"double {i}", "answer": str(2 * i)} for i in range(60)]
 
@@ -30,7 +30,7 @@ DOUBLES = [{"prompt": f"double {i}", "answer": str(2 * i)} for i in range(60)]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned a little of numbers; it speaks bytes."""
     folder = tmp_path_factory.mktemp("base")
-    (folder / "numbers.txt").write_text(NUMBERS)
+    (folder / "numbers.txt").write_text(NUMBERS_TEXT)
     shape: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 48}
     config = TrainConfig(
         name="base",
@@ -62,7 +62,7 @@ def tuning(base: Path, tmp_path: Path) -> TrainConfig:
     }
     given |= {"batch_size": 4, "lr": 3e-3, "dtype": "float32", "device": "cpu", "sample_tokens": 0, "epochs": 0.0}
     given |= {"max_steps": 12, "eval_every": 4, "save_every": 4, "warmup_steps": 2, "patience": 0, "block_size": 48}
-    return training_config("finetune", tuning_flags(str(base), given))
+    return resolve_config("finetune", finetune_settings(str(base), given))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,18 +70,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_answers_are_learned_and_prompts_only_read(tuning: TrainConfig) -> None:
-    run = set_up(tuning, Path(tuning.out_dir) / "none")
+    run = setup_run(tuning, Path(tuning.out_dir) / "none")
     batch = run.loader.batch(0)
     assert batch.documents is not None
-    ids = batch.targets[batch.targets != IGNORE].tolist()
+    ids = batch.targets[batch.targets != IGNORE_INDEX].tolist()
     said = run.data.tokenizer.decode(ids).split("<|endoftext|>")
     assert {text.strip() for text in said} - {""} <= {row["answer"] for row in DOUBLES}
-    everything = set_up(replace(tuning, mask_prompt=False), Path(tuning.out_dir) / "none").loader.batch(0).targets
-    assert "ser: double" in run.data.tokenizer.decode(everything[everything != IGNORE].tolist())
+    everything = setup_run(replace(tuning, mask_prompt=False), Path(tuning.out_dir) / "none").loader.batch(0).targets
+    assert "ser: double" in run.data.tokenizer.decode(everything[everything != IGNORE_INDEX].tolist())
 
 
 def test_it_gets_better_at_it_and_the_run_folder_is_as_any(tuning: TrainConfig, base: Path) -> None:
-    folder = train(replace(tuning, max_steps=40), talk)
+    folder = train(replace(tuning, max_steps=40), fixed_seed_sampler)
     losses = [line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
     assert min(losses) < 0.6 * losses[0]
     assert (folder / "report.md").exists()
@@ -98,19 +98,23 @@ def test_it_gets_better_at_it_and_the_run_folder_is_as_any(tuning: TrainConfig, 
 
 @pytest.mark.parametrize("how", [{}, {"lora_rank": 2, "lora_dropout": 0.1}, {"freeze": 2}, {"template": "chatml"}])
 def test_a_tuning_that_was_killed_ends_as_one_that_was_not(tuning: TrainConfig, how: dict[str, Any]) -> None:
-    whole = train(replace(tuning, name="whole", **how), talk)
-    folder = train(replace(tuning, name="parts", keep_checkpoints=9, **how), talk)
+    whole = train(replace(tuning, name="whole", **how), fixed_seed_sampler)
+    folder = train(replace(tuning, name="parts", keep_checkpoints=9, **how), fixed_seed_sampler)
     for step in (12, 8):  # as if killed after step 8 was recorded and before it was saved
         for path in (folder / "checkpoints" / f"step-{step}").rglob("*"):
             path.unlink() if path.is_file() else None
-    train(resumed(folder, {}), talk)
-    one, other = (without_times(read_metrics(path / "metrics.jsonl")) for path in (whole, folder))
+    train(config_for_resume(folder, {}), fixed_seed_sampler)
+    one, other = (without_timings(read_metrics(path / "metrics.jsonl")) for path in (whole, folder))
     assert one == other
-    assert contents(whole / "model") == contents(folder / "model")
+    assert file_contents(whole / "model") == file_contents(folder / "model")
     product = "adapter" if "lora_rank" in how else "model"
     for name in (product, "optimizer.safetensors"):
         ours, theirs = (path / "checkpoints" / "step-12" / name for path in (folder, whole))
-        assert (contents(ours) == contents(theirs)) if ours.is_dir() else (ours.read_bytes() == theirs.read_bytes())
+        assert (
+            (file_contents(ours) == file_contents(theirs))
+            if ours.is_dir()
+            else (ours.read_bytes() == theirs.read_bytes())
+        )
 
 
 def test_adapters_are_all_that_is_learned_and_saved(tuning: TrainConfig, base: Path) -> None:
@@ -122,7 +126,7 @@ def test_adapters_are_all_that_is_learned_and_saved(tuning: TrainConfig, base: P
     ]
     adapter = read_adapter(folder)
     assert len(adapter.tensors) == 2 * 3
-    assert adapter.base == str(base / "model")
+    assert adapter.base_model == str(base / "model")
     assert adapter.base_fingerprint == base_fingerprint(gpt2.load(base)[0])
     before, after = weights(base), weights(folder)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -141,11 +145,13 @@ def weights_with_adapter(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 def test_a_model_with_adapters_speaks_as_the_merged_one(base: Path) -> None:
     model, tokenizer = gpt2.load(base)
-    attach(model, LoRAConfig(rank=2))
-    for tensor in adapter_tensors(model).values():
+    add_adapter(model, LoRAConfig(rank=2))
+    for tensor in adapter_state_dict(model).values():
         tensor.normal_(std=0.5, generator=torch.Generator().manual_seed(tensor.numel()))
     with_adapters = gpt2.generate(model, tokenizer, "The number", max_new_tokens=20, temperature=0)
-    assert with_adapters == gpt2.generate(merge(model), tokenizer, "The number", max_new_tokens=20, temperature=0)
+    assert with_adapters == gpt2.generate(
+        merge_and_unload(model), tokenizer, "The number", max_new_tokens=20, temperature=0
+    )
     assert with_adapters != gpt2.generate(gpt2.load(base)[0], tokenizer, "The number", max_new_tokens=20, temperature=0)
 
 
@@ -167,11 +173,11 @@ def test_the_best_is_kept_and_patience_ends_the_run(tuning: TrainConfig, capsys:
     assert f"validation was best at step {best['step']}" in capsys.readouterr().err
     report = (folder / "report.md").read_text()
     assert "was stopped" not in report
-    data = set_up(replace(config, name="again"), folder.parent / "again")
+    data = setup_run(replace(config, name="again"), folder.parent / "again")
     data.model.load_state_dict(gpt2.load(folder)[0].state_dict())
     assert trainer_validate(data) == pytest.approx(best["val_loss"], rel=1e-5)
     steps = len(read_metrics(folder / "metrics.jsonl"))
-    train(resumed(folder, {}))  # it was over, and is
+    train(config_for_resume(folder, {}))  # it was over, and is
     assert len(read_metrics(folder / "metrics.jsonl")) == steps
 
 
@@ -187,8 +193,8 @@ def test_the_best_of_a_resumed_run_is_the_best_of_all(tuning: TrainConfig) -> No
     folder = train(replace(config, name="parts"))
     for step in (12, 10):
         (folder / "checkpoints" / f"step-{step}" / "state.json").unlink()
-    train(resumed(folder, {}))
-    assert contents(whole / "model") == contents(folder / "model")
+    train(config_for_resume(folder, {}))
+    assert file_contents(whole / "model") == file_contents(folder / "model")
 
 
 def test_special_tokens_of_a_template_are_learned_and_written(tuning: TrainConfig) -> None:
@@ -206,13 +212,13 @@ def test_special_tokens_of_a_template_are_learned_and_written(tuning: TrainConfi
 
 def test_epochs_become_steps(tuning: TrainConfig) -> None:
     config = replace(tuning, epochs=2.0, eval_every=100, warmup_steps=100, batch_size=2)
-    run = set_up(config, Path(tuning.out_dir) / "none")
+    run = setup_run(config, Path(tuning.out_dir) / "none")
     steps = -(-2 * run.loader.windows_per_epoch // 2)
     assert (run.config.max_steps, run.config.warmup_steps) == (steps, steps // 10)
     assert run.config.eval_every == max(1, steps // 10)
     folder = train(config)
     assert read_toml(folder / "config.toml").max_steps == steps == len(read_metrics(folder / "metrics.jsonl"))
-    train(resumed(folder, {"max_steps": steps + 2}))
+    train(config_for_resume(folder, {"max_steps": steps + 2}))
     assert len(read_metrics(folder / "metrics.jsonl")) == steps + 2
 
 
@@ -220,36 +226,36 @@ def test_plain_text_is_learned_without_a_look_at_the_neighbours(tuning: TrainCon
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(20):
-        (texts / f"{i:02}.txt").write_text(NUMBERS[i * 300 : i * 300 + 211])
+        (texts / f"{i:02}.txt").write_text(NUMBERS_TEXT[i * 300 : i * 300 + 211])
     config = replace(tuning, data=str(texts), max_steps=6)
-    run = set_up(config, tmp_path / "none")
+    run = setup_run(config, tmp_path / "none")
     batch, end = run.loader.batch(0), run.data.tokenizer.end_of_text
     assert batch.documents is not None
     assert torch.equal(batch.documents, (batch.tokens == end).cumsum(1))
     assert (batch.tokens == end).any()
-    assert set_up(replace(config, separate_documents=False), tmp_path / "none").loader.batch(0).documents is None
+    assert setup_run(replace(config, separate_documents=False), tmp_path / "none").loader.batch(0).documents is None
     train(config)
 
 
 def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base: Path) -> None:
     folder = train(replace(tuning, max_steps=40, sample_tokens=8))
-    found = compare(read_toml(folder / "config.toml"), folder, talk)
+    found = compare(read_toml(folder / "config.toml"), folder, fixed_seed_sampler)
     own, general = found.losses
     assert own.after < own.before
     assert own.text == "doubles, held out"
     for model_folder, loss in ((base, general.before), (folder, general.after)):
         model, tokenizer = gpt2.load(model_folder)
         total, count = 0.0, 0
-        for batch in open_data("python-docs", tokenizer).validation(8, 48, MOST_TOKENS):
+        for batch in open_data("python-docs", tokenizer).validation_batches(8, 48, MAX_TOKENS):
             with torch.no_grad():
                 total += model.loss(batch.tokens, batch.targets, 1.0).item()
             count += batch.num_targets
         assert loss == pytest.approx(total / count, rel=1e-4)
     for answer in found.answers:
         number = int(answer.prompt.split("double ")[1].split("\n")[0])
-        assert answer.wanted == str(2 * number)
+        assert answer.reference == str(2 * number)
         model, tokenizer = gpt2.load(base)
-        assert answer.prompt + answer.before == talk(model, tokenizer, answer.prompt, 8)
+        assert answer.prompt + answer.before == fixed_seed_sampler(model, tokenizer, answer.prompt, 8)
     told = found.markdown()
     assert "| doubles, held out |" in told
     assert "better |" in told
@@ -288,4 +294,4 @@ def test_a_base_that_changed_is_noticed(tuning: TrainConfig, base: Path, tmp_pat
         model.transformer.ln_f.weight.mul_(2)
     gpt2.save(model, tokenizer, own)
     with pytest.raises(UserError, match=r"has an adapter for .*own, which has changed since"):
-        train(resumed(folder, {"max_steps": 8}))
+        train(config_for_resume(folder, {"max_steps": 8}))

@@ -14,19 +14,19 @@ from torch import Tensor
 
 import gpt2
 from gpt2.config import TrainConfig
-from gpt2.data.loader import Batch, Loader
+from gpt2.data.loader import Batch, TokenLoader
 from gpt2.data.prepare import open_data
-from gpt2.distributed.parallel import Spread
-from gpt2.distributed.process_group import ALONE
+from gpt2.distributed.parallel import DistributedModel
+from gpt2.distributed.process_group import SINGLE_PROCESS
 from gpt2.errors import UserError
-from gpt2.loss import IGNORE
+from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers
-from gpt2.runtime import can_compile, compile_blocks, random_state, recompute_blocks, seed_step
+from gpt2.runtime import apply_activation_checkpointing, can_compile, compile_blocks, get_rng_state, seed_step
 from gpt2.tokenizer import get_tokenizer
-from gpt2.train.artifact import Product
-from gpt2.train.non_finite import diagnose, excerpt, replay, write_dump
-from gpt2.train.non_finite_origin import Attempt, find_culprit, float32_helps
+from gpt2.train.artifact import ModelArtifact
+from gpt2.train.non_finite import diagnose_non_finite, excerpt, replay_dump, write_dump
+from gpt2.train.non_finite_origin import StepInputs, find_non_finite_origin, is_finite_in_float32
 from gpt2.train.run import Run
 from gpt2.train.trainer import update
 
@@ -42,14 +42,14 @@ def model() -> GPT:
 
 
 @pytest.fixture
-def attempt() -> Attempt:
+def attempt() -> StepInputs:
     """A batch of eight rows in micro-batches of two."""
     ids = torch.tensor(list((TEXT * 2)[: 8 * 16 + 1].encode()))
     tokens, targets = ids[:-1].view(8, 16).clone(), ids[1:].view(8, 16).clone()
     tokens[ODD_ROW, ODD_POSITION] = ODD
-    targets[2] = IGNORE
+    targets[2] = IGNORE_INDEX
     torch.manual_seed(1)
-    return Attempt(12, Batch(tokens, targets), 2, 112.0, torch.float32, 1e-3, random_state(torch.device("cpu")))
+    return StepInputs(12, Batch(tokens, targets), 2, 112.0, torch.float32, 1e-3, get_rng_state(torch.device("cpu")))
 
 
 def parameter(model: GPT, name: str) -> Tensor:
@@ -84,9 +84,9 @@ def state_of(model: GPT) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_bad_weights_are_named_before_all_else(model: GPT, attempt: Attempt) -> None:
+def test_bad_weights_are_named_before_all_else(model: GPT, attempt: StepInputs) -> None:
     parameter(model, "transformer.h.1.attn.c_proj.bias")[3] = math.nan
-    culprit = find_culprit(model, attempt)
+    culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.name, culprit.value) == ("weight", "transformer.h.1.attn.c_proj.bias", "nan")
     assert math.isnan(culprit.loss)
     assert "transformer.h.0.ln_1.weight" in culprit.bad_gradients
@@ -94,49 +94,49 @@ def test_bad_weights_are_named_before_all_else(model: GPT, attempt: Attempt) -> 
 
 @pytest.mark.parametrize(("block", "recompute"), [(0, False), (2, False), (1, True)])
 def test_an_output_that_overflows_is_found_with_its_row_and_place(
-    model: GPT, attempt: Attempt, block: int, recompute: bool
+    model: GPT, attempt: StepInputs, block: int, recompute: bool
 ) -> None:
     name = f"transformer.h.{block}.mlp.c_proj"
     spoil_one_position(model, block)
     if recompute:
-        recompute_blocks(model.transformer.h)
-    culprit = find_culprit(model, attempt)
+        apply_activation_checkpointing(model.transformer.h)
+    culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.name, culprit.value) == ("output", name, "inf")
     assert (culprit.rows, culprit.position) == ((ODD_ROW,), ODD_POSITION)
-    whole = find_culprit(model, replace(attempt, rows=8))
+    whole = find_non_finite_origin(model, replace(attempt, rows=8))
     assert (whole.name, whole.rows, whole.position) == (name, (ODD_ROW,), ODD_POSITION)
 
 
-def test_what_goes_bad_between_the_parts_of_a_module_is_the_module_s(model: GPT, attempt: Attempt) -> None:
+def test_what_goes_bad_between_the_parts_of_a_module_is_the_module_s(model: GPT, attempt: StepInputs) -> None:
     """Queries and keys are finite, their products are not; every row has them."""
     parameter(model, "transformer.h.1.attn.c_attn.weight")[:32] *= 1e22
-    culprit = find_culprit(model, attempt)
+    culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.name, culprit.value) == ("output", "transformer.h.1.attn", "nan")
     assert culprit.rows == tuple(range(8))
 
 
-def test_a_loss_that_overflows_is_found_with_its_row(model: GPT, attempt: Attempt) -> None:
+def test_a_loss_that_overflows_is_found_with_its_row(model: GPT, attempt: StepInputs) -> None:
     """The logit of a target that one row alone has, twice: it is as low as float32 goes."""
     untied = GPT(replace(model.config, tie_word_embeddings=False))
     attempt.batch.targets[3, 4:6] = ODD
     untied.transformer.ln_f.weight.data.zero_()
     untied.transformer.ln_f.bias.data.fill_(1.0)
     untied.lm_head.weight.data[ODD] = -2e37  # times 16 channels
-    culprit = find_culprit(untied, attempt)
+    culprit = find_non_finite_origin(untied, attempt)
     assert (culprit.kind, culprit.name, culprit.value, culprit.rows) == ("loss", "", "inf", (3,))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_gradient_that_overflows_in_a_module_is_found(model: GPT, attempt: Attempt, recompute: bool) -> None:
+def test_a_gradient_that_overflows_in_a_module_is_found(model: GPT, attempt: StepInputs, recompute: bool) -> None:
     """Two matrices in a row, each with a huge gain that the forward pass multiplies by zero."""
     if recompute:
-        recompute_blocks(model.transformer.h)
+        apply_activation_checkpointing(model.transformer.h)
     parameter(model, "transformer.h.1.mlp.c_fc.weight").fill_(1e30)
     parameter(model, "transformer.h.1.mlp.c_proj.weight").fill_(1e30)
     parameter(model, "transformer.h.1.mlp.c_proj.bias").fill_(0.01)
     parameter(model, "transformer.h.1.ln_2.weight").zero_()
     parameter(model, "transformer.h.1.mlp.c_proj.weight")[::2] *= 1.5  # so that the layer norms let it pass
-    culprit = find_culprit(model, attempt)
+    culprit = find_non_finite_origin(model, attempt)
     assert math.isfinite(culprit.loss)
     assert (culprit.kind, culprit.name) == ("backward", "transformer.h.1.mlp.c_fc")
     assert culprit.rows
@@ -146,50 +146,50 @@ def test_a_gradient_that_overflows_in_a_module_is_found(model: GPT, attempt: Att
     assert "transformer.h.2.ln_2.bias" not in culprit.bad_gradients
 
 
-def test_a_parameter_s_gradient_that_overflows_is_found(model: GPT, attempt: Attempt) -> None:
+def test_a_parameter_s_gradient_that_overflows_is_found(model: GPT, attempt: StepInputs) -> None:
     """Its input is huge and its gradient from above is not small; what it passes on is finite."""
     silent_unit(model, 1e18)
     parameter(model, "transformer.ln_f.weight").fill_(1e26)
-    culprit = find_culprit(model, attempt)
+    culprit = find_non_finite_origin(model, attempt)
     assert math.isfinite(culprit.loss)
     assert (culprit.kind, culprit.name, culprit.rows) == ("gradient", "transformer.h.2.mlp.c_proj.weight", ())
     assert culprit.bad_gradients == ("transformer.h.2.mlp.c_proj.weight",)
 
 
-def test_a_norm_that_overflows_alone_is_found(model: GPT, attempt: Attempt) -> None:
+def test_a_norm_that_overflows_alone_is_found(model: GPT, attempt: StepInputs) -> None:
     silent_unit(model, 1e18)
     parameter(model, "transformer.ln_f.weight").fill_(1e8)
-    culprit = find_culprit(model, attempt)
+    culprit = find_non_finite_origin(model, attempt)
     assert math.isfinite(culprit.loss)
     assert (culprit.kind, culprit.name, culprit.bad_gradients) == ("norm", "transformer.h.2.mlp.c_proj.weight", ())
     assert culprit.grad_norm == math.inf
 
 
-def test_nothing_is_found_in_a_sound_step(model: GPT, attempt: Attempt) -> None:
-    culprit = find_culprit(model, attempt)
+def test_nothing_is_found_in_a_sound_step(model: GPT, attempt: StepInputs) -> None:
+    culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.bad_gradients) == ("nothing", ())
 
 
-def test_what_bfloat16_alone_cannot_hold_is_told_from_what_no_dtype_can(model: GPT, attempt: Attempt) -> None:
+def test_what_bfloat16_alone_cannot_hold_is_told_from_what_no_dtype_can(model: GPT, attempt: StepInputs) -> None:
     """A weight that rounds up to infinity in bfloat16, read with a tiny factor and led nowhere."""
     parameter(model, "transformer.h.1.ln_2.weight").zero_()
     parameter(model, "transformer.h.1.ln_2.bias").fill_(1e-32)
     parameter(model, "transformer.h.1.mlp.c_fc.weight")[0] = 3.4e38
     parameter(model, "transformer.h.1.mlp.c_proj.weight")[:, 0] = 0
     attempt = replace(attempt, dtype=torch.bfloat16)
-    culprit = find_culprit(model, attempt)
+    culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.name, culprit.value) == ("output", "transformer.h.1.mlp.c_fc", "inf")
-    assert float32_helps(model, attempt) is True
+    assert is_finite_in_float32(model, attempt) is True
     spoil_one_position(model, 0)
-    assert float32_helps(model, attempt) is False
-    assert float32_helps(model, replace(attempt, dtype=torch.float32)) is None
+    assert is_finite_in_float32(model, attempt) is False
+    assert is_finite_in_float32(model, replace(attempt, dtype=torch.float32)) is None
 
 
-def test_the_diagnosis_leaves_everything_as_it_was(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+def test_the_diagnosis_leaves_everything_as_it_was(model: GPT, attempt: StepInputs, tmp_path: Path) -> None:
     spoil_one_position(model, 1)
     model.eval()
     before, torch_state, python_state = state_of(model), torch.get_rng_state(), random.getstate()
-    diagnose(tmp_path, model, get_tokenizer("bytes"), attempt)
+    diagnose_non_finite(tmp_path, model, get_tokenizer("bytes"), attempt)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
     assert not model.training
@@ -208,7 +208,7 @@ def run_of(model: GPT, tmp_path: Path, **values: Any) -> Run:
     sizes: dict[str, Any] = {"block_size": 16, "batch_size": 8, "micro_batch_size": 2, "max_steps": 20}
     config = TrainConfig(name="tiny", data=str(tmp_path / "numbers.txt"), tokenizer="bytes", **sizes, **values)
     data = open_data(config.data, config.tokenizer)
-    loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
+    loader = TokenLoader(data.train, config.batch_size, config.block_size, config.seed)
     optimizers = build_optimizers(model, config)
     cpu = torch.device("cpu")
     return Run(
@@ -220,9 +220,9 @@ def run_of(model: GPT, tmp_path: Path, **values: Any) -> Run:
         optimizers,
         cpu,
         torch.float32,
-        Product(model.config, data.tokenizer),
-        ALONE,
-        Spread("none", model, ALONE, cpu),
+        ModelArtifact(model.config, data.tokenizer),
+        SINGLE_PROCESS,
+        DistributedModel("none", model, SINGLE_PROCESS, cpu),
     )
 
 
@@ -231,24 +231,24 @@ def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bo
     """A sound step, so that there are bits to compare, with dropout on: without the random state they differ."""
     model = GPT(replace(model.config, dropout=0.1))
     if recompute:
-        recompute_blocks(model.transformer.h)
+        apply_activation_checkpointing(model.transformer.h)
     run = run_of(model, tmp_path)
     batch, before, run.step = run.loader.batch(3), state_of(model), 4
     seed_step(run.config.seed, run.step)
-    state = random_state(run.device)
+    state = get_rng_state(run.device)
     loss, norm = update(run, batch, 1e-3)[:2]
     model.load_state_dict(before)
     divisor = float(batch.num_targets)
-    attempt = Attempt(4, batch, 2, divisor, torch.float32, 1e-3, state, loss, norm, recompute)
-    culprit = find_culprit(model, attempt)
+    attempt = StepInputs(4, batch, 2, divisor, torch.float32, 1e-3, state, loss, norm, recompute)
+    culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.loss, culprit.grad_norm) == ("nothing", loss, norm)
-    elsewhere = find_culprit(model, replace(attempt, random=random_state(run.device)))
+    elsewhere = find_non_finite_origin(model, replace(attempt, random=get_rng_state(run.device)))
     assert elsewhere.loss != loss
 
     folder = write_dump(run.folder, model, run.data.tokenizer, attempt, culprit)
     assert write_dump(run.folder, model, run.data.tokenizer, attempt, culprit) == folder  # in the place of the first
     assert [path.name for path in folder.parent.iterdir()] == ["step-4"]
-    assert replay(folder).splitlines() == [
+    assert replay_dump(folder).splitlines() == [
         f"step 4 on cpu in float32, computed again from {folder}",
         f"the loss is {loss}, as it was",
         f"the norm of the gradient is {norm}, as it was",
@@ -256,11 +256,11 @@ def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bo
     ]
 
 
-def test_the_message_and_the_dump_tell_the_story(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+def test_the_message_and_the_dump_tell_the_story(model: GPT, attempt: StepInputs, tmp_path: Path) -> None:
     spoil_one_position(model, 1)
     tokenizer = get_tokenizer("bytes")
     attempt = replace(attempt, loss=math.nan, grad_norm=math.nan)
-    message = str(diagnose(tmp_path, model, tokenizer, attempt))
+    message = str(diagnose_non_finite(tmp_path, model, tokenizer, attempt))
     folder = tmp_path / "dumps" / "step-12"
     text = bytes(attempt.batch.tokens[ODD_ROW, : ODD_POSITION + 1].tolist()).decode()
     assert message == (
@@ -283,7 +283,7 @@ def test_the_message_and_the_dump_tell_the_story(model: GPT, attempt: Attempt, t
     weights, _ = gpt2.load(folder)  # a model folder like any other
     assert torch.equal(weights.transformer.wte.weight, model.transformer.wte.weight)
 
-    told = replay(folder)
+    told = replay_dump(folder)
     assert "the loss is nan, as it was" in told
     assert (
         "first bad: the output of transformer.h.1.mlp.c_proj is inf, of inputs up to 1.9e+10 (row 5 of the batch: "
@@ -292,30 +292,34 @@ def test_the_message_and_the_dump_tell_the_story(model: GPT, attempt: Attempt, t
     assert "gradients that are not finite: transformer.wte.weight" in told
 
 
-def test_bad_weights_survive_the_dump(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+def test_bad_weights_survive_the_dump(model: GPT, attempt: StepInputs, tmp_path: Path) -> None:
     parameter(model, "transformer.wte.weight")[7, 3] = math.inf
-    message = str(diagnose(tmp_path, model, get_tokenizer("bytes"), attempt))
+    message = str(diagnose_non_finite(tmp_path, model, get_tokenizer("bytes"), attempt))
     assert "first bad: the weights themselves: transformer.wte.weight is inf; " in message
     assert message.endswith("they were spoilt before this step: go on from an older checkpoint with a lower --lr")
-    assert "first bad: the weights themselves: transformer.wte.weight is inf" in replay(tmp_path / "dumps" / "step-12")
-    message = str(diagnose(tmp_path, model, get_tokenizer("bytes"), replace(attempt, step=1)))
+    assert "first bad: the weights themselves: transformer.wte.weight is inf" in replay_dump(
+        tmp_path / "dumps" / "step-12"
+    )
+    message = str(diagnose_non_finite(tmp_path, model, get_tokenizer("bytes"), replace(attempt, step=1)))
     assert message.endswith("the run began with them: give --init-from a whole model")
 
 
-def test_a_dump_that_cannot_be_written_does_not_hide_the_culprit(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+def test_a_dump_that_cannot_be_written_does_not_hide_the_culprit(
+    model: GPT, attempt: StepInputs, tmp_path: Path
+) -> None:
     (tmp_path / "dumps").write_text("a file in the way")
     spoil_one_position(model, 1)
-    message = str(diagnose(tmp_path, model, get_tokenizer("bytes"), attempt))
+    message = str(diagnose_non_finite(tmp_path, model, get_tokenizer("bytes"), attempt))
     assert "first bad: the output of transformer.h.1.mlp.c_proj" in message
     assert f"; cannot write the dump {tmp_path / 'dumps' / 'step-12'}: " in message
     assert "\n" not in message
 
 
-def test_what_is_no_dump_is_told_so(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
+def test_what_is_no_dump_is_told_so(model: GPT, attempt: StepInputs, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no dump: it has no dump\.json"):
-        replay(tmp_path)
+        replay_dump(tmp_path)
     spoil_one_position(model, 1)
-    diagnose(tmp_path, model, get_tokenizer("bytes"), attempt)
+    diagnose_non_finite(tmp_path, model, get_tokenizer("bytes"), attempt)
     folder = tmp_path / "dumps" / "step-12"
     whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -335,32 +339,32 @@ def test_what_is_no_dump_is_told_so(model: GPT, attempt: Attempt, tmp_path: Path
         for content in contents:
             (folder / name).write_bytes(content)
             with pytest.raises(UserError) as caught:
-                replay(folder)
+                replay_dump(folder)
             assert str(folder) in str(caught.value) or "is not one of" in str(caught.value), (name, content)
             assert "\n" not in str(caught.value)
         (folder / name).write_bytes(whole[folder / name])
     (folder / "random.safetensors").unlink()
     with pytest.raises(UserError, match="is no whole dump"):
-        replay(folder)
+        replay_dump(folder)
 
 
-def test_tokens_that_the_model_lacks_are_no_whole_dump(model: GPT, attempt: Attempt, tmp_path: Path) -> None:
-    culprit = find_culprit(model, attempt)
+def test_tokens_that_the_model_lacks_are_no_whole_dump(model: GPT, attempt: StepInputs, tmp_path: Path) -> None:
+    culprit = find_non_finite_origin(model, attempt)
     tokens = attempt.batch.tokens
     for bad in (tokens + 10_000, tokens[:4], tokens.float(), tokens.repeat(1, 9)):
         folder = write_dump(tmp_path, model, get_tokenizer("bytes"), attempt, culprit)
         save_file({"tokens": bad, "targets": attempt.batch.targets}, folder / "batch.safetensors")
         with pytest.raises(UserError, match=r"step-12"):
-            replay(folder)
+            replay_dump(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="there is no C++ compiler")
-def test_compiled_blocks_are_looked_into(model: GPT, attempt: Attempt) -> None:
+def test_compiled_blocks_are_looked_into(model: GPT, attempt: StepInputs) -> None:
     spoil_one_position(model, 1)
     compile_blocks(model.transformer.h)
     assert not model.loss(attempt.batch.tokens, attempt.batch.targets).isfinite()
-    culprit = find_culprit(model, attempt)
+    culprit = find_non_finite_origin(model, attempt)
     assert (culprit.name, culprit.rows, culprit.position) == ("transformer.h.1.mlp.c_proj", (ODD_ROW,), ODD_POSITION)
 
 

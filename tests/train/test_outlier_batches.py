@@ -9,7 +9,14 @@ import torch
 
 from gpt2.data.loader import Batch
 from gpt2.model import GPT, GPTConfig
-from gpt2.train.outlier_batches import AT_LEAST, SPIKES_IN_A_ROW, SpikeGuard, skipped_line, worst_row, z_score
+from gpt2.train.outlier_batches import (
+    MAX_CONSECUTIVE_OUTLIERS,
+    MIN_LOSSES,
+    OutlierFilter,
+    highest_loss_row,
+    skipped_batch_message,
+    z_score,
+)
 
 
 def falling(count: int, noise: float = 0.05) -> list[float]:
@@ -19,11 +26,11 @@ def falling(count: int, noise: float = 0.05) -> list[float]:
 
 
 def left_out(losses: list[float], threshold: float) -> list[int]:
-    guard, steps = SpikeGuard(threshold), []
+    guard, steps = OutlierFilter(threshold), []
     for step, loss in enumerate(losses):
-        score = guard.spike(loss)
+        score = guard.outlier_score(loss)
         steps += [step] if score is not None else []
-        guard.note(loss, skipped=score is not None)
+        guard.record(loss, skipped=score is not None)
     return steps
 
 
@@ -31,7 +38,7 @@ def test_the_z_score_is_that_of_a_line_through_the_losses() -> None:
     zigzag = [2.0 - 0.01 * i + (0.1 if i % 2 else -0.1) for i in range(128)]
     assert z_score(zigzag, 2.0 - 1.28) == pytest.approx(0, abs=0.05)
     assert z_score(zigzag, 2.0 - 1.28 + 0.5) == pytest.approx(5, abs=0.1)
-    assert z_score(zigzag[: AT_LEAST - 1], 99.0) is None
+    assert z_score(zigzag[: MIN_LOSSES - 1], 99.0) is None
     assert z_score([2.0] * 128, 2.001) == pytest.approx(0.5)  # where nothing varies, a thousandth of the loss counts
     assert z_score([0.0] * 128, 0.0) == 0
 
@@ -53,19 +60,19 @@ def test_a_fall_that_ends_is_no_spike(shape: Any) -> None:
 
 def test_a_new_level_is_not_left_out_for_ever() -> None:
     losses = falling(300) + [loss + 3 for loss in falling(600)[300:]]
-    assert left_out(losses, 5) == list(range(300, 300 + SPIKES_IN_A_ROW))
+    assert left_out(losses, 5) == list(range(300, 300 + MAX_CONSECUTIVE_OUTLIERS))
 
 
 def test_a_resumed_run_leaves_out_what_the_whole_one_did() -> None:
     losses = falling(400)
     for step in (100, 250, 251, 390):
         losses[step] += 1.5
-    whole, records = SpikeGuard(5), []
+    whole, records = OutlierFilter(5), []
     for step, loss in enumerate(losses):
-        resumed = SpikeGuard(5, records)
-        score = whole.spike(loss)
-        assert resumed.spike(loss) == score, step
-        whole.note(loss, skipped=score is not None)
+        resumed = OutlierFilter(5, records)
+        score = whole.outlier_score(loss)
+        assert resumed.outlier_score(loss) == score, step
+        whole.record(loss, skipped=score is not None)
         records.append({"step": step, "loss": loss, **({"skipped": True} if score is not None else {})})
     assert [record["step"] for record in records if "skipped" in record] == [100, 250, 251, 390]
 
@@ -77,12 +84,12 @@ def test_the_worst_row_is_the_one_that_surprises() -> None:
     tokens, targets = torch.randint(257, (2, 8, 16)).unbind(0)
     model.transformer.wpe.weight.data.normal_()
     state = torch.get_rng_state()
-    row = worst_row(model, Batch(tokens, targets), torch.float32)
+    row = highest_loss_row(model, Batch(tokens, targets), torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     model.eval()
     sums = [model.loss(tokens[i : i + 1], targets[i : i + 1], 1.0).item() for i in range(8)]
     assert row == sums.index(max(sums))
-    assert skipped_line(1200, 9.5, 6.04, row, "'a b'") == (
+    assert skipped_batch_message(1200, 9.5, 6.04, row, "'a b'") == (
         f"step 1,200: left out, for its loss of 9.5000 is 6.0 deviations too high (row {row}: 'a b')"
     )

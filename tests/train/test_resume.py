@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.config import TrainConfig, resumed, to_toml
+from gpt2.config import TrainConfig, config_for_resume, to_toml
 from gpt2.errors import UserError
-from gpt2.reporting.metrics import read_metrics, without_times
-from gpt2.train.checkpoint import newest_checkpoint
+from gpt2.reporting.metrics import read_metrics, without_timings
+from gpt2.train.checkpoint import latest_checkpoint
 from gpt2.train.trainer import train
-from tests.helpers.learner import contents
-from tests.helpers.runs import talk
+from tests.helpers.learner import file_contents
+from tests.helpers.runs import fixed_seed_sampler
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    metrics = [without_times(read_metrics(p / "metrics.jsonl")) for p in (one, other)]
+    metrics = [without_timings(read_metrics(p / "metrics.jsonl")) for p in (one, other)]
     assert metrics[0] == metrics[1]
     assert [(p / "samples.txt").exists() for p in (one, other)] in ([True, True], [False, False])
     if (one / "samples.txt").exists():
@@ -31,13 +31,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_resumed_is_never_stopped_bit_for_bit(tiny: TrainConfig) -> None:
     tiny = replace(tiny, sample_tokens=20)
-    whole = train(tiny, talk)
-    folder = train(replace(tiny, name="parts", keep_checkpoints=9), talk)
+    whole = train(tiny, fixed_seed_sampler)
+    folder = train(replace(tiny, name="parts", keep_checkpoints=9), fixed_seed_sampler)
     for later in ("step-30", "step-20"):  # as if killed after step 20 was recorded and before it was saved
         (folder / "checkpoints" / later).rename(folder / later)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "loss": 1.')  # half a line
-    train(resumed(folder, {"keep_checkpoints": 2}), talk)
+    train(config_for_resume(folder, {"keep_checkpoints": 2}), fixed_seed_sampler)
     assert_same_run(whole, folder)
 
 
@@ -48,11 +48,11 @@ def test_a_broken_newest_checkpoint_is_passed_over(tiny: TrainConfig, caplog: py
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-20", "step-30"]  # the newest two are kept
     os.truncate(checkpoints / "step-30" / "optimizer.safetensors", 100)
     (checkpoints / ".step-40.unfinished").mkdir()
-    newest = newest_checkpoint(checkpoints)
+    newest = latest_checkpoint(checkpoints)
     assert newest is not None
     assert newest.name == "step-20"
     assert "step-30 is broken (optimizer.safetensors)" in caplog.text
-    train(resumed(folder, {}))
+    train(config_for_resume(folder, {}))
     assert_same_run(whole, folder)
 
 
@@ -63,7 +63,7 @@ def test_a_state_file_of_any_kind_makes_a_broken_checkpoint_and_no_more(tiny: Tr
     folder = train(replace(tiny, max_steps=20))
     (folder / "checkpoints" / "step-20" / "state.json").write_text(state)
     (folder / "checkpoints" / "step-²").mkdir()
-    newest = newest_checkpoint(folder / "checkpoints")
+    newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
     assert newest.name == "step-10"
 
@@ -71,17 +71,17 @@ def test_a_state_file_of_any_kind_makes_a_broken_checkpoint_and_no_more(tiny: Tr
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_its_model(tiny: TrainConfig) -> None:
     folder = train(replace(tiny, max_steps=10))
     (folder / "checkpoints" / "step-10" / "state.json").unlink()
-    before = contents(folder)
+    before = file_contents(folder)
     with pytest.raises(UserError, match="has no whole checkpoint to go on from: --init-from"):
-        train(resumed(folder, {"max_steps": 30}))
-    assert contents(folder) == before
+        train(config_for_resume(folder, {"max_steps": 30}))
+    assert file_contents(folder) == before
 
 
 def test_fewer_steps_than_are_done_and_folders_that_are_no_run(tiny: TrainConfig, tmp_path: Path) -> None:
     folder = train(replace(tiny, max_steps=10))
     stored = (folder / "config.toml").read_text()
     with pytest.raises(UserError, match=r"has done 10 steps, more than --max-steps \(6\)"):
-        train(resumed(folder, {"max_steps": 6}))
+        train(config_for_resume(folder, {"max_steps": 6}))
     assert (folder / "config.toml").read_text() == stored
     (tmp_path / "runs" / "mine").mkdir()
     (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("my own")
@@ -95,7 +95,7 @@ def test_fewer_steps_than_are_done_and_folders_that_are_no_run(tiny: TrainConfig
 def test_retention_drops_broken_later_checkpoints_and_never_the_newest_good_one(tiny: TrainConfig) -> None:
     folder = train(replace(tiny, max_steps=20))
     (folder / "checkpoints" / "step-20" / "optimizer.safetensors").write_text("x")
-    train(resumed(folder, {"max_steps": 15, "keep_checkpoints": 1}))
+    train(config_for_resume(folder, {"max_steps": 15, "keep_checkpoints": 1}))
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-15"]
 
 
@@ -106,7 +106,7 @@ def test_broken_metrics_and_samples_do_not_stop_a_resumed_run(
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'\0\0\0\xff\n[1]\n{"step": "x"}\n')
     (folder / "samples.txt").write_bytes(b"\xff garbage\n--- step 10\nkept\n\n--- step 90\ndropped\n\n")
-    train(resumed(folder, {"max_steps": 30}))
+    train(config_for_resume(folder, {"max_steps": 30}))
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(1, 31))
     assert "passed over 3 line(s)" in caplog.text
     text = (folder / "samples.txt").read_text()
@@ -141,11 +141,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -
 
 def test_a_finished_or_foreign_folder_is_not_written_over(tiny: TrainConfig) -> None:
     folder = train(replace(tiny, max_steps=5))
-    before = contents(folder)
+    before = file_contents(folder)
     with pytest.raises(UserError, match="exists: --resume auto goes on with it"):
         train(tiny)
     with pytest.raises(UserError, match="was begun with --n-embd 32: it cannot go on with 64"):
-        train(resumed(folder, {"n_embd": 64}))
-    assert contents(folder) == before
-    longer = train(resumed(folder, {"max_steps": 8}))
+        train(config_for_resume(folder, {"n_embd": 64}))
+    assert file_contents(folder) == before
+    longer = train(config_for_resume(folder, {"max_steps": 8}))
     assert [line["step"] for line in read_metrics(longer / "metrics.jsonl")] == list(range(1, 9))

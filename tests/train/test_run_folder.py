@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 
-from gpt2.config import TrainConfig, read_toml, resumed
+from gpt2.config import TrainConfig, config_for_resume, read_toml
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
-from gpt2.train.run_folder import RunFolder, check_facts, cut_samples, run_facts, start_folder
+from gpt2.train.run_folder import RunFolder, check_run_metadata, run_metadata, truncate_samples, write_config
 from gpt2.train.trainer import train
-from tests.helpers.learner import Learner, contents
-from tests.helpers.runs import NUMBERS, saving_often
+from tests.helpers.learner import TinyTrainer, file_contents
+from tests.helpers.runs import NUMBERS_TEXT, with_frequent_saves
 
 
 @pytest.fixture
 def tiny(tiny: TrainConfig) -> TrainConfig:
-    return saving_often(tiny)
+    return with_frequent_saves(tiny)
 
 
 def test_a_fresh_folder_appears_whole_and_its_lock_goes_with_the_run(tiny: TrainConfig) -> None:
     with RunFolder(tiny) as folder:
         assert not folder.path.parent.exists()
-        folder.begin(tiny, None)
+        folder.initialize(tiny, None)
         assert sorted(p.name for p in folder.path.iterdir()) == [".lock", "config.toml"]
         assert read_toml(folder.path / "config.toml") == tiny
     assert [p.name for p in folder.path.parent.iterdir()] == ["tiny"]
@@ -50,7 +50,7 @@ def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
             with RunFolder(tiny) as folder:
                 ready.wait(20)
                 try:
-                    folder.begin(tiny, None)
+                    folder.initialize(tiny, None)
                     won.append(folder)
                 finally:
                     over.wait(20)
@@ -70,7 +70,7 @@ def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
 def test_a_run_that_another_process_is_in_is_refused_in_one_line(tiny: TrainConfig) -> None:
     again = replace(tiny, resume="auto")
     with RunFolder(tiny) as first:
-        first.begin(tiny, None)
+        first.initialize(tiny, None)
         with pytest.raises(UserError) as error, RunFolder(again):
             pass
         assert (
@@ -85,7 +85,7 @@ def test_a_run_that_another_process_is_in_is_refused_in_one_line(tiny: TrainConf
 
 def test_never_two_hold_a_folder_however_they_come_and_go(tiny: TrainConfig) -> None:
     with RunFolder(tiny) as folder:
-        folder.begin(tiny, None)
+        folder.initialize(tiny, None)
     inside, most, entered = 0, 0, 0
     count, end = threading.Lock(), time.monotonic() + 1.0
 
@@ -122,7 +122,7 @@ def test_a_start_that_failed_leaves_the_name_free_unless_there_is_something_to_k
 
     def failing_start() -> None:
         with RunFolder(tiny) as folder:
-            folder.begin(tiny, None)
+            folder.initialize(tiny, None)
             (folder.path / "checkpoints").mkdir()
             for name, text in there.items():
                 (folder.path / name).parent.mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def test_a_start_that_failed_leaves_the_name_free_unless_there_is_something_to_k
         failing_start()
     assert run.exists() == kept
     assert not (run / ".lock").exists()
-    start_folder(run, tiny)
+    write_config(run, tiny)
     with pytest.raises(ZeroDivisionError), RunFolder(replace(tiny, resume="auto")):
         raise ZeroDivisionError
     assert run.exists()  # what was there before is never taken away
@@ -142,7 +142,7 @@ def test_a_start_that_failed_leaves_the_name_free_unless_there_is_something_to_k
 
 def test_what_kills_left_behind_is_swept_when_the_run_goes_on(tiny: TrainConfig) -> None:
     with RunFolder(tiny) as folder:
-        folder.begin(tiny, None)
+        folder.initialize(tiny, None)
     run = folder.path
     for name in ("checkpoints/.step-7.unfinished/model", "checkpoints/.step-1.removed", ".model.0123abcd.partial"):
         (run / name).mkdir(parents=True)
@@ -154,21 +154,21 @@ def test_what_kills_left_behind_is_swept_when_the_run_goes_on(tiny: TrainConfig)
         RunFolder(replace(again, seed=2))
     assert (run / "metrics.tmp").exists()  # nothing is touched before the run is known to go on
     with RunFolder(again) as folder:
-        folder.begin(again, None)
+        folder.initialize(again, None)
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "notes.txt"]
     assert not list((run / "checkpoints").iterdir())
 
 
 def test_a_config_that_cannot_be_written_leaves_the_old_one(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(tiny.out_dir) / "tiny"
-    start_folder(folder, tiny)
+    write_config(folder, tiny)
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write the run folder .*tiny: No space left on device"):
-        start_folder(folder, replace(tiny, max_steps=99))
+        write_config(folder, replace(tiny, max_steps=99))
     assert read_toml(folder / "config.toml") == tiny
 
 
@@ -177,18 +177,18 @@ def test_samples_are_cut_back_to_the_byte(tmp_path: Path, after: bytes) -> None:
     path = tmp_path / "samples.txt"
     saved = b"--- step 10\nline\r\nline\r--- step 99\n--- step 99\r\n\xf0\x9f\x99\x82\n\n"  # a sample may say anything
     path.write_bytes(saved + after)
-    cut_samples(path, 10, len(saved))
+    truncate_samples(path, 10, len(saved))
     assert path.read_bytes() == saved
 
 
 def test_samples_of_unknown_length_are_cut_by_their_headers(tmp_path: Path) -> None:
     path = tmp_path / "samples.txt"
     path.write_bytes(b"--- step 10\r\none\r\ntwo\n\n--- step 20\nthree\n\n--- step 30\nfour\n\n")
-    cut_samples(path, 20)
+    truncate_samples(path, 20)
     assert path.read_bytes() == b"--- step 10\r\none\r\ntwo\n\n--- step 20\nthree\n\n"
-    cut_samples(path, 5)
+    truncate_samples(path, 5)
     assert path.read_bytes() == b""
-    cut_samples(tmp_path / "none.txt", 5)
+    truncate_samples(tmp_path / "none.txt", 5)
 
 
 # The data, and what else makes a run this run.
@@ -202,7 +202,7 @@ def test_the_fingerprint_follows_the_tokens_and_not_the_place(tiny: TrainConfig,
     moved = text.rename(tmp_path / "moved.txt")
     assert open_data(str(moved), "bytes").fingerprint == first
     assert open_data(str(moved), "bpe:300").fingerprint != first
-    moved.write_text(NUMBERS.replace("number 200 ", "number 2oo "))
+    moved.write_text(NUMBERS_TEXT.replace("number 200 ", "number 2oo "))
     assert open_data(str(moved), "bytes").fingerprint != first
 
 
@@ -222,21 +222,24 @@ def test_the_fingerprint_sees_shards_without_a_meta_that_change(tiny: TrainConfi
 
 
 def test_changed_data_or_settings_are_refused_in_one_line(tiny: TrainConfig, tmp_path: Path) -> None:
-    run, learner = Path(tiny.out_dir) / "tiny", Learner()
-    facts = run_facts(tiny, open_data(tiny.data, "bytes"))
-    path = learner.save(run / "checkpoints", 1, facts=facts)
-    check_facts(path, facts)
-    assert check_facts(path, run_facts(replace(tiny, lr=1.0, max_steps=99), open_data(tiny.data, "bytes"))) is None
-    (tmp_path / "numbers.txt").write_text(NUMBERS + "And one more.\n")
+    run, learner = Path(tiny.out_dir) / "tiny", TinyTrainer()
+    facts = run_metadata(tiny, open_data(tiny.data, "bytes"))
+    path = learner.save(run / "checkpoints", 1, metadata=facts)
+    check_run_metadata(path, facts)
+    assert (
+        check_run_metadata(path, run_metadata(replace(tiny, lr=1.0, max_steps=99), open_data(tiny.data, "bytes")))
+        is None
+    )
+    (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT + "And one more.\n")
     with pytest.raises(UserError) as error:
-        check_facts(path, run_facts(tiny, open_data(tiny.data, "bytes")))
+        check_run_metadata(path, run_metadata(tiny, open_data(tiny.data, "bytes")))
     assert str(error.value) == (
         f"the data changed since {run} was begun ({tiny.data}): "
         f"--init-from {run}, with another --name, starts a new run from its weights"
     )
-    (tmp_path / "numbers.txt").write_text(NUMBERS)
+    (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
     with pytest.raises(UserError, match=r"step-1 was saved with batch_size 4: .*config.toml, with 8, was changed"):
-        check_facts(path, run_facts(replace(tiny, batch_size=8), open_data(tiny.data, "bytes")))
+        check_run_metadata(path, run_metadata(replace(tiny, batch_size=8), open_data(tiny.data, "bytes")))
 
 
 def no_sample(*args: object) -> str:
@@ -245,17 +248,17 @@ def no_sample(*args: object) -> str:
 
 def test_a_run_is_not_gone_on_with_on_other_data_and_not_changed_either(tiny: TrainConfig, tmp_path: Path) -> None:
     run = train(tiny, no_sample)
-    before = contents(run)
-    (tmp_path / "numbers.txt").write_text(NUMBERS.replace("comes", "goes"))
+    before = file_contents(run)
+    (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT.replace("comes", "goes"))
     with pytest.raises(UserError, match="the data changed since"):
-        train(resumed(run, {"max_steps": 8}), no_sample)
-    assert contents(run) == before
-    (tmp_path / "numbers.txt").write_text(NUMBERS)
-    train(resumed(run, {"max_steps": 8}), no_sample)
+        train(config_for_resume(run, {"max_steps": 8}), no_sample)
+    assert file_contents(run) == before
+    (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
+    train(config_for_resume(run, {"max_steps": 8}), no_sample)
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("block_size = 32", "block_size = 16"))
     with pytest.raises(UserError, match=r"step-8 was saved with block_size 32: .* was changed"):
-        train(resumed(run, {}), no_sample)
+        train(config_for_resume(run, {}), no_sample)
 
 
 def test_a_second_training_of_the_same_run_is_refused(tiny: TrainConfig) -> None:
@@ -284,7 +287,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_as_it_began(tiny:
     (again / "config.toml").write_text((whole / "config.toml").read_text().replace('"tiny"', '"again"'))
     (again / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     (again / "samples.txt").write_text("--- step 1\nhalf a s")
-    train(resumed(again, {}), no_sample)
+    train(config_for_resume(again, {}), no_sample)
     for name in ("model/model.safetensors", "checkpoints/step-6/optimizer.safetensors", "samples.txt"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     steps = [json.loads(line)["step"] for line in (again / "metrics.jsonl").read_text().splitlines()]

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.config import TrainConfig, resumed
+from gpt2.config import TrainConfig, config_for_resume
 from gpt2.errors import UserError
-from gpt2.train.checkpoint import CheckpointWriter, is_published, newest_checkpoint
+from gpt2.train.checkpoint import CheckpointWriter, is_published, latest_checkpoint
 from gpt2.train.run_folder import RunFolder
 from gpt2.train.trainer import train
-from tests.helpers.learner import Learner
-from tests.helpers.runs import saving_often
+from tests.helpers.learner import TinyTrainer
+from tests.helpers.runs import with_frequent_saves
 
 
 @pytest.fixture
 def tiny(tiny: TrainConfig) -> TrainConfig:
-    return saving_often(tiny)
+    return with_frequent_saves(tiny)
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tiny: TrainConfig, small_disk
     assert "\n" not in str(error.value)
     run = small_disk / "full"
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
-    newest = newest_checkpoint(run / "checkpoints")
+    newest = latest_checkpoint(run / "checkpoints")
     assert newest is not None
     assert is_published(newest, run)
     (small_disk / "ballast").unlink()
-    train(resumed(run, {}), sampler)
+    train(config_for_resume(run, {}), sampler)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-4", "step-6"]
     for name in ("model/model.safetensors", "checkpoints/step-6/optimizer.safetensors", "samples.txt"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_for_anything_else_is_one_line_too(tiny: TrainConfig
 
     def too_many_metrics() -> None:
         with RunFolder(config) as folder:
-            folder.begin(config, None)
+            folder.initialize(config, None)
             (folder.path / "metrics.jsonl").write_bytes(b"x" * 2**23)
 
     with pytest.raises(UserError) as error:
@@ -90,14 +90,14 @@ def test_a_disk_that_is_full_for_anything_else_is_one_line_too(tiny: TrainConfig
 def test_a_file_where_a_folder_should_be_is_one_line(tiny: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write the run folder"), RunFolder(tiny) as folder:
-        folder.begin(tiny, None)
+        folder.initialize(tiny, None)
     (tmp_path / "runs").unlink()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("not a folder")
-    learner = Learner()
+    learner = TinyTrainer()
     with (
         pytest.raises(UserError, match=r"cannot write the checkpoint .*step-1"),
-        CheckpointWriter(tmp_path / "run", learner.product, keep=1) as writer,
+        CheckpointWriter(tmp_path / "run", learner.artifact, keep=1) as writer,
     ):
         writer.save(1, learner.model, learner.optimizers)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoints"]
@@ -107,13 +107,13 @@ def test_a_file_where_a_folder_should_be_is_one_line(tiny: TrainConfig, tmp_path
 def test_an_unwritable_folder_is_one_line(tiny: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir(mode=0o500)
     with pytest.raises(UserError, match="Permission denied"), RunFolder(tiny) as folder:
-        folder.begin(tiny, None)
-    run, learner = tmp_path / "run", Learner()
+        folder.initialize(tiny, None)
+    run, learner = tmp_path / "run", TinyTrainer()
     learner.save(run / "checkpoints", 1)
     (run / "checkpoints").chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"), CheckpointWriter(run, learner.product, keep=1) as writer:
+    with pytest.raises(UserError, match="Permission denied"), CheckpointWriter(run, learner.artifact, keep=1) as writer:
         writer.save(2, learner.model, learner.optimizers)
-    assert newest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-1"
+    assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-1"
     (run / "checkpoints").chmod(0o700)
 
 

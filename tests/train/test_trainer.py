@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2.config import AUTO, TrainConfig, read_toml, resumed
-from gpt2.data.loader import Batch, Loader, prefetched
+from gpt2.config import AUTO_BATCH_SIZE, TrainConfig, config_for_resume, read_toml
+from gpt2.data.loader import Batch, TokenLoader, prefetch_batches
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.reporting.metrics import read_metrics
 from gpt2.train import trainer
-from gpt2.train.run import set_up
-from gpt2.train.trainer import Interrupted, Stop, train
-from tests.helpers.terminal import run
+from gpt2.train.run import setup_run
+from gpt2.train.trainer import Interrupted, StopCondition, train
+from tests.helpers.terminal import run_cli
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def test_a_time_budget_stops_the_run_with_all_saved(tiny: TrainConfig) -> None:
 
 
 def test_a_signal_comes_before_the_time_and_each_has_its_own_code() -> None:
-    assert not Stop([], None).due()
-    assert not Stop([], time.monotonic() + 60).due()
-    assert Stop([], time.monotonic() - 1).why() == "--max-minutes"
-    assert Stop([signal.SIGTERM], time.monotonic() - 1).why() == "SIGTERM"
+    assert not StopCondition([], None).should_stop()
+    assert not StopCondition([], time.monotonic() + 60).should_stop()
+    assert StopCondition([], time.monotonic() - 1).reason() == "--max-minutes"
+    assert StopCondition([signal.SIGTERM], time.monotonic() - 1).reason() == "SIGTERM"
 
 
 def test_the_command_s_exit_code_for_a_time_budget(
@@ -68,7 +68,7 @@ def test_the_command_s_exit_code_for_a_time_budget(
         "--out-dir",
         str(tmp_path),
     ]
-    code, out, err = run(capsys, "train", *flags, "--name", "x", "--max-steps", "99999", "--max-minutes", "0.01")
+    code, out, err = run_cli(capsys, "train", *flags, "--name", "x", "--max-steps", "99999", "--max-minutes", "0.01")
     assert code == 75
     assert out == ""
     assert "everything saved" in err
@@ -78,15 +78,15 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two batches of noise, among batches that are all alike."""
-    plain = Loader.rows
+    plain = TokenLoader.rows
 
-    def rows(self: Loader, step: int, start: int, stop: int) -> Batch:
+    def rows(self: TokenLoader, step: int, start: int, stop: int) -> Batch:
         tokens, targets, _ = plain(self, 0, start, stop)
         if step in (45, 52):
             targets = torch.randint(128, 256, targets.shape, generator=torch.Generator().manual_seed(step))
         return Batch(tokens, targets)
 
-    monkeypatch.setattr(Loader, "rows", rows)
+    monkeypatch.setattr(TokenLoader, "rows", rows)
     config = replace(tiny, skip_spikes=8.0, save_every=50, lr=1e-3)
     whole = train(config)
     skipped = [line["step"] for line in read_metrics(whole / "metrics.jsonl") if line.get("skipped")]
@@ -96,7 +96,7 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
 
     cut = train(replace(config, name="cut", keep_checkpoints=9))
     (cut / "checkpoints" / "step-60").rename(cut / "gone")
-    train(resumed(cut, {}))
+    train(config_for_resume(cut, {}))
     assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     learned_from_all = train(replace(config, name="all", skip_spikes=0.0))
     assert (learned_from_all / "model/model.safetensors").read_bytes() != (
@@ -110,11 +110,11 @@ def test_a_run_that_blows_up_names_the_module_and_can_be_replayed(
     with pytest.raises(UserError, match="first bad: ") as blown:
         train(replace(tiny, lr=1e18, warmup_steps=0, optimizer="sgd", grad_clip=0.0))
     (dump,) = (Path(tiny.out_dir) / "tiny" / "dumps").iterdir()
-    code, out, _ = run(capsys, "train", "--replay", str(dump))
+    code, out, _ = run_cli(capsys, "train", "--replay", str(dump))
     assert code == 0
     named = str(blown.value).split("first bad: ")[1].split(" is ")[0]
     assert named in out
-    code, _, err = run(capsys, "train", "--replay", str(dump.parent))
+    code, _, err = run_cli(capsys, "train", "--replay", str(dump.parent))
     assert code == 2
     assert err.count("\n") == 1
 
@@ -133,17 +133,19 @@ def test_tensorboard_and_a_profile_by_flag(tiny: TrainConfig) -> None:
 
 def test_a_batch_size_that_fits_is_found_and_kept(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt2.planning.plan.MOST_TOKENS", 512)
-    folder = train(replace(tiny, batch_size=AUTO, max_steps=5))
+    folder = train(replace(tiny, batch_size=AUTO_BATCH_SIZE, max_steps=5))
     found = read_toml(folder / "config.toml").batch_size
     assert found == 512 // tiny.block_size  # there is memory for so much
     assert read_metrics(folder / "metrics.jsonl")[0]["tokens"] == 512
-    train(resumed(folder, {"batch_size": AUTO, "max_steps": 6}))  # auto again: what was found stays
+    train(
+        config_for_resume(folder, {"batch_size": AUTO_BATCH_SIZE, "max_steps": 6})
+    )  # auto again: what was found stays
     assert read_toml(folder / "config.toml").batch_size == found
 
 
 def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
     data = open_data(tiny.data, "bytes")
-    loader = Loader(data.train, 4, 16, seed=3)
+    loader = TokenLoader(data.train, 4, 16, seed=3)
     threads: set[int] = set()
     plain = loader.rows
 
@@ -152,28 +154,28 @@ def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
         return plain(step, start, stop)
 
     loader.rows = watched
-    seen = list(prefetched(loader, 5, 9, torch.device("cpu")))
+    seen = list(prefetch_batches(loader, 5, 9, torch.device("cpu")))
     assert len(seen) == 4
     for step, batch in enumerate(seen, start=5):
         assert torch.equal(batch.tokens, plain(step, 0, 4).tokens)
         assert torch.equal(batch.targets, plain(step, 0, 4).targets)
     for part in range(2):
-        shared = list(prefetched(loader, 5, 9, torch.device("cpu"), part=part, parts=2))
+        shared = list(prefetch_batches(loader, 5, 9, torch.device("cpu"), part=part, parts=2))
         assert all(torch.equal(one.tokens, all_.tokens[2 * part :][:2]) for one, all_ in zip(shared, seen, strict=True))
     assert threads
     assert threading.get_ident() not in threads
-    assert list(prefetched(loader, 5, 5, torch.device("cpu"))) == []
+    assert list(prefetch_batches(loader, 5, 5, torch.device("cpu"))) == []
 
 
 def test_an_error_while_reading_ahead_is_the_run_s(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Loader.rows
+    plain = TokenLoader.rows
 
-    def rows(self: Loader, step: int, start: int, stop: int) -> Any:
+    def rows(self: TokenLoader, step: int, start: int, stop: int) -> Any:
         if step == 7:
             raise UserError("train.bin was cut short")
         return plain(self, step, start, stop)
 
-    monkeypatch.setattr(Loader, "rows", rows)
+    monkeypatch.setattr(TokenLoader, "rows", rows)
     with pytest.raises(UserError, match="cut short"):
         train(tiny)
     assert len(read_metrics(Path(tiny.out_dir) / "tiny" / "metrics.jsonl")) == 7
@@ -190,11 +192,11 @@ def test_muon_is_resumed_bit_for_bit(tiny: TrainConfig) -> None:
     whole = train(config)
     cut = train(replace(config, name="cut"))
     (cut / "checkpoints" / "step-20").rename(cut / "gone")
-    train(resumed(cut, {}))
+    train(config_for_resume(cut, {}))
     for name in ("model/model.safetensors", "checkpoints/step-20/optimizer.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     with pytest.raises(UserError, match="was begun with --optimizer muon"):
-        train(resumed(cut, {"optimizer": "adamw"}))
+        train(config_for_resume(cut, {"optimizer": "adamw"}))
 
 
 def test_settings_that_need_more_are_refused_in_one_line(
@@ -211,7 +213,7 @@ def test_settings_that_need_more_are_refused_in_one_line(
         (("train", "--matmul-precision", "hihg"), "(did you mean 'high'?)"),
         (("train", "--schedule", "wsd", "--decay-steps", "100000"), "--decay-steps (100000)"),
     ):
-        code, _, err = run(capsys, *arguments, "--out-dir", str(tmp_path / "none"))
+        code, _, err = run_cli(capsys, *arguments, "--out-dir", str(tmp_path / "none"))
         assert (code, err.count("\n")) == (2, 1), err
         assert said in err
     assert not (tmp_path / "none").exists()
@@ -232,6 +234,6 @@ def test_the_first_step_s_rate_is_not_zero_and_seconds_add_up(tiny: TrainConfig)
 def test_setting_up_writes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     open_data(tiny.data, tiny.tokenizer)  # the data's shards are kept in the cache
     before = sorted(tmp_path.rglob("*"))
-    set_up(tiny, Path(tiny.out_dir) / "tiny")
+    setup_run(tiny, Path(tiny.out_dir) / "tiny")
     assert sorted(tmp_path.rglob("*")) == before
-    assert trainer.OUT_OF_TIME == 75
+    assert trainer.TIME_LIMIT_EXIT_CODE == 75

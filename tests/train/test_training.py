@@ -12,26 +12,26 @@ import torch
 from torch.nn import functional as F
 
 import gpt2
-from gpt2.config import TrainConfig, read_toml, resumed
-from gpt2.data.loader import Batch, Loader
+from gpt2.config import TrainConfig, config_for_resume, read_toml
+from gpt2.data.loader import Batch, TokenLoader
 from gpt2.data.prepare import open_data
-from gpt2.distributed.parallel import Spread
-from gpt2.distributed.process_group import ALONE
+from gpt2.distributed.parallel import DistributedModel
+from gpt2.distributed.process_group import SINGLE_PROCESS
 from gpt2.errors import UserError
-from gpt2.loss import IGNORE
+from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers, learning_rate
 from gpt2.reporting.metrics import read_metrics
-from gpt2.train.artifact import Product
+from gpt2.train.artifact import ModelArtifact
 from gpt2.train.run import Run
 from gpt2.train.trainer import train, update, validate
-from tests.helpers.reference import as_conv1d, transformers_twin
-from tests.helpers.runs import NUMBERS, talk
+from tests.helpers.reference import as_conv1d, to_transformers
+from tests.helpers.runs import NUMBERS_TEXT, fixed_seed_sampler
 
 
 def ready_run(config: TrainConfig, model: GPT) -> Run:
     data = open_data(config.data, config.tokenizer)
-    loader = Loader(data.train, config.batch_size, config.block_size, config.seed)
+    loader = TokenLoader(data.train, config.batch_size, config.block_size, config.seed)
     folder, cpu = Path(config.out_dir) / "ready", torch.device("cpu")
     return Run(
         folder,
@@ -42,9 +42,9 @@ def ready_run(config: TrainConfig, model: GPT) -> Run:
         build_optimizers(model, config),
         cpu,
         torch.float32,
-        Product(model.config, data.tokenizer),
-        ALONE,
-        Spread("none", model, ALONE, cpu),
+        ModelArtifact(model.config, data.tokenizer),
+        SINGLE_PROCESS,
+        DistributedModel("none", model, SINGLE_PROCESS, cpu),
     )
 
 
@@ -59,7 +59,7 @@ def test_ten_steps_equal_a_plain_transformers_loop(tiny: TrainConfig, optimizer:
     config = replace(tiny, dropout=0.0, optimizer=optimizer, max_steps=10, warmup_steps=3, grad_clip=0.5)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32))
-    twin = transformers_twin(model).train()
+    twin = to_transformers(model).train()
     run = ready_run(config, model)
     matrices = [p for p in twin.parameters() if p.dim() >= 2]
     vectors = [p for p in twin.parameters() if p.dim() < 2]
@@ -89,8 +89,8 @@ def test_micro_batches_add_up_to_the_batch(tiny: TrainConfig, micro: int) -> Non
     """With uneven numbers of counted targets in the parts, which a mean of means would get wrong."""
     config = replace(tiny, dropout=0.0)
     (batch,) = random_batches(1, (8, 32), 257)
-    batch.targets[0] = IGNORE
-    batch.targets[5, :20] = IGNORE
+    batch.targets[0] = IGNORE_INDEX
+    batch.targets[5, :20] = IGNORE_INDEX
     results = []
     for rows in (None, micro):
         torch.manual_seed(0)
@@ -110,7 +110,7 @@ def test_validation_is_the_mean_over_every_held_out_token(tiny: TrainConfig) -> 
     val = open_data(tiny.data, tiny.tokenizer).val
     assert val is not None
     held_out = torch.from_numpy(val.read(0, len(val)).astype("int64"))
-    assert bytes(held_out.tolist()).decode() == NUMBERS[int(len(NUMBERS) * 0.9) :]
+    assert bytes(held_out.tolist()).decode() == NUMBERS_TEXT[int(len(NUMBERS_TEXT) * 0.9) :]
     total, model = 0.0, model.eval()
     for start in range(0, len(held_out) - 1, 32):
         window = held_out[start : start + 33]
@@ -123,7 +123,7 @@ def test_a_run_folder_tells_its_story(tiny: TrainConfig) -> None:
 
     def sampler(model: GPT, tokenizer: Any, prompt: str, length: int) -> str:
         assert not model.training
-        return talk(model, tokenizer, prompt, length)
+        return fixed_seed_sampler(model, tokenizer, prompt, length)
 
     folder = train(replace(tiny, sample_tokens=20, sample_prompt="The number"), sampler)
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -171,7 +171,7 @@ def test_init_from_takes_weights_shape_and_tokenizer(tiny: TrainConfig) -> None:
     assert model.config.n_layer == 2
     assert read_toml(second / "config.toml").block_size == 32
     (first / "model" / "config.json").rename(first / "model" / "moved")  # to go on does not need where it began
-    train(resumed(second, {"max_steps": 31}))
+    train(config_for_resume(second, {"max_steps": 31}))
     start = read_metrics(second / "metrics.jsonl")[0]["loss"]
     assert start == pytest.approx(read_metrics(first / "metrics.jsonl")[-1]["val_loss"], abs=0.3)
 
@@ -185,7 +185,7 @@ def test_a_compiled_run_learns_as_an_eager_one_does(tiny: TrainConfig) -> None:
     losses = []
     for compiled in (False, True):
         config = replace(tiny, name=f"c{compiled}", compile=compiled, dropout=0.0, sample_tokens=5, eval_every=0)
-        folder = train(config, talk)
+        folder = train(config, fixed_seed_sampler)
         losses.append([line["loss"] for line in read_metrics(folder / "metrics.jsonl")])
         assert gpt2.load(folder)[0].config.n_layer == 2
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)

@@ -10,11 +10,11 @@ FORMATS = (".png", ".svg", ".pdf")
 BLUE, ORANGE, GREY, RED = "#1f77b4", "#ff7f0e", "0.55", "#d62728"
 
 # ms per step of the original project on one A40 at this shape: what this ladder began with
-A40 = {"float32": 1250, "tf32": 870, "bfloat16": 675}
+A40_STEP_MS = {"float32": 1250, "tf32": 870, "bfloat16": 675}
 A40_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "batch_size": 16, "block_size": 1024}
 
 
-def check_can_draw(path: Path) -> None:
+def check_chart_path(path: Path) -> None:
     """Raise UserError, before anything was measured, where no chart could be written to `path`."""
     try:
         import matplotlib  # noqa: F401
@@ -30,48 +30,48 @@ def draw(result: dict[str, Any], path: Path) -> None:
     With two devices the axis is logarithmic. The original project's times stand beside a CUDA device's where the
     shape is theirs. Raises UserError without matplotlib, or when nothing was measured.
     """
-    check_can_draw(path)
+    check_chart_path(path)
     from matplotlib.figure import Figure
 
     ladders = [device for device in result["devices"] if any("ms" in rung for rung in device["rungs"])]
-    races = [device for device in result["devices"] if _fastest_first(device)]
+    races = [device for device in result["devices"] if _peers_by_step_time(device)]
     if not ladders and not races:
         raise UserError(f"nothing was measured: there is no chart to draw in {path}")
-    rungs = _rung_names(ladders)
+    rungs = _step_names(ladders)
     heights = [len(rungs) * (0.34 + 0.22 * len(ladders))] if ladders else []
-    heights += [0.45 * len(_fastest_first(device)) + 0.2 for device in races]
+    heights += [0.45 * len(_peers_by_step_time(device)) + 0.2 for device in races]
     figure = Figure(figsize=(9.5, sum(heights) + 0.9 * len(heights) + 0.5), dpi=120, layout="constrained")
     panels = list(figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0])
     figure.suptitle(_title(result), fontsize=11)
     if ladders:
         _draw_ladder(panels.pop(0), ladders, rungs)
     for device, axes in zip(races, panels, strict=True):
-        _draw_race(axes, device)
+        _draw_peers(axes, device)
     figure.savefig(path)
 
 
-def _draw_ladder(axes: Any, ladders: list[dict[str, Any]], rungs: list[str]) -> None:
+def _draw_ladder(axes: Any, ladders: list[dict[str, Any]], step_names: list[str]) -> None:
     thickness = 0.8 / len(ladders)
     longest = max(rung["ms"]["high"] for device in ladders for rung in device["rungs"] if "ms" in rung)
     for number, device in enumerate(ladders):
         offset = (number - (len(ladders) - 1) / 2) * thickness
         colour = (BLUE, ORANGE, GREY)[number % 3]
         found = {rung["name"]: rung for rung in device["rungs"]}
-        for place, name in enumerate(rungs):
+        for place, name in enumerate(step_names):
             rung = found.get(name)
             if rung is not None:
-                _draw_rung(axes, rung, place + offset, thickness, colour)
+                _draw_step(axes, rung, place + offset, thickness, colour)
         axes.barh([-9], [0], color=colour, label=f"{device['name']} ({device['device']})")  # out of sight, for the key
-        if _is_the_a40_shape(device):
-            for name, ms in A40.items():
-                if name in rungs:
-                    place = rungs.index(name) + offset
+        if _has_a40_shape(device):
+            for name, ms in A40_STEP_MS.items():
+                if name in step_names:
+                    place = step_names.index(name) + offset
                     axes.plot([ms, ms], [place - thickness / 2, place + thickness / 2], color="black", linewidth=2)
                     _label(axes, ms, place, f"{ms:,} ms")
             axes.plot([], [], color="black", linewidth=2, label="the original project, on an A40")
-            longest = max(longest, *A40.values())
-    axes.set_yticks(range(len(rungs)), rungs)
-    axes.set_ylim(len(rungs) - 0.45, -0.55)
+            longest = max(longest, *A40_STEP_MS.values())
+    axes.set_yticks(range(len(step_names)), step_names)
+    axes.set_ylim(len(step_names) - 0.45, -0.55)
     axes.set_xlabel("ms per training step (shorter is faster); the line is the middle half of the steps", fontsize=9)
     if len(ladders) > 1:
         shortest = min(rung["ms"]["low"] for device in ladders for rung in device["rungs"] if "ms" in rung)
@@ -84,24 +84,24 @@ def _draw_ladder(axes: Any, ladders: list[dict[str, Any]], rungs: list[str]) -> 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_rung(axes: Any, rung: dict[str, Any], place: float, thickness: float, colour: str) -> None:
-    if "ms" not in rung:
-        text = rung["reason"] if len(rung["reason"]) < 80 else rung["reason"][:77] + "..."
-        axes.annotate(f" {text}", (0, place), xycoords=("axes fraction", "data"), va="center", color=GREY, fontsize=8)
+def _draw_step(axes: Any, step: dict[str, Any], y: float, thickness: float, colour: str) -> None:
+    if "ms" not in step:
+        text = step["reason"] if len(step["reason"]) < 80 else step["reason"][:77] + "..."
+        axes.annotate(f" {text}", (0, y), xycoords=("axes fraction", "data"), va="center", color=GREY, fontsize=8)
         return
-    ms = rung["ms"]
-    _bar(axes, ms, place, thickness * 0.92, RED if rung["wrong"] else colour)
-    label = f"{_ms(ms['median'])} ms · {rung['tokens_per_second']:,.0f} tok/s · MFU {rung['mfu']:.0%}"
-    if rung["wrong"]:
+    ms = step["ms"]
+    _bar(axes, ms, y, thickness * 0.92, RED if step["wrong"] else colour)
+    label = f"{_format_ms(ms['median'])} ms · {step['tokens_per_second']:,.0f} tok/s · MFU {step['mfu']:.0%}"
+    if step["wrong"]:
         label += " · WRONG LOSS"
-    _label(axes, ms["high"], place, label)
+    _label(axes, ms["high"], y, label)
 
 
-def _draw_race(axes: Any, device: dict[str, Any]) -> None:
-    contestants = _fastest_first(device)
+def _draw_peers(axes: Any, device: dict[str, Any]) -> None:
+    contestants = _peers_by_step_time(device)
     for place, (name, one) in enumerate(contestants):
         _bar(axes, one["ms"], place, 0.7, BLUE if name == OURS else GREY)
-        label = f"{_ms(one['ms']['median'])} ms · MFU {one['mfu']:.0%}"
+        label = f"{_format_ms(one['ms']['median'])} ms · MFU {one['mfu']:.0%}"
         if "speed_ratio" in one:
             label += f" · {one['speed_ratio']:.2f}x our time"
         if "memory_ratio" in one:
@@ -114,17 +114,17 @@ def _draw_race(axes: Any, device: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _bar(axes: Any, ms: dict[str, float], place: float, thickness: float, colour: str) -> None:
+def _bar(axes: Any, ms: dict[str, float], y: float, thickness: float, colour: str) -> None:
     """The median as a bar, the quartiles as a line on it."""
-    axes.barh([place], [ms["median"]], thickness, color=colour)
-    axes.plot([ms["low"], ms["high"]], [place, place], color="0.2", linewidth=1)
+    axes.barh([y], [ms["median"]], thickness, color=colour)
+    axes.plot([ms["low"], ms["high"]], [y, y], color="0.2", linewidth=1)
 
 
 def _label(axes: Any, x: float, y: float, text: str) -> None:
     axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
-def _ms(value: float) -> str:
+def _format_ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -136,16 +136,16 @@ def _title(result: dict[str, Any]) -> str:
     )
 
 
-def _rung_names(ladders: list[dict[str, Any]]) -> list[str]:
+def _step_names(ladders: list[dict[str, Any]]) -> list[str]:
     """All rungs in the order of the ladder; a device may have been asked for, or have, only some."""
     return list(dict.fromkeys(rung["name"] for device in ladders for rung in device["rungs"]))
 
 
-def _fastest_first(device: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _peers_by_step_time(device: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     race = device.get("peers") or {"contestants": {}}
     ran = [(name, one) for name, one in race["contestants"].items() if "ms" in one]
     return sorted(ran, key=lambda item: item[1]["ms"]["median"])
 
 
-def _is_the_a40_shape(device: dict[str, Any]) -> bool:
+def _has_a40_shape(device: dict[str, Any]) -> bool:
     return device["device"].startswith("cuda") and all(device["workload"].get(k) == v for k, v in A40_SHAPE.items())

@@ -8,29 +8,39 @@ from typing import Any
 
 import torch
 
-from gpt2.bench.decode import CHECKED, FAMILIES, OURS, TIE, Decoding, Entry, Lane, Reference, step_bytes
-from gpt2.bench.timing import Elsewhere, Failed, Here, Say, milliseconds, silent
+from gpt2.bench.decode import (
+    NUM_CHECKED_TOKENS,
+    OURS,
+    PRECISION_FAMILIES,
+    TIE_LOGIT_GAP,
+    DecodeVariant,
+    DecodeWorkload,
+    ReferenceDecoder,
+    VariantSpec,
+    bytes_per_step,
+)
+from gpt2.bench.timing import BenchmarkError, InProcessRunner, ProgressFn, SubprocessRunner, no_progress, quartiles_ms
 from gpt2.hardware import measure_bandwidth
 
-Expected = tuple[list[int], list[float]]  # what `Reference.follow` gives
+ReferenceTokens = tuple[list[int], list[float]]  # what `Reference.follow` gives
 
 
 @dataclass(frozen=True)
-class _Runner:
+class _RunningVariant:
     """A lane that takes part: what was asked for, the record of it, and its process."""
 
-    entry: Entry
+    spec: VariantSpec
     record: dict[str, Any]
-    process: Here
+    process: InProcessRunner
 
 
-def race(
-    work: Decoding,
-    entries: Iterable[Entry],
-    text: Sequence[int] = (),
-    host: type[Here] = Elsewhere,
-    say: Say = silent,
-    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+def run_comparison(
+    workload: DecodeWorkload,
+    specs: Iterable[VariantSpec],
+    text_tokens: Sequence[int] = (),
+    runner_class: type[InProcessRunner] = SubprocessRunner,
+    progress: ProgressFn = no_progress,
+    save_partial: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Let every lane write, in turns, so that whatever else the machine does hits all alike; see `rank`.
 
@@ -39,71 +49,81 @@ def race(
     Returns the lanes with the raw seconds of each batch size, or the reason why there are none, and the rates at which
     memory was read meanwhile. Raises Failed where the model itself cannot be run.
     """
-    device = torch.device(work.device)
-    say(f"{device}: what the plain model writes in float32")
-    with host(Reference, work) as reference:
+    device = torch.device(workload.device)
+    progress(f"{device}: what the plain model writes in float32")
+    with runner_class(ReferenceDecoder, workload) as reference:
         expected = reference.call("follow")
     records: list[dict[str, Any]] = []
     rates: list[float] = []
     with contextlib.ExitStack() as stack:
         runners = []
-        for entry in sorted(entries, key=lambda entry: list(FAMILIES).index(entry.precision)):
+        for entry in sorted(specs, key=lambda entry: list(PRECISION_FAMILIES).index(entry.precision)):
             about = {name: getattr(entry, name) for name in ("contestant", "name", "precision", "reason")}
-            records.append(about | {"family": FAMILIES[entry.precision], "batches": []})
+            records.append(about | {"family": PRECISION_FAMILIES[entry.precision], "batches": []})
             if entry.reason is not None:
                 continue
-            say(f"{device}: {entry.contestant} {entry.name}: making ready")
+            progress(f"{device}: {entry.contestant} {entry.name}: making ready")
             try:
-                runner = _Runner(entry, records[-1], stack.enter_context(host(Lane, entry, work)))
-                _ask(runner, text)
-            except Failed as failure:
+                runner = _RunningVariant(
+                    entry, records[-1], stack.enter_context(runner_class(DecodeVariant, entry, workload))
+                )
+                _record_info(runner, text_tokens)
+            except BenchmarkError as failure:
                 records[-1]["reason"] = str(failure)
             else:
                 runners.append(runner)
-        for rows in work.batch_sizes:
+        for rows in workload.batch_sizes:
             rates.append(measure_bandwidth(device))
-            _run_batch(work, rows, runners, expected, say)
-            keep(rank({"bandwidths": rates, "lanes": records}, work))
+            _run_batch_size(workload, rows, runners, expected, progress)
+            save_partial(compute_metrics({"bandwidths": rates, "lanes": records}, workload))
     rates.append(measure_bandwidth(device))
-    return rank({"bandwidths": rates, "lanes": records}, work)
+    return compute_metrics({"bandwidths": rates, "lanes": records}, workload)
 
 
-def _ask(runner: _Runner, text: Sequence[int]) -> None:
-    runner.record.update(runner.process.call("about"))
-    if text and runner.entry.contestant == OURS:
-        runner.record["perplexity"] = runner.process.call("perplexity", list(text))
+def _record_info(variant: _RunningVariant, text_tokens: Sequence[int]) -> None:
+    variant.record.update(variant.process.call("about"))
+    if text_tokens and variant.spec.contestant == OURS:
+        variant.record["perplexity"] = variant.process.call("perplexity", list(text_tokens))
 
 
-def _run_batch(work: Decoding, rows: int, runners: Iterable[_Runner], expected: Expected, say: Say) -> None:
+def _run_batch_size(
+    workload: DecodeWorkload,
+    batch_size: int,
+    variants: Iterable[_RunningVariant],
+    expected: ReferenceTokens,
+    progress: ProgressFn,
+) -> None:
     """Warm up and time every lane that can do so many rows at once."""
-    running: list[tuple[_Runner, dict[str, Any]]] = []
-    for runner in runners:
-        entry = runner.entry
-        if rows > (entry.most_rows or rows):
+    running: list[tuple[_RunningVariant, dict[str, Any]]] = []
+    for runner in variants:
+        entry = runner.spec
+        if batch_size > (entry.max_batch_size or batch_size):
             continue
-        batch: dict[str, Any] = {"batch_size": rows}
-        batch["new_tokens"] = min(work.new_tokens, entry.most_tokens or work.new_tokens)
+        batch: dict[str, Any] = {"batch_size": batch_size}
+        batch["new_tokens"] = min(workload.new_tokens, entry.max_new_tokens or workload.new_tokens)
         runner.record["batches"].append(batch)
-        say(f"{work.device}: batch {rows}: {entry.contestant} {entry.name}: warm-up")
+        progress(f"{workload.device}: batch {batch_size}: {entry.contestant} {entry.name}: warm-up")
         try:
-            _, _, tokens, _ = runner.process.call("run", 0, rows, CHECKED)
-        except Failed as failure:
+            _, _, tokens, _ = runner.process.call("run", 0, batch_size, NUM_CHECKED_TOKENS)
+        except BenchmarkError as failure:
             batch["reason"] = str(failure)
             continue
-        batch |= {"reason": None, **verdict(tokens, expected, entry.precision)}
+        batch |= {"reason": None, **check_tokens(tokens, expected, entry.precision)}
         batch |= {"first_seconds": [], "decode_seconds": [], "peak_memory": None}
         running.append((runner, batch))
-    for number in range(1, work.rounds + 1):
-        say(f"{work.device}: batch {rows}: round {number} of {work.rounds}, {len(running)} lanes in turns")
+    for number in range(1, workload.rounds + 1):
+        progress(
+            f"{workload.device}: batch {batch_size}: round {number} of {workload.rounds}, {len(running)} lanes in turns"
+        )
         for runner, batch in running:
             if batch["reason"] is None:
-                _time(runner, batch, number)
+                _time_round(runner, batch, number)
 
 
-def _time(runner: _Runner, batch: dict[str, Any], number: int) -> None:
+def _time_round(variant: _RunningVariant, batch: dict[str, Any], round_index: int) -> None:
     try:
-        first, rest, _, peak = runner.process.call("run", number, batch["batch_size"], batch["new_tokens"])
-    except Failed as failure:
+        first, rest, _, peak = variant.process.call("run", round_index, batch["batch_size"], batch["new_tokens"])
+    except BenchmarkError as failure:
         batch["reason"] = str(failure)
         return
     batch["first_seconds"].append(first)
@@ -111,19 +131,19 @@ def _time(runner: _Runner, batch: dict[str, Any], number: int) -> None:
     batch["peak_memory"] = None if peak is None else max(peak, batch["peak_memory"] or 0)
 
 
-def verdict(tokens: Sequence[int], expected: Expected, precision: str) -> dict[str, Any]:
+def check_tokens(tokens: Sequence[int], expected: ReferenceTokens, precision: str) -> dict[str, Any]:
     """How many of the first tokens are the plain model's in float32, and whether a lane in float32 is wrong.
 
     It is not where two tokens were as good as equally likely (see `TIE`), and after that another text has begun.
     """
     same = 0
-    while same < CHECKED and tokens[same] == expected[0][same]:
+    while same < NUM_CHECKED_TOKENS and tokens[same] == expected[0][same]:
         same += 1
-    wrong = precision == "float32" and same < CHECKED and expected[1][same] >= TIE
+    wrong = precision == "float32" and same < NUM_CHECKED_TOKENS and expected[1][same] >= TIE_LOGIT_GAP
     return {"agreement": same, "wrong": wrong}
 
 
-def rank(raw: dict[str, Any], work: Decoding) -> dict[str, Any]:
+def compute_metrics(raw: dict[str, Any], workload: DecodeWorkload) -> dict[str, Any]:
     """The raw result with what follows from it.
 
     bandwidth: bytes/s, the median of the rates measured between the batches (a shared machine's goes up and down).
@@ -137,20 +157,28 @@ def rank(raw: dict[str, Any], work: Decoding) -> dict[str, Any]:
             if batch["reason"] is not None:
                 continue
             rows, count = batch["batch_size"], batch["new_tokens"]
-            ms = milliseconds(batch["decode_seconds"])
+            ms = quartiles_ms(batch["decode_seconds"])
             written = 1e3 * rows * (count - 1)
             rate = {"median": written / ms["median"], "low": written / ms["high"], "high": written / ms["low"]}
-            limit = rows * raw["bandwidth"] / step_bytes(work, lane["weight_bytes"], lane["cache_width"], rows, count)
-            batch |= {"first_ms": milliseconds(batch["first_seconds"]), "tokens_per_second": rate}
+            limit = (
+                rows
+                * raw["bandwidth"]
+                / bytes_per_step(workload, lane["weight_bytes"], lane["cache_width"], rows, count)
+            )
+            batch |= {"first_ms": quartiles_ms(batch["first_seconds"]), "tokens_per_second": rate}
             batch |= {"limit": limit, "of_limit": rate["median"] / limit}
-    raw["ratios"] = list(_ratios(raw["lanes"], work.batch_sizes))
+    raw["ratios"] = list(_ratios(raw["lanes"], workload.batch_sizes))
     return raw
 
 
-def _ratios(lanes: list[dict[str, Any]], batch_sizes: Iterable[int]) -> Iterable[dict[str, Any]]:
+def _ratios(variants: list[dict[str, Any]], batch_sizes: Iterable[int]) -> Iterable[dict[str, Any]]:
     for rows in batch_sizes:
-        for family in dict.fromkeys(lane["family"] for lane in lanes):
-            ran = [(lane, speed) for lane in lanes if lane["family"] == family and (speed := speed_of(lane, rows))]
+        for family in dict.fromkeys(lane["family"] for lane in variants):
+            ran = [
+                (lane, speed)
+                for lane in variants
+                if lane["family"] == family and (speed := median_throughput(lane, rows))
+            ]
             ours = [one for one in ran if one[0]["contestant"] == OURS]
             peers = [one for one in ran if one[0]["contestant"] != OURS]
             if ours and peers:
@@ -159,7 +187,11 @@ def _ratios(lanes: list[dict[str, Any]], batch_sizes: Iterable[int]) -> Iterable
                 yield about | {"theirs": other["name"], "ratio": mine / theirs}
 
 
-def speed_of(lane: dict[str, Any], rows: int) -> float | None:
+def median_throughput(variant: dict[str, Any], batch_size: int) -> float | None:
     """The median tokens/s of a lane in a batch of so many rows; None where there is none."""
-    found = (b["tokens_per_second"]["median"] for b in lane["batches"] if b["batch_size"] == rows and not b["reason"])
+    found = (
+        b["tokens_per_second"]["median"]
+        for b in variant["batches"]
+        if b["batch_size"] == batch_size and not b["reason"]
+    )
     return next(found, None)

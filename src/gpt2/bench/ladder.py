@@ -16,39 +16,39 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2.bench.timing import (
-    Failed,
-    Run,
-    Say,
+    BenchmarkError,
+    ProgressFn,
+    RunFn,
     Workload,
     adamw,
-    in_fresh_process,
-    milliseconds,
-    silent,
+    backward_and_step,
+    no_progress,
+    quartiles_ms,
+    run_in_subprocess,
     timed,
-    update,
 )
 from gpt2.errors import UserError, did_you_mean
-from gpt2.hardware import Accelerator, device_name, known_accelerator, measure_matmul, peak_memory, reset_peak_memory
-from gpt2.loss import PAD_TO
+from gpt2.hardware import Accelerator, device_name, find_accelerator, measure_matmul, peak_memory, reset_peak_memory
+from gpt2.loss import VOCAB_PAD_MULTIPLE
 from gpt2.model import GPT
 from gpt2.planning.costs import flops_per_token
-from gpt2.runtime import autocast, can_compile, compile_blocks, manage_freed_memory
+from gpt2.runtime import autocast, can_compile, compile_blocks, configure_malloc
 
 # How far a loss in nats may be from the float32 one after some updates. A product is rounded by 2^-8 of its size in
 # bfloat16 and by 2^-11 in TF32, and AdamW's first steps make as much of a small gradient as of a large one.
-TOLERANCE = {"float32": 1e-3, "tf32": 4e-3, "bfloat16": 3e-2}
+LOSS_TOLERANCE = {"float32": 1e-3, "tf32": 4e-3, "bfloat16": 3e-2}
 
 
-def full_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+def full_logits_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     """The loss as everyone writes it first: all logits, in float32."""
     logits = model(tokens).float()  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def padded_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+def padded_vocab_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     """The same with a vocabulary that tensor cores like: the head gets rows whose logits are minus infinity."""
     weight = model.lm_head.weight  # (V, C)
-    missing = -weight.size(0) % PAD_TO
+    missing = -weight.size(0) % VOCAB_PAD_MULTIPLE
     bias = F.pad(weight.new_zeros(weight.size(0)), (0, missing), value=-torch.inf)  # (V',)
     logits = F.linear(model.hidden_states(tokens), F.pad(weight, (0, 0, 0, missing)), bias).float()  # (B, T, V')
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -60,7 +60,7 @@ def chunked_loss(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepConfig:
     """How a training step is done. The defaults are the foot of the ladder."""
 
     matmul_precision: str = "highest"  # of float32 products: "high" is TF32
@@ -68,7 +68,7 @@ class Settings:
     attention: str = "plain"
     compiled: bool = False  # the blocks
     kernels: dict[str, bool] = field(default_factory=lambda: {"fused": False, "foreach": False})  # of the optimizer
-    loss: Callable[[GPT, Tensor, Tensor], Tensor] = full_loss
+    loss: Callable[[GPT, Tensor, Tensor], Tensor] = full_logits_loss
     keeps_memory: bool = False  # see `manage_freed_memory`
 
     @property
@@ -79,7 +79,7 @@ class Settings:
         return "tf32" if self.matmul_precision == "high" else "float32"
 
 
-def anywhere(device: torch.device) -> str | None:
+def supported_everywhere(device: torch.device) -> str | None:
     """No obstacle."""
     return None
 
@@ -101,38 +101,38 @@ def needs_compiler(device: torch.device) -> str | None:
     return None if can_compile(device) else "torch.compile needs a C++ compiler (CPU) or Triton (GPU): none here"
 
 
-def needs_glibc_s_memory(device: torch.device) -> str | None:
+def needs_glibc_malloc(device: torch.device) -> str | None:
     """What stands against telling the C library to keep memory, for work on `device`, if anything."""
     has_it = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
     return None if has_it else "not applicable: it is for CPUs and the GNU C library; torch keeps a GPU's memory anyway"
 
 
 @dataclass(frozen=True)
-class Rung:
+class LadderStep:
     """One step up: what it sets, on top of the rungs below, and what stands against it on a device."""
 
     name: str
-    about: str
-    sets: dict[str, Any] = field(default_factory=dict)
-    obstacle: Callable[[torch.device], str | None] = anywhere
+    description: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    unsupported_reason: Callable[[torch.device], str | None] = supported_everywhere
 
 
-RUNGS = (
-    Rung("float32", "plain attention, all logits, AdamW one tensor at a time"),
-    Rung("tf32", "float32 products in TF32", {"matmul_precision": "high"}, needs_tf32),
-    Rung("bfloat16", "products in bfloat16 by autocast", {"dtype": torch.bfloat16}, needs_bfloat16),
-    Rung("sdpa", "fused (flash) attention", {"attention": "sdpa"}),
-    Rung("compile", "torch.compile of the blocks", {"compiled": True}, needs_compiler),
-    Rung("padded-vocabulary", "50,257 -> 50,304 rows in the head", {"loss": padded_loss}),
-    Rung("fused-adamw", "AdamW in one kernel", {"kernels": {"fused": True}}),
-    Rung("chunked-loss", "head and cross-entropy in chunks, never all logits", {"loss": chunked_loss}),
-    Rung("kept-memory", "freed memory is kept, not given back", {"keeps_memory": True}, needs_glibc_s_memory),
+LADDER_STEPS = (
+    LadderStep("float32", "plain attention, all logits, AdamW one tensor at a time"),
+    LadderStep("tf32", "float32 products in TF32", {"matmul_precision": "high"}, needs_tf32),
+    LadderStep("bfloat16", "products in bfloat16 by autocast", {"dtype": torch.bfloat16}, needs_bfloat16),
+    LadderStep("sdpa", "fused (flash) attention", {"attention": "sdpa"}),
+    LadderStep("compile", "torch.compile of the blocks", {"compiled": True}, needs_compiler),
+    LadderStep("padded-vocabulary", "50,257 -> 50,304 rows in the head", {"loss": padded_vocab_loss}),
+    LadderStep("fused-adamw", "AdamW in one kernel", {"kernels": {"fused": True}}),
+    LadderStep("chunked-loss", "head and cross-entropy in chunks, never all logits", {"loss": chunked_loss}),
+    LadderStep("kept-memory", "freed memory is kept, not given back", {"keeps_memory": True}, needs_glibc_malloc),
 )
 
 
-def choose(names: str, rungs: Sequence[Rung] = RUNGS) -> list[str]:
+def parse_step_names(names: str, steps: Sequence[LadderStep] = LADDER_STEPS) -> list[str]:
     """The rung names in a comma list, or all of them. Raises UserError for a name that is none."""
-    known = [rung.name for rung in rungs]
+    known = [rung.name for rung in steps]
     if names == "all":
         return known
     chosen = [name.strip() for name in names.split(",") if name.strip()]
@@ -144,25 +144,25 @@ def choose(names: str, rungs: Sequence[Rung] = RUNGS) -> list[str]:
     return chosen
 
 
-def run_rung(settings: Settings, workload: Workload) -> dict[str, Any]:
+def run_step(config: StepConfig, workload: Workload) -> dict[str, Any]:
     """Do a rung's warm-up and steps: raw seconds, all losses, bytes at the peak, FLOP/s of matmuls in its arithmetic.
 
     The matmul rate is measured after the steps, for a second, in the same process.
     """
     device = torch.device(workload.device)
-    torch.set_float32_matmul_precision(settings.matmul_precision)
-    if settings.keeps_memory:
-        manage_freed_memory(keep=True)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    if config.keeps_memory:
+        configure_malloc(keep_freed=True)
     torch.manual_seed(workload.seed)
-    model = GPT(replace(workload.config, attention=settings.attention)).to(device)
-    if settings.compiled:
+    model = GPT(replace(workload.config, attention=config.attention)).to(device)
+    if config.compiled:
         compile_blocks(model.transformer.h)
-    optimizer = adamw(model, workload.lr, **settings.kernels)
+    optimizer = adamw(model, workload.lr, **config.kernels)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        with autocast(device, settings.dtype):
-            loss = settings.loss(model, tokens, targets)
-        return update(loss, model, optimizer)
+        with autocast(device, config.dtype):
+            loss = config.loss(model, tokens, targets)
+        return backward_and_step(loss, model, optimizer)
 
     seconds, losses = [], []
     for number, batch in enumerate(workload.batches()):
@@ -172,7 +172,7 @@ def run_rung(settings: Settings, workload: Workload) -> dict[str, Any]:
         seconds.append(took)
         losses.append(loss.item() if loss.isfinite() else None)  # JSON has no NaN
     peak = peak_memory(device)
-    rate = measure_matmul(device, settings.dtype, 1.0)
+    rate = measure_matmul(device, config.dtype, 1.0)
     return {
         "seconds": seconds[workload.warmup :],
         "warmup_seconds": seconds[: workload.warmup],
@@ -182,14 +182,14 @@ def run_rung(settings: Settings, workload: Workload) -> dict[str, Any]:
     }
 
 
-def climb(
+def run_ladder(
     workload: Workload,
-    chosen: Sequence[str] | None = None,
+    step_names: Sequence[str] | None = None,
     rounds: int = 1,
     *,
-    rungs: Sequence[Rung] = RUNGS,
-    run: Run = in_fresh_process,
-    say: Say = silent,
+    steps: Sequence[LadderStep] = LADDER_STEPS,
+    run: RunFn = run_in_subprocess,
+    progress: ProgressFn = no_progress,
 ) -> list[dict[str, Any]]:
     """Climb the ladder; one record a rung, ready for JSON: see `compare`.
 
@@ -200,16 +200,16 @@ def climb(
     memory: what comes next may need less.
     """
     device = torch.device(workload.device)
-    settings, records, plan = Settings(), [], []
-    for rung in rungs:
-        obstacle = rung.obstacle(device)
-        trial = settings if obstacle else replace(settings, **rung.sets)
+    settings, records, plan = StepConfig(), [], []
+    for rung in steps:
+        obstacle = rung.unsupported_reason(device)
+        trial = settings if obstacle else replace(settings, **rung.overrides)
         keep = True
-        if chosen is None or rung.name in chosen:
-            record: dict[str, Any] = {"name": rung.name, "about": rung.about, "arithmetic": trial.arithmetic}
+        if step_names is None or rung.name in step_names:
+            record: dict[str, Any] = {"name": rung.name, "about": rung.description, "arithmetic": trial.arithmetic}
             records.append(record | {"reason": obstacle, "runs": []})
             if obstacle is None:
-                say(f"{workload.device}: {rung.name}: {rung.about}")
+                progress(f"{workload.device}: {rung.name}: {rung.description}")
                 keep = _add_run(records[-1], trial, workload, run)
                 plan.append((records[-1], trial))
         if keep:
@@ -217,22 +217,22 @@ def climb(
     for again in range(2, rounds + 1):
         for record, trial in plan:
             if record["reason"] is None:
-                say(f"{workload.device}: {record['name']}, round {again}")
+                progress(f"{workload.device}: {record['name']}, round {again}")
                 _add_run(record, trial, workload, run)
-    return compare(records, workload)
+    return compute_metrics(records, workload)
 
 
-def _add_run(record: dict[str, Any], settings: Settings, workload: Workload, run: Run) -> bool:
+def _add_run(record: dict[str, Any], config: StepConfig, workload: Workload, run: RunFn) -> bool:
     """Measure a rung once more. False when it cannot run, and the rungs above had better be without it."""
     try:
-        record["runs"].append(run(run_rung, settings, workload))
-    except Failed as failure:
+        record["runs"].append(run(run_step, config, workload))
+    except BenchmarkError as failure:
         record["reason"] = str(failure)
         return failure.out_of_memory
     return True
 
 
-def compare(records: list[dict[str, Any]], workload: Workload) -> list[dict[str, Any]]:
+def compute_metrics(records: list[dict[str, Any]], workload: Workload) -> list[dict[str, Any]]:
     """The records with what follows from their raw runs; a rung that did not run has only its `reason`.
 
     ms: median and quartiles of a step. tokens_per_second. flops_per_second: of the model, by `flops_per_token`.
@@ -242,16 +242,16 @@ def compare(records: list[dict[str, Any]], workload: Workload) -> list[dict[str,
     that ran (None: not a number). wrong: farther than `allowed`.
     """
     device = torch.device(workload.device)
-    known = known_accelerator(device_name(device))
+    known = find_accelerator(device_name(device))
     flops = flops_per_token(workload.config, workload.block_size)
     ran = [record for record in records if record["runs"]]
     for record in ran:
         runs, arithmetic = record["runs"], record["arithmetic"]
-        ms = milliseconds([seconds for one in runs for seconds in one["seconds"]])
+        ms = quartiles_ms([seconds for one in runs for seconds in one["seconds"]])
         speed = workload.tokens / ms["median"] * 1e3
         rates = [one["matmul"] for other in ran if other["arithmetic"] == arithmetic for one in other["runs"]]
         matmul = statistics.median(rates)
-        promised = None if known is None else _datasheet_rate(known, arithmetic)
+        promised = None if known is None else _datasheet_flops(known, arithmetic)
         record |= {
             "ms": ms,
             "tokens_per_second": speed,
@@ -261,13 +261,13 @@ def compare(records: list[dict[str, Any]], workload: Workload) -> list[dict[str,
             "datasheet": promised,
             "mfu_datasheet": None if promised is None else speed * flops / promised,
             "peak_memory": max(one["peak_memory"] for one in runs),
-        } | _verdict(record, ran[0])
+        } | _check_losses(record, ran[0])
     return records
 
 
-def _verdict(record: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+def _check_losses(record: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     losses, expected = record["runs"][0]["losses"], reference["runs"][0]["losses"]
-    allowed = max(TOLERANCE[record["arithmetic"]], TOLERANCE[reference["arithmetic"]])
+    allowed = max(LOSS_TOLERANCE[record["arithmetic"]], LOSS_TOLERANCE[reference["arithmetic"]])
     whole = all(loss is not None for loss in losses + expected)
     drift = max(abs(a - b) for a, b in zip(losses, expected, strict=True)) if whole else None
     return {
@@ -279,14 +279,14 @@ def _verdict(record: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _datasheet_rate(known: Accelerator, arithmetic: str) -> float:
+def _datasheet_flops(known: Accelerator, arithmetic: str) -> float:
     return {"bfloat16": known.bf16, "tf32": known.tf32, "float32": known.fp32}[arithmetic]
 
 
-def unsteadiness(records: Sequence[dict[str, Any]]) -> float:
+def matmul_rate_variation(records: Sequence[dict[str, Any]]) -> float:
     """How far the matmul rate moved between rungs of the same arithmetic: 0.2 when the best was 20% above the worst."""
     moved = [0.0]
-    for arithmetic in TOLERANCE:
+    for arithmetic in LOSS_TOLERANCE:
         rates = [one["matmul"] for r in records if r["arithmetic"] == arithmetic for one in r["runs"]]
         moved.append(max(rates, default=1.0) / min(rates, default=1.0) - 1)
     return max(moved)

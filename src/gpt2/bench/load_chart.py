@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2.bench.chart import BLUE, GREY, check_can_draw
+from gpt2.bench.chart import BLUE, GREY, check_chart_path
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -12,7 +12,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     Beside the throughput stands what it is of the engine's own, beside the 99th percentile between tokens what it is
     of the median. Raises UserError without matplotlib.
     """
-    check_can_draw(path)
+    check_chart_path(path)
     from matplotlib.figure import Figure
 
     rows = result["clients"]
@@ -28,12 +28,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         _line(axes, clients, [row[name]["p99"] for row in rows], GREY, f"99th percentile{times}")
         _line(axes, clients, [row[name]["median"] for row in rows], BLUE, "median")
     for row in rows:
-        _note(rates, row["clients"], row["tokens_per_second"], f"{row['of_engine']:.0%}", (4, -12))
+        _annotate(rates, row["clients"], row["tokens_per_second"], f"{row['of_engine']:.0%}", (4, -12))
         if ratio := row["between_tokens_p99_of_median"]:
-            _note(between, row["clients"], row["between_tokens_ms"]["p99"], f"{ratio:.1f}×", (-9, 7))
-    _finish(rates, "tokens a second, all clients together", clients)
-    _finish(first, "until the first token, ms", clients)
-    _finish(between, "from a token to the next, ms", clients)
+            _annotate(between, row["clients"], row["between_tokens_ms"]["p99"], f"{ratio:.1f}×", (-9, 7))
+    _format_axes(rates, "tokens a second, all clients together", clients)
+    _format_axes(first, "until the first token, ms", clients)
+    _format_axes(between, "from a token to the next, ms", clients)
     figure.savefig(path)
 
 
@@ -41,12 +41,12 @@ def _line(axes: Any, clients: list[int], values: list[float], colour: str, label
     axes.plot(clients, values, color=colour, marker="o", markersize=5, label=label)
 
 
-def _note(axes: Any, x: float, y: float, text: str, points: tuple[float, float]) -> None:
+def _annotate(axes: Any, x: float, y: float, text: str, offset: tuple[float, float]) -> None:
     """A word beside a point of the chart, that far from it."""
-    axes.annotate(text, (x, y), xytext=points, textcoords="offset points", ha="center", fontsize=8)
+    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8)
 
 
-def _finish(axes: Any, title: str, clients: list[int]) -> None:
+def _format_axes(axes: Any, title: str, clients: list[int]) -> None:
     from matplotlib.ticker import LogLocator
 
     low, high = axes.get_ylim()

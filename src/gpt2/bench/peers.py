@@ -14,41 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2.bench.ladder import TOLERANCE
+from gpt2.bench.ladder import LOSS_TOLERANCE
 from gpt2.bench.timing import (
-    Elsewhere,
-    Failed,
-    Here,
-    Say,
+    BenchmarkError,
+    InProcessRunner,
+    ProgressFn,
+    SubprocessRunner,
     Workload,
     adamw,
-    milliseconds,
-    silent,
+    backward_and_step,
+    no_progress,
+    quartiles_ms,
     timed,
-    update,
 )
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import sha256_of
+from gpt2.files import file_sha256
 from gpt2.hardware import measure_matmul, peak_memory, reset_peak_memory
 from gpt2.model import GPT
 from gpt2.planning.costs import flops_per_token
-from gpt2.runtime import autocast, can_compile, compile_blocks, manage_freed_memory
-from gpt2.weights import TRANSPOSED
+from gpt2.runtime import autocast, can_compile, compile_blocks, configure_malloc
+from gpt2.weights import CONV1D_WEIGHTS
 
 OURS = "gpt2"  # this program's name among the contestants
 PEERS = ("nanogpt", "transformers")
 MEMORY_STEPS = 3  # how many steps the peak memory is looked for in
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, T) each -> mean loss
-Peers = Mapping[str, str | None]  # a peer's name -> its checkout, if it is one
+LossFn = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, T) each -> mean loss
+PeerCheckouts = Mapping[str, str | None]  # a peer's name -> its checkout, if it is one
 
 
 @dataclass(frozen=True)
-class Contestant:
+class BenchmarkModel:
     """A model to be trained, and its loss in each mode: "eager" and, where it can be, "compiled"."""
 
     model: nn.Module
-    modes: dict[str, Loss]
+    modes: dict[str, LossFn]
     version: str | None = None
 
 
@@ -70,30 +70,30 @@ def parse_peers(given: list[str]) -> dict[str, str | None]:
     return peers
 
 
-def build(name: str, path: str | None, workload: Workload) -> Contestant:
+def build_model(name: str, checkout: str | None, workload: Workload) -> BenchmarkModel:
     """One contestant on the workload's device, with the weights that this program draws from the workload's seed."""
     torch.manual_seed(workload.seed)
     model = GPT(replace(workload.config, attention="sdpa"))
     device = torch.device(workload.device)
     if name == OURS:
-        contestant = _ours(model.to(device))
+        contestant = _build_ours(model.to(device))
     elif name == "nanogpt":
-        contestant = _nanogpt(model, Path(path or ""), device)
+        contestant = _build_nanogpt(model, Path(checkout or ""), device)
     else:
-        contestant = _transformers(model, device)
+        contestant = _build_transformers(model, device)
     if not can_compile(device):
         contestant.modes.pop("compiled")
     return contestant
 
 
-def _ours(model: GPT) -> Contestant:
+def _build_ours(model: GPT) -> BenchmarkModel:
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # the same weights, run another way
     compile_blocks(twin.transformer.h)
-    return Contestant(model, {"eager": model.loss, "compiled": twin.loss})
+    return BenchmarkModel(model, {"eager": model.loss, "compiled": twin.loss})
 
 
-def _nanogpt(ours: GPT, path: Path, device: torch.device) -> Contestant:
-    file = path / "model.py"
+def _build_nanogpt(ours: GPT, checkout: Path, device: torch.device) -> BenchmarkModel:
+    file = checkout / "model.py"
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     assert spec is not None
     assert spec.loader is not None
@@ -112,11 +112,11 @@ def _nanogpt(ours: GPT, path: Path, device: torch.device) -> Contestant:
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         return model(tokens, targets)[1]
 
-    version = "model.py sha256 " + sha256_of(file)[:12]
-    return Contestant(model, {"eager": loss, "compiled": torch.compile(loss)}, version)
+    version = "model.py sha256 " + file_sha256(file)[:12]
+    return BenchmarkModel(model, {"eager": loss, "compiled": torch.compile(loss)}, version)
 
 
-def _transformers(ours: GPT, device: torch.device) -> Contestant:
+def _build_transformers(ours: GPT, device: torch.device) -> BenchmarkModel:
     import transformers
 
     c = ours.config
@@ -137,7 +137,7 @@ def _transformers(ours: GPT, device: torch.device) -> Contestant:
         attn_implementation="sdpa",
     )
     model: Any = transformers.GPT2LMHeadModel(config)
-    weights = {name: p.t() if name.endswith(TRANSPOSED) else p for name, p in ours.state_dict().items()}
+    weights = {name: p.t() if name.endswith(CONV1D_WEIGHTS) else p for name, p in ours.state_dict().items()}
     _copy_weights(model, weights, "transformers")
     model.to(device).train()
 
@@ -145,50 +145,50 @@ def _transformers(ours: GPT, device: torch.device) -> Contestant:
         logits = model(tokens).logits
         return model.loss_function(logits, None, vocab_size=c.vocab_size, shift_labels=targets)
 
-    return Contestant(model, {"eager": loss, "compiled": torch.compile(loss)}, transformers.__version__)
+    return BenchmarkModel(model, {"eager": loss, "compiled": torch.compile(loss)}, transformers.__version__)
 
 
-def _copy_weights(model: nn.Module, weights: Mapping[str, Tensor], who: str) -> None:
+def _copy_weights(model: nn.Module, weights: Mapping[str, Tensor], peer_name: str) -> None:
     """Give a peer our first weights. Every parameter of its must be among them; buffers may be its own."""
     missing = {name for name, _ in model.named_parameters()} - set(weights)
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if missing or unknown:
         names = ", ".join(sorted([*missing, *unknown])[:3])
-        raise UserError(f"the parameters of {who} are not GPT-2's as this program knows them: {names}")
+        raise UserError(f"the parameters of {peer_name} are not GPT-2's as this program knows them: {names}")
 
 
-class Lane:
+class TrainVariant:
     """A contestant in training: bfloat16 autocast, gradients clipped to 1.0, fused AdamW.
 
     It is meant to run in a process of its own, where our trainer's settings for the process help no one else.
     """
 
-    def __init__(self, name: str, path: str | None, workload: Workload) -> None:
+    def __init__(self, name: str, checkout: str | None, workload: Workload) -> None:
         self._device = torch.device(workload.device)
         if name == OURS and self._device.type == "cpu":
-            manage_freed_memory(keep=True)
+            configure_malloc(keep_freed=True)
         torch.set_float32_matmul_precision("high")
-        self._contestant = build(name, path, workload)
+        self._contestant = build_model(name, checkout, workload)
         self._optimizer = adamw(self._contestant.model, workload.lr, fused=True)
         self._batches = workload.batches()
 
-    def about(self) -> tuple[str | None, list[str]]:
+    def info(self) -> tuple[str | None, list[str]]:
         """Its version and its modes."""
         return self._contestant.version, list(self._contestant.modes)
 
-    def step(self, mode: str, number: int) -> tuple[float, float]:
+    def step(self, mode: str, batch_index: int) -> tuple[float, float]:
         """Learn from batch `number` in a mode; the seconds it took, and the loss."""
-        batch = self._batches[number]
+        batch = self._batches[batch_index]
 
         def work() -> Tensor:
             with autocast(self._device, torch.bfloat16):
                 loss = self._contestant.modes[mode](*batch)
-            return update(loss, self._contestant.model, self._optimizer)
+            return backward_and_step(loss, self._contestant.model, self._optimizer)
 
         seconds, loss = timed(work, self._device)
         return seconds, loss.item()
 
-    def peak(self, mode: str) -> int:
+    def measure_peak_memory(self, mode: str) -> int:
         """Bytes at the peak of three steps, after one that builds all that stays."""
         for number in range(1 + MEMORY_STEPS):
             if number == 1:
@@ -197,7 +197,9 @@ class Lane:
         return peak_memory(self._device)
 
 
-def race(workload: Workload, peers: Peers, host: type[Here], say: Say) -> dict[str, Any]:
+def time_interleaved(
+    workload: Workload, peers: PeerCheckouts, runner_class: type[InProcessRunner], progress: ProgressFn
+) -> dict[str, Any]:
     """Time every contestant in every mode, in turns, so that whatever else the machine does hits all alike.
 
     Returns, by contestant, its version, the raw seconds by mode, and its first loss (from equal weights, on the same
@@ -205,73 +207,82 @@ def race(workload: Workload, peers: Peers, host: type[Here], say: Say) -> dict[s
     """
     found: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        lanes: list[tuple[str, str, Here]] = []
+        lanes: list[tuple[str, str, InProcessRunner]] = []
         for name, path in {OURS: None, **peers}.items():
             found[name] = {"reason": None, "modes": {}}
             try:
-                lane = stack.enter_context(host(Lane, name, path, workload))
+                lane = stack.enter_context(runner_class(TrainVariant, name, path, workload))
                 found[name]["version"], modes = lane.call("about")
-            except Failed as failure:
+            except BenchmarkError as failure:
                 found[name]["reason"] = str(failure)
                 continue
-            lanes += [(name, mode, lane) for mode in modes if _warmed_up(found[name], name, mode, lane, workload, say)]
-        say(f"{workload.device}: {workload.steps} rounds of {len(lanes)} steps in turns")
+            lanes += [
+                (name, mode, lane) for mode in modes if _warm_up(found[name], name, mode, lane, workload, progress)
+            ]
+        progress(f"{workload.device}: {workload.steps} rounds of {len(lanes)} steps in turns")
         said = time.monotonic()
         for number in range(workload.steps):
             if time.monotonic() - said > 15:
                 said = time.monotonic()
-                say(f"{workload.device}: round {number + 1} of {workload.steps}")
+                progress(f"{workload.device}: round {number + 1} of {workload.steps}")
             for name, mode, lane in lanes:
                 seconds, _ = lane.call("step", mode, workload.warmup + number)
                 found[name]["modes"][mode]["seconds"].append(seconds)
     return found
 
 
-def _warmed_up(one: dict[str, Any], name: str, mode: str, lane: Here, workload: Workload, say: Say) -> bool:
+def _warm_up(
+    record: dict[str, Any], name: str, mode: str, variant: InProcessRunner, workload: Workload, progress: ProgressFn
+) -> bool:
     """Do a mode's warm-up steps, and note the contestant's first loss; whether it runs at all."""
-    say(f"{workload.device}: {name}, {mode}: warm-up")
+    progress(f"{workload.device}: {name}, {mode}: warm-up")
     try:
-        first = [lane.call("step", mode, number)[1] for number in range(workload.warmup)]
-    except Failed as failure:
-        one["modes"][mode] = {"reason": str(failure)}
+        first = [variant.call("step", mode, number)[1] for number in range(workload.warmup)]
+    except BenchmarkError as failure:
+        record["modes"][mode] = {"reason": str(failure)}
         return False
-    one.setdefault("first_loss", first[0] if math.isfinite(first[0]) else None)
-    one["modes"][mode] = {"seconds": []}
+    record.setdefault("first_loss", first[0] if math.isfinite(first[0]) else None)
+    record["modes"][mode] = {"seconds": []}
     return True
 
 
-def compete(workload: Workload, peers: Peers, host: type[Here] = Elsewhere, say: Say = silent) -> dict[str, Any]:
+def compare_with_peers(
+    workload: Workload,
+    peers: PeerCheckouts,
+    runner_class: type[InProcessRunner] = SubprocessRunner,
+    progress: ProgressFn = no_progress,
+) -> dict[str, Any]:
     """The race, and the peak memory of each in its best mode, each alone in a process of its own. See `rank`.
 
     A race that broke off, for want of memory say, has no contestants, and the `reason`.
     """
     try:
-        contestants = race(workload, peers, host, say)
-    except Failed as failure:
+        contestants = time_interleaved(workload, peers, runner_class, progress)
+    except BenchmarkError as failure:
         return {"contestants": {}, "matmul": None, "reason": str(failure)}
     for name, one in contestants.items():
         best = best_mode(one["modes"])
         if best is None:
             one["reason"] = one["reason"] or next(mode["reason"] for mode in one["modes"].values())
             continue
-        say(f"{workload.device}: {name}, {best}: peak memory")
+        progress(f"{workload.device}: {name}, {best}: peak memory")
         try:
             alone = replace(workload, warmup=1, steps=MEMORY_STEPS)
-            with host(Lane, name, peers.get(name), alone) as lane:
+            with runner_class(TrainVariant, name, peers.get(name), alone) as lane:
                 one["peak_memory"] = lane.call("peak", best)
-        except Failed as failure:
+        except BenchmarkError as failure:
             one["peak_memory_reason"] = str(failure)
     rate = measure_matmul(torch.device(workload.device), torch.bfloat16, 1.0)
-    return rank({"contestants": contestants, "matmul": rate, "reason": None}, workload)
+    return compute_metrics({"contestants": contestants, "matmul": rate, "reason": None}, workload)
 
 
 def best_mode(modes: Mapping[str, dict[str, Any]]) -> str | None:
     """The mode with the lowest median time; None when none could be timed."""
-    timed_modes = {name: milliseconds(mode["seconds"])["median"] for name, mode in modes.items() if mode.get("seconds")}
+    timed_modes = {name: quartiles_ms(mode["seconds"])["median"] for name, mode in modes.items() if mode.get("seconds")}
     return min(timed_modes, key=timed_modes.__getitem__) if timed_modes else None
 
 
-def rank(raw: dict[str, Any], workload: Workload) -> dict[str, Any]:
+def compute_metrics(raw: dict[str, Any], workload: Workload) -> dict[str, Any]:
     """The raw result with what follows from it, for each contestant that ran.
 
     best: its faster mode; ms, tokens_per_second and mfu (against the matmul rate of this run) are of that.
@@ -284,7 +295,7 @@ def rank(raw: dict[str, Any], workload: Workload) -> dict[str, Any]:
     for one in ran.values():
         for mode in one["modes"].values():
             if mode.get("seconds"):
-                mode["ms"] = milliseconds(mode["seconds"])
+                mode["ms"] = quartiles_ms(mode["seconds"])
         best = best_mode(one["modes"])
         assert best is not None
         speed = workload.tokens / one["modes"][best]["ms"]["median"] * 1e3
@@ -298,5 +309,5 @@ def rank(raw: dict[str, Any], workload: Workload) -> dict[str, Any]:
         if "peak_memory" in one and "peak_memory" in ours:
             one["memory_ratio"] = ours["peak_memory"] / one["peak_memory"]
         losses = one["first_loss"], ours["first_loss"]
-        one["wrong"] = None in losses or abs(losses[0] - losses[1]) > TOLERANCE["bfloat16"]
+        one["wrong"] = None in losses or abs(losses[0] - losses[1]) > LOSS_TOLERANCE["bfloat16"]
     return raw

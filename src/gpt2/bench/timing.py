@@ -28,10 +28,10 @@ from gpt2.runtime import synchronize
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
-Say = Callable[[str], None]  # takes one line about how far we are
-Run = Callable[..., Any]  # `in_fresh_process`, or `in_this_process`
+ProgressFn = Callable[[str], None]  # takes one line about how far we are
+RunFn = Callable[..., Any]  # `in_fresh_process`, or `in_this_process`
 
-CONTEXT = 1024  # GPT-2's own: the position table is this long however short the sequences are
+CONTEXT_LENGTH = 1024  # GPT-2's own: the position table is this long however short the sequences are
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class Workload:
         return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
 
 
-def silent(line: str) -> None:
+def no_progress(line: str) -> None:
     """A `Say` that says nothing."""
 
 
-class Failed(Exception):
+class BenchmarkError(Exception):
     """Something that was to be measured could not run; the message is the reason, in one line."""
 
     def __init__(self, reason: str, out_of_memory: bool = False) -> None:
@@ -94,7 +94,7 @@ def adamw(model: nn.Module, lr: float, **kernels: bool) -> AdamW:
     return AdamW(parameter_groups(model.parameters(), 0.1), lr=lr, betas=(0.9, 0.95), **kernels)
 
 
-def update(loss: Tensor, model: nn.Module, optimizer: AdamW) -> Tensor:
+def backward_and_step(loss: Tensor, model: nn.Module, optimizer: AdamW) -> Tensor:
     """The second half of a training step: backward, gradients clipped to 1.0, one step. Returns the loss, detached."""
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,36 +103,36 @@ def update(loss: Tensor, model: nn.Module, optimizer: AdamW) -> Tensor:
     return loss.detach()
 
 
-def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
+def timed(function: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """Seconds until `work` is done on the device too, and its result."""
     synchronize(device)
     began = time.perf_counter()
-    result = work()
+    result = function()
     synchronize(device)
     return time.perf_counter() - began, result
 
 
-def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+def quartiles_ms(seconds: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of raw times, in milliseconds: ``{"median": ..., "low": ..., "high": ...}``."""
     low, median, high = statistics.quantiles([*seconds] * (2 if len(seconds) < 2 else 1), n=4, method="inclusive")
     return {"median": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
 
 
-def in_this_process(work: Callable[..., T], *arguments: Any) -> T:
+def run_in_process(function: Callable[..., T], *arguments: Any) -> T:
     """``work(*arguments)``, with what stops it told as `Failed`: no memory, no compiler, a kernel that is missing."""
     try:
-        return work(*arguments)
+        return function(*arguments)
     except (RuntimeError, MemoryError, UserError, ImportError) as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
-        raise Failed(f"out of memory: {text}" if no_memory else text[:200], no_memory) from error
+        raise BenchmarkError(f"out of memory: {text}" if no_memory else text[:200], no_memory) from error
 
 
-class Here:
+class InProcessRunner:
     """What ``make(*arguments)`` gives, called by the names of its methods, as in `Elsewhere`, but in this process."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        self._object = in_this_process(make, *arguments)
+        self._object = run_in_process(make, *arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -142,10 +142,10 @@ class Here:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The method's result. Raises Failed with the reason when there is none."""
-        return in_this_process(getattr(self._object, method), *arguments)
+        return run_in_process(getattr(self._object, method), *arguments)
 
 
-class Elsewhere(Here):
+class SubprocessRunner(InProcessRunner):
     """The same in a new Python, so that memory, compiled code and settings are its own.
 
     `make` has to be a function or class of a module, and everything that goes in or comes out picklable.
@@ -155,11 +155,11 @@ class Elsewhere(Here):
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_host, args=(theirs, make, arguments))
+        self._process = spawn.Process(target=_serve_calls, args=(theirs, make, arguments))
         self._process.start()
         theirs.close()
         try:
-            self._answer()
+            self._receive()
         except BaseException:
             self.__exit__()
             raise
@@ -173,26 +173,26 @@ class Elsewhere(Here):
     def call(self, method: str, *arguments: Any) -> Any:
         with contextlib.suppress(OSError):  # the process is gone: the answer says why
             self._pipe.send((method, arguments))
-        return self._answer()
+        return self._receive()
 
-    def _answer(self) -> Any:
+    def _receive(self) -> Any:
         try:
             answer = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
-            raise Failed(*_end_of(self._process.exitcode or 0)) from None
-        if isinstance(answer, Failed):
+            raise BenchmarkError(*_exit_reason(self._process.exitcode or 0)) from None
+        if isinstance(answer, BenchmarkError):
             raise answer
         return answer
 
 
-def _host(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _serve_calls(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """In the new process: make the object, and answer the calls of its methods until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both: the parent ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
-        made = Here(make, *arguments)
-    except Failed as failure:
+        made = InProcessRunner(make, *arguments)
+    except BenchmarkError as failure:
         pipe.send(failure)
         return
     pipe.send(None)
@@ -201,34 +201,34 @@ def _host(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]
             method, given = pipe.recv()
             try:
                 answer = made.call(method, *given)
-            except Failed as failure:
+            except BenchmarkError as failure:
                 answer = failure
             pipe.send(answer)
 
 
-class _Work:
-    def __init__(self, work: Callable[..., Any]) -> None:
-        self.do = work
+class _FunctionHolder:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.do = function
 
 
-def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
+def run_in_subprocess(function: Callable[..., T], *arguments: Any) -> T:
     """``work(*arguments)`` in a new Python: see `Elsewhere`."""
-    with Elsewhere(_Work, work) as other:
+    with SubprocessRunner(_FunctionHolder, function) as other:
         return other.call("do", *arguments)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
 
 
-def _end_of(code: int) -> tuple[str, bool]:
+def _exit_reason(exit_code: int) -> tuple[str, bool]:
     """Why a process that gave no answer ended, and whether for want of memory."""
-    if code >= 0:
-        return f"its process ended with code {code} (see above)", False
-    name = signal.Signals(-code).name
+    if exit_code >= 0:
+        return f"its process ended with code {exit_code} (see above)", False
+    name = signal.Signals(-exit_code).name
     if name == "SIGKILL":
         return "out of memory: the system killed the process (SIGKILL)", True
     return f"its process was ended by {name}", False

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int | None:
     return BENCHMARKS[argv[0]](argv[1:])
 
 
-def draw_again(argv: list[str]) -> None:
+def redraw_chart(argv: list[str]) -> None:
     """`gpt2 bench chart`"""
     parser = Parser(prog="gpt2 bench chart", description="Draw the chart of a result that --json wrote.")
     parser.add_argument("result", type=Path, metavar="FILE.json")
@@ -39,8 +39,8 @@ def draw_again(argv: list[str]) -> None:
 
 
 BENCHMARKS = {
-    "train": bench_train.train,
+    "train": bench_train.main,
     "generate": bench_generate.main,
     "serve": bench_serve.main,
-    "chart": draw_again,
+    "chart": redraw_chart,
 }

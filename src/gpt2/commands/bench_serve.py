@@ -9,15 +9,15 @@ import torch
 from rich.table import Table
 
 from gpt2.bench import load_chart
-from gpt2.bench.decode import Decoding
-from gpt2.bench.load import cold_start, measure
-from gpt2.bench.timing import CONTEXT, Elsewhere, Failed, environment
+from gpt2.bench.decode import DecodeWorkload
+from gpt2.bench.load import cold_start, measure_serving
+from gpt2.bench.timing import CONTEXT_LENGTH, BenchmarkError, SubprocessRunner, environment
 from gpt2.cli import Parser
-from gpt2.commands.bench_output import check_outputs, say, wide_console, write
+from gpt2.commands.bench_output import check_outputs, print_progress, wide_console, write_json
 from gpt2.errors import UserError, did_you_mean, missing_extra
 from gpt2.generation.inference import PRECISIONS
 from gpt2.hardware import device_name
-from gpt2.model import OPENAI_SIZES, GPTConfig
+from gpt2.model import OPENAI_CONFIGS, GPTConfig
 from gpt2.runtime import pick_device
 from gpt2.weights import load
 
@@ -33,27 +33,27 @@ def main(argv: list[str]) -> int:
     except ImportError as error:
         raise missing_extra(error.name or "FastAPI", "serve", "gpt2 bench serve") from error
     check_outputs(args.json, args.chart)
-    work = Decoding(
+    work = DecodeWorkload(
         device=str(pick_device(args.device)),
         config=_config(args),
         model=args.model,
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
-        batch_sizes=_numbers(args.clients),
+        batch_sizes=_parse_client_counts(args.clients),
         rounds=args.rounds,
     )
     result: dict[str, Any] = {"kind": KIND, **environment(), "device": work.device, "precision": args.dtype}
-    result |= {"name": device_name(torch.device(work.device)), "workload": _described(work), "cold_start": None}
+    result |= {"name": device_name(torch.device(work.device)), "workload": _workload_record(work), "cold_start": None}
     try:
         if args.model is not None:
-            say("a cold start")
+            print_progress("a cold start")
             result["cold_start"] = cold_start(work, args.dtype)
-        keep = lambda found: write(args.json, result | {"clients": found})  # noqa: E731
-        result["clients"] = measure(work, args.dtype, Elsewhere, say, keep)
-    except Failed as failure:
+        keep = lambda found: write_json(args.json, result | {"clients": found})  # noqa: E731
+        result["clients"] = measure_serving(work, args.dtype, SubprocessRunner, print_progress, keep)
+    except BenchmarkError as failure:
         raise UserError(f"the server cannot be measured: {failure}") from failure
-    write(args.json, result)
-    _show(result)
+    write_json(args.json, result)
+    _print_results(result)
     if args.chart is not None:
         load_chart.draw(result, args.chart)
     return 0
@@ -65,25 +65,27 @@ def _parse(argv: list[str]) -> Namespace:
         description="What clients get from `gpt2 serve`: tokens/s, time to the first token and between tokens, beside "
         "the engine's own rate in the same run. Server and clients are processes of their own, on this machine.",
     )
-    parser.flag("device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
-    parser.flag("dtype", default="float32", help=f"{', '.join(PRECISIONS)} [float32]")
-    parser.flag("model", metavar="MODEL", help="a run folder, a model folder, or a hub name [random weights]")
-    parser.flag("shape", default="gpt2", metavar="NAME", help=f"of random weights: {', '.join(OPENAI_SIZES)} [gpt2]")
+    parser.add_flag("device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    parser.add_flag("dtype", default="float32", help=f"{', '.join(PRECISIONS)} [float32]")
+    parser.add_flag("model", metavar="MODEL", help="a run folder, a model folder, or a hub name [random weights]")
+    parser.add_flag(
+        "shape", default="gpt2", metavar="NAME", help=f"of random weights: {', '.join(OPENAI_CONFIGS)} [gpt2]"
+    )
     for flag in ("n-layer", "n-head", "n-embd", "vocab-size"):
-        parser.flag(flag, type=int, metavar="INT", help="instead of that shape's")
-    parser.flag("clients", default="1,8,32,128", metavar="LIST", help="how many at a time [1,8,32,128]")
-    parser.flag("prompt-tokens", type=int, default=64, metavar="INT", help="in each text's prompt [64]")
-    parser.flag("new-tokens", type=int, default=64, metavar="INT", help="that follow it [64]")
-    parser.flag("rounds", type=int, default=3, metavar="INT", help="everything is timed so many times [3]")
-    parser.flag("json", type=Path, metavar="FILE", help="write everything measured")
-    parser.flag("chart", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
+        parser.add_flag(flag, type=int, metavar="INT", help="instead of that shape's")
+    parser.add_flag("clients", default="1,8,32,128", metavar="LIST", help="how many at a time [1,8,32,128]")
+    parser.add_flag("prompt-tokens", type=int, default=64, metavar="INT", help="in each text's prompt [64]")
+    parser.add_flag("new-tokens", type=int, default=64, metavar="INT", help="that follow it [64]")
+    parser.add_flag("rounds", type=int, default=3, metavar="INT", help="everything is timed so many times [3]")
+    parser.add_flag("json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_flag("chart", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
     args = parser.parse_args(argv)
     if args.dtype not in PRECISIONS:
         raise UserError(f"there is no precision '{args.dtype}'{did_you_mean(args.dtype, PRECISIONS)}")
     return args
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _parse_client_counts(text: str) -> tuple[int, ...]:
     """How many clients, each once, the fewest first. Raises UserError for what is no number."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(word.isdecimal() and 1 <= int(word) <= 1000 for word in words):
@@ -95,21 +97,23 @@ def _config(args: Namespace) -> GPTConfig:
     """The model's shape."""
     if args.model is not None:
         return load(args.model)[0].config
-    if args.shape not in OPENAI_SIZES:
-        hint = did_you_mean(args.shape, OPENAI_SIZES)
-        raise UserError(f"--shape {args.shape} is not one of {', '.join(OPENAI_SIZES)}{hint}")
+    if args.shape not in OPENAI_CONFIGS:
+        hint = did_you_mean(args.shape, OPENAI_CONFIGS)
+        raise UserError(f"--shape {args.shape} is not one of {', '.join(OPENAI_CONFIGS)}{hint}")
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     given = {name: value for name, value in shape.items() if value is not None}
-    return replace(OPENAI_SIZES[args.shape], block_size=max(CONTEXT, args.prompt_tokens + args.new_tokens), **given)
+    return replace(
+        OPENAI_CONFIGS[args.shape], block_size=max(CONTEXT_LENGTH, args.prompt_tokens + args.new_tokens), **given
+    )
 
 
-def _described(work: Decoding) -> dict[str, Any]:
-    about = asdict(work)
+def _workload_record(workload: DecodeWorkload) -> dict[str, Any]:
+    about = asdict(workload)
     shape = about.pop("config")
     return {name: shape[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | about
 
 
-def _show(result: dict[str, Any]) -> None:
+def _print_results(result: dict[str, Any]) -> None:
     console, w = wide_console(), result["workload"]
     shape = f"{w['n_layer']} layers of {w['n_embd']}, {w['new_tokens']} tokens after {w['prompt_tokens']}"
     console.print(f"{result['device']}: {result['name']}; {shape}, {result['precision']}", markup=False)

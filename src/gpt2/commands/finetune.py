@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.train import add_training_flags, agreed_config, sampler_of, training_config
-from gpt2.config import read_toml, to_toml, with_values
-from gpt2.distributed.process_group import joined
+from gpt2.commands.train import add_training_flags, broadcast_config, make_sampler, resolve_config
+from gpt2.config import read_toml, to_toml, with_overrides
+from gpt2.distributed.process_group import process_group
 from gpt2.errors import UserError
 from gpt2.train.comparison import compare
 from gpt2.train.recipes import RECIPES
 from gpt2.train.trainer import Interrupted, Sampler, train
 
-LORA_LR = 5e-4  # adapters begin as nothing, and bear ten times what the weights do
-NOT_OURS = ("init_from", "n_layer", "n_head", "n_embd")  # the model says
+DEFAULT_LORA_LR = 5e-4  # adapters begin as nothing, and bear ten times what the weights do
+EXCLUDED_FLAGS = ("init_from", "n_layer", "n_head", "n_embd")  # the model says
 
 
 def main(argv: list[str]) -> int:
@@ -26,33 +26,33 @@ def main(argv: list[str]) -> int:
         epilog="gpt2 data inspect SOURCE shows what would be learned. --resume RUN goes on with a run that stopped.",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a run folder, or a hub name")
-    parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
-    add_training_flags(parser, RECIPES["finetune"], without=NOT_OURS, quiet=())
-    with joined() as ranks:
-        with ranks.together():
+    parser.add_flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
+    add_training_flags(parser, RECIPES["finetune"], exclude=EXCLUDED_FLAGS, hidden=())
+    with process_group() as ranks:
+        with ranks.raise_on_all_ranks():
             given = vars(parser.parse_args(argv))
             print_only = given.pop("print_config")
-            given = tuning_flags(given.pop("model"), given)
-            asked = with_values(RECIPES["finetune"], given, "the command line")
-        config = agreed_config(ranks, asked, lambda: training_config("finetune", given))
+            given = finetune_settings(given.pop("model"), given)
+            asked = with_overrides(RECIPES["finetune"], given, "the command line")
+        config = broadcast_config(ranks, asked, lambda: resolve_config("finetune", given))
         if print_only:
-            if ranks.main:
+            if ranks.is_main_process:
                 print(to_toml(config), end="")
             return 0
-        sampler = sampler_of(config)
+        sampler = make_sampler(config)
         try:
             folder = train(config, sampler, ranks)
         except Interrupted as stop:
-            if ranks.main:
+            if ranks.is_main_process:
                 print(f"gpt2: {str(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)
             return stop.exit_code
-        with ranks.together():
-            if ranks.main:
-                _tell(folder, sampler)
+        with ranks.raise_on_all_ranks():
+            if ranks.is_main_process:
+                _report_comparison(folder, sampler)
     return 0
 
 
-def _tell(folder: Path, sampler: Sampler) -> None:
+def _report_comparison(folder: Path, sampler: Sampler) -> None:
     """What a run that is over has changed, in its report and on standard error; and where it is."""
     told = compare(read_toml(folder / "config.toml"), folder, sampler).markdown()
     with (folder / "report.md").open("a", encoding="utf-8") as report:
@@ -61,18 +61,18 @@ def _tell(folder: Path, sampler: Sampler) -> None:
     print(folder)
 
 
-def tuning_flags(model: str | None, given: dict[str, Any]) -> dict[str, Any]:
+def finetune_settings(model: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """What the flags of `gpt2 finetune` come to, over its recipe's values or a resumed run's."""
-    if given.get("resume", "never") in ("never", "auto"):
+    if flags.get("resume", "never") in ("never", "auto"):
         if model is None:
             raise UserError("gpt2 finetune needs a MODEL to begin with: a model folder, a run folder, or a hub name")
-        given = {"init_from": model, **given}
-        if given.get("lora_rank"):
-            given = {"lr": LORA_LR, **given}
-        if "max_steps" in given:
-            given = {"epochs": 0.0, **given}
-        if "data" not in given:
+        flags = {"init_from": model, **flags}
+        if flags.get("lora_rank"):
+            flags = {"lr": DEFAULT_LORA_LR, **flags}
+        if "max_steps" in flags:
+            flags = {"epochs": 0.0, **flags}
+        if "data" not in flags:
             raise UserError("gpt2 finetune needs --data SOURCE: text, or rows of prompts and answers")
     elif model is not None:
         raise UserError("--resume goes on with a run's own model: leave MODEL out")
-    return given
+    return flags

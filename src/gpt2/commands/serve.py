@@ -9,12 +9,12 @@ from dataclasses import fields
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_model_flags, load_plain, template_from
+from gpt2.commands.decoding import add_model_flags, load_model, template_from_args
 from gpt2.errors import UserError, missing_extra
-from gpt2.generation.inference import accelerated
+from gpt2.generation.inference import prepare_for_inference
 from gpt2.hardware import GiB
 from gpt2.serve.limits import Limits
-from gpt2.templates import Template
+from gpt2.templates import ChatTemplate
 
 
 def main(argv: list[str]) -> int:
@@ -36,23 +36,25 @@ def _parse(argv: list[str]) -> Namespace:
         "SIGTERM or Ctrl-C: what runs is finished, nothing new is taken.",
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="run folders, model folders, or hub names")
-    parser.flag("host", default="127.0.0.1", metavar="ADDRESS", help="where to listen [127.0.0.1: this machine only]")
-    parser.flag("port", type=int, default=8000, metavar="INT", help="0 for a free one [8000]")
-    parser.flag(
+    parser.add_flag(
+        "host", default="127.0.0.1", metavar="ADDRESS", help="where to listen [127.0.0.1: this machine only]"
+    )
+    parser.add_flag("port", type=int, default=8000, metavar="INT", help="0 for a free one [8000]")
+    parser.add_flag(
         "api-key",
         action="append",
         metavar="KEY",
         help="clients have to send one of these; may be given several times [$GPT2_API_KEY]",
     )
-    parser.flag("no-api-key", action="store_true", help="anybody may ask, even from other machines")
-    parser.flag(
+    parser.add_flag("no-api-key", action="store_true", help="anybody may ask, even from other machines")
+    parser.add_flag(
         "allowed-host",
         action="append",
         default=[],
         metavar="NAME",
         help="another name the server is called by, as behind a proxy; may be given several times",
     )
-    parser.flag(
+    parser.add_flag(
         "trusted-proxy",
         action="append",
         default=[],
@@ -62,11 +64,11 @@ def _parse(argv: list[str]) -> Namespace:
     for limit in fields(Limits):
         name, kind, default = limit.name.replace("_", "-"), type(limit.default), limit.default
         about = f"{limit.metadata['help']} [{default:g}]"
-        parser.flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=about)
-    parser.flag("context", type=int, metavar="INT", help="tokens a text may look back over [the model's]")
-    parser.flag("grace", type=float, default=30.0, metavar="SECONDS", help="to finish what runs, at the end [30]")
-    parser.flag("log-requests", action="store_true", help="a line for each request, without its text")
-    parser.flag("log-prompts", action="store_true", help="the same, with its text")
+        parser.add_flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=about)
+    parser.add_flag("context", type=int, metavar="INT", help="tokens a text may look back over [the model's]")
+    parser.add_flag("grace", type=float, default=30.0, metavar="SECONDS", help="to finish what runs, at the end [30]")
+    parser.add_flag("log-requests", action="store_true", help="a line for each request, without its text")
+    parser.add_flag("log-prompts", action="store_true", help="the same, with its text")
     add_model_flags(parser)
     return parser.parse_args(argv)
 
@@ -78,12 +80,12 @@ def _serve(args: Namespace) -> int:
 
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     loopback = is_loopback(args.host)
-    keys = _keys(args, loopback)
+    keys = _api_keys(args, loopback)
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port must be 0 to 65535, not {args.port}")
     hosts = [*LOOPBACK_HOSTS, args.host.strip("[]"), *args.allowed_host] if loopback or args.allowed_host else None
     with bind_socket(args.host, args.port) as bound:  # before the models are read: what cannot be is better known soon
-        models = _load(args, limits)
+        models = _load_models(args, limits)
         app = create_app(models, limits, AccessPolicy(keys, hosts), args.log_prompts)
         if args.log_requests or args.log_prompts:
             logging.getLogger("gpt2.serve").setLevel(logging.INFO)
@@ -92,16 +94,16 @@ def _serve(args: Namespace) -> int:
             gc.collect()
             gc.freeze()  # or to search all of the libraries for garbage would stop every text for a tenth of a second
             slots = f"{limits.slots} slots, {_cache_bytes(models) / GiB:.2f} GiB of cache"
-            _say(f"serving {', '.join(models)} at {base_url(bound)} ({slots})")
+            _log(f"serving {', '.join(models)} at {base_url(bound)} ({slots})")
 
         server = Server(app, list(models.values()), args.grace, ready, args.trusted_proxy)
         server.run(sockets=[bound])
     if server.broken:
-        _say("a model's thread has died (see above)")
+        _log("a model's thread has died (see above)")
     return int(server.broken)
 
 
-def _keys(args: Namespace, loopback: bool) -> list[str]:
+def _api_keys(args: Namespace, loopback: bool) -> list[str]:
     """The API keys. Raises UserError for a server that anybody could use, unless that is what is wanted."""
     given = args.api_key or [os.environ.get("GPT2_API_KEY", "")]
     keys = [key for key in given if key]
@@ -118,9 +120,9 @@ def _keys(args: Namespace, loopback: bool) -> list[str]:
     return [] if args.no_api_key else keys
 
 
-def _load(args: Namespace, limits: Limits) -> dict[str, Any]:
+def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
     """The models by their names, ready to be served."""
-    from gpt2.serve.models import served_model_name, create_served_model
+    from gpt2.serve.models import create_served_model, served_model_name
 
     if args.context is not None and args.context < 1:
         raise UserError(f"--context must be at least 1, not {args.context}")
@@ -129,9 +131,9 @@ def _load(args: Namespace, limits: Limits) -> dict[str, Any]:
         name = served_model_name(ref)
         if name in models:
             raise UserError(f"two models are called {name}: clients could not tell them apart")
-        plain, tokenizer = load_plain(args, ref)
-        fast = accelerated(plain, args.dtype)
-        template = template_from(args, ref) or Template()
+        plain, tokenizer = load_model(args, ref)
+        fast = prepare_for_inference(plain, args.dtype)
+        template = template_from_args(args, ref) or ChatTemplate()
         models[name] = create_served_model(name, plain, fast, tokenizer, limits, template, args.context)
     return models
 
@@ -140,5 +142,5 @@ def _cache_bytes(models: dict[str, Any]) -> int:
     return sum(served.scheduler.cache_bytes for served in models.values())
 
 
-def _say(line: str) -> None:
-    print(f"gpt2: {line}", file=sys.stderr, flush=True)
+def _log(message: str) -> None:
+    print(f"gpt2: {message}", file=sys.stderr, flush=True)

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpt2.data.loader import Batch, Batches, Loader, evaluation_batches
+from gpt2.data.loader import Batch, BatchLoader, TokenLoader, evaluation_batches
 from gpt2.data.shards import ShardsMeta, TokenShards
 from gpt2.tokenizer import Tokenizer
 
-_PROMPT_TOKENS, _ANSWER_TOKENS = 24, 48
-_BLOCKS, _BLOCK_BYTES = 16, 1 << 16  # how much of each shard its fingerprint reads
+_PROMPT_TOKENS, _CONTINUATION_TOKENS = 24, 48
+_HASHED_BLOCKS, _HASHED_BLOCK_BYTES = 16, 1 << 16  # how much of each shard its fingerprint reads
 
 
 class Dataset(Protocol):
@@ -47,15 +47,15 @@ class Dataset(Protocol):
         """Sixteen hex digits that change when the tokens do, or what they stand for, or what of them is learned."""
         ...
 
-    def loader(self, batch_size: int, block_size: int, seed: int) -> Batches:
+    def loader(self, batch_size: int, block_size: int, seed: int) -> BatchLoader:
         """Batches to learn from. Raises UserError when there is too little for one."""
         ...
 
-    def validation(self, rows: int, block_size: int, max_tokens: int | None) -> Iterator[Batch]:
+    def validation_batches(self, batch_size: int, block_size: int, max_tokens: int | None) -> Iterator[Batch]:
         """What is held out, in order, each target once, at most `max_tokens` of them."""
         ...
 
-    def token_counts(self, most: int) -> np.ndarray:
+    def token_counts(self, max_tokens: int) -> np.ndarray:
         """How often each token occurs in what is learned from, int64 (vocab_size,); of a sample of about `most`."""
         ...
 
@@ -65,7 +65,7 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenData:
+class TokenDataset:
     """Text as shards of tokens, in two splits.
 
     separate: do documents not see each other where they share a row? Else each row is one text.
@@ -77,7 +77,7 @@ class TokenData:
     val: TokenShards | None  # None where nothing was held out, or too little to predict a token of
     tokenizer: Tokenizer
     meta: ShardsMeta | None  # None for shards that another program made
-    separate: bool = False
+    separate_documents: bool = False
 
     @property
     def train_tokens(self) -> int:
@@ -110,23 +110,25 @@ class TokenData:
                 for file in self.meta.splits[split].files:
                     digest.update(f"{split} {file.tokens} {file.sha256}\n".encode())
             for path in shards.paths:
-                _add_blocks(digest, path)
+                _hash_sampled_blocks(digest, path)
         return digest.hexdigest()[:16]
 
-    def loader(self, batch_size: int, block_size: int, seed: int) -> Loader:
+    def loader(self, batch_size: int, block_size: int, seed: int) -> TokenLoader:
         """See `Dataset`."""
-        return Loader(self.train, batch_size, block_size, seed, begin=self._begin)
+        return TokenLoader(self.train, batch_size, block_size, seed, document_start_token=self._document_start_token)
 
-    def validation(self, rows: int, block_size: int, max_tokens: int | None) -> Iterator[Batch]:
+    def validation_batches(self, batch_size: int, block_size: int, max_tokens: int | None) -> Iterator[Batch]:
         """See `Dataset`."""
         if self.val is None:
             return iter(())
-        return evaluation_batches(self.val, rows, block_size, max_tokens, begin=self._begin)
+        return evaluation_batches(
+            self.val, batch_size, block_size, max_tokens, document_start_token=self._document_start_token
+        )
 
-    def token_counts(self, most: int) -> np.ndarray:
+    def token_counts(self, max_tokens: int) -> np.ndarray:
         """See `Dataset`; of more than `most` tokens, pieces from all over the data are counted."""
         piece = 1 << 22
-        step = piece * math.ceil(len(self.train) / most)
+        step = piece * math.ceil(len(self.train) / max_tokens)
         counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
         for start in range(0, len(self.train), step):
             some = self.train.read(start, min(start + piece, len(self.train)))
@@ -136,7 +138,7 @@ class TokenData:
     def prompts(self, count: int) -> list[tuple[str, str]]:
         """See `Dataset`; they lie evenly spread over the text."""
         tokens = self.train if self.val is None else self.val
-        length = min(_PROMPT_TOKENS + _ANSWER_TOKENS, len(tokens))
+        length = min(_PROMPT_TOKENS + _CONTINUATION_TOKENS, len(tokens))
         found = []
         for start in range(0, len(tokens) - length + 1, max(1, len(tokens) // count)):
             ids = tokens.read(start, start + length).tolist()
@@ -145,15 +147,15 @@ class TokenData:
         return found[:count]
 
     @property
-    def _begin(self) -> int | None:
-        return self.tokenizer.end_of_text if self.separate else None
+    def _document_start_token(self) -> int | None:
+        return self.tokenizer.end_of_text if self.separate_documents else None
 
 
-def _add_blocks(digest: Any, path: Path) -> None:
+def _hash_sampled_blocks(digest: Any, path: Path) -> None:
     """Put a file's size and blocks spread over it, first and last among them, into a digest; a small file's all."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         digest.update(f"{size}\n".encode())
-        for block in range(_BLOCKS):
-            file.seek(max(0, size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
-            digest.update(file.read(_BLOCK_BYTES))
+        for block in range(_HASHED_BLOCKS):
+            file.seek(max(0, size - _HASHED_BLOCK_BYTES) * block // (_HASHED_BLOCKS - 1))
+            digest.update(file.read(_HASHED_BLOCK_BYTES))

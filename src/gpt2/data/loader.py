@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
-from gpt2.loss import IGNORE
+from gpt2.loss import IGNORE_INDEX
 
 
 class Batch(NamedTuple):
@@ -30,31 +30,34 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; from page-locked memory without waiting for it."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> "Batch":
+    def pin_memory(self) -> "Batch":
         """The same in page-locked memory, from where a GPU reads fast."""
-        return self._with(lambda tensor: tensor.pin_memory())
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
-    def split(self, rows: int) -> "list[Batch]":
+    def split(self, micro_batch_size: int) -> "list[Batch]":
         """Micro-batches of `rows` rows each."""
-        return [self._with(lambda tensor, i=i: tensor[i : i + rows]) for i in range(0, len(self.tokens), rows)]
+        return [
+            self._map_tensors(lambda tensor, i=i: tensor[i : i + micro_batch_size])
+            for i in range(0, len(self.tokens), micro_batch_size)
+        ]
 
-    def blank(self) -> "Batch":
+    def with_targets_ignored(self) -> "Batch":
         """A batch of the same shape, of which nothing is to be learned."""
-        return self._replace(targets=torch.full_like(self.targets, IGNORE))
+        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX))
 
     @property
     def num_targets(self) -> int:
         """How many targets count."""
-        return int((self.targets != IGNORE).sum())
+        return int((self.targets != IGNORE_INDEX).sum())
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        documents = None if self.documents is None else change(self.documents)
-        return Batch(change(self.tokens), change(self.targets), documents)
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        documents = None if self.documents is None else function(self.documents)
+        return Batch(function(self.tokens), function(self.targets), documents)
 
 
-class Batches(Protocol):
+class BatchLoader(Protocol):
     """Batches by step: of each step, counted from 0, always the same one, of `batch_size` rows."""
 
     batch_size: int
@@ -71,7 +74,7 @@ class Batches(Protocol):
         ...
 
 
-class Tokens(Protocol):
+class TokenSequence(Protocol):
     """A long sequence of token ids, such as `TokenShards`."""
 
     def __len__(self) -> int: ...
@@ -79,7 +82,7 @@ class Tokens(Protocol):
     def read(self, start: int, stop: int) -> np.ndarray: ...
 
 
-class Loader:
+class TokenLoader:
     """Training batches, epoch by epoch and without replacement.
 
     An epoch cuts the data into windows of `block_size` tokens, beginning at an offset of its own, and visits
@@ -92,7 +95,13 @@ class Loader:
     """
 
     def __init__(
-        self, tokens: Tokens, batch_size: int, block_size: int, seed: int, *, begin: int | None = None
+        self,
+        tokens: TokenSequence,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        *,
+        document_start_token: int | None = None,
     ) -> None:
         if len(tokens) < block_size + 1:
             raise UserError(
@@ -100,10 +109,10 @@ class Loader:
                 f" {block_size + 1:,}: use more text or a smaller block size"
             )
         self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
-        self.begin = begin
+        self.document_start_token = document_start_token
         # One window less than would fit leaves the offset at least block_size values to choose from.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        self._latest = (-1, np.empty(0, np.int64))  # an epoch and where its windows begin, in order
+        self._epoch_cache = (-1, np.empty(0, np.int64))  # an epoch and where its windows begin, in order
 
     def batch(self, step: int) -> Batch:
         """Step `step`, counted from 0: `batch_size` rows of `block_size`; `targets` is `tokens` moved on by one."""
@@ -116,36 +125,41 @@ class Loader:
         first = step * self.batch_size
         windows = np.empty((stop - start, self.block_size + 1), np.int64)
         for window, row in zip(windows, range(first + start, first + stop), strict=True):
-            begin = self._start_of(row)
+            begin = self._window_start(row)
             window[:] = self.tokens.read(begin, begin + self.block_size + 1)
         tokens = torch.from_numpy(windows)  # (B, T + 1)
-        return _batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), self.begin)
+        return _make_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), self.document_start_token)
 
-    def _start_of(self, row: int) -> int:
+    def _window_start(self, row: int) -> int:
         """Where in the data the window of this row, counted over all steps, begins."""
         epoch, index = divmod(row, self.windows_per_epoch)
-        latest, starts = self._latest
+        latest, starts = self._epoch_cache
         if epoch != latest:  # remembered for speed only: it follows from (seed, epoch)
-            random = epoch_random(self.seed, epoch)
+            random = epoch_rng(self.seed, epoch)
             spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
             offset = random.integers(spare, endpoint=True)
             starts = offset + random.permutation(self.windows_per_epoch) * self.block_size
-            self._latest = epoch, starts
+            self._epoch_cache = epoch, starts
         return int(starts[index])
 
 
-def epoch_random(seed: int, epoch: int) -> np.random.Generator:
+def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
     """The random numbers of one epoch, which depend on nothing else."""
     return np.random.Generator(np.random.Philox(key=np.array([seed % (1 << 64), epoch], np.uint64)))
 
 
-def _batch(tokens: Tensor, targets: Tensor, begin: int | None) -> Batch:
+def _make_batch(tokens: Tensor, targets: Tensor, document_start_token: int | None) -> Batch:
     """A batch whose documents begin with the token `begin`, or whose rows are one text each."""
-    return Batch(tokens, targets, None if begin is None else (tokens == begin).cumsum(1))
+    return Batch(tokens, targets, None if document_start_token is None else (tokens == document_start_token).cumsum(1))
 
 
 def evaluation_batches(
-    tokens: Tokens, batch_size: int, block_size: int, max_tokens: int | None = None, *, begin: int | None = None
+    tokens: TokenSequence,
+    batch_size: int,
+    block_size: int,
+    max_tokens: int | None = None,
+    *,
+    document_start_token: int | None = None,
 ) -> Iterator[Batch]:
     """A split in order, each token (but the first, which nothing precedes) the target exactly once.
 
@@ -162,16 +176,16 @@ def evaluation_batches(
     for first in range(0, len(starts), batch_size):
         some = starts[first : first + batch_size]
         inputs = torch.zeros(len(some), block_size, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORE)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
         for row, start in enumerate(some):
             length = min(block_size, total - start)
             window = torch.from_numpy(tokens.read(start, start + length + 1).astype(np.int64))
             inputs[row, :length], targets[row, :length] = window[:-1], window[1:]
-        yield _batch(inputs, targets, begin)
+        yield _make_batch(inputs, targets, document_start_token)
 
 
-def prefetched(
-    loader: Batches, start: int, stop: int, device: torch.device, *, part: int = 0, parts: int = 1
+def prefetch_batches(
+    loader: BatchLoader, start: int, stop: int, device: torch.device, *, part: int = 0, parts: int = 1
 ) -> Iterator[Batch]:
     """The batches of steps [start, stop), each read by a thread while the device still works on the one before.
 
@@ -182,7 +196,7 @@ def prefetched(
 
     def read(step: int) -> Batch:
         batch = loader.rows(step, part * share, (part + 1) * share)
-        return batch.pinned() if device.type == "cuda" else batch
+        return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         ahead = thread.submit(read, start) if start < stop else None

@@ -19,7 +19,7 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from gpt2.errors import UserError
-from gpt2.files import check_regular, sha256_of
+from gpt2.files import check_regular_file, file_sha256
 
 MAGIC = 20240520
 VERSION = 1
@@ -27,9 +27,9 @@ HEADER_BYTES = 256 * 4
 MAX_VOCAB_SIZE = 1 << 16
 SHARD_TOKENS = 100_000_000
 SPLITS = ("train", "val")
-META_NAME = "meta.json"
+META_FILENAME = "meta.json"
 _HEADERLESS_NAMES = tuple(f"{split}.bin" for split in SPLITS)
-_OPEN_FILES = 256  # a hundred billion tokens are a thousand shards, more than a process may hold open
+_MAX_OPEN_FILES = 256  # a hundred billion tokens are a thousand shards, more than a process may hold open
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class ShardsMeta:
     @classmethod
     def load(cls, folder: Path) -> Self | None:
         """The folder's `meta.json`; None when it has none. Raises `UserError` when it is not one of ours."""
-        path = folder / META_NAME
-        check_regular(path)
+        path = folder / META_FILENAME
+        check_regular_file(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -97,13 +97,13 @@ class ShardsMeta:
 
     def save(self, folder: Path) -> None:
         """Write `meta.json`, whole or not at all."""
-        partial = folder / f".{META_NAME}.{os.getpid()}.partial"
+        partial = folder / f".{META_FILENAME}.{os.getpid()}.partial"
         with partial.open("w", encoding="utf-8") as handle:
             json.dump({"version": self.version, **asdict(self)}, handle, indent=2)
             handle.write("\n")
             handle.flush()
             os.fsync(handle.fileno())
-        partial.replace(folder / META_NAME)
+        partial.replace(folder / META_FILENAME)
 
 
 class ShardWriter:
@@ -128,7 +128,7 @@ class ShardWriter:
             raise ValueError(f"token ids must be in [0, {MAX_VOCAB_SIZE}) to fit in 16 bits")
         while ids.size:
             if self._handle is None:
-                self._handle = self._path().open("wb")
+                self._handle = self._current_path().open("wb")
                 self._handle.write(_header(0))
             taken = ids[: self.shard_tokens - self._tokens]
             self._handle.write(taken.astype("<u2").tobytes())
@@ -142,7 +142,7 @@ class ShardWriter:
         """Tokens written so far, in all shards."""
         return sum(file.tokens for file in self.files) + self._tokens
 
-    def _path(self) -> Path:
+    def _current_path(self) -> Path:
         return self.folder / f"{self.split}_{len(self.files):06d}.bin"
 
     def _close_shard(self) -> None:
@@ -153,8 +153,8 @@ class ShardWriter:
             handle.write(_header(self._tokens))
             handle.flush()
             os.fsync(handle.fileno())
-        path = self._path()
-        self.files.append(ShardFile(path.name, self._tokens, sha256_of(path)))
+        path = self._current_path()
+        self.files.append(ShardFile(path.name, self._tokens, file_sha256(path)))
         self._handle, self._tokens = None, 0
 
     def __enter__(self) -> Self:
@@ -183,12 +183,12 @@ class TokenShards:
         self.paths, self.vocab_size = tuple(paths), vocab_size
         layout = [_check_shard(path) for path in self.paths]
         self.counts = tuple(count for _, count in layout)
-        self._starts = np.cumsum((0, *self.counts))  # of each file, in tokens; the total last
+        self._shard_starts = np.cumsum((0, *self.counts))  # of each file, in tokens; the total last
         self._header_bytes = [header for header, _ in layout]
-        self._map = lru_cache(maxsize=_OPEN_FILES)(self._map_file)
+        self._cached_memmap = lru_cache(maxsize=_MAX_OPEN_FILES)(self._open_memmap)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._shard_starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as uint16, across files where need be; `ValueError` outside the data.
@@ -197,14 +197,14 @@ class TokenShards:
         """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"tokens [{start}, {stop}) asked of {len(self)}")
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         parts = []
         for index in range(first, len(self.paths)):
-            begin = int(self._starts[index])
+            begin = int(self._shard_starts[index])
             if begin >= stop:
                 break
             self._check_size(index)
-            parts.append(self._map(index)[max(start - begin, 0) : stop - begin])
+            parts.append(self._cached_memmap(index)[max(start - begin, 0) : stop - begin])
             self._check_ids(index, parts[-1], max(start - begin, 0))
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
@@ -227,7 +227,7 @@ class TokenShards:
                 f" {self.vocab_size:,}: name the tokenizer that made these shards, or make them anew"
             )
 
-    def _map_file(self, index: int) -> np.ndarray:
+    def _open_memmap(self, index: int) -> np.ndarray:
         header, count = self._header_bytes[index], self.counts[index]
         return np.memmap(self.paths[index], dtype="<u2", mode="r", offset=header, shape=(count,))
 
@@ -266,18 +266,18 @@ def verify_shards(path: Path) -> ShardsMeta:
     folder = path if path.is_dir() else path.parent
     meta = ShardsMeta.load(folder)
     if meta is None:
-        raise UserError(f"no {META_NAME} in {folder}: nothing says what its shards should hold")
+        raise UserError(f"no {META_FILENAME} in {folder}: nothing says what its shards should hold")
     files = {folder / file.name: file for split in meta.splits.values() for file in split.files}
     if path != folder and path not in files:
-        raise UserError(f"{path} is not among the shards that {folder / META_NAME} lists")
+        raise UserError(f"{path} is not among the shards that {folder / META_FILENAME} lists")
     for shard in files if path == folder else [path]:
         _, count = _check_shard(shard)
-        if (count, sha256_of(shard)) != (files[shard].tokens, files[shard].sha256):
-            raise UserError(f"{shard} is not what {META_NAME} says (another sha256): make the shards anew")
+        if (count, file_sha256(shard)) != (files[shard].tokens, files[shard].sha256):
+            raise UserError(f"{shard} is not what {META_FILENAME} says (another sha256): make the shards anew")
     return meta
 
 
-def holds_shards(path: Path) -> bool:
+def contains_shards(path: Path) -> bool:
     """Whether `path` is a token file, by its name, or a folder with some."""
     if path.is_file():
         return path.suffix == ".bin"
@@ -290,7 +290,7 @@ def _header(tokens: int) -> bytes:
 
 def _check_shard(path: Path) -> tuple[int, int]:
     """(bytes of header, number of tokens) of a shard that is in order; `UserError` otherwise."""
-    check_regular(path)
+    check_regular_file(path)
     try:
         with path.open("rb") as handle:
             header = handle.read(HEADER_BYTES)

@@ -20,30 +20,30 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from gpt2.data.folders import (
-    PLAINLY_ROWS,
     TEXT_SUFFIXES,
-    files_in,
-    files_matching,
-    is_pattern,
-    name_of,
-    unreadable,
-    unwritable,
+    UNAMBIGUOUS_ROW_SUFFIXES,
+    data_name,
+    glob_files,
+    is_glob,
+    list_files,
+    read_error,
+    write_error,
 )
-from gpt2.data.rows import open_rows, row_files
-from gpt2.data.texts import texts_of
+from gpt2.data.rows import find_row_files, open_rows
+from gpt2.data.texts import cache_texts
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import cache_home, check_regular, path_of, sha256_of, work_folder
+from gpt2.files import cache_home, check_regular_file, expand_path, file_sha256, staging_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-SOURCES = {
+BUILTIN_SOURCES = {
     "shakespeare": "tinyshakespeare: 1.1 MB of the plays, downloaded once",
     "tiny_shakespear": "the same, under the original project's spelling",
     "super_tiny_shakespear": "the first 1,000 characters of tinyshakespeare, to overfit in seconds",
     "python-docs": "the Python language reference that every interpreter carries; needs no network",
 }
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _log = logging.getLogger("gpt2")
@@ -58,22 +58,22 @@ class Document:
 
     name: str
     data: bytes | Path = field(repr=False)
-    begin: int = 0
-    end: int | None = None
+    start: int = 0
+    stop: int | None = None
 
     @property
     def size(self) -> int:
         """Bytes of UTF-8, a leading byte order mark included."""
-        if self.end is not None:
-            return self.end - self.begin
+        if self.stop is not None:
+            return self.stop - self.start
         if isinstance(self.data, bytes):
             return len(self.data)
         try:
             return self.data.stat().st_size
         except OSError as error:
-            raise unreadable(self.data, error) from None
+            raise read_error(self.data, error) from None
 
-    def pieces(self, start: int = 0, stop: int | None = None, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
+    def iter_chunks(self, start: int = 0, stop: int | None = None, chunk_bytes: int = CHUNK_BYTES) -> Iterator[str]:
         """The text of bytes [start, stop), in pieces of about `piece_bytes`.
 
         Either end is moved forward to the next character, so neighbouring ranges neither lose nor share one.
@@ -84,12 +84,12 @@ class Document:
         Raises `UserError` at the first byte that is not UTF-8, or when the file cannot be read.
         """
         with self._open() as handle:
-            position, end = (_character_boundary(handle, self._place(offset)) for offset in (start, stop))
+            position, end = (_character_boundary(handle, self._file_offset(offset)) for offset in (start, stop))
             handle.seek(position)
             decoder = codecs.getincrementaldecoder("utf-8")()
             text, searched = "", 0
             while position < end:
-                block = handle.read(min(piece_bytes, end - position))
+                block = handle.read(min(chunk_bytes, end - position))
                 if not block:
                     raise UserError(f"{self.name} became shorter while it was being read")
                 try:
@@ -98,7 +98,7 @@ class Document:
                     offset = position - len(decoder.getstate()[0]) + error.start
                     raise UserError(f"{self.name} is not UTF-8 text: bad byte at offset {offset:,}") from None
                 position += len(block)
-                cut = _last_cut(text, searched)
+                cut = _last_safe_split(text, searched)
                 if cut:
                     yield text[:cut]
                     text = text[cut:]
@@ -106,10 +106,10 @@ class Document:
             if text:
                 yield text
 
-    def _place(self, offset: int | None) -> int | None:
+    def _file_offset(self, offset: int | None) -> int | None:
         """Where in the file a place in the document is; None stands for the end of either."""
-        place = self.end if offset is None else self.begin + offset
-        return place if place is None or self.end is None else min(place, self.end)
+        place = self.stop if offset is None else self.start + offset
+        return place if place is None or self.stop is None else min(place, self.stop)
 
     def _open(self) -> BinaryIO:
         if isinstance(self.data, bytes):
@@ -117,10 +117,10 @@ class Document:
         try:
             return self.data.open("rb")
         except OSError as error:
-            raise unreadable(self.data, error) from None
+            raise read_error(self.data, error) from None
 
 
-class Part(NamedTuple):
+class DocumentSlice(NamedTuple):
     """The bytes [start, stop) of a document."""
 
     document: Document
@@ -148,8 +148,8 @@ def open_source(ref: str, columns: str | None = None) -> Source:
 
     Raises `UserError` when there is no such thing, when it has no text, or when it is plainly not text.
     """
-    if ref not in SOURCES and (files := row_files(ref)):
-        return _texts_of_rows(ref, files, columns)
+    if ref not in BUILTIN_SOURCES and (files := find_row_files(ref)):
+        return _source_from_rows(ref, files, columns)
     if columns is not None:
         raise UserError(f"{ref} has no rows, of which --columns '{columns}' could name some")
     if ref in ("shakespeare", "tiny_shakespear"):
@@ -160,13 +160,13 @@ def open_source(ref: str, columns: str | None = None) -> Source:
         return Source(ref, (Document(ref, head.encode()),))
     if ref == "python-docs":
         return Source(ref, _python_docs())
-    path = path_of(ref)
+    path = expand_path(ref)
     if path.is_dir():
-        return Source(name_of(ref), _text_files(path))
-    if is_pattern(ref) and (matching := files_matching(ref)):
-        return Source(name_of(ref), _text_documents(matching, ref))
+        return Source(data_name(ref), _documents_from_folder(path))
+    if is_glob(ref) and (matching := glob_files(ref)):
+        return Source(data_name(ref), _documents_from_files(matching, ref))
     if not path.exists():
-        meant, names = did_you_mean(ref, SOURCES), ", ".join(SOURCES)
+        meant, names = did_you_mean(ref, BUILTIN_SOURCES), ", ".join(BUILTIN_SOURCES)
         raise UserError(f"no file, folder or corpus '{ref}'{meant}: the corpora are {names}")
     _check_is_text(path)
     if path.stat().st_size == 0:
@@ -174,22 +174,22 @@ def open_source(ref: str, columns: str | None = None) -> Source:
     return Source(path.stem, (Document(str(path), path),))
 
 
-def held_out_every(val_fraction: float) -> int:
+def holdout_stride(val_fraction: float) -> int:
     """Each so many-th document is held out, 0 for none. Raises `UserError` for a fraction beyond 0 to 0.5."""
     if not 0 <= val_fraction <= 0.5:
         raise UserError(f"the validation fraction must lie between 0 and 0.5, not {val_fraction:g}")
     return round(1 / val_fraction) if val_fraction else 0
 
 
-def split_documents(source: Source, val_fraction: float = 0.1) -> tuple[list[Part], list[Part]]:
+def split_documents(source: Source, val_fraction: float = 0.1) -> tuple[list[DocumentSlice], list[DocumentSlice]]:
     """Train and validation parts of a corpus, the same ones every time.
 
     With ten documents or more every tenth is held out whole; with fewer, the last tenth of each (for one file
     of Shakespeare that is the customary 90/10 split). "Ten" is 1/`val_fraction`, rounded; 0 holds out
     nothing.
     """
-    every = held_out_every(val_fraction)
-    whole = [Part(document, 0, document.size) for document in source.documents]
+    every = holdout_stride(val_fraction)
+    whole = [DocumentSlice(document, 0, document.size) for document in source.documents]
     if not every:
         return whole, []
     if len(whole) >= every:
@@ -198,8 +198,8 @@ def split_documents(source: Source, val_fraction: float = 0.1) -> tuple[list[Par
     train, val = [], []
     for document, _, size in whole:
         border = int(size * (1 - val_fraction))
-        train.append(Part(document, 0, border))
-        val.append(Part(document, border, size))
+        train.append(DocumentSlice(document, 0, border))
+        val.append(DocumentSlice(document, border, size))
     return train, val
 
 
@@ -214,22 +214,22 @@ def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
         return path
     with ExitStack() as stack:
         try:
-            partial = stack.enter_context(work_folder(path)) / path.name
+            partial = stack.enter_context(staging_folder(path)) / path.name
         except OSError as error:
-            raise unwritable(path.parent, error) from None
+            raise write_error(path.parent, error) from None
         try:
             with partial.open("wb") as handle:
-                found = _fetch(url, handle, timeout)
+                found = _download_to(url, handle, timeout)
             if found != sha256:
                 raise OSError(f"what came has sha256 {found[:12]}…, not {sha256[:12]}…")
             partial.replace(path)
         except (OSError, HTTPException) as error:
-            failure = f"cannot download {path.name} from {url} ({_reason(error)})"
+            failure = f"cannot download {path.name} from {url} ({_error_reason(error)})"
             raise UserError(f"{failure}: put it at {path} by hand") from None
     return path
 
 
-def _fetch(url: str, out: BinaryIO, timeout: float) -> str:
+def _download_to(url: str, out: BinaryIO, timeout: float) -> str:
     """Stream `url` into `out` behind a progress bar; the sha256 of what came."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -253,7 +253,7 @@ def _fetch(url: str, out: BinaryIO, timeout: float) -> str:
     return digest.hexdigest()
 
 
-def _reason(error: Exception) -> str:
+def _error_reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -261,11 +261,11 @@ def _reason(error: Exception) -> str:
 
 
 def _check_sha256(path: Path, sha256: str, url: str) -> None:
-    check_regular(path)
+    check_regular_file(path)
     try:
-        found = sha256_of(path)
+        found = file_sha256(path)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
     if found != sha256:
         difference = f"sha256 {found[:12]}…, not {sha256[:12]}…"
         raise UserError(f"{path} is not the file from {url} ({difference}): remove it to have that one fetched")
@@ -297,34 +297,34 @@ def _python_docs() -> tuple[Document, ...]:
     return tuple(sorted(documents, key=lambda document: document.name))
 
 
-def _texts_of_rows(ref: str, files: list[Path], columns: str | None) -> Source:
+def _source_from_rows(ref: str, files: list[Path], columns: str | None) -> Source:
     chosen, rows = open_rows(ref, files, columns)
     if chosen.text is None:
         raise UserError(
             f"the rows of {ref} are prompts and answers, which `gpt2 finetune` learns from: for plain text, say which "
             "column it is in with --columns text=NAME"
         )
-    name = name_of(ref)
-    path, ends = texts_of(name, files, chosen, rows)
+    name = data_name(ref)
+    path, ends = cache_texts(name, files, chosen, rows)
     if not len(ends):
         raise UserError(f"every text in {ref} is empty")
     places = pairwise([0, *ends.tolist()])
     return Source(name, tuple(Document(f"{name} text {i}", path, *place) for i, place in enumerate(places, 1)))
 
 
-def _text_files(folder: Path) -> tuple[Document, ...]:
-    found, passed_over = files_in(folder, (*TEXT_SUFFIXES, *PLAINLY_ROWS))
+def _documents_from_folder(folder: Path) -> tuple[Document, ...]:
+    found, passed_over = list_files(folder, (*TEXT_SUFFIXES, *UNAMBIGUOUS_ROW_SUFFIXES))
     files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
-    passed_over += [f"{file} (rows, not text)" for file in found if file.suffix.lower() in PLAINLY_ROWS]
+    passed_over += [f"{file} (rows, not text)" for file in found if file.suffix.lower() in UNAMBIGUOUS_ROW_SUFFIXES]
     if passed_over:
         others = f" and {len(passed_over) - 1:,} more" if len(passed_over) > 1 else ""
         _log.warning("%s: passed over %s%s", folder, min(passed_over), others)
     if not files:
         raise UserError(f"no text files in {folder}: files ending in {', '.join(TEXT_SUFFIXES)} count")
-    return _text_documents(files, folder)
+    return _documents_from_files(files, folder)
 
 
-def _text_documents(files: list[Path], ref: str | Path) -> tuple[Document, ...]:
+def _documents_from_files(files: list[Path], ref: str | Path) -> tuple[Document, ...]:
     """One document for each file that is not empty."""
     for file in files:
         _check_is_text(file)
@@ -336,12 +336,12 @@ def _text_documents(files: list[Path], ref: str | Path) -> tuple[Document, ...]:
 
 def _check_is_text(path: Path) -> None:
     """Refuse what plainly is no text before hours go by; the rest shows when it is decoded."""
-    check_regular(path)
+    check_regular_file(path)
     try:
         with path.open("rb") as handle:
             head = handle.read(8192)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
     if b"\0" in head:
         raise UserError(f"{path} is not a text file: it has a zero byte at offset {head.index(0):,}")
 
@@ -359,18 +359,18 @@ def _character_boundary(handle: BinaryIO, offset: int | None) -> int:
     return offset + continuations
 
 
-def _last_cut(text: str, begin: int) -> int:
+def _last_safe_split(text: str, start: int) -> int:
     """The last place behind `begin` where a cut leaves the GPT-2 tokens as they are; 0 when there is none.
 
     Best after a newline that stands alone between two other characters. Failing that (Windows line ends, one
     endless line), before the whitespace behind a word: GPT-2's pattern never joins it to what stands before.
     """
-    newline = text.rfind("\n", begin, len(text) - 1)
+    newline = text.rfind("\n", start, len(text) - 1)
     while newline > 0:
         if not text[newline - 1].isspace() and not text[newline + 1].isspace():
             return newline + 1
-        newline = text.rfind("\n", begin, newline)
-    for index in range(len(text) - 1, max(begin, 0), -1):
+        newline = text.rfind("\n", start, newline)
+    for index in range(len(text) - 1, max(start, 0), -1):
         if text[index] in " \t\r\n" and not text[index - 1].isspace():
             return index
     return 0

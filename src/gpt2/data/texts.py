@@ -10,20 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2.data.folders import unwritable
+from gpt2.data.folders import write_error
 from gpt2.data.rows import Columns, Row
-from gpt2.files import cache_home, work_folder
-from gpt2.vocabulary import without_surrogates
+from gpt2.files import cache_home, staging_folder
+from gpt2.vocabulary import replace_surrogates
 
 
-class Texts(NamedTuple):
+class CachedTexts(NamedTuple):
     """Texts one after the other in a file of UTF-8, and where each ends, in bytes, int64."""
 
     path: Path
     ends: np.ndarray
 
 
-def texts_of(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> Texts:
+def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> CachedTexts:
     """The texts of rows, empty ones left out; written under `cache_home()` unless they are there already.
 
     A file counts as the same while its path, size and time of change are. Raises `UserError` for a row without text,
@@ -37,20 +37,20 @@ def texts_of(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[
     folder = cache_home() / "texts" / known
     if not folder.exists():
         try:
-            _write(folder, (columns.text_of(row) for row in rows))
+            _write_texts(folder, (columns.get_text(row) for row in rows))
         except OSError as error:
-            raise unwritable(folder, error) from None
-    return Texts(folder / "texts.txt", np.load(folder / "ends.npy"))
+            raise write_error(folder, error) from None
+    return CachedTexts(folder / "texts.txt", np.load(folder / "ends.npy"))
 
 
-def _write(folder: Path, texts: Iterator[str]) -> None:
+def _write_texts(folder: Path, texts: Iterator[str]) -> None:
     """Make the folder, whole or not at all."""
     ends = array("q")
-    with work_folder(folder) as partial:
+    with staging_folder(folder) as partial:
         with (partial / "texts.txt").open("wb") as file:
             for text in texts:
                 if text:
-                    file.write(without_surrogates(text).encode())
+                    file.write(replace_surrogates(text).encode())
                     ends.append(file.tell())
         np.save(partial / "ends.npy", np.frombuffer(ends, np.int64))
         try:

@@ -10,15 +10,23 @@ from torch import Tensor
 
 from gpt2.cache import KVCache
 from gpt2.errors import UserError
-from gpt2.generation.engine import LanguageModel, evaluating
-from gpt2.generation.filters import bias_logits, largest
-from gpt2.generation.sampling import LARGEST, History, Sampling, adjusted
-from gpt2.generation.search import PLAIN, check_prompt, encoded, last_logits, pieces, read, reorder
+from gpt2.generation.engine import LanguageModel, eval_mode
+from gpt2.generation.filters import bias_logits, topk_indices
+from gpt2.generation.sampling import MAX_ABS_SETTING, History, Sampling, apply_penalties
+from gpt2.generation.search import (
+    NO_PENALTIES,
+    check_prompt,
+    encode_prompt,
+    forward_hidden_states,
+    last_logits,
+    reorder_cache,
+    stream_text,
+)
 from gpt2.tokenizer import Tokenizer
 
-STEEPEST = 100.0  # of length penalties: a context's length to this power is still a number
+MAX_LENGTH_PENALTY = 100.0  # of length penalties: a context's length to this power is still a number
 
-Stopped = Callable[[list[int]], bool]
+StoppingCriterion = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -37,20 +45,20 @@ class Hypothesis:
 class _Beam:
     tokens: list[int]  # prompt and continuation
     score: float  # the sum of log-probabilities
-    row: int  # of the cache, where all but the last token have been read
+    cache_row: int  # of the cache, where all but the last token have been read
 
 
 @dataclass
-class _Group:
+class _BeamGroup:
     """Beams that compete with each other. `beams` is empty once nothing can better what is `finished`, best first."""
 
     size: int
     prompt_length: int
-    limit: int  # new tokens
+    max_new_tokens: int  # new tokens
     length_penalty: float
     early_stopping: bool | Literal["never"]
     end_tokens: Sequence[int]
-    stopped: Stopped
+    stopping_criterion: StoppingCriterion
     beams: list[_Beam]
     finished: list[Hypothesis] = field(default_factory=list)
 
@@ -65,30 +73,33 @@ class _Group:
         for rank, (score, parent, token) in enumerate(candidates):
             tokens = [*parent.tokens, token]
             new = tokens[self.prompt_length :]
-            ends = token in self.end_tokens or self.stopped(new)
-            if rank < self.size and (ends or length == self.limit):
-                self.finished.append(Hypothesis(new, self._normalized(score, length)))
+            ends = token in self.end_tokens or self.stopping_criterion(new)
+            if rank < self.size and (ends or length == self.max_new_tokens):
+                self.finished.append(Hypothesis(new, self._normalized_score(score, length)))
             if not ends and len(going) < self.size:
-                going.append(_Beam(tokens, score, parent.row))
+                going.append(_Beam(tokens, score, parent.cache_row))
         self.finished = sorted(self.finished, key=lambda found: -found.score)[: self.size]
-        self.beams = [] if self._decided(going, length) else going
+        self.beams = [] if self._is_done(going, length) else going
         return [beam.tokens[-1] for beam in going]
 
-    def _decided(self, going: list[_Beam], length: int) -> bool:
-        if not going or length == self.limit:
+    def _is_done(self, live_beams: list[_Beam], length: int) -> bool:
+        if not live_beams or length == self.max_new_tokens:
             return True
         if len(self.finished) < self.size:
             return False
         if self.early_stopping is True:
             return True
         longest = self.early_stopping == "never" and self.length_penalty > 0
-        return self._normalized(going[0].score, self.limit if longest else length) <= self.finished[-1].score
+        return (
+            self._normalized_score(live_beams[0].score, self.max_new_tokens if longest else length)
+            <= self.finished[-1].score
+        )
 
-    def _normalized(self, score: float, length: int) -> float:
+    def _normalized_score(self, score: float, length: int) -> float:
         return score / length**self.length_penalty
 
 
-def _never(tokens: list[int]) -> bool:
+def _never_stop(tokens: list[int]) -> bool:
     return False
 
 
@@ -103,9 +114,9 @@ def beam_search(
     num_return: int = 1,
     num_beam_groups: int = 1,
     diversity_penalty: float = 0.0,
-    sampling: Sampling = PLAIN,
+    sampling: Sampling = NO_PENALTIES,
     end_tokens: Sequence[int] = (),
-    stopped: Stopped = _never,
+    stopping_criterion: StoppingCriterion = _never_stop,
 ) -> list[Hypothesis]:
     """The most likely continuations of `prompt_ids`, best first, by a search that is not exhaustive.
 
@@ -138,41 +149,49 @@ def beam_search(
     limit = min(max_new_tokens, room + 1)  # the last one is not read
     if limit == 0:
         return [Hypothesis([], 0.0)]
-    rules = (num_beams // num_beam_groups, len(prompt), limit, length_penalty, early_stopping, end_tokens, stopped)
-    groups = [_Group(*rules, [_Beam(prompt, 0.0, 0)]) for _ in range(num_beam_groups)]
-    with torch.inference_mode(), evaluating(model):
+    rules = (
+        num_beams // num_beam_groups,
+        len(prompt),
+        limit,
+        length_penalty,
+        early_stopping,
+        end_tokens,
+        stopping_criterion,
+    )
+    groups = [_BeamGroup(*rules, [_Beam(prompt, 0.0, 0)]) for _ in range(num_beam_groups)]
+    with torch.inference_mode(), eval_mode(model):
         cache = model.make_cache(num_beams, len(prompt) + limit - 1)
-        logits = last_logits(model, read(model, [prompt], cache[:1]))  # (1, V)
+        logits = last_logits(model, forward_hidden_states(model, [prompt], cache[:1]))  # (1, V)
         cache.reorder([0] * num_beams)
         while True:
-            _advance(groups, logits.log_softmax(-1), sampling, diversity_penalty)
+            _advance_groups(groups, logits.log_softmax(-1), sampling, diversity_penalty)
             beams = [beam for group in groups for beam in group.beams]
             if not beams:
                 break
-            beams = _give_rows(beams, cache, len(prompt))
+            beams = _assign_cache_rows(beams, cache, len(prompt))
             last = [beam.tokens[-1:] for beam in beams]
-            logits = last_logits(model, read(model, last, cache[: len(beams)]))  # (n, V)
+            logits = last_logits(model, forward_hidden_states(model, last, cache[: len(beams)]))  # (n, V)
     finished = [found for group in groups for found in group.finished]
     if not finished:
         raise UserError("the settings rule out every token, from the first one on or at a dead end")
     return sorted(finished, key=lambda found: -found.score)[:num_return]
 
 
-def _advance(groups: list[_Group], logprobs: Tensor, sampling: Sampling, diversity_penalty: float) -> None:
+def _advance_groups(groups: list[_BeamGroup], logprobs: Tensor, sampling: Sampling, diversity_penalty: float) -> None:
     """One token for every beam, group after group; logprobs (rows, V) in float32."""
     taken: Counter[int] = Counter()
     for group in groups:
         if not group.beams:
             continue
-        own = logprobs[[beam.row for beam in group.beams]]  # (n, V)
+        own = logprobs[[beam.cache_row for beam in group.beams]]  # (n, V)
         if diversity_penalty and taken:
             bias_logits(own, [(token, -diversity_penalty * n) for token, n in taken.items()], in_place=True)
         histories = [History(beam.tokens, group.prompt_length, group.end_tokens) for beam in group.beams]
-        own = _adjusted(own, sampling, histories)
+        own = _apply_penalties(own, sampling, histories)
         before = torch.tensor([beam.score for beam in group.beams], dtype=own.dtype, device=own.device)
         sums = (own + before[:, None]).view(1, -1)  # (1, n * V)
         wanted = group.size * (1 + max(1, len(set(group.end_tokens))))  # so that `size` of them are not ends
-        ids = largest(sums, min(wanted, sums.size(-1)))
+        ids = topk_indices(sums, min(wanted, sums.size(-1)))
         scores, places = sums.gather(-1, ids)[0].tolist(), ids[0].tolist()
         candidates = [
             (score, group.beams[at // own.size(-1)], at % own.size(-1))
@@ -182,29 +201,29 @@ def _advance(groups: list[_Group], logprobs: Tensor, sampling: Sampling, diversi
         taken.update(group.advance(candidates))
 
 
-def _adjusted(logprobs: Tensor, sampling: Sampling, histories: list[History]) -> Tensor:
+def _apply_penalties(logprobs: Tensor, sampling: Sampling, histories: list[History]) -> Tensor:
     """`adjusted`, but where every token of a row is ruled out, that beam is at its end and the others go on."""
     try:
-        return adjusted(logprobs, sampling, histories)
+        return apply_penalties(logprobs, sampling, histories)
     except UserError:
         if len(logprobs) == 1:
             return torch.full_like(logprobs, -torch.inf)
-    return torch.cat([_adjusted(logprobs[i : i + 1], sampling, [histories[i]]) for i in range(len(histories))])
+    return torch.cat([_apply_penalties(logprobs[i : i + 1], sampling, [histories[i]]) for i in range(len(histories))])
 
 
-def _give_rows(beams: list[_Beam], cache: KVCache, shared: int) -> list[_Beam]:
+def _assign_cache_rows(beams: list[_Beam], cache: KVCache, prefix_length: int) -> list[_Beam]:
     """The beams in the order of the rows they get: one stays in its parent's row, so that few are copied."""
     placed: dict[int, _Beam] = {}
     others = []
     for beam in beams:
-        if beam.row < len(beams) and beam.row not in placed:
-            placed[beam.row] = beam
+        if beam.cache_row < len(beams) and beam.cache_row not in placed:
+            placed[beam.cache_row] = beam
         else:
             others.append(beam)
     ordered = [placed[row] if row in placed else others.pop() for row in range(len(beams))]
-    reorder(cache, [beam.row for beam in ordered], shared)
+    reorder_cache(cache, [beam.cache_row for beam in ordered], prefix_length)
     for row, beam in enumerate(ordered):
-        beam.row = row
+        beam.cache_row = row
     return ordered
 
 
@@ -220,17 +239,19 @@ def _check_beams(num_beams: int, num_return: int, num_beam_groups: int, vocab_si
 def _check_scores(
     length_penalty: float, early_stopping: bool | str, diversity_penalty: float, num_beam_groups: int
 ) -> None:
-    if not abs(length_penalty) <= STEEPEST:
-        raise UserError(f"length-penalty must be at most {STEEPEST:.0f} either way, not {length_penalty}")
+    if not abs(length_penalty) <= MAX_LENGTH_PENALTY:
+        raise UserError(f"length-penalty must be at most {MAX_LENGTH_PENALTY:.0f} either way, not {length_penalty}")
     if not (isinstance(early_stopping, bool) or early_stopping == "never"):
         raise UserError(f"early-stopping must be True, False or 'never', not {early_stopping!r}")
-    if not 0 <= diversity_penalty <= LARGEST:
-        raise UserError(f"diversity-penalty must be 0 or more and at most {LARGEST:,.0f}, not {diversity_penalty}")
+    if not 0 <= diversity_penalty <= MAX_ABS_SETTING:
+        raise UserError(
+            f"diversity-penalty must be 0 or more and at most {MAX_ABS_SETTING:,.0f}, not {diversity_penalty}"
+        )
     if diversity_penalty and num_beam_groups == 1:
         raise UserError("diversity-penalty needs num-beam-groups of 2 or more: it keeps groups apart")
 
 
-def beam_texts(
+def beam_search_texts(
     model: LanguageModel,
     tokenizer: Tokenizer | None,
     prompt: str,
@@ -249,20 +270,20 @@ def beam_texts(
 
     The end-of-text token ends a continuation, too. Raises what `beam_search` does, and UserError without a tokenizer.
     """
-    tokenizer, ids = encoded(tokenizer, prompt, stop)
+    tokenizer, ids = encode_prompt(tokenizer, prompt, stop)
     hypotheses = beam_search(
         model,
         ids,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         end_tokens=(tokenizer.end_of_text,),
-        stopped=_stops(tokenizer, stop),
+        stopping_criterion=_make_stopping_criterion(tokenizer, stop),
         **settings,
     )
-    return [prompt + "".join(pieces(tokenizer, found.tokens, stop)) for found in hypotheses]
+    return [prompt + "".join(stream_text(tokenizer, found.tokens, stop)) for found in hypotheses]
 
 
-def _stops(tokenizer: Tokenizer, stop: Sequence[str]) -> Stopped:
+def _make_stopping_criterion(tokenizer: Tokenizer, stop: Sequence[str]) -> StoppingCriterion:
     """Whether a continuation has a stop string that ends in its last token, or a last token without text."""
     reach = max((len(text.encode()) for text in stop), default=0)  # no string is more tokens than bytes
 

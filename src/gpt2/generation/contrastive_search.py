@@ -6,10 +6,18 @@ import torch
 from torch.nn import functional as F
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import LanguageModel, evaluating
-from gpt2.generation.filters import largest
-from gpt2.generation.sampling import History, Sampling, adjusted
-from gpt2.generation.search import PLAIN, check_prompt, encoded, last_logits, pieces, read, reorder
+from gpt2.generation.engine import LanguageModel, eval_mode
+from gpt2.generation.filters import topk_indices
+from gpt2.generation.sampling import History, Sampling, apply_penalties
+from gpt2.generation.search import (
+    NO_PENALTIES,
+    check_prompt,
+    encode_prompt,
+    forward_hidden_states,
+    last_logits,
+    reorder_cache,
+    stream_text,
+)
 from gpt2.tokenizer import Tokenizer
 
 
@@ -20,7 +28,7 @@ def contrastive_search(
     top_k: int,
     penalty_alpha: float,
     max_new_tokens: int,
-    sampling: Sampling = PLAIN,
+    sampling: Sampling = NO_PENALTIES,
     end_tokens: Sequence[int] = (),
 ) -> Iterator[int]:
     """The next tokens one by one, each likely and yet unlike what was said: the end token, if one comes, is the last.
@@ -49,53 +57,57 @@ def contrastive_search(
         raise UserError(f"penalty-alpha must be between 0 and 1, not {penalty_alpha}")
     prompt = list(prompt_ids)
     limit = min(max_new_tokens, check_prompt(model, prompt, max_new_tokens, sampling))
-    return _continue(model, History(prompt, len(prompt), end_tokens), limit, top_k, penalty_alpha, sampling)
+    return _generate(model, History(prompt, len(prompt), end_tokens), limit, top_k, penalty_alpha, sampling)
 
 
-def _continue(
-    model: LanguageModel, history: History, limit: int, top_k: int, alpha: float, sampling: Sampling
+def _generate(
+    model: LanguageModel, history: History, max_new_tokens: int, top_k: int, penalty_alpha: float, sampling: Sampling
 ) -> Iterator[int]:
-    if limit:
-        lookahead = _Lookahead(model, history, limit, top_k, alpha)
-        for _ in range(limit):
-            token = lookahead.choose(sampling)
+    if max_new_tokens:
+        lookahead = _ContrastiveState(model, history, max_new_tokens, top_k, penalty_alpha)
+        for _ in range(max_new_tokens):
+            token = lookahead.next_token(sampling)
             history.tokens.append(token)
             yield token
             if token in history.end_tokens:
                 return
 
 
-class _Lookahead:
+class _ContrastiveState:
     """What contrastive search knows of its text: the cache, with a row for each candidate, and every hidden state."""
 
     @torch.inference_mode()
-    def __init__(self, model: LanguageModel, history: History, limit: int, top_k: int, alpha: float) -> None:
-        self.model, self.history, self.top_k, self.alpha = model, history, top_k, alpha
+    def __init__(
+        self, model: LanguageModel, history: History, max_new_tokens: int, top_k: int, penalty_alpha: float
+    ) -> None:
+        self.model, self.history, self.top_k, self.penalty_alpha = model, history, top_k, penalty_alpha
         length = len(history.tokens)
-        self.cache = model.make_cache(top_k, length + limit)
-        with evaluating(model):
-            hidden = read(model, [history.tokens], self.cache[:1])  # (1, T, C)
+        self.cache = model.make_cache(top_k, length + max_new_tokens)
+        with eval_mode(model):
+            hidden = forward_hidden_states(model, [history.tokens], self.cache[:1])  # (1, T, C)
             self.logits = last_logits(model, hidden)  # (1, V)
         self.cache.reorder([0] * top_k)
-        self.seen = hidden.new_zeros((length + limit, hidden.size(-1)), dtype=torch.float32)  # each of length 1
-        self.seen[:length] = F.normalize(hidden[0].float(), dim=-1)
+        self.normalized_hidden = hidden.new_zeros(
+            (length + max_new_tokens, hidden.size(-1)), dtype=torch.float32
+        )  # each of length 1
+        self.normalized_hidden[:length] = F.normalize(hidden[0].float(), dim=-1)
 
     @torch.inference_mode()
-    def choose(self, sampling: Sampling) -> int:
+    def next_token(self, sampling: Sampling) -> int:
         """The next token."""
         length = self.cache.length
-        logits = adjusted(self.logits, sampling, [self.history])
-        ids = largest(logits, self.top_k)  # (1, k)
-        with evaluating(self.model):
-            hidden = read(self.model, ids.view(-1, 1).tolist(), self.cache)  # (k, 1, C)
+        logits = apply_penalties(self.logits, sampling, [self.history])
+        ids = topk_indices(logits, self.top_k)  # (1, k)
+        with eval_mode(self.model):
+            hidden = forward_hidden_states(self.model, ids.view(-1, 1).tolist(), self.cache)  # (k, 1, C)
             directions = F.normalize(hidden[:, 0].float(), dim=-1)  # (k, C)
-            likeness = (self.seen[:length] @ directions.T).amax(0)  # (k,)
-            values = (1 - self.alpha) * logits.softmax(-1).gather(-1, ids)[0] - self.alpha * likeness
+            likeness = (self.normalized_hidden[:length] @ directions.T).amax(0)  # (k,)
+            values = (1 - self.penalty_alpha) * logits.softmax(-1).gather(-1, ids)[0] - self.penalty_alpha * likeness
             values.masked_fill_(logits.gather(-1, ids)[0] == -torch.inf, -torch.inf)
             chosen = int(values.argmax())
             self.logits = last_logits(self.model, hidden[chosen : chosen + 1])
-        self.seen[length] = directions[chosen]
-        reorder(self.cache, [chosen] * self.top_k, length)
+        self.normalized_hidden[length] = directions[chosen]
+        reorder_cache(self.cache, [chosen] * self.top_k, length)
         return int(ids[0, chosen])
 
 
@@ -108,7 +120,7 @@ def contrastive_stream(
     penalty_alpha: float = 0.6,
     max_new_tokens: int = 100,
     stop: Sequence[str] = (),
-    sampling: Sampling = PLAIN,
+    sampling: Sampling = NO_PENALTIES,
 ) -> Iterator[str]:
     """The continuation of `prompt` that contrastive search finds, in pieces of whole characters, prompt not included.
 
@@ -118,7 +130,7 @@ def contrastive_stream(
 
     The end-of-text token ends it, too. Raises what `contrastive_search` does, and UserError without a tokenizer.
     """
-    tokenizer, ids = encoded(tokenizer, prompt, stop)
+    tokenizer, ids = encode_prompt(tokenizer, prompt, stop)
     tokens = contrastive_search(
         model,
         ids,
@@ -128,4 +140,4 @@ def contrastive_stream(
         sampling=sampling,
         end_tokens=(tokenizer.end_of_text,),
     )
-    yield from pieces(tokenizer, tokens, stop)
+    yield from stream_text(tokenizer, tokens, stop)

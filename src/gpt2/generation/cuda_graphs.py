@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpt2.cache import Extension, KVCache
+from gpt2.cache import CacheExtension, KVCache
 from gpt2.errors import UserError
 from gpt2.model import GPT
 
-STEP = 128  # a graph looks back over a multiple of so many positions
-WORTH = 8  # a shape is captured when it has come so many times
-Step = Callable[[], Tensor]
+LENGTH_MULTIPLE = 128  # a graph looks back over a multiple of so many positions
+MIN_USES_TO_CAPTURE = 8  # a shape is captured when it has come so many times
+DecodeStep = Callable[[], Tensor]
 
 
 class GraphedGPT:
@@ -25,11 +25,11 @@ class GraphedGPT:
     capture: makes of a step one that can be repeated, with what stands in its input tensors at the time.
     """
 
-    def __init__(self, model: GPT, capture: Callable[[Step], Step] | None = None) -> None:
+    def __init__(self, model: GPT, capture: Callable[[DecodeStep], DecodeStep] | None = None) -> None:
         self.model, self.config = model, model.config
-        self._capture = capture or cuda_graph
-        self._seen: Counter[tuple[int, ...]] = Counter()
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._capture = capture or capture_cuda_graph
+        self._use_counts: Counter[tuple[int, ...]] = Counter()
+        self._graphs: dict[tuple[int, ...], _CapturedStep] = {}
 
     @property
     def device(self) -> torch.device:
@@ -39,7 +39,7 @@ class GraphedGPT:
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """See `GPT.make_cache`. The graphs of the cache before are let go."""
         self._graphs.clear()
-        self._seen.clear()
+        self._use_counts.clear()
         return self.model.make_cache(batch_size, max_length)
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -48,24 +48,24 @@ class GraphedGPT:
             return self.model.hidden_states(tokens, cache)
         if cache.length >= self.config.block_size:
             raise UserError(f"{cache.length + 1} tokens do not fit the model's context of {self.config.block_size}")
-        end = min(-(-(cache.length + 1) // STEP) * STEP, cache.max_length)
+        end = min(-(-(cache.length + 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, cache.max_length)
         key = (cache.data.data_ptr(), len(tokens), end)
-        self._seen[key] += 1
-        if self._seen[key] < WORTH:
+        self._use_counts[key] += 1
+        if self._use_counts[key] < MIN_USES_TO_CAPTURE:
             return self.model.hidden_states(tokens, cache)
         if key not in self._graphs:
-            self._graphs[key] = _Graph(self.model, cache, end, self._capture)
-        return self._graphs[key].run(tokens, cache)
+            self._graphs[key] = _CapturedStep(self.model, cache, end, self._capture)
+        return self._graphs[key].replay(tokens, cache)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits: (..., C) -> (..., vocab_size)."""
         return self.model.lm_head(hidden)
 
 
-class _Graph:
+class _CapturedStep:
     """One shape of a decoding step, with the tensors that its input is written to."""
 
-    def __init__(self, model: GPT, cache: KVCache, end: int, capture: Callable[[Step], Step]) -> None:
+    def __init__(self, model: GPT, cache: KVCache, end: int, capture: Callable[[DecodeStep], DecodeStep]) -> None:
         device = model.device
         self._tokens = torch.zeros(len(cache), 1, dtype=torch.long, device=device)
         self._positions = torch.from_numpy(cache.lengths[:, None].copy()).to(device)  # (B, 1)
@@ -73,18 +73,18 @@ class _Graph:
 
         def step() -> Tensor:
             mask = places <= self._positions[:, None, :, None]  # (B, 1, 1, S)
-            return model.transformer(self._tokens, Extension(data, self._positions, mask, end))
+            return model.transformer(self._tokens, CacheExtension(data, self._positions, mask, end))
 
         self._step = capture(step)
 
-    def run(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def replay(self, tokens: Tensor, cache: KVCache) -> Tensor:
         self._tokens.copy_(tokens)
         self._positions.copy_(torch.from_numpy(cache.lengths[:, None].copy()))
         cache.lengths += 1
         return self._step().clone()  # the next replay writes to the same place
 
 
-def cuda_graph(step: Step) -> Step:
+def capture_cuda_graph(step: DecodeStep) -> DecodeStep:
     """Capture a step as a CUDA graph, after the warm-up on another stream that torch's documentation asks for.
 
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs

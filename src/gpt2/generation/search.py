@@ -13,10 +13,10 @@ from gpt2.cache import KVCache
 from gpt2.errors import UserError
 from gpt2.generation.engine import LanguageModel, check_finite
 from gpt2.generation.sampling import Sampling
-from gpt2.generation.text import TextStream, check_stop
+from gpt2.generation.text import TextStream, check_stop_strings
 from gpt2.tokenizer import Tokenizer
 
-PLAIN = Sampling(temperature=0)  # no bias, penalty or ban
+NO_PENALTIES = Sampling(temperature=0)  # no bias, penalty or ban
 
 
 def check_prompt(model: LanguageModel, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> int:
@@ -30,11 +30,11 @@ def check_prompt(model: LanguageModel, prompt: list[int], max_new_tokens: int, s
         raise UserError(f"the prompt has a token outside the model's vocabulary of {vocab_size}")
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    sampling.check_ids(vocab_size)
+    sampling.check_token_ids(vocab_size)
     return context - len(prompt)
 
 
-def read(model: LanguageModel, tokens: list[list[int]], cache: KVCache) -> Tensor:
+def forward_hidden_states(model: LanguageModel, tokens: list[list[int]], cache: KVCache) -> Tensor:
     """(B, T) -> hidden states (B, T, C)."""
     return model.hidden_states(torch.tensor(tokens, device=model.device), cache)
 
@@ -46,28 +46,28 @@ def last_logits(model: LanguageModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def reorder(cache: KVCache, rows: list[int], shared: int) -> None:
+def reorder_cache(cache: KVCache, rows: list[int], prefix_length: int) -> None:
     """`cache.reorder`, where all rows, equally long, have their first `shared` positions in common."""
-    KVCache(cache.data[:, :, :, :, shared:], cache.lengths - shared).reorder(rows)
+    KVCache(cache.data[:, :, :, :, prefix_length:], cache.lengths - prefix_length).reorder(rows)
     cache.lengths[: len(rows)] = cache.lengths[rows]
 
 
-def encoded(tokenizer: Tokenizer | None, prompt: str, stop: Sequence[str]) -> tuple[Tokenizer, list[int]]:
+def encode_prompt(tokenizer: Tokenizer | None, prompt: str, stop: Sequence[str]) -> tuple[Tokenizer, list[int]]:
     """The tokenizer, and the prompt in its tokens. Raises UserError if there is none, or a stop string is empty."""
     if tokenizer is None:
         raise UserError("this model folder has no tokenizer: text needs one")
-    check_stop(stop)
+    check_stop_strings(stop)
     # an empty prompt begins a text, which is what follows the end of another
     return tokenizer, tokenizer.encode(prompt, allow_special=True) or [tokenizer.end_of_text]
 
 
-def pieces(tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str]) -> Iterator[str]:
     """The text of the tokens up to its end; no more tokens are asked for than that takes."""
     text = TextStream(tokenizer, stop)
     for token in tokens:
         if piece := text.push(token):
             yield piece
-        if text.finished:
+        if text.finish_reason:
             return
     if piece := text.flush():
         yield piece

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any, overload
 
 from gpt2.errors import UserError, did_you_mean
-from gpt2.generation.engine import Continuation, Engine, LanguageModel, Request
-from gpt2.generation.inference import accelerated
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
+from gpt2.generation.inference import prepare_for_inference
 from gpt2.generation.sampling import Sampling
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
 MAX_SAMPLES = 10_000  # of one prompt
-MAX_ROWS = 64  # so many samples are made at a time; the others follow as these finish
+MAX_BATCH_SIZE = 64  # so many samples are made at a time; the others follow as these finish
 
 
 @overload
@@ -73,7 +73,7 @@ def generate(
         model,
         tokenizer,
         prompts,
-        sampling_of(settings),
+        make_sampling(settings),
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         stop=stop,
@@ -110,26 +110,28 @@ def stream(
     ids = [tokenizer.encode(text, allow_special=True) or [tokenizer.end_of_text] for text in prompts]
     seed = secrets.randbits(32) if seed is None else seed
     requests = [
-        Request(tokens, sampling or Sampling(), max_new_tokens, seed, sample, (tokenizer.end_of_text,))
+        GenerationRequest(tokens, sampling or Sampling(), max_new_tokens, seed, sample, (tokenizer.end_of_text,))
         for tokens in ids
         for sample in range(num_samples)
     ]
     longest = max((len(tokens) for tokens in ids), default=0) + max_new_tokens
-    engine = Engine(accelerated(model), max(1, min(len(requests), MAX_ROWS)), longest)
-    return _run(engine, requests, [TextStream(tokenizer, stop) for _ in requests])
+    engine = Engine(prepare_for_inference(model), max(1, min(len(requests), MAX_BATCH_SIZE)), longest)
+    return _stream_samples(engine, requests, [TextStream(tokenizer, stop) for _ in requests])
 
 
-def _run(engine: Engine, requests: list[Request], texts: list["TextStream"]) -> Iterator[tuple[int, str]]:
-    samples: dict[Continuation, int] = {engine.submit(request): i for i, request in enumerate(requests)}
+def _stream_samples(
+    engine: Engine, requests: list[GenerationRequest], texts: list["TextStream"]
+) -> Iterator[tuple[int, str]]:
+    samples: dict[Sequence, int] = {engine.submit(request): i for i, request in enumerate(requests)}
     while not engine.idle:
         for token in engine.step():
-            sample = samples[token.continuation]
+            sample = samples[token.sequence]
             if piece := texts[sample].push(token.id):
                 yield sample, piece
-            if texts[sample].finished:
-                engine.cancel(token.continuation)
+            if texts[sample].finish_reason:
+                engine.cancel(token.sequence)
         for continuation, sample in list(samples.items()):
-            if continuation.finished:
+            if continuation.finish_reason:
                 if continuation.error:
                     raise continuation.error
                 if piece := texts[sample].flush():
@@ -137,7 +139,7 @@ def _run(engine: Engine, requests: list[Request], texts: list["TextStream"]) -> 
                 del samples[continuation]
 
 
-def sampling_of(settings: dict[str, Any]) -> Sampling:
+def make_sampling(settings: dict[str, Any]) -> Sampling:
     """The settings, by name, as a `Sampling`. Raises UserError for a name that is none."""
     names = list(Sampling.__dataclass_fields__)
     for name in settings:
@@ -157,48 +159,48 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: abc.Sequence[str] = ()) -> None:
-        check_stop(stop)
+        check_stop_strings(stop)
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._decoder = StreamDecoder(tokenizer)
-        self._held = ""
-        self.finished: str | None = None
+        self._pending = ""
+        self.finish_reason: str | None = None
         """"stop" once a stop string or the end of the text was met: what follows is not shown."""
 
     def push(self, token: int) -> str:
         """The text that became certain with `token`: often its own, sometimes none."""
-        if self.finished:
+        if self.finish_reason:
             return ""
         if token == self._tokenizer.end_of_text or token >= self._tokenizer.vocab_size:  # an id without text, too
             piece = self.flush()
-            self.finished = "stop"
+            self.finish_reason = "stop"
             return piece
-        return self._certain(self._decoder.push(token))
+        return self._hold_back_stop_prefix(self._decoder.push(token))
 
     def flush(self) -> str:
         """What was held back, once no more will come."""
-        if self.finished:
+        if self.finish_reason:
             return ""
-        piece = self._certain(self._decoder.flush())
-        piece, self._held = piece + self._held, ""
+        piece = self._hold_back_stop_prefix(self._decoder.flush())
+        piece, self._pending = piece + self._pending, ""
         return piece
 
-    def _certain(self, piece: str) -> str:
-        text = self._held + piece
+    def _hold_back_stop_prefix(self, piece: str) -> str:
+        text = self._pending + piece
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
-            self.finished, self._held = "stop", ""
+            self.finish_reason, self._pending = "stop", ""
             return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
+        held = max((_partial_stop_length(text, stop) for stop in self._stop), default=0)
+        self._pending = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def check_stop(stop: abc.Sequence[str]) -> None:
+def check_stop_strings(stop: abc.Sequence[str]) -> None:
     """Raise UserError for stop strings that cannot be: an empty one is everywhere."""
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
         raise UserError("a stop string must have at least one character")
 
 
-def _overlap(text: str, stop: str) -> int:
+def _partial_stop_length(text: str, stop: str) -> int:
     """How many characters at the end of `text` are a beginning of `stop`, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

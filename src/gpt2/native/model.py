@@ -11,12 +11,12 @@ from torch import Tensor
 from gpt2.cache import KVCache
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
-from gpt2.native.pack import GROUPS, pack
+from gpt2.native.pack import GROUP_SIZES, pack
 
-KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-ACTIVATIONS = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+ACTIVATION_CODES = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
 
-PRODUCTS = {"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"}
+LINEAR_LAYERS = {"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"}
 
 
 class _Matrix(Structure):
@@ -85,18 +85,20 @@ class NativeGPT:
     """
 
     def __init__(self, model: GPT, precision: str, library: ctypes.CDLL) -> None:
-        if precision not in KINDS:
-            raise UserError(f"the CPU kernel has no precision '{precision}': there are {', '.join(KINDS)}")
+        if precision not in DTYPE_CODES:
+            raise UserError(f"the CPU kernel has no precision '{precision}': there are {', '.join(DTYPE_CODES)}")
         if model.device.type != "cpu":
             raise UserError(f"the CPU kernel cannot run a model on {model.device}")
         self.config: GPTConfig = model.config
         self.precision, self.device = precision, torch.device("cpu")
         self._library = library
-        self._kept: list[Tensor] = []  # what the pointers below point to
+        self._kept_alive: list[Tensor] = []  # what the pointers below point to
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._layers = self._make_layers(weights)
         self._model = self._make_model(weights)
-        self._head = self._matrix(model.lm_head.weight.detach(), None, "int8" if precision == "int4" else precision)
+        self._head = self._make_matrix(
+            model.lm_head.weight.detach(), None, "int8" if precision == "int4" else precision
+        )
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` positions (the whole context by default)."""
@@ -119,7 +121,7 @@ class NativeGPT:
         hidden = torch.empty(B, T, self.config.n_embd)
         data, starts = cache.data, np.ascontiguousarray(cache.lengths)
         layer, value, row, head = data.stride()[:4]
-        kind = KINDS["float32" if data.dtype == torch.float32 else "bfloat16"]
+        kind = DTYPE_CODES["float32" if data.dtype == torch.float32 else "bfloat16"]
         view = _Cache(data.data_ptr(), layer, value, row, head, kind)
         self._model.threads = torch.get_num_threads()
         self._library.gpt2_hidden_states(
@@ -152,41 +154,49 @@ class NativeGPT:
         for i, layer in enumerate(layers):
             for name in ("ln_1", "ln_2"):
                 for kind in ("weight", "bias"):
-                    setattr(layer, f"{name}_{kind}", self._vector(weights[f"transformer.h.{i}.{name}.{kind}"]))
-            for ours, name in PRODUCTS.items():
+                    setattr(layer, f"{name}_{kind}", self._make_vector(weights[f"transformer.h.{i}.{name}.{kind}"]))
+            for ours, name in LINEAR_LAYERS.items():
                 weight, bias = (weights[f"transformer.h.{i}.{name}.{kind}"] for kind in ("weight", "bias"))
-                setattr(layer, ours, self._matrix(weight, bias, self.precision))
+                setattr(layer, ours, self._make_matrix(weight, bias, self.precision))
         return layers
 
     def _make_model(self, weights: dict[str, Tensor]) -> _Model:
         c, wte, wpe = self.config, weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
         table = "bfloat16" if wte.dtype == torch.bfloat16 else "float32"
         return _Model(
-            wte=self._matrix(wte, None, table),
-            wpe=self._matrix(wpe, None, table),
+            wte=self._make_matrix(wte, None, table),
+            wpe=self._make_matrix(wpe, None, table),
             layers=self._layers,
-            ln_f_weight=self._vector(weights["transformer.ln_f.weight"]),
-            ln_f_bias=self._vector(weights["transformer.ln_f.bias"]),
+            ln_f_weight=self._make_vector(weights["transformer.ln_f.weight"]),
+            ln_f_bias=self._make_vector(weights["transformer.ln_f.bias"]),
             epsilon=c.layer_norm_epsilon,
             n_layer=c.n_layer,
             n_head=c.n_head,
             n_embd=c.n_embd,
             n_inner=c.n_inner or 4 * c.n_embd,
-            activation=ACTIVATIONS[c.activation_function],
+            activation=ACTIVATION_CODES[c.activation_function],
         )
 
-    def _matrix(self, weight: Tensor, bias: Tensor | None, precision: str) -> _Matrix:
+    def _make_matrix(self, weight: Tensor, bias: Tensor | None, precision: str) -> _Matrix:
         out, in_ = weight.shape
-        given = None if bias is None else self._vector(bias)
-        if precision in GROUPS:
+        given = None if bias is None else self._make_vector(bias)
+        if precision in GROUP_SIZES:
             packed, scale = pack(weight, precision)
-            return _Matrix(self._keep(packed), self._keep(scale), given, out, in_, KINDS[precision], GROUPS[precision])
+            return _Matrix(
+                self._keep_alive(packed),
+                self._keep_alive(scale),
+                given,
+                out,
+                in_,
+                DTYPE_CODES[precision],
+                GROUP_SIZES[precision],
+            )
         own = weight.to(getattr(torch, precision)).contiguous()
-        return _Matrix(self._keep(own), None, given, out, in_, KINDS[precision], 0)
+        return _Matrix(self._keep_alive(own), None, given, out, in_, DTYPE_CODES[precision], 0)
 
-    def _vector(self, values: Tensor) -> int:
-        return self._keep(values.float().contiguous())
+    def _make_vector(self, values: Tensor) -> int:
+        return self._keep_alive(values.float().contiguous())
 
-    def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor)
+    def _keep_alive(self, tensor: Tensor) -> int:
+        self._kept_alive.append(tensor)
         return cast(int, tensor.data_ptr())

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GROUPS = {"int8": 128, "int4": 32}  # so many neighbours along a row share a scale
+GROUP_SIZES = {"int8": 128, "int4": 32}  # so many neighbours along a row share a scale
 BITS = {"int8": 8, "int4": 4}
-AT_ONCE = 256  # rows are rounded together: they fit the processor's caches
-ROWS = 16  # stand side by side, one in each lane of a 512-bit register
+ROWS_PER_CHUNK = 256  # rows are rounded together: they fit the processor's caches
+ROWS_PER_TILE = 16  # stand side by side, one in each lane of a 512-bit register
 
 
 def quantize(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -17,30 +17,30 @@ def quantize(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     multiple of the group is padded with zeros. For 4 bits, where it matters, each group takes of several scales the
     one that leaves the least squared error.
     """
-    parts = [_quantize(rows, precision) for rows in weight.split(AT_ONCE)]
+    parts = [_quantize_chunk(rows, precision) for rows in weight.split(ROWS_PER_CHUNK)]
     return torch.cat([numbers for numbers, _ in parts]), torch.cat([scale for _, scale in parts])
 
 
-def _quantize(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    group, zero = GROUPS[precision], 2 ** (BITS[precision] - 1)
+def _quantize_chunk(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    group, zero = GROUP_SIZES[precision], 2 ** (BITS[precision] - 1)
     padded = F.pad(weight.float(), (0, -weight.size(1) % group)).unflatten(1, (-1, group))  # (out, groups, group)
     most = padded.abs().amax(-1)
     if precision == "int8":
-        scale = _scale(most / (zero - 1))
-        return _rounded(padded, scale, zero), scale.bfloat16()
+        scale = _bfloat16_scale(most / (zero - 1))
+        return _round_groups(padded, scale, zero), scale.bfloat16()
     signed = padded.gather(-1, padded.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    best, least = _scale(-signed / zero), torch.full_like(most, torch.inf)
+    best, least = _bfloat16_scale(-signed / zero), torch.full_like(most, torch.inf)
     for divisor in (8.0, 7.5, 7.0, 6.5):
-        scale = _scale(-signed / divisor)  # the largest comes to lie at -8, where there is one step more
-        left = ((_rounded(padded, scale, zero).float() - zero) * scale.unsqueeze(-1) - padded).square().sum(-1)
+        scale = _bfloat16_scale(-signed / divisor)  # the largest comes to lie at -8, where there is one step more
+        left = ((_round_groups(padded, scale, zero).float() - zero) * scale.unsqueeze(-1) - padded).square().sum(-1)
         best, least = torch.where(left < least, scale, best), torch.minimum(left, least)
-    return _rounded(padded, best, zero), best.bfloat16()
+    return _round_groups(padded, best, zero), best.bfloat16()
 
 
-def dequantize(numbers: Tensor, scale: Tensor, precision: str, columns: int) -> Tensor:
+def dequantize(quantized: Tensor, scale: Tensor, precision: str, in_features: int) -> Tensor:
     """The matrix, float32 (out, columns), that `quantize` stands for."""
     zero = 2 ** (BITS[precision] - 1)
-    return ((numbers.float() - zero) * scale.float().unsqueeze(-1)).flatten(1)[:, :columns]
+    return ((quantized.float() - zero) * scale.float().unsqueeze(-1)).flatten(1)[:, :in_features]
 
 
 def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -49,20 +49,20 @@ def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     int8: (out / 16, in / 4, 16, 4). int4: the same with half of the steps, each holding two.
     """
     numbers, scale = quantize(weight, precision)
-    short = -len(numbers) % ROWS
-    numbers = F.pad(numbers.flatten(1), (0, 0, 0, short)).unflatten(1, (-1, 4)).unflatten(0, (-1, ROWS))
+    short = -len(numbers) % ROWS_PER_TILE
+    numbers = F.pad(numbers.flatten(1), (0, 0, 0, short)).unflatten(1, (-1, 4)).unflatten(0, (-1, ROWS_PER_TILE))
     numbers = numbers.transpose(1, 2)  # (out / 16, in / 4, 16, 4)
     if precision == "int4":
         numbers = numbers[:, 0::2] | numbers[:, 1::2] << 4
-    scales = F.pad(scale, (0, 0, 0, short)).unflatten(0, (-1, ROWS)).transpose(1, 2)
+    scales = F.pad(scale, (0, 0, 0, short)).unflatten(0, (-1, ROWS_PER_TILE)).transpose(1, 2)
     return numbers.contiguous(), scales.contiguous()
 
 
-def _scale(ideal: Tensor) -> Tensor:
+def _bfloat16_scale(scale: Tensor) -> Tensor:
     """As bfloat16 keeps it, and never 0: a group of zeros may have any."""
-    kept = ideal.bfloat16().float()
+    kept = scale.bfloat16().float()
     return torch.where(kept == 0, 1.0, kept)
 
 
-def _rounded(groups: Tensor, scale: Tensor, zero: int) -> Tensor:
-    return (groups / scale.unsqueeze(-1)).round_().add_(zero).clamp_(0, 2 * zero - 1).to(torch.uint8)
+def _round_groups(groups: Tensor, scale: Tensor, zero_point: int) -> Tensor:
+    return (groups / scale.unsqueeze(-1)).round_().add_(zero_point).clamp_(0, 2 * zero_point - 1).to(torch.uint8)

@@ -13,30 +13,30 @@ from typing import NamedTuple
 import torch
 
 from gpt2.errors import UserError
-from gpt2.lora import LoRAConfig, adapted_names
-from gpt2.loss import CACHE_ELEMENTS, CHUNK_BYTES, PAD_TO
+from gpt2.lora import LoRAConfig, match_target_modules
+from gpt2.loss import CHUNK_BYTES, CPU_CACHE_ELEMENTS, VOCAB_PAD_MULTIPLE
 from gpt2.model import GPTConfig
 
-FLOAT = 4  # bytes of a float32: weights, gradients, the optimizer's moments and the residual stream
-HEAP_WASTE = 0.28  # of what comes and goes in each step, lost in holes of glibc's heap (measured: 0.23 to 0.34)
+FLOAT32_BYTES = 4  # bytes of a float32: weights, gradients, the optimizer's moments and the residual stream
+HEAP_FRAGMENTATION = 0.28  # of what comes and goes in each step, lost in holes of glibc's heap (measured: 0.23 to 0.34)
 
 
 def num_parameters(config: GPTConfig) -> int:
     """How many numbers are learned, as `GPT(config).num_parameters()` counts them: the tied head once."""
     C, V, inner = config.n_embd, config.vocab_size, config.n_inner or 4 * config.n_embd
     biases_and_norms = (3 * C + C) + (inner + C) + 4 * C
-    block = _matrix_weights(config) + biases_and_norms
+    block = _num_matrix_weights(config) + biases_and_norms
     head = 0 if config.tie_word_embeddings else V * C
     return V * C + config.block_size * C + config.n_layer * block + 2 * C + head
 
 
-def num_trainable(config: GPTConfig, lora: LoRAConfig | None = None, freeze: int = 0) -> int:
+def num_trainable_parameters(config: GPTConfig, lora: LoRAConfig | None = None, freeze: int = 0) -> int:
     """How many numbers learn: all, those of adapters alone, or all but the embeddings and the first `freeze` blocks.
 
     Raises UserError when the model has no such target, or not so many blocks.
     """
     if lora is not None:
-        return sum(lora.rank * (rows + columns) for rows, columns in _adapted(config, lora).values())
+        return sum(lora.rank * (rows + columns) for rows, columns in _adapted_matrices(config, lora).values())
     if not freeze:
         return num_parameters(config)
     if freeze > config.n_layer:
@@ -53,15 +53,15 @@ def block_matrices(config: GPTConfig) -> dict[str, tuple[int, int]]:
     return {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (inner, C), "mlp.c_proj": (C, inner)}
 
 
-def _matrix_weights(config: GPTConfig) -> int:
+def _num_matrix_weights(config: GPTConfig) -> int:
     return sum(rows * columns for rows, columns in block_matrices(config).values())
 
 
-def _adapted(config: GPTConfig, lora: LoRAConfig) -> dict[str, tuple[int, int]]:
+def _adapted_matrices(config: GPTConfig, lora: LoRAConfig) -> dict[str, tuple[int, int]]:
     """The matrices of all blocks that have an adapter, (out, in), by name."""
     block = block_matrices(config).items()
     shapes = {f"transformer.h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block}
-    return {name: shapes[name] for name in adapted_names(shapes, lora)}
+    return {name: shapes[name] for name in match_target_modules(shapes, lora)}
 
 
 def flops_per_token(
@@ -77,15 +77,15 @@ def flops_per_token(
     A frozen weight counts 4, as it has no gradient, a tied head among them; in a block below all that learns, 2, and
     attention a third. With adapters the gradients still go through all blocks, but for the first one's c_attn.
     """
-    block, head = _matrix_weights(config), config.vocab_size * config.n_embd
+    block, head = _num_matrix_weights(config), config.vocab_size * config.n_embd
     attention = 4 * config.n_embd * length
     forward = 2 * (config.n_layer * block + head) + config.n_layer * attention
     if lora is not None:
-        forward += 2 * num_trainable(config, lora)
+        forward += 2 * num_trainable_parameters(config, lora)
     if not backward:
         return float(forward)
     if lora is not None:
-        first = _adapted(config, lora).get("transformer.h.0.attn.c_attn")
+        first = _adapted_matrices(config, lora).get("transformer.h.0.attn.c_attn")
         below = 0 if first is None else 2 * first[0] * first[1] + 2 * lora.rank * first[1]  # its input asks for none
         frozen = config.n_layer * block + head
         return 3.0 * forward - 2 * frozen - below
@@ -94,7 +94,7 @@ def flops_per_token(
 
 
 @dataclass(frozen=True)
-class Setup:
+class StepSetup:
     """How a step is done on one device, as far as memory depends on it."""
 
     rows: int  # sequences at once: the micro-batch
@@ -111,12 +111,12 @@ class Setup:
     shards: int = 1  # how many devices divide weights, gradients and optimizer among them (FSDP)
 
     @property
-    def width(self) -> int:
+    def dtype_bytes(self) -> int:
         """Bytes of a number in the dtype of the matrix products."""
-        return FLOAT if self.dtype == torch.float32 else 2
+        return FLOAT32_BYTES if self.dtype == torch.float32 else 2
 
     @property
-    def embeds(self) -> bool:
+    def trains_embeddings(self) -> bool:
         """Do the embeddings learn, and with them a tied head?"""
         return self.lora is None and not self.freeze
 
@@ -159,44 +159,44 @@ class Memory:
         return {name: value for name, value in asdict(self).items() if name not in ("step", "peak")}
 
 
-def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory:
+def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Memory:
     """The memory of training steps, by part and at its peak: the largest of four moments.
 
     They are the loss, with all activations, the last block's backward pass, the end of it all, and the update.
     """
-    learned, half = num_trainable(config, setup.lora, setup.freeze), setup.dtype != torch.float32
-    x, C, e = setup.rows * setup.length, config.n_embd, setup.width
+    learned, half = num_trainable_parameters(config, setup.lora, setup.freeze), setup.dtype != torch.float32
+    x, C, e = setup.rows * setup.length, config.n_embd, setup.dtype_bytes
     adapters = learned if setup.lora is not None else 0
-    weights, gradients = FLOAT * (num_parameters(config) + adapters), FLOAT * learned
+    weights, gradients = FLOAT32_BYTES * (num_parameters(config) + adapters), FLOAT32_BYTES * learned
     optimizer = optimizer_bytes(config, setup.optimizer, setup.lora, setup.freeze)
     layers = config.n_layer - setup.freeze  # that keep anything
-    casts = e * (layers * _matrix_weights(config) + adapters) if half else 0
+    casts = e * (layers * _num_matrix_weights(config) + adapters) if half else 0
     block = block_activations(config, setup)
-    stream = FLOAT * x * C  # one state of the residual stream
+    stream = FLOAT32_BYTES * x * C  # one state of the residual stream
     kept = stream if setup.recompute else sum(block.values())
     outside = 2 * stream + 16 * x + 8 * x  # what ln_f reads and gives, its statistics, the tokens with their targets
     activations = layers * kept + outside
     logits, from_loss = _loss_bytes(config, setup)
     again = sum(block.values()) - stream if setup.recompute else 0  # of the block whose backward pass it is
-    working = again + 2 * stream + _working_bytes(config, setup)
+    working = again + 2 * stream + _workspace_bytes(config, setup)
     if setup.device != "cpu":
         working += from_loss  # multiplied by what came from above, which on a CPU is known to be one
-    embedding = FLOAT * config.vocab_size * C if setup.embeds else 0
+    embedding = FLOAT32_BYTES * config.vocab_size * C if setup.trains_embeddings else 0
     before = gradients if setup.micro_batches > 1 or setup.buckets else 0  # of other micro-batches; whole with FSDP too
     own_weights, own_gradients, own_optimizer = (-(-size // setup.shards) for size in (weights, gradients, optimizer))
-    borrowed = _borrowed(config, setup)
+    borrowed = _fsdp_buffers(config, setup)
     always = own_weights + own_optimizer + borrowed.root
     one_cast = casts // config.n_layer if setup.recompute else casts
     moments = (
         always + before + borrowed.block + (casts if setup.lora is None else one_cast) + activations + logits,
         always + before + borrowed.backward + one_cast + activations + working + from_loss,
         always + max(own_gradients, before) + borrowed.end + (2 if setup.micro_batches > 1 else 1) * embedding,
-        always + own_gradients + _update_bytes(config, setup),
+        always + own_gradients + _update_workspace_bytes(config, setup),
     )
     allocator = 0
     if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.recompute:
         coming_and_going = activations + own_gradients + borrowed.backward + logits + working
-        allocator = int(HEAP_WASTE * coming_and_going)  # see runtime.manage_freed_memory
+        allocator = int(HEAP_FRAGMENTATION * coming_and_going)  # see runtime.manage_freed_memory
     step = program + max(moments) + allocator
     copies, read_back = (weights if setup.lora is None else gradients) + optimizer, optimizer  # see `train.checkpoint`
     peak = step
@@ -221,7 +221,7 @@ def training_memory(config: GPTConfig, setup: Setup, program: int = 0) -> Memory
     )
 
 
-class _Borrowed(NamedTuple):
+class _FSDPBuffers(NamedTuple):
     """Bytes that FSDP has on a device besides its shards; nothing where nothing is divided.
 
     root:     the parameters outside of the blocks: gathered once a pass, and kept to the end of it.
@@ -236,53 +236,55 @@ class _Borrowed(NamedTuple):
     end: int = 0
 
 
-def _borrowed(config: GPTConfig, setup: Setup) -> _Borrowed:
+def _fsdp_buffers(config: GPTConfig, setup: StepSetup) -> _FSDPBuffers:
     if setup.shards == 1:
-        return _Borrowed()
-    block = FLOAT * sum(block_tensors(config))
-    root = FLOAT * num_parameters(config) - config.n_layer * block
-    adapters = FLOAT * num_trainable(config, setup.lora) // config.n_layer if setup.lora is not None else 0
+        return _FSDPBuffers()
+    block = FLOAT32_BYTES * sum(block_tensor_sizes(config))
+    root = FLOAT32_BYTES * num_parameters(config) - config.n_layer * block
+    adapters = (
+        FLOAT32_BYTES * num_trainable_parameters(config, setup.lora) // config.n_layer if setup.lora is not None else 0
+    )
     learning = block if setup.lora is None else adapters
     at_once = 2 * (block + adapters)
-    return _Borrowed(root, at_once, at_once + 2 * learning, root if setup.embeds else 0)
+    return _FSDPBuffers(root, at_once, at_once + 2 * learning, root if setup.trains_embeddings else 0)
 
 
-def block_tensors(config: GPTConfig) -> list[int]:
+def block_tensor_sizes(config: GPTConfig) -> list[int]:
     """How many numbers each tensor of a block has, in the order of its parameters."""
     C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     norm, attention = [C, C], [3 * C * C, 3 * C, C * C, C]
     return [*norm, *attention, *norm, inner * C, inner, C * inner, C]
 
 
-def _working_bytes(config: GPTConfig, setup: Setup) -> int:
+def _workspace_bytes(config: GPTConfig, setup: StepSetup) -> int:
     """Bytes of the gradients inside the MLP, at their height; an adapter has its own of what its matrix has."""
     x, inner = setup.rows * setup.length, config.n_inner or 4 * config.n_embd
-    narrow = setup.width * x * config.n_embd if setup.dtype != torch.float32 else 0
-    return setup.width * x * inner * (1 if setup.lora is None else 2) + narrow
+    narrow = setup.dtype_bytes * x * config.n_embd if setup.dtype != torch.float32 else 0
+    return setup.dtype_bytes * x * inner * (1 if setup.lora is None else 2) + narrow
 
 
 def optimizer_bytes(config: GPTConfig, optimizer: str, lora: LoRAConfig | None = None, freeze: int = 0) -> int:
     """What the optimizer remembers: AdamW two numbers for each that learns, SGD one, Muon one of blocks' matrices."""
-    learned = num_trainable(config, lora, freeze)
+    learned = num_trainable_parameters(config, lora, freeze)
     if optimizer == "sgd":
-        return FLOAT * learned
-    of_muon = (config.n_layer - freeze) * _matrix_weights(config) if lora is None else learned
-    return 2 * FLOAT * learned - (FLOAT * of_muon if optimizer == "muon" else 0)
+        return FLOAT32_BYTES * learned
+    of_muon = (config.n_layer - freeze) * _num_matrix_weights(config) if lora is None else learned
+    return 2 * FLOAT32_BYTES * learned - (FLOAT32_BYTES * of_muon if optimizer == "muon" else 0)
 
 
-def block_activations(config: GPTConfig, setup: Setup) -> dict[str, int]:
+def block_activations(config: GPTConfig, setup: StepSetup) -> dict[str, int]:
     """Bytes of the tensors one block keeps for its backward pass, its input among them, by name.
 
     Compiled blocks keep about as much: they leave out one or two of (x, C) and gain nothing on the large ones.
     """
     x, C, inner = setup.rows * setup.length, config.n_embd, config.n_inner or 4 * config.n_embd
-    e = setup.width
+    e = setup.dtype_bytes
     kept = {
-        "input": FLOAT * x * C,
-        "statistics": 4 * FLOAT * x,  # mean and deviation, twice
+        "input": FLOAT32_BYTES * x * C,
+        "statistics": 4 * FLOAT32_BYTES * x,  # mean and deviation, twice
         "ln_1": e * x * C,
         **_attention_activations(config, setup),
-        "residual": FLOAT * x * C,  # what ln_2 reads
+        "residual": FLOAT32_BYTES * x * C,  # what ln_2 reads
         "ln_2": e * x * C,
         "c_fc": e * x * inner,
         "gelu": e * x * inner,
@@ -290,22 +292,22 @@ def block_activations(config: GPTConfig, setup: Setup) -> dict[str, int]:
     if config.dropout:
         mask = 1 if setup.device == "cuda" else e
         kept |= {"attn_dropout": mask * x * C, "mlp_dropout": mask * x * C}
-    return kept if setup.lora is None else _beside_adapters(kept, config, setup, setup.lora)
+    return kept if setup.lora is None else _lora_activations(kept, config, setup, setup.lora)
 
 
-READ_BY = {"attn.c_attn": "ln_1", "attn.c_proj": "attention", "mlp.c_fc": "ln_2", "mlp.c_proj": "gelu"}
+INPUT_ACTIVATIONS = {"attn.c_attn": "ln_1", "attn.c_proj": "attention", "mlp.c_fc": "ln_2", "mlp.c_proj": "gelu"}
 
 
-def _beside_adapters(kept: dict[str, int], config: GPTConfig, setup: Setup, lora: LoRAConfig) -> dict[str, int]:
+def _lora_activations(kept: dict[str, int], config: GPTConfig, setup: StepSetup, lora: LoRAConfig) -> dict[str, int]:
     """The same beside frozen matrices: what one reads is kept only for its A, and what that gives, for its B."""
-    x, e, kept = setup.rows * setup.length, setup.width, dict(kept)
-    adapted = {name.split(".", 3)[3] for name in _adapted(config, lora)}
-    for name, read in READ_BY.items():
+    x, e, kept = setup.rows * setup.length, setup.dtype_bytes, dict(kept)
+    adapted = {name.split(".", 3)[3] for name in _adapted_matrices(config, lora)}
+    for name, read in INPUT_ACTIVATIONS.items():
         if name in adapted:
             kept[f"{name}.lora"] = e * x * lora.rank
             if lora.dropout:
                 narrow = read == "gelu" or (read == "attention" and config.attention == "plain")
-                mask = 1 if setup.device == "cuda" else e if narrow else FLOAT
+                mask = 1 if setup.device == "cuda" else e if narrow else FLOAT32_BYTES
                 kept[f"{name}.lora_dropout"] = mask * x * block_matrices(config)[name][1]
         elif read == "attention" and "logsumexp" in kept:
             kept.pop("to_bfloat16", None)  # fused attention needs its result itself
@@ -316,43 +318,54 @@ def _beside_adapters(kept: dict[str, int], config: GPTConfig, setup: Setup, lora
     return kept
 
 
-def _attention_activations(config: GPTConfig, setup: Setup) -> dict[str, int]:
+def _attention_activations(config: GPTConfig, setup: StepSetup) -> dict[str, int]:
     rows, T, C, H = setup.rows, setup.length, config.n_embd, config.n_head
     x = rows * T
-    e = setup.width
+    e = setup.dtype_bytes
     square = rows * H * T * T
     if config.attention == "plain":
         scores = square * (3 if config.dropout else 1)  # weights; with dropout also the mask and the product
         return {"q": e * x * C, "k": e * x * C, "v": e * x * C, "scores": e * scores + T * T, "attention": e * x * C}
     if config.dropout and setup.device != "cuda":  # torch has no fused kernel for it there: plain, in float32
-        one = FLOAT * x * C
-        return {"q": one, "k": one, "v": one, "scores": 3 * FLOAT * square, "attention": e * x * C}
-    if setup.device == "cpu" and e < FLOAT:  # in float32 there, as bfloat16 is slow: see model.sdpa_attention
-        return {"qkv": 12 * x * C, "logsumexp": FLOAT * x * H, "attention": FLOAT * x * C, "to_bfloat16": e * x * C}
-    return {"qkv": 3 * e * x * C, "logsumexp": FLOAT * x * H, "attention": e * x * C}
+        one = FLOAT32_BYTES * x * C
+        return {"q": one, "k": one, "v": one, "scores": 3 * FLOAT32_BYTES * square, "attention": e * x * C}
+    if setup.device == "cpu" and e < FLOAT32_BYTES:  # in float32 there, as bfloat16 is slow: see model.sdpa_attention
+        return {
+            "qkv": 12 * x * C,
+            "logsumexp": FLOAT32_BYTES * x * H,
+            "attention": FLOAT32_BYTES * x * C,
+            "to_bfloat16": e * x * C,
+        }
+    return {"qkv": 3 * e * x * C, "logsumexp": FLOAT32_BYTES * x * H, "attention": e * x * C}
 
 
-def _loss_bytes(config: GPTConfig, setup: Setup) -> tuple[int, int]:
+def _loss_bytes(config: GPTConfig, setup: StepSetup) -> tuple[int, int]:
     """Bytes of head and loss, as `gpt2.loss` does them: at their height, and what stays until the step ends."""
     x, C, V = setup.rows * setup.length, config.n_embd, config.vocab_size
     if setup.device == "cuda":
-        V += -V % PAD_TO
-    e = setup.width
+        V += -V % VOCAB_PAD_MULTIPLE
+    e = setup.dtype_bytes
     rows = min(x, max(1, CHUNK_BYTES // (V * e)))  # whose logits are held at a time
-    in_float = min(rows * V, max(V, CACHE_ELEMENTS)) if setup.device == "cpu" else rows * V
-    softmax = FLOAT * in_float * (1 if e == FLOAT else 2)  # in float32: its result, and a copy of what it is given
+    in_float = min(rows * V, max(V, CPU_CACHE_ELEMENTS)) if setup.device == "cpu" else rows * V
+    softmax = (
+        FLOAT32_BYTES * in_float * (1 if e == FLOAT32_BYTES else 2)
+    )  # in float32: its result, and a copy of what it is given
     learns = setup.lora is None and not (setup.freeze and config.tie_word_embeddings)
-    of_head, of_hidden = FLOAT * V * C if learns else 0, FLOAT * x * C  # gradients
-    product = e * V * C if e < FLOAT and learns else 0  # one chunk's part of the head's gradient, before it is added
+    of_head, of_hidden = FLOAT32_BYTES * V * C if learns else 0, FLOAT32_BYTES * x * C  # gradients
+    product = (
+        e * V * C if e < FLOAT32_BYTES and learns else 0
+    )  # one chunk's part of the head's gradient, before it is added
     at_once = of_head + max(softmax, product) if rows < x else max(softmax, of_head + product)
-    cast = e * V * C if e < FLOAT else 0
+    cast = e * V * C if e < FLOAT32_BYTES else 0
     return of_hidden + cast + rows * V * e + at_once, of_head + of_hidden
 
 
-def _update_bytes(config: GPTConfig, setup: Setup) -> int:
+def _update_workspace_bytes(config: GPTConfig, setup: StepSetup) -> int:
     """Bytes that the optimizer's own arithmetic needs: nothing for the fused AdamW."""
     if setup.optimizer == "sgd" and setup.device == "cuda":
-        return FLOAT * num_trainable(config, setup.lora, setup.freeze)  # gradients with the weight decay added
+        return FLOAT32_BYTES * num_trainable_parameters(
+            config, setup.lora, setup.freeze
+        )  # gradients with the weight decay added
     if setup.optimizer == "muon" and setup.lora is None:
         return 16 * config.n_embd * (config.n_inner or 4 * config.n_embd)  # Newton-Schulz on the largest matrix
     return 0

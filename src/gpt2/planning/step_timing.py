@@ -10,17 +10,17 @@ import torch
 
 from gpt2.config import TrainConfig
 from gpt2.hardware import resident_memory
-from gpt2.lora import attach
+from gpt2.lora import add_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers
-from gpt2.planning.costs import Setup, flops_per_token, num_parameters, num_trainable, training_memory
-from gpt2.runtime import autocast, compile_blocks, recompute_blocks, synchronize
+from gpt2.planning.costs import StepSetup, flops_per_token, num_parameters, num_trainable_parameters, training_memory
+from gpt2.runtime import apply_activation_checkpointing, autocast, compile_blocks, synchronize
 
-SLICE = 3  # layers that are timed, and one: the rest is their difference, many times
-PASS_SECONDS = 1.5  # about how long a timed pass may take; long ones are timed with fewer rows
+TIMED_LAYERS = 3  # layers that are timed, and one: the rest is their difference, many times
+MAX_PASS_SECONDS = 1.5  # about how long a timed pass may take; long ones are timed with fewer rows
 
 
-class Timed(NamedTuple):
+class StepTime(NamedTuple):
     """Seconds of one step on one device: all forward and backward passes, and the update after them."""
 
     passes: float
@@ -28,8 +28,8 @@ class Timed(NamedTuple):
 
 
 def time_step(
-    config: TrainConfig, shape: GPTConfig, setup: Setup, device: torch.device, rate: float, compiled: bool
-) -> Timed:
+    config: TrainConfig, shape: GPTConfig, setup: StepSetup, device: torch.device, rate: float, compiled: bool
+) -> StepTime:
     """The seconds of one optimizer step on `device`, from real ones of a model with one layer and with three.
 
     rate: FLOP/s of its matrix products, from which a pass's length is guessed.
@@ -37,42 +37,42 @@ def time_step(
     What a layer adds is their difference; embeddings, head and loss are in both. A model of few layers is timed whole.
     Where first blocks are frozen, time is taken to shrink as FLOPs and learning parameters do.
     """
-    counts = [shape.n_layer] if shape.n_layer <= SLICE else [1, SLICE]
+    counts = [shape.n_layer] if shape.n_layer <= TIMED_LAYERS else [1, TIMED_LAYERS]
     timed = timed_setup(shape, setup, rate)
-    slices = [_Slice(config, replace(shape, n_layer=count), timed, device, compiled) for count in counts]
-    passes = _alternating([each.forward_backward for each in slices], device)
-    updates = _alternating([each.update for each in slices], device)
-    one_pass, update = (_at_depth(seconds, counts, shape.n_layer) for seconds in (passes, updates))
+    slices = [_TimedModel(config, replace(shape, n_layer=count), timed, device, compiled) for count in counts]
+    passes = _time_interleaved([each.forward_backward for each in slices], device)
+    updates = _time_interleaved([each.update for each in slices], device)
+    one_pass, update = (_extrapolate_layers(seconds, counts, shape.n_layer) for seconds in (passes, updates))
     if setup.freeze:
         flops = flops_per_token(shape, setup.length, freeze=setup.freeze)
         one_pass *= flops / flops_per_token(shape, setup.length)
-        update *= num_trainable(shape, freeze=setup.freeze) / num_parameters(shape)
-    return Timed(one_pass * setup.micro_batches * setup.rows / timed.rows, update)
+        update *= num_trainable_parameters(shape, freeze=setup.freeze) / num_parameters(shape)
+    return StepTime(one_pass * setup.micro_batches * setup.rows / timed.rows, update)
 
 
-def can_time(shape: GPTConfig, setup: Setup, rate: float, program: int, memory: int) -> bool:
+def can_time_step(shape: GPTConfig, setup: StepSetup, rate: float, program: int, memory: int) -> bool:
     """Do the few layers that `time_step` runs fit in `memory` bytes, `program` of which are taken?"""
     timed = timed_setup(shape, setup, rate)
-    return training_memory(_thin(shape), timed, program).peak <= memory
+    return training_memory(_shallow(shape), timed, program).peak <= memory
 
 
-def timed_setup(shape: GPTConfig, setup: Setup, rate: float) -> Setup:
+def timed_setup(shape: GPTConfig, setup: StepSetup, rate: float) -> StepSetup:
     """The step that is timed: one micro-batch, or as many of its rows (a power of two) as keep a pass short."""
-    flops = flops_per_token(_thin(shape), setup.length, lora=setup.lora)
+    flops = flops_per_token(_shallow(shape), setup.length, lora=setup.lora)
     seconds_per_row = flops * setup.length / (0.5 * rate)
     rows = setup.rows
-    if rows * seconds_per_row > PASS_SECONDS:
+    if rows * seconds_per_row > MAX_PASS_SECONDS:
         rows = 1
-        while 2 * rows * seconds_per_row <= PASS_SECONDS and 2 * rows <= setup.rows:
+        while 2 * rows * seconds_per_row <= MAX_PASS_SECONDS and 2 * rows <= setup.rows:
             rows *= 2
     return replace(setup, rows=rows, micro_batches=1, saves_midway=False, freeze=0, shards=1, buckets=False)
 
 
-def _thin(shape: GPTConfig) -> GPTConfig:
-    return replace(shape, n_layer=min(SLICE, shape.n_layer))
+def _shallow(shape: GPTConfig) -> GPTConfig:
+    return replace(shape, n_layer=min(TIMED_LAYERS, shape.n_layer))
 
 
-def _at_depth(seconds: list[float], counts: list[int], n_layer: int) -> float:
+def _extrapolate_layers(seconds: list[float], counts: list[int], n_layer: int) -> float:
     """On the line through the times of two depths; with one depth, its time."""
     if len(counts) == 1:
         return seconds[0]
@@ -80,17 +80,17 @@ def _at_depth(seconds: list[float], counts: list[int], n_layer: int) -> float:
     return seconds[1] + (n_layer - counts[1]) * per_layer
 
 
-class _Slice:
+class _TimedModel:
     """A model with some of the layers, and its optimizers: what can be timed of a step."""
 
     def __init__(
-        self, config: TrainConfig, shape: GPTConfig, setup: Setup, device: torch.device, compiled: bool
+        self, config: TrainConfig, shape: GPTConfig, setup: StepSetup, device: torch.device, compiled: bool
     ) -> None:
         self.model = GPT(shape).to(device).train()
         if setup.lora is not None:
-            attach(self.model, setup.lora)
+            add_adapter(self.model, setup.lora)
         if setup.recompute:
-            recompute_blocks(self.model.transformer.h)
+            apply_activation_checkpointing(self.model.transformer.h)
         if compiled:
             compile_blocks(self.model.transformer.h)
         self.optimizers = build_optimizers(self.model, config)
@@ -108,11 +108,11 @@ class _Slice:
             optimizer.step()
 
 
-def _alternating(works: list[Callable[[], None]], device: torch.device, rounds: int = 5) -> list[float]:
+def _time_interleaved(functions: list[Callable[[], None]], device: torch.device, rounds: int = 5) -> list[float]:
     """Median seconds of each, timed in turns, after two rounds to warm up."""
-    times: list[list[float]] = [[] for _ in works]
+    times: list[list[float]] = [[] for _ in functions]
     for round_number in range(rounds + 2):
-        for work, seconds in zip(works, times, strict=True):
+        for work, seconds in zip(functions, times, strict=True):
             synchronize(device)
             began = time.perf_counter()
             work()
@@ -122,12 +122,12 @@ def _alternating(works: list[Callable[[], None]], device: torch.device, rounds: 
     return [statistics.median(seconds) for seconds in times]
 
 
-def program_memory(config: TrainConfig) -> int:
+def process_memory(config: TrainConfig) -> int:
     """Bytes that Python, torch and its kernels take in this process: after one step of the smallest of models."""
     tiny = GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16)
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):
-        step = _Slice(config, tiny, Setup(rows=1, length=8, dtype=dtype), cpu, compiled=False)
+        step = _TimedModel(config, tiny, StepSetup(rows=1, length=8, dtype=dtype), cpu, compiled=False)
         step.forward_backward()
         step.update()
     return resident_memory()

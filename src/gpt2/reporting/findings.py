@@ -14,14 +14,14 @@ from gpt2.config import TrainConfig
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 
-PARTS = {  # what a step's record says it spent time on
+TIME_FIELDS = {  # what a step's record says it spent time on
     "update_seconds": "updates",
     "data_seconds": "waiting for data",
     "eval_seconds": "validation",
     "sample_seconds": "samples",
     "save_seconds": "checkpoints",
 }
-PAUSES = ("eval_seconds", "sample_seconds", "save_seconds")
+PAUSE_FIELDS = ("eval_seconds", "sample_seconds", "save_seconds")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Finding:
     """Something worth knowing about a run, and what to do about it, with the flags that do it."""
 
     name: str
-    seen: str
+    observation: str
     advice: str
 
 
@@ -62,9 +62,9 @@ def findings(records: Sequence[Record], config: TrainConfig, facts: RunFacts) ->
         _no_context(records, facts),
     ]
     if not any(found):  # else more steps are not the cure
-        found += _ending(records, config, facts)
-    found += [_no_validation(records, facts), _spikes(records, config), _clipping(records, config)]
-    found += [*_pauses(records, config, facts), _waiting(records), _low_mfu(records, config, facts)]
+        found += _convergence(records, config, facts)
+    found += [_no_validation(records, facts), _outlier_steps(records, config), _clipping(records, config)]
+    found += [*_slow_pauses(records, config, facts), _data_bound(records), _low_mfu(records, config, facts)]
     return [finding for finding in found if finding is not None]
 
 
@@ -73,14 +73,14 @@ def time_spent(records: Sequence[Record]) -> dict[str, float]:
 
     `seconds` is the whole step; where its parts come to more, some were timed beside it and are added.
     """
-    spent = {label: sum(r.get(part, 0.0) for r in records) for part, label in PARTS.items()}
-    whole = sum(max(r.get("seconds", 0.0), sum(r.get(part, 0.0) for part in PARTS)) for r in records)
+    spent = {label: sum(r.get(part, 0.0) for r in records) for part, label in TIME_FIELDS.items()}
+    whole = sum(max(r.get("seconds", 0.0), sum(r.get(part, 0.0) for part in TIME_FIELDS)) for r in records)
     return spent | {"other": max(0.0, whole - sum(spent.values()))}
 
 
-def utilization(records: Sequence[Record], facts: RunFacts) -> float | None:
+def model_flops_utilization(records: Sequence[Record], facts: RunFacts) -> float | None:
     """MFU: the share of the device's measured matrix-product rate that the median step makes use of."""
-    values = rates(records)
+    values = throughputs(records)
     if not facts.matmul_flops or not values:
         return None
     return facts.flops_per_token * median(values) / facts.matmul_flops
@@ -98,14 +98,14 @@ def _unfinished(records: Sequence[Record], config: TrainConfig, facts: RunFacts)
 
 def _diverged(records: Sequence[Record], config: TrainConfig) -> Finding | None:
     """The training loss ends clearly above its own best twentieth of the run."""
-    losses = [r["loss"] for r in taken(records)]
+    losses = [r["loss"] for r in valid_steps(records)]
     width = len(losses) // 20
     if width < 2:
         return None
     blocks = [losses[i : i + width] for i in range(len(losses) % width, len(losses), width)]
     best, last = min(blocks, key=fmean), blocks[-1]
     rise = fmean(last) - fmean(best)
-    if rise < max(0.1 * abs(fmean(best)), 4 * _error(best, last)):
+    if rise < max(0.1 * abs(fmean(best)), 4 * _standard_error(best, last)):
         return None
     seen = f"The training loss ends at {fmean(last):.3f}, {rise:.3f} above the best it had: the run has diverged."
     advice = f"Learn more slowly: `--lr {config.lr / 2:g}`, with a longer warm-up: "
@@ -114,32 +114,32 @@ def _diverged(records: Sequence[Record], config: TrainConfig) -> Finding | None:
 
 def _overfitting(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> Finding | None:
     """Validation rose from its best, beyond its noise, for two measurements or more while the training loss fell."""
-    steps = [step for step, _ in measured(records)]
-    losses = [loss for _, loss in measured(records)]
+    steps = [step for step, _ in validation_losses(records)]
+    losses = [loss for _, loss in validation_losses(records)]
     best = losses.index(min(losses)) if losses else 0
     if len(losses) < 3 or best > len(losses) - 3:
         return None
     bends = [abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
     noise = median(bends) / 0.6745 / math.sqrt(6)  # of one measurement, as independent normal ones would have it
     rise = losses[-1] - losses[best]
-    window = max(1, len(taken(records)) // 20)
-    before = [r["loss"] for r in taken(records) if r["step"] <= steps[best]][-window:]
-    after = [r["loss"] for r in taken(records)][-window:]
+    window = max(1, len(valid_steps(records)) // 20)
+    before = [r["loss"] for r in valid_steps(records) if r["step"] <= steps[best]][-window:]
+    after = [r["loss"] for r in valid_steps(records)][-window:]
     if rise < max(0.005 * losses[best], 3 * noise) or not before or fmean(after) >= fmean(before):
         return None
     seen = (
         f"Overfitting: validation was best, {losses[best]:.3f}, at step {steps[best]:,} and rose to {losses[-1]:.3f}, "
-        f"while the training loss fell on to {fmean(after):.3f}. {_times_read(records, facts)}"
+        f"while the training loss fell on to {fmean(after):.3f}. {_epochs_sentence(records, facts)}"
     )
     advice = (
-        f"Against overfitting, the surest is more text. With this one: `--dropout {_more(config.dropout)}`, "
+        f"Against overfitting, the surest is more text. With this one: `--dropout {_higher_dropout(config.dropout)}`, "
         f"or stop near the best step with `--max-steps {steps[best]}`, or a smaller model."
     )
     return Finding("overfitting", seen, advice)
 
 
 def _no_validation(records: Sequence[Record], facts: RunFacts) -> Finding | None:
-    if facts.val_tokens or measured(records):
+    if facts.val_tokens or validation_losses(records):
         return None
     seen = "Nothing was held out, so nothing here tells learning from memorizing."
     advice = "Hold something out: `gpt2 data prepare` makes shards with a validation split."
@@ -155,9 +155,9 @@ def _no_context(records: Sequence[Record], facts: RunFacts) -> Finding | None:
     return Finding("no context", seen, f"It has hardly begun: `--max-steps {steps}`, or a higher rate, `--lr`.")
 
 
-def _spikes(records: Sequence[Record], config: TrainConfig) -> Finding | None:
+def _outlier_steps(records: Sequence[Record], config: TrainConfig) -> Finding | None:
     """Steps taken though their loss stood far above those just before."""
-    losses = [r["loss"] for r in taken(records)]
+    losses = [r["loss"] for r in valid_steps(records)]
     high = 0
     for start in range(32, len(losses), 32):  # each block of 32 is judged by the block before it
         before = losses[start - 32 : start]
@@ -168,55 +168,55 @@ def _spikes(records: Sequence[Record], config: TrainConfig) -> Finding | None:
         return None
     seen = f"{high:,} of {len(losses):,} steps had a loss far above the ones before (8 deviations or more)."
     skip = f"`--skip-spikes {config.skip_spikes / 2 or 5:g}`"
-    advice = f"Leave such batches out: {skip}; or, where there are many, lower the rate: {_slower(config)}."
+    advice = f"Leave such batches out: {skip}; or, where there are many, lower the rate: {_lower_lr_flag(config)}."
     return Finding("spikes", seen, advice)
 
 
 def _clipping(records: Sequence[Record], config: TrainConfig) -> Finding | None:
-    share = clipped_share(records, config)
+    share = clipped_fraction(records, config)
     if share is None or share < 0.8 or len(records) < 20:
         return None
     seen = f"Clipping was at work in {share:.0%} of the steps, where it is meant to catch accidents."
-    usual = 2 * median(norms(records))
-    advice = f"Let usual gradients through, `--grad-clip {usual:.2g}`, or lower the rate: {_slower(config)}."
+    usual = 2 * median(grad_norms(records))
+    advice = f"Let usual gradients through, `--grad-clip {usual:.2g}`, or lower the rate: {_lower_lr_flag(config)}."
     return Finding("clipping", seen, advice)
 
 
-def _ending(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> list[Finding]:
+def _convergence(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> list[Finding]:
     """Whether the loss still fell in the last fifth of the run: validation where measured, else training."""
     done = records[-1]["step"]
-    fall, which = _late_fall(records)
+    fall, which = _late_decrease(records)
     if fall is None:
         seen = f"{done:,} {'steps are' if done > 1 else 'step is'} too few to see a trend in."
         return [Finding("short", seen, f"Train longer: `--max-steps {max(1000, 10 * done)}`.")]
     if fall >= 0.01:
         seen = f"The {which} loss still fell by {fall:.1%} in the last fifth of the run."
         longer = Finding("still falling", seen, f"Train longer: `--max-steps {2 * config.max_steps}`.")
-        return [longer, _budget(records, config, facts)]
+        return [longer, _token_budget(records, config, facts)]
     seen = f"The {which} loss has levelled off: {abs(fall):.1%} {'down' if fall > 0 else 'up'} in the last fifth."
     gap = final_loss(records)[0] - training_loss(records)
-    if gap > 0.15 * training_loss(records) and epochs(records, facts) > 2:
-        seen += f" It is {gap:.3f} above the training loss. {_times_read(records, facts)}"
-        advice = f"It learns by heart: find more text (`--data`), or `--dropout {_more(config.dropout)}`."
+    if gap > 0.15 * training_loss(records) and epochs_done(records, facts) > 2:
+        seen += f" It is {gap:.3f} above the training loss. {_epochs_sentence(records, facts)}"
+        advice = f"It learns by heart: find more text (`--data`), or `--dropout {_higher_dropout(config.dropout)}`."
     else:
-        advice = f"More steps bring little. A larger model may bring more: {_deeper(config)}."
+        advice = f"More steps bring little. A larger model may bring more: {_more_layers_flag(config)}."
     return [Finding("levelled off", seen, advice)]
 
 
-def _budget(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> Finding:
+def _token_budget(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> Finding:
     """Do the tokens suit the model? 20 a parameter (Hoffmann et al. 2022), 4 times each (Muennighoff et al. 2023)."""
     each = records[-1]["tokens"] / facts.parameters
     seen = f"It has read {each:.3g} tokens per parameter; about 20 make the best of a given amount of computing."
-    if epochs(records, facts) > 4:
-        seen = f"{_times_read(records, facts)} Beyond about 4 times a text teaches less and less."
+    if epochs_done(records, facts) > 4:
+        seen = f"{_epochs_sentence(records, facts)} Beyond about 4 times a text teaches less and less."
         return Finding("budget", seen, "Find more text (`--data`), and watch for overfitting.")
     if each < 20:
         fewer = f"`--n-layer {max(1, config.n_layer // 2)}`"
         return Finding("budget", seen, f"For the same time, a smaller model on more tokens: {fewer}.")
-    return Finding("budget", seen, f"For the same time, a larger model on fewer tokens: {_deeper(config)}.")
+    return Finding("budget", seen, f"For the same time, a larger model on fewer tokens: {_more_layers_flag(config)}.")
 
 
-def _pauses(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> list[Finding]:
+def _slow_pauses(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> list[Finding]:
     """Validation, samples and checkpoints that take more than their share of the time."""
     spent = time_spent(records)
     read = min(config.eval_tokens or facts.val_tokens or 0, facts.val_tokens or 0)
@@ -235,7 +235,7 @@ def _pauses(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> 
     return found
 
 
-def _waiting(records: Sequence[Record]) -> Finding | None:
+def _data_bound(records: Sequence[Record]) -> Finding | None:
     spent = time_spent(records)
     share = spent["waiting for data"] / (sum(spent.values()) or 1.0)
     if share < 0.05 or len(records) < 2:
@@ -246,7 +246,7 @@ def _waiting(records: Sequence[Record]) -> Finding | None:
 
 
 def _low_mfu(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> Finding | None:
-    mfu = utilization(records, facts)
+    mfu = model_flops_utilization(records, facts)
     if mfu is None or mfu >= 0.4:
         return None
     rows = config.micro_batch_size or config.batch_size
@@ -261,85 +261,85 @@ def _low_mfu(records: Sequence[Record], config: TrainConfig, facts: RunFacts) ->
 # --- the numbers they judge by; the report shows them too
 
 
-def taken(records: Sequence[Record]) -> list[Record]:
+def valid_steps(records: Sequence[Record]) -> list[Record]:
     """The steps that were not skipped, with a finite loss."""
     return [r for r in records if not r.get("skipped") and math.isfinite(r["loss"])]
 
 
-def measured(records: Sequence[Record]) -> list[tuple[int, float]]:
+def validation_losses(records: Sequence[Record]) -> list[tuple[int, float]]:
     """(step, validation loss) wherever there is one."""
     return [(r["step"], r["val_loss"]) for r in records if math.isfinite(r.get("val_loss", math.nan))]
 
 
 def training_loss(records: Sequence[Record]) -> float:
     """The mean of the last fiftieth of the steps taken; NaN when there are none."""
-    losses = [r["loss"] for r in taken(records)]
+    losses = [r["loss"] for r in valid_steps(records)]
     return fmean(losses[-max(1, len(losses) // 50) :]) if losses else math.nan
 
 
 def final_loss(records: Sequence[Record]) -> tuple[float, str]:
     """The last validation loss, or without one the training loss, and which it is."""
-    values = measured(records)
+    values = validation_losses(records)
     return (values[-1][1], "validation") if values else (training_loss(records), "training")
 
 
-def epochs(records: Sequence[Record], facts: RunFacts) -> float:
+def epochs_done(records: Sequence[Record], facts: RunFacts) -> float:
     """How often the run has read its corpus."""
     return records[-1]["tokens"] / facts.train_tokens
 
 
-def rates(records: Sequence[Record]) -> list[float]:
+def throughputs(records: Sequence[Record]) -> list[float]:
     """Tokens per second of the steps, but for those that also validated, sampled or saved."""
-    plain = [r["tokens_per_second"] for r in records if not any(r.get(part) for part in PAUSES)]
+    plain = [r["tokens_per_second"] for r in records if not any(r.get(part) for part in PAUSE_FIELDS)]
     return plain or [r["tokens_per_second"] for r in records]
 
 
-def norms(records: Sequence[Record]) -> list[float]:
+def grad_norms(records: Sequence[Record]) -> list[float]:
     """The gradient's norm before clipping, at the steps taken."""
-    return [r["grad_norm"] for r in taken(records) if math.isfinite(r.get("grad_norm", math.nan))]
+    return [r["grad_norm"] for r in valid_steps(records) if math.isfinite(r.get("grad_norm", math.nan))]
 
 
-def clipped_share(records: Sequence[Record], config: TrainConfig) -> float | None:
+def clipped_fraction(records: Sequence[Record], config: TrainConfig) -> float | None:
     """The share of the steps whose gradient was clipped; None when none could be."""
-    values = norms(records)
+    values = grad_norms(records)
     if not values or not config.grad_clip:
         return None
     return sum(norm > config.grad_clip for norm in values) / len(values)
 
 
-def _late_fall(records: Sequence[Record]) -> tuple[float | None, str]:
+def _late_decrease(records: Sequence[Record]) -> tuple[float | None, str]:
     """By what share of itself the loss fell over the last fifth of the run; None where that cannot be told."""
-    values = measured(records)
+    values = validation_losses(records)
     border = 0.8 * records[-1]["step"]
     before = [loss for step, loss in values if step <= border]
     if len(values) >= 4 and before:
         return 1 - values[-1][1] / before[-1], "validation"
-    losses = [r["loss"] for r in taken(records)]
+    losses = [r["loss"] for r in valid_steps(records)]
     width = len(losses) // 10
     if width < 4:
         return None, "training"
     middle = len(losses) - 2 * width
     early, late = losses[middle - width // 2 : middle + width // 2], losses[-width:]
     fall = fmean(early) - fmean(late)
-    return (fall if abs(fall) > 2 * _error(early, late) else 0.0) / fmean(early), "training"
+    return (fall if abs(fall) > 2 * _standard_error(early, late) else 0.0) / fmean(early), "training"
 
 
-def _error(a: Sequence[float], b: Sequence[float]) -> float:
+def _standard_error(a: Sequence[float], b: Sequence[float]) -> float:
     """The standard error of the difference of two means."""
     return math.sqrt(variance(a) / len(a) + variance(b) / len(b))
 
 
-def _times_read(records: Sequence[Record], facts: RunFacts) -> str:
-    return f"The corpus was read {epochs(records, facts):.1f} times."
+def _epochs_sentence(records: Sequence[Record], facts: RunFacts) -> str:
+    return f"The corpus was read {epochs_done(records, facts):.1f} times."
 
 
-def _slower(config: TrainConfig) -> str:
+def _lower_lr_flag(config: TrainConfig) -> str:
     return f"`--lr {config.lr / 2:g}`"
 
 
-def _deeper(config: TrainConfig) -> str:
+def _more_layers_flag(config: TrainConfig) -> str:
     return f"`--n-layer {config.n_layer + max(1, config.n_layer // 2)}`"
 
 
-def _more(dropout: float) -> str:
+def _higher_dropout(dropout: float) -> str:
     return f"{min(0.5, dropout + 0.1):.2g}"

@@ -15,22 +15,22 @@ from gpt2.errors import UserError, missing_extra
 
 log = logging.getLogger("gpt2")
 
-PLAIN_SECONDS = 5.0  # between lines when standard error is no terminal
-BAND_STEPS = 2000  # runs of more steps than this are drawn as a band
+LOG_INTERVAL_SECONDS = 5.0  # between lines when standard error is no terminal
+BAND_MIN_STEPS = 2000  # runs of more steps than this are drawn as a band
 BLUE, RED = "#1f77b4", "#d62728"  # training and validation
 
 
-class Report:
+class MetricsLogger:
     """Writes one JSON line a step, and keeps a person informed on standard error."""
 
-    def __init__(self, folder: Path, first_step: int, max_steps: int, *, silent: bool = False) -> None:
+    def __init__(self, folder: Path, first_step: int, max_steps: int, *, quiet: bool = False) -> None:
         """A report for the steps after `first_step`; lines that an interrupted run wrote beyond it are dropped.
 
         silent: say and write nothing, as on every rank but the first.
         """
         self.max_steps = max_steps
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
-        self._file = None if silent else _reopen(folder / "metrics.jsonl", first_step)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._file = None if quiet else _open_truncated(folder / "metrics.jsonl", first_step)
         self._progress = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=24),
@@ -38,11 +38,11 @@ class Report:
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self.console,
-            disable=silent or not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=max_steps, completed=first_step, line="")
-        self._first_step, self._began, self._said = first_step, time.monotonic(), 0.0
-        self._smooth_rate: float | None = None
+        self._first_step, self._start_time, self._last_line_time = first_step, time.monotonic(), 0.0
+        self._smoothed_throughput: float | None = None
         self._val_loss: float | None = None
 
     def __enter__(self) -> Self:
@@ -54,31 +54,31 @@ class Report:
         if self._file is not None:
             self._file.close()
 
-    def step(self, record: dict[str, Any]) -> None:
+    def log_step(self, record: dict[str, Any]) -> None:
         """Take the record of one step: written at once, shown on the progress line."""
         if self._file is None:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        rate, old = record["tokens_per_second"], self._smooth_rate
-        self._smooth_rate = rate if old is None else 0.9 * old + 0.1 * rate
+        rate, old = record["tokens_per_second"], self._smoothed_throughput
+        self._smoothed_throughput = rate if old is None else 0.9 * old + 0.1 * rate
         self._val_loss = record.get("val_loss", self._val_loss)
         val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
-        line = f"loss {record['loss']:.4f}{val}  {self._smooth_rate:,.0f} tok/s"
+        line = f"loss {record['loss']:.4f}{val}  {self._smoothed_throughput:,.0f} tok/s"
         self._progress.update(self._task, completed=record["step"], line=line)
         now, last = time.monotonic(), record["step"] == self.max_steps
-        due = now - self._said >= PLAIN_SECONDS or "val_loss" in record or last
+        due = now - self._last_line_time >= LOG_INTERVAL_SECONDS or "val_loss" in record or last
         if not self.console.is_terminal and due:
-            self._said = now
-            left = (now - self._began) / (record["step"] - self._first_step) * (self.max_steps - record["step"])
-            self.say(f"step {record['step']:,}/{self.max_steps:,}  {line}  {left:,.0f} s left")
+            self._last_line_time = now
+            left = (now - self._start_time) / (record["step"] - self._first_step) * (self.max_steps - record["step"])
+            self.log_message(f"step {record['step']:,}/{self.max_steps:,}  {line}  {left:,.0f} s left")
 
-    def say(self, text: str) -> None:
+    def log_message(self, text: str) -> None:
         """Print a line above the progress line."""
         self.console.print(text, markup=False)
 
 
-def _reopen(path: Path, last_step: int) -> Any:
+def _open_truncated(path: Path, last_step: int) -> Any:
     """Open a metrics file for appending, without the lines after `last_step` and without a half-written one."""
     kept = [line for line in read_metrics(path) if line["step"] <= last_step] if path.exists() else []
     fresh = path.with_suffix(".tmp")
@@ -101,7 +101,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def without_times(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_timings(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records without what the clock says, which is all that two runs of the same config may differ in."""
     return [{name: value for name, value in record.items() if "second" not in name} for record in records]
 
@@ -136,8 +136,8 @@ def plot_loss(folder: Path, title: str, vocab_size: int, unigram_entropy: float 
     texts = {ignorant: f"knows nothing: ln {vocab_size:,} = {ignorant:.2f}"}
     if unigram_entropy is not None:
         texts[unigram_entropy] = f"knows only how frequent each token is: {unigram_entropy:.2f}"
-    _draw_references(axes, texts, label_height=0.08 * top)
-    _draw_steps(axes, [r["step"] for r in taken], [r["loss"] for r in taken])
+    _draw_baselines(axes, texts, label_height=0.08 * top)
+    _draw_training_loss(axes, [r["step"] for r in taken], [r["loss"] for r in taken])
     axes.plot([r["step"] for r in taken], smooth, color=BLUE, linewidth=1.6, label=f"training {smooth[-1]:.3f}")
     if len(taken) == 1:
         axes.lines[-1].set_marker("o")
@@ -159,13 +159,13 @@ def plot_loss(folder: Path, title: str, vocab_size: int, unigram_entropy: float 
     return path
 
 
-def _draw_references(axes: Any, texts: dict[float, str], label_height: float) -> None:
+def _draw_baselines(axes: Any, labels: dict[float, str], label_height: float) -> None:
     """A dashed line at each value with its text above it, at the right; texts that would overlap share one place."""
-    for value in texts:
+    for value in labels:
         axes.axhline(value, color="0.55", linewidth=1, linestyle=(0, (4, 3)))
-    if max(texts) - min(texts) < label_height:
-        texts = {max(texts): "; ".join(texts.values())}
-    for value, text in texts.items():
+    if max(labels) - min(labels) < label_height:
+        labels = {max(labels): "; ".join(labels.values())}
+    for value, text in labels.items():
         axes.annotate(
             text,
             (0.995, value),
@@ -179,12 +179,12 @@ def _draw_references(axes: Any, texts: dict[float, str], label_height: float) ->
         )
 
 
-def _draw_steps(axes: Any, steps: list[int], losses: list[float]) -> None:
+def _draw_training_loss(axes: Any, steps: list[int], losses: list[float]) -> None:
     """The loss of every step, pale; from `BAND_STEPS` on as the lowest and highest of as many neighbours as need be."""
-    if len(steps) <= BAND_STEPS:
+    if len(steps) <= BAND_MIN_STEPS:
         axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
         return
-    width = math.ceil(len(steps) / (BAND_STEPS // 4))
+    width = math.ceil(len(steps) / (BAND_MIN_STEPS // 4))
     groups = [losses[i : i + width] for i in range(0, len(losses), width)]
     axes.fill_between(
         steps[::width], [min(g) for g in groups], [max(g) for g in groups], color=BLUE, alpha=0.2, linewidth=0

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 log = logging.getLogger("gpt2")
 
-SKIPPED_STEPS = 3  # they compile and warm up
-RECORDED_STEPS = 3
-COMPRESSED_FROM = 64 * 2**20  # bytes; smaller traces stay plain JSON
+WARMUP_STEPS = 3  # they compile and warm up
+ACTIVE_STEPS = 3
+COMPRESS_MIN_BYTES = 64 * 2**20  # bytes; smaller traces stay plain JSON
 
 
 class StepProfiler:
@@ -28,8 +28,8 @@ class StepProfiler:
     def __init__(self, folder: Path, device: torch.device, steps: int, *, enabled: bool = True) -> None:
         """steps: how many the loop will do; in a short one the first are not all skipped."""
         self.folder, self.device = folder, device
-        self._skipped = max(0, min(SKIPPED_STEPS, steps - 1))
-        self._recorded = max(1, min(RECORDED_STEPS, steps - self._skipped))
+        self._warmup_steps = max(0, min(WARMUP_STEPS, steps - 1))
+        self._active_steps = max(1, min(ACTIVE_STEPS, steps - self._warmup_steps))
         self._done = 0
         self._profile: profile | None = None
         self._enabled = enabled and steps > 0
@@ -40,8 +40,8 @@ class StepProfiler:
             if self.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             plan = None  # all there is
-            if self._skipped:  # the profiler starts in the last of them, so as not to show itself
-                plan = schedule(wait=self._skipped - 1, warmup=1, active=self._recorded, repeat=1)
+            if self._warmup_steps:  # the profiler starts in the last of them, so as not to show itself
+                plan = schedule(wait=self._warmup_steps - 1, warmup=1, active=self._active_steps, repeat=1)
             self._profile = profile(activities=activities, schedule=plan, acc_events=True)
             self._profile.start()
         return self
@@ -51,7 +51,7 @@ class StepProfiler:
         if self._profile is None:
             return
         self._done += 1
-        if self._done == self._skipped + self._recorded:
+        if self._done == self._warmup_steps + self._active_steps:
             self._finish()
         else:
             self._profile.step()
@@ -67,7 +67,7 @@ class StepProfiler:
         finished, self._profile = self._profile, None
         assert finished is not None
         finished.stop()
-        if self._done <= self._skipped:
+        if self._done <= self._warmup_steps:
             log.warning("--profile: the run ended before the steps that were to be recorded")
             return
         try:
@@ -80,12 +80,12 @@ class StepProfiler:
         packed = path.with_suffix(".json.gz")
         packed.unlink(missing_ok=True)
         finished.export_chrome_trace(str(path))
-        if path.stat().st_size >= COMPRESSED_FROM:
+        if path.stat().st_size >= COMPRESS_MIN_BYTES:
             with path.open("rb") as plain, gzip.open(packed, "wb") as file:
                 shutil.copyfileobj(plain, file)
             path.unlink()
         kind = "device" if self.device.type == "cuda" else "cpu"
         table = finished.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=25, max_name_column_width=70)
-        steps = f"{self._done - self._skipped} steps after the first {self._skipped}, on {self.device}"
+        steps = f"{self._done - self._warmup_steps} steps after the first {self._warmup_steps}, on {self.device}"
         (self.folder / "profile.txt").write_text(f"{steps}\n\n{table}\n", encoding="utf-8")
         log.info("profile: %s", self.folder / "profile.txt")

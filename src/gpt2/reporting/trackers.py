@@ -57,7 +57,7 @@ class TensorBoard:
             self._writer.add_text("config", "\n".join(f"    {line}" for line in to_toml(config).splitlines()))
 
     def log(self, record: dict[str, Any]) -> None:
-        for name, value in _numbers(record).items():
+        for name, value in _scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()
 
@@ -78,7 +78,7 @@ class WeightsAndBiases:
         except ImportError as error:
             raise missing_extra("wandb", "track", "--wandb") from error
         notes = folder / "wandb.json"
-        self._id, self._told = _read_notes(notes) if notes.exists() else (secrets.token_hex(4), 0)
+        self._id, self._last_step = _read_state(notes) if notes.exists() else (secrets.token_hex(4), 0)
         try:
             self._run = init(
                 project=project,
@@ -89,32 +89,32 @@ class WeightsAndBiases:
                 config=asdict(config),
                 settings=Settings(console="off"),  # the progress line is no log
             )
-            self._notes = notes.open("r+b" if notes.exists() else "x+b")
+            self._state_file = notes.open("r+b" if notes.exists() else "x+b")
         except Error as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"--wandb {project}: {reason} (WANDB_MODE=offline keeps it on this machine)") from error
         except OSError as error:
             raise UserError(f"cannot write {notes}: {error.strerror or error}") from error
-        self._take_note()
+        self._save_state()
 
     def log(self, record: dict[str, Any]) -> None:
-        if record["step"] > self._told:
-            self._run.log(_numbers(record), step=record["step"])
-            self._told = record["step"]
-            self._take_note()
+        if record["step"] > self._last_step:
+            self._run.log(_scalars(record), step=record["step"])
+            self._last_step = record["step"]
+            self._save_state()
 
     def close(self) -> None:
         self._run.finish()
-        self._notes.close()
+        self._state_file.close()
 
-    def _take_note(self) -> None:
+    def _save_state(self) -> None:
         """Always of the same length, in one write: a kill leaves the old note or the new one."""
-        self._notes.seek(0)
-        self._notes.write(f'{{"id": {json.dumps(self._id)}, "step": {self._told:12d}}}\n'.encode())
-        self._notes.flush()
+        self._state_file.seek(0)
+        self._state_file.write(f'{{"id": {json.dumps(self._id)}, "step": {self._last_step:12d}}}\n'.encode())
+        self._state_file.flush()
 
 
-def _read_notes(path: Path) -> tuple[str, int]:
+def _read_state(path: Path) -> tuple[str, int]:
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
         return str(notes["id"]), int(notes["step"])
@@ -122,6 +122,6 @@ def _read_notes(path: Path) -> tuple[str, int]:
         raise UserError(f"{path} is broken: without it, --wandb begins another run there ({error!r})") from error
 
 
-def _numbers(record: dict[str, Any]) -> dict[str, float]:
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
     """What can be drawn over the steps; true and false as 1 and 0."""
     return {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, int | float)}

@@ -1,7 +1,7 @@
 """Numbers as people read them."""
 
 
-def count(number: float) -> str:
+def format_count(number: float) -> str:
     """4.5M, 1.2B, 3.0T; below a million as it is."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= size:
@@ -9,7 +9,7 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def byte_size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """1.50 GiB, 949.4 MiB, 1.0 KiB, 12 B."""
     for size, unit, digits in ((2**30, "GiB", 2), (2**20, "MiB", 1), (2**10, "KiB", 1)):
         if number >= size:
@@ -17,12 +17,12 @@ def byte_size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def flops(rate: float) -> str:
+def format_flops(rate: float) -> str:
     """From FLOP/s: 312.0 TFLOP/s, 5.0 GFLOP/s."""
     return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.1f} GFLOP/s"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """0.042 s, 12.3 s, 1 min 42 s, 3 h 12 min, 2 d 5 h."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"

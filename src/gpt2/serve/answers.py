@@ -9,14 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import Request
+from gpt2.generation.engine import GenerationRequest
 from gpt2.generation.sampling import Sampling
 from gpt2.serve.choices import Choice, TokenLogprob
 from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
 from gpt2.serve.models import ServedModel
-from gpt2.serve.scheduler import SHUTTING_DOWN, TooManyRequestsError, RequestHandle, ShuttingDownError, SequenceEvent, SequenceFinished, PromptLogprobsRequest
+from gpt2.serve.scheduler import (
+    SHUTTING_DOWN,
+    PromptLogprobsRequest,
+    RequestHandle,
+    SequenceEvent,
+    SequenceFinished,
+    ShuttingDownError,
+    TooManyRequestsError,
+)
 from gpt2.serve.schema import CommonRequestFields
 from gpt2.tokenizer import StreamDecoder
 
@@ -41,11 +49,11 @@ class ParsedRequest:
     top_logprobs: int | None = None
     echo: bool = False
 
-    def engine_requests(self) -> list[Request | PromptLogprobsRequest]:
+    def engine_requests(self) -> list[GenerationRequest | PromptLogprobsRequest]:
         """All texts, and after them the prompts that are to be scored."""
         end = (self.served.tokenizer.end_of_text,)
         texts = [
-            Request(prompt, self.sampling, self.max_tokens, self.seed, sample, end, self.top_logprobs)
+            GenerationRequest(prompt, self.sampling, self.max_tokens, self.seed, sample, end, self.top_logprobs)
             for prompt in self.prompts
             for sample in range(self.num_samples)
         ]
@@ -71,7 +79,10 @@ class ResponseStream:
 
     def __init__(self, request: ParsedRequest, client: str, limits: Limits, metrics: Metrics) -> None:
         self.request, self._scheduler, self._metrics = request, request.served.scheduler, metrics
-        self.choices = [Choice(request.served.tokenizer, request.stop_strings) for _ in range(len(request.prompts) * request.num_samples)]
+        self.choices = [
+            Choice(request.served.tokenizer, request.stop_strings)
+            for _ in range(len(request.prompts) * request.num_samples)
+        ]
         self._limits, self._start_time, self._last_token_times = limits, time.monotonic(), [0.0] * len(self.choices)
         try:
             self._handle: RequestHandle = self._scheduler.submit(client, request.engine_requests())

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
 from gpt2.serve import chat_completions, completions, schema
-from gpt2.serve.answers import ResponseStream, ParsedRequest
+from gpt2.serve.answers import ParsedRequest, ResponseStream
 from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
@@ -66,7 +66,9 @@ def create_app(
         for served in models.values():
             await run_in_threadpool(served.scheduler.stop)
 
-    app = FastAPI(title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES)
+    app = FastAPI(
+        title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES
+    )
     app.state.models, app.state.limits = dict(models), limits
     _add_openai_routes(app, limits, metrics, log_prompts)
     _add_utility_routes(app, metrics)
@@ -212,7 +214,9 @@ def _validation_error(errors: Sequence[Any]) -> APIError:
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
     if problem["type"] == "extra_forbidden":
         name = str(where[-1])[:100]
-        return APIError(400, f"there is no field '{name}'{did_you_mean(name, REQUEST_FIELDS)}", param[:200], "unknown_field")
+        return APIError(
+            400, f"there is no field '{name}'{did_you_mean(name, REQUEST_FIELDS)}", param[:200], "unknown_field"
+        )
     return APIError(400, f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"[:500], param[:200])
 
 

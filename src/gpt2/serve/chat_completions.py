@@ -6,15 +6,15 @@ from typing import Any
 
 from gpt2.errors import UserError
 from gpt2.serve.answers import (
-    ResponseStream,
     ParsedRequest,
+    ResponseStream,
     check_prompt_length,
-    resolve_num_samples,
     check_text_length,
-    response_header,
-    resolve_max_tokens,
     parse_sampling,
+    resolve_max_tokens,
+    resolve_num_samples,
     resolve_seed,
+    response_header,
 )
 from gpt2.serve.choices import TokenLogprob, format_token
 from gpt2.serve.errors import APIError
@@ -37,7 +37,7 @@ def parse_request(body: ChatRequest, served: ServedModel, limits: Limits) -> Par
         n,
         parse_sampling(body),
         resolve_max_tokens(body, room, limits),
-        [*body.stop_strings, *served.template.stops],
+        [*body.stop_strings, *served.template.stop_strings],
         resolve_seed(body),
         (body.top_logprobs or 0) if body.logprobs else None,
     )
@@ -84,7 +84,11 @@ async def chat_completion_chunks(body: ChatRequest, response: ResponseStream) ->
             if text or piece.index not in named:
                 delta["content"] = text
             named.add(piece.index)
-            logprobs = format_logprobs(served.tokenizer, piece.token_logprobs) if body.logprobs and piece.token_logprobs else None
+            logprobs = (
+                format_logprobs(served.tokenizer, piece.token_logprobs)
+                if body.logprobs and piece.token_logprobs
+                else None
+            )
             choice = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
             yield head | {"choices": [choice]} | usage
     if body.include_usage:
@@ -93,7 +97,7 @@ async def chat_completion_chunks(body: ChatRequest, response: ResponseStream) ->
 
 def _strip_opening(text: str, served: ServedModel) -> str:
     """Without the space that follows the colon of the plain transcript, or what else opens an answer."""
-    return text.removeprefix(served.template.opening)
+    return text.removeprefix(served.template.answer_prefix)
 
 
 def format_logprobs(tokenizer: Tokenizer, token_logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpt2.generation.engine import Alternatives, Token
+from gpt2.generation.engine import SampledToken, TopLogprobs
 from gpt2.generation.text import TextStream
 from gpt2.serve.prompt_logprobs import PromptLogprob
 from gpt2.tokenizer import StreamDecoder, Tokenizer
@@ -15,7 +15,7 @@ class TokenLogprob:
 
     id: int
     logprob: float | None
-    top_logprobs: Alternatives
+    top_logprobs: TopLogprobs
     offset: int
 
 
@@ -44,18 +44,21 @@ class Choice:
     @property
     def stopped(self) -> bool:
         """Whether a stop string or the end of the text was met."""
-        return self._stream.finished is not None
+        return self._stream.finish_reason is not None
 
     def echo(self, text: str, prompt_logprobs: Sequence[PromptLogprob], offsets: Sequence[int]) -> ChoiceDelta:
         """Begin with the prompt."""
-        said = [TokenLogprob(one.id, one.logprob, one.top_logprobs, at) for one, at in zip(prompt_logprobs, offsets, strict=True)]
+        said = [
+            TokenLogprob(one.id, one.logprob, one.top_logprobs, at)
+            for one, at in zip(prompt_logprobs, offsets, strict=True)
+        ]
         self._num_characters = len(text)
         return self._emit(text, said)
 
-    def push(self, token: Token) -> ChoiceDelta:
+    def push(self, token: SampledToken) -> ChoiceDelta:
         """What became certain with a token."""
         self.num_tokens += 1
-        self._held_back.append(TokenLogprob(token.id, token.logprob, token.alternatives, self._num_characters))
+        self._held_back.append(TokenLogprob(token.id, token.logprob, token.top_logprobs, self._num_characters))
         if token.id < self._tokenizer.vocab_size and token.id != self._tokenizer.end_of_text:
             self._num_characters += len(self._decoder.push(token.id))
         return self._emit_ready(self._stream.push(token.id))

@@ -5,15 +5,15 @@ from contextlib import aclosing
 from typing import Any, cast
 
 from gpt2.serve.answers import (
-    ResponseStream,
     ParsedRequest,
+    ResponseStream,
     check_prompt_length,
-    resolve_num_samples,
     check_text_length,
-    response_header,
-    resolve_max_tokens,
     parse_sampling,
+    resolve_max_tokens,
+    resolve_num_samples,
     resolve_seed,
+    response_header,
 )
 from gpt2.serve.choices import Choice, TokenLogprob, format_token
 from gpt2.serve.errors import APIError
@@ -119,7 +119,9 @@ def _mean_logprob(choice: Choice) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
-def format_logprobs(tokenizer: Tokenizer, token_logprobs: Sequence[TokenLogprob], num_top_logprobs: int | None) -> dict[str, Any] | None:
+def format_logprobs(
+    tokenizer: Tokenizer, token_logprobs: Sequence[TokenLogprob], num_top_logprobs: int | None
+) -> dict[str, Any] | None:
     """Parallel lists for all tokens; `top` is how many of the most likely were asked for."""
     if num_top_logprobs is None:
         return None

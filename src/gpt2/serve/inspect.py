@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import evaluating
-from gpt2.generation.filters import History, largest
-from gpt2.generation.sampling import Sampling, probabilities
+from gpt2.generation.engine import eval_mode
+from gpt2.generation.filters import History, topk_indices
+from gpt2.generation.sampling import Sampling, logits_to_probs
 from gpt2.model import GPT
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
@@ -100,7 +100,7 @@ def next_logits(model: GPT, tokens: Sequence[int]) -> Tensor:
     """The logits after the last of `tokens`, (1, V) in float32; where they outgrow the context, their end is read."""
     check_tokens(model, tokens)
     row = torch.tensor([list(tokens[-model.config.block_size :])], device=model.device)  # (1, T)
-    with evaluating(model):
+    with eval_mode(model):
         return model.lm_head(model.hidden_states(row)[:, -1]).float()
 
 
@@ -117,10 +117,10 @@ def top_candidates(
 
     Raises UserError if the settings rule out every token.
     """
-    probs, raw = probabilities(logits, sampling, [history])[0], logits.softmax(-1)[0]  # (V,) each
-    shown = largest(probs[None], min(top, probs.numel()))[0].tolist()
+    probs, raw = logits_to_probs(logits, sampling, [history])[0], logits.softmax(-1)[0]  # (V,) each
+    shown = topk_indices(probs[None], min(top, probs.numel()))[0].tolist()
     shown = [i for i in shown if probs[i] > 0]
-    own = largest(raw[None], min(top, raw.numel()))[0].tolist()
+    own = topk_indices(raw[None], min(top, raw.numel()))[0].tolist()
     shown += [i for i in own if i not in set(shown)][: max(0, top - len(shown))]
 
     def candidate(i: int) -> Candidate:
@@ -131,7 +131,9 @@ def top_candidates(
     found = [candidate(i) for i in shown]
     if target_token is None:
         return NextTokenCandidates(found, len(positive), entropy)
-    return NextTokenCandidates(found, len(positive), entropy, candidate(target_token), int((raw > raw[target_token]).sum()) + 1)
+    return NextTokenCandidates(
+        found, len(positive), entropy, candidate(target_token), int((raw > raw[target_token]).sum()) + 1
+    )
 
 
 @torch.inference_mode()
@@ -156,9 +158,11 @@ def score_tokens(model: GPT, tokenizer: Tokenizer, tokens: Sequence[int]) -> lis
     return scored
 
 
-def _score_targets(model: GPT, tokenizer: Tokenizer, inputs: list[int], targets: list[int], skip: int) -> Iterator[ScoredToken]:
+def _score_targets(
+    model: GPT, tokenizer: Tokenizer, inputs: list[int], targets: list[int], skip: int
+) -> Iterator[ScoredToken]:
     """Those of the targets beyond the first `skip`."""
-    with evaluating(model):
+    with eval_mode(model):
         hidden = model.hidden_states(torch.tensor([inputs], device=model.device))[0]  # (T, C)
     for at in range(skip, len(targets), LOGITS_CHUNK):
         wanted = torch.tensor(targets[at : at + LOGITS_CHUNK], device=model.device).unsqueeze(-1)  # (t, 1)
@@ -182,7 +186,7 @@ def attention_weights(model: GPT, tokens: Sequence[int], position: int) -> Tenso
     """
     row = _prefix_tensor(model, tokens, position)
     weights = []
-    with evaluating(model):
+    with eval_mode(model):
         for x, block in zip(_residual_streams(model, row), model.transformer.h, strict=False):  # x (1, T, C)
             qkv = block.get_submodule("attn.c_attn")(block.get_submodule("ln_1")(x))  # (1, T, 3C)
             qkv = qkv.view(1, x.size(1), 3, model.config.n_head, -1)  # (1, T, 3, H, D)
@@ -203,10 +207,10 @@ def logit_lens(
     """
     row = _prefix_tensor(model, tokens, position)
     layers = []
-    with evaluating(model):
+    with eval_mode(model):
         for i, x in enumerate(_residual_streams(model, row)):
             probs = model.lm_head(model.transformer.ln_f(x[:, -1])).float().softmax(-1)  # (1, V)
-            best = largest(probs, min(top, probs.size(-1)))[0].tolist()
+            best = topk_indices(probs, min(top, probs.size(-1)))[0].tolist()
             told = [(token, token_text(tokenizer, token), float(probs[0, token])) for token in best]
             layers.append(LayerPrediction(i, told, None if target_token is None else float(probs[0, target_token])))
     return layers

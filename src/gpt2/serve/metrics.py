@@ -18,8 +18,12 @@ class Metrics:
         self.requests = self._counter("requests", "Requests by path and status.", "path", "status")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.", "model")
         self.new_tokens = self._counter("new_tokens", "Tokens made.", "model")
-        self.time_to_first_token = self._histogram("first_token_seconds", "From a request to its first token.", LATENCY_BUCKETS)
-        self.inter_token_latency = self._histogram("between_tokens_seconds", "From a token of a text to the next.", INTER_TOKEN_BUCKETS)
+        self.time_to_first_token = self._histogram(
+            "first_token_seconds", "From a request to its first token.", LATENCY_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "between_tokens_seconds", "From a token of a text to the next.", INTER_TOKEN_BUCKETS
+        )
         running = Gauge("gpt2_running_texts", "Texts that have a slot.", ["model"], registry=self._registry)
         waiting = Gauge("gpt2_waiting_texts", "Texts that wait for a slot.", ["model"], registry=self._registry)
         slots = Gauge("gpt2_slots", "Texts that can be written at once.", ["model"], registry=self._registry)

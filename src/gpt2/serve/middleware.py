@@ -52,7 +52,9 @@ class AccessPolicy:
 class RequestMiddleware:
     """The middleware around the app."""
 
-    def __init__(self, app: ASGIApp, access: AccessPolicy, max_body: int, metrics: Metrics, paths: Sequence[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, access: AccessPolicy, max_body: int, metrics: Metrics, paths: Sequence[str]
+    ) -> None:
         self._app, self._max_body, self._metrics, self._paths = app, max_body, metrics, set(paths)
         self._digests = [_digest(key) for key in access.api_keys]
         self._hosts = None if access.allowed_hosts is None else {host.lower() for host in access.allowed_hosts}

@@ -12,7 +12,7 @@ from gpt2.model import GPT
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
 from gpt2.serve.scheduler import Scheduler
-from gpt2.templates import Template
+from gpt2.templates import ChatTemplate
 from gpt2.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ class ServedModel:
     inference_model: LanguageModel
     tokenizer: Tokenizer
     scheduler: Scheduler
-    template: Template
+    template: ChatTemplate
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -48,14 +48,14 @@ def create_served_model(
     inference_model: LanguageModel,
     tokenizer: Tokenizer | None,
     limits: Limits,
-    template: Template | None = None,
+    template: ChatTemplate | None = None,
     max_length: int | None = None,
 ) -> ServedModel:
     """A model, ready to be served under a name. Raises UserError for one without a tokenizer."""
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer: text needs one")
     scheduler = Scheduler(inference_model, limits.slots, limits.max_waiting, limits.per_client, max_length)
-    return ServedModel(name, model, inference_model, tokenizer, scheduler, template or Template())
+    return ServedModel(name, model, inference_model, tokenizer, scheduler, template or ChatTemplate())
 
 
 def served_model_name(model_ref: str) -> str:

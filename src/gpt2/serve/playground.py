@@ -25,7 +25,16 @@ from gpt2.errors import UserError, did_you_mean
 from gpt2.generation.filters import History
 from gpt2.model import GPT
 from gpt2.serve.errors import APIError, to_api_error
-from gpt2.serve.inspect import attention_weights, top_candidates, logit_lens, next_logits, perplexity, token_text, score_tokens, token_offsets
+from gpt2.serve.inspect import (
+    attention_weights,
+    logit_lens,
+    next_logits,
+    perplexity,
+    score_tokens,
+    token_offsets,
+    token_text,
+    top_candidates,
+)
 from gpt2.serve.schema import CommonRequestFields
 from gpt2.tokenizer import Tokenizer
 
@@ -176,7 +185,9 @@ def _add_inspect_routes(router: APIRouter, worker: _InspectWorker) -> None:
 
 
 async def _run_inspection(
-    worker: _InspectWorker, body: Any, handler: Callable[[_InspectWorker, InspectableModel, list[int], Any], dict[str, Any]]
+    worker: _InspectWorker,
+    body: Any,
+    handler: Callable[[_InspectWorker, InspectableModel, list[int], Any], dict[str, Any]],
 ) -> Any:
     """The answer, or what is wrong with the question."""
     try:
@@ -215,9 +226,11 @@ def _token_ids(served: InspectableModel, body: _InspectRequest) -> list[int]:
     return ids
 
 
-def _inspect_next(worker: _InspectWorker, served: InspectableModel, ids: list[int], body: NextTokenRequest) -> dict[str, Any]:
+def _inspect_next(
+    worker: _InspectWorker, served: InspectableModel, ids: list[int], body: NextTokenRequest
+) -> dict[str, Any]:
     sampling = body.sampling()
-    sampling.check_ids(served.model.config.vocab_size)
+    sampling.check_token_ids(served.model.config.vocab_size)
     _check_token_id(served, body.asked)
     end = served.tokenizer.end_of_text
     ids = ids or [end]  # an empty text stands after the end of another
@@ -227,22 +240,30 @@ def _inspect_next(worker: _InspectWorker, served: InspectableModel, ids: list[in
     return asdict(top_candidates(logits, served.tokenizer, sampling, history, body.top, body.asked))
 
 
-def _inspect_score(worker: _InspectWorker, served: InspectableModel, ids: list[int], body: ScoreTextRequest) -> dict[str, Any]:
+def _inspect_score(
+    worker: _InspectWorker, served: InspectableModel, ids: list[int], body: ScoreTextRequest
+) -> dict[str, Any]:
     scored = score_tokens(served.model, served.tokenizer, ids) if ids else []
-    first = [{"id": token, "text": token_text(served.tokenizer, token), "logprob": None, "rank": None} for token in ids[:1]]
+    first = [
+        {"id": token, "text": token_text(served.tokenizer, token), "logprob": None, "rank": None} for token in ids[:1]
+    ]
     told = first + [asdict(token) for token in scored]
     tokens = [token | {"start": at} for token, at in zip(told, token_offsets(served.tokenizer, ids), strict=True)]
     return {"tokens": tokens, "perplexity": perplexity(scored), "count": len(ids)}
 
 
-def _inspect_attention(worker: _InspectWorker, served: InspectableModel, ids: list[int], body: AttentionRequest) -> dict[str, Any]:
+def _inspect_attention(
+    worker: _InspectWorker, served: InspectableModel, ids: list[int], body: AttentionRequest
+) -> dict[str, Any]:
     ids, position, start = _context_window(served, ids, body.position)
     weights = attention_weights(served.model, ids, position)
     texts = [token_text(served.tokenizer, token) for token in ids]
     return {"start": start, "position": start + position, "texts": texts, "weights": _round_weights(weights)}
 
 
-def _inspect_lens(worker: _InspectWorker, served: InspectableModel, ids: list[int], body: LogitLensRequest) -> dict[str, Any]:
+def _inspect_lens(
+    worker: _InspectWorker, served: InspectableModel, ids: list[int], body: LogitLensRequest
+) -> dict[str, Any]:
     _check_token_id(served, body.asked)
     ids, position, start = _context_window(served, ids, body.position)
     layers = logit_lens(served.model, served.tokenizer, ids, position, body.top, body.asked)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt2.generation.engine import CHUNK, Alternatives, LanguageModel, check_finite, evaluating
-from gpt2.generation.sampling import log_probabilities
+from gpt2.generation.engine import PREFILL_CHUNK, LanguageModel, TopLogprobs, check_finite, eval_mode
+from gpt2.generation.sampling import gather_logprobs
 
 LOGITS_CHUNK = 64  # whose logits are held at a time
 
@@ -18,7 +18,7 @@ class PromptLogprob:
 
     id: int
     logprob: float | None
-    top_logprobs: Alternatives = ()
+    top_logprobs: TopLogprobs = ()
 
 
 class PromptScorer:
@@ -46,9 +46,9 @@ class PromptScorer:
     def step(self) -> list[PromptLogprob] | None:
         """Read up to CHUNK tokens on; all tokens once they are read. Raises UserError for a model that gives nan."""
         read = len(self._results) - 1
-        chunk = self._tokens[read:-1][:CHUNK]
+        chunk = self._tokens[read:-1][:PREFILL_CHUNK]
         if chunk:
-            with evaluating(self._model):
+            with eval_mode(self._model):
                 hidden = self._model.hidden_states(torch.tensor([chunk], device=self._model.device), self._cache)[0]
                 for start in range(0, len(chunk), LOGITS_CHUNK):
                     self._score_chunk(self._model.lm_head(hidden[start : start + LOGITS_CHUNK]))
@@ -59,6 +59,6 @@ class PromptScorer:
         check_finite(logits)
         first = len(self._results)
         ids = self._tokens[first : first + len(logits)]
-        own, best, values = log_probabilities(logits, torch.tensor(ids, device=logits.device), self._top_logprobs)
+        own, best, values = gather_logprobs(logits, torch.tensor(ids, device=logits.device), self._top_logprobs)
         for i, logprob, likely, theirs in zip(ids, own.tolist(), best.tolist(), values.tolist(), strict=True):
             self._results.append(PromptLogprob(i, logprob, tuple(zip(likely, theirs, strict=True))))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpt2.errors import UserError
-from gpt2.generation.engine import CHUNK, Continuation, Engine, LanguageModel, Request, Token
+from gpt2.generation.engine import PREFILL_CHUNK, Engine, GenerationRequest, LanguageModel, SampledToken, Sequence
 from gpt2.serve.prompt_logprobs import PromptLogprob, PromptScorer
 
 SHUTTING_DOWN = "the server is shutting down"
@@ -53,15 +53,15 @@ class SequenceFinished:
     error: UserError | None = None
 
 
-SequenceEvent = Token | list[PromptLogprob] | SequenceFinished
+SequenceEvent = SampledToken | list[PromptLogprob] | SequenceFinished
 
 
 class SequenceHandle:
     """One text of a call, on its way. Only the scheduler's thread touches it, once the call is open."""
 
-    def __init__(self, parent: "RequestHandle", index: int, request: Request | PromptLogprobsRequest) -> None:
+    def __init__(self, parent: "RequestHandle", index: int, request: GenerationRequest | PromptLogprobsRequest) -> None:
         self.parent, self.index, self.request = parent, index, request
-        self.sequence: Continuation | None = None
+        self.sequence: Sequence | None = None
         self.start_time = 0.0
         self.done = False
 
@@ -73,7 +73,7 @@ class RequestHandle:
     `Finished`.
     """
 
-    def __init__(self, client: str, requests: abc.Sequence[Request | PromptLogprobsRequest]) -> None:
+    def __init__(self, client: str, requests: abc.Sequence[GenerationRequest | PromptLogprobsRequest]) -> None:
         self.client = client
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[tuple[int, SequenceEvent]] = asyncio.Queue()
@@ -105,7 +105,7 @@ class Scheduler:
         self.cache_bytes = self._scorer.row_bytes * (slots + 1)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: dict[str, deque[SequenceHandle]] = {}  # by client; the next to take a turn comes first
-        self._running: dict[Continuation, SequenceHandle] = {}
+        self._running: dict[Sequence, SequenceHandle] = {}
         self._scoring: SequenceHandle | None = None
         self._num_decoding = 0  # texts that got a token from the last step, and go on
         self._pending_events: list[tuple[SequenceHandle, SequenceEvent]] = []
@@ -134,25 +134,27 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Texts that have a slot."""
-        return self.engine.running
+        return self.engine.num_running
 
     @property
     def waiting(self) -> int:
         """Texts that wait for one, or whose prompts wait to be scored."""
-        return max(0, self._num_unfinished - self.engine.running)
+        return max(0, self._num_unfinished - self.engine.num_running)
 
     @property
     def idle(self) -> bool:
         """Whether no text is on its way."""
         return self._num_unfinished == 0
 
-    def submit(self, client: str, requests: abc.Sequence[Request | PromptLogprobsRequest]) -> RequestHandle:
+    def submit(self, client: str, requests: abc.Sequence[GenerationRequest | PromptLogprobsRequest]) -> RequestHandle:
         """Take a call with all its texts, or none of it.
 
         Raises UserError for what the model cannot do, Busy when there is no room, Closing after `drain` or `stop`.
         """
         for request in requests:
-            self.engine.check(request if isinstance(request, Request) else Request(request.prompt))
+            self.engine.check_request(
+                request if isinstance(request, GenerationRequest) else GenerationRequest(request.prompt)
+            )
         if len(requests) > self.slots + self.max_waiting:
             most = self.slots + self.max_waiting
             raise UserError(f"{len(requests)} texts in one request are more than this server takes ({most})")
@@ -164,7 +166,9 @@ class Scheduler:
                 raise TooManyRequestsError(f"you have {self.per_client} requests open already", self._mean_slot_seconds)
             if self._num_unfinished + len(requests) > self.slots + self.max_waiting:
                 ahead = self._num_unfinished + len(requests) - self.slots
-                raise TooManyRequestsError("the queue is full: try again later", min(60, self._mean_slot_seconds * ahead / self.slots))
+                raise TooManyRequestsError(
+                    "the queue is full: try again later", min(60, self._mean_slot_seconds * ahead / self.slots)
+                )
             self._num_unfinished += len(requests)
             self._open_per_client[client] = self._open_per_client.get(client, 0) + 1
             self._open_requests.add(call)
@@ -210,10 +214,10 @@ class Scheduler:
         self._run_commands()
         self._admit()
         self._score_prompt()
-        self.engine.chunk = self._prefill_budget()
+        self.engine.prefill_chunk = self._prefill_budget()
         tokens = self.engine.step() if self._running else []  # without texts the engine is left alone
-        self._pending_events += [(self._running[token.continuation], token) for token in tokens]
-        self._num_decoding = sum(token.continuation.finished is None for token in tokens)
+        self._pending_events += [(self._running[token.sequence], token) for token in tokens]
+        self._num_decoding = sum(token.sequence.finish_reason is None for token in tokens)
         self._collect_finished()
         self._send_events()
 
@@ -224,8 +228,8 @@ class Scheduler:
         twice as long. So texts that come do not stop those that run.
         """
         if self._num_decoding and self.engine.model.device.type == "cpu":
-            return min(CHUNK, max(MIN_PREFILL_TOKENS, 2 * len(self._running)))
-        return CHUNK
+            return min(PREFILL_CHUNK, max(MIN_PREFILL_TOKENS, 2 * len(self._running)))
+        return PREFILL_CHUNK
 
     def _run_commands(self) -> None:
         """Do what was asked for in the meantime; with nothing to do, wait for it."""
@@ -241,7 +245,9 @@ class Scheduler:
         self._stopped = True
 
     def _enqueue(self, request_handle: RequestHandle) -> None:
-        self._waiting.setdefault(request_handle.client, deque()).extend(text for text in request_handle.sequences if not text.done)
+        self._waiting.setdefault(request_handle.client, deque()).extend(
+            text for text in request_handle.sequences if not text.done
+        )
 
     def _cancel(self, handles: list[SequenceHandle]) -> None:
         for text in handles:
@@ -284,9 +290,9 @@ class Scheduler:
 
     def _collect_finished(self) -> None:
         for continuation, text in list(self._running.items()):
-            if continuation.finished:
+            if continuation.finish_reason:
                 self._mean_slot_seconds += 0.1 * (time.monotonic() - text.start_time - self._mean_slot_seconds)
-                self._finish(text, SequenceFinished(continuation.finished, continuation.error))
+                self._finish(text, SequenceFinished(continuation.finish_reason, continuation.error))
 
     def _finish(self, handle: SequenceHandle, event: SequenceFinished) -> None:
         """Take it out, wherever it is, and tell it."""

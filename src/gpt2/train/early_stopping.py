@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-class Best:
+class BestValidation:
     """The best validation loss so far, the first of equals.
 
     step, loss: when it was, and what; None before there was any.
@@ -17,17 +17,17 @@ class Best:
     def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
         self.step: int | None = None
         self.loss: float | None = None
-        self.since = 0
+        self.evals_since_best = 0
         for record in records:
-            self.note(record)
+            self.update(record)
 
-    def note(self, record: dict[str, Any]) -> bool:
+    def update(self, record: dict[str, Any]) -> bool:
         """A step is done; is its validation the best? A step without one changes nothing."""
         loss = record.get("val_loss")
         if loss is None:
             return False
         if not loss < (math.inf if self.loss is None else self.loss):  # nor is a NaN
-            self.since += 1
+            self.evals_since_best += 1
             return False
-        self.step, self.loss, self.since = record["step"], loss, 0
+        self.step, self.loss, self.evals_since_best = record["step"], loss, 0
         return True

@@ -20,70 +20,70 @@ from torch import Tensor
 from gpt2.config import CHOICES
 from gpt2.data.loader import Batch
 from gpt2.errors import UserError
-from gpt2.files import work_folder
-from gpt2.lora import adapted, merge
-from gpt2.loss import IGNORE
+from gpt2.files import staging_folder
+from gpt2.lora import lora_layers, merge_and_unload
+from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import DTYPE_NAMES, parse_dtype, pick_device, recompute_blocks
+from gpt2.runtime import DTYPE_NAMES, apply_activation_checkpointing, parse_dtype, pick_device
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.non_finite_origin import Attempt, Culprit, find_culprit, float32_helps
+from gpt2.train.non_finite_origin import NonFiniteOrigin, StepInputs, find_non_finite_origin, is_finite_in_float32
 from gpt2.weights import load, save
 
 EXCERPT_TOKENS, EXCERPT_CHARACTERS = 48, 60
-ROWS_SHOWN = 4
+MAX_ROWS_SHOWN = 4
 
 
-def diagnose(run_folder: Path, model: GPT, tokenizer: Tokenizer, attempt: Attempt) -> UserError:
+def diagnose_non_finite(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepInputs) -> UserError:
     """The error to raise for an `attempt` whose loss or gradient is not finite; its dump is written.
 
     The model's weights and torch's random state are left as they are, its gradients are dropped.
     """
     try:
-        culprit, helps = find_culprit(model, attempt), float32_helps(model, attempt)
+        culprit, helps = find_non_finite_origin(model, inputs), is_finite_in_float32(model, inputs)
     except torch.OutOfMemoryError:
-        culprit, helps = Culprit("unknown"), None
-    loss, norm = attempt.loss, attempt.grad_norm
+        culprit, helps = NonFiniteOrigin("unknown"), None
+    loss, norm = inputs.loss, inputs.grad_norm
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-    found = f"step {attempt.step:,}: {what}; first bad: {culprit}{_where(culprit, attempt, tokenizer)}"
+    found = f"step {inputs.step:,}: {what}; first bad: {culprit}{_describe_rows(culprit, inputs, tokenizer)}"
     try:
-        folder = write_dump(run_folder, model, tokenizer, attempt, culprit)
+        folder = write_dump(run_folder, model, tokenizer, inputs, culprit)
         kept = f"all of it is in {folder} (gpt2 train --replay {folder})"
     except UserError as error:
         kept = str(error)
-    return UserError(f"{found}; {kept}: {_advice(culprit, attempt, helps)}")
+    return UserError(f"{found}; {kept}: {_advice(culprit, inputs, helps)}")
 
 
-def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, attempt: Attempt, culprit: Culprit) -> Path:
+def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepInputs, origin: NonFiniteOrigin) -> Path:
     """Write `RUN/dumps/step-N`, from which `replay` computes the attempt again, whole or not; returns that folder.
 
     It holds `model/` (a model folder like any other, with the weights before the update), `batch.safetensors`,
     `batch.txt` (the rows as text), `random.safetensors`, and `dump.json`, the numbers. One of the same step goes.
     Raises UserError when it cannot be written.
     """
-    folder = run_folder / "dumps" / f"step-{attempt.step}"
+    folder = run_folder / "dumps" / f"step-{inputs.step}"
     numbers = {
-        "step": attempt.step,
-        "loss": _json_number(attempt.loss),
-        "grad_norm": _json_number(attempt.grad_norm),
-        "lr": attempt.rate,
-        "micro_batch_size": attempt.rows,
-        "divisor": attempt.divisor,
-        "recompute": attempt.recompute,
+        "step": inputs.step,
+        "loss": _json_value(inputs.loss),
+        "grad_norm": _json_value(inputs.grad_norm),
+        "lr": inputs.lr,
+        "micro_batch_size": inputs.micro_batch_size,
+        "divisor": inputs.divisor,
+        "recompute": inputs.recompute,
         "dropout": model.config.dropout,
-        "dtype": DTYPE_NAMES[attempt.dtype],
+        "dtype": DTYPE_NAMES[inputs.dtype],
         "matmul_precision": torch.get_float32_matmul_precision(),
         "device": str(model.device),
         "torch": torch.__version__,
-        "culprit": {key: _json_number(value) for key, value in asdict(culprit).items()},
+        "culprit": {key: _json_value(value) for key, value in asdict(origin).items()},
     }
-    texts = [f"--- row {row}\n{tokenizer.decode(ids)}\n\n" for row, ids in enumerate(attempt.batch.tokens.tolist())]
+    texts = [f"--- row {row}\n{tokenizer.decode(ids)}\n\n" for row, ids in enumerate(inputs.batch.tokens.tolist())]
     try:
-        with work_folder(folder) as written:
-            save(merge(model) if adapted(model) else model, tokenizer, written / "model")
-            batch = attempt.batch._asdict()
+        with staging_folder(folder) as written:
+            save(merge_and_unload(model) if lora_layers(model) else model, tokenizer, written / "model")
+            batch = inputs.batch._asdict()
             tensors = {name: tensor.contiguous() for name, tensor in batch.items() if tensor is not None}
             save_file(tensors, written / "batch.safetensors")
-            save_file(attempt.random, written / "random.safetensors")
+            save_file(inputs.rng_state, written / "random.safetensors")
             (written / "batch.txt").write_text("".join(texts), encoding="utf-8")
             (written / "dump.json").write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
@@ -93,7 +93,7 @@ def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, attempt: Atte
     return folder
 
 
-def replay(folder: Path) -> str:
+def replay_dump(folder: Path) -> str:
     """Compute the step in a dump again, on the device it was computed on, and say what is found, in a few lines.
 
     The same machine and torch give the same bits, as long as the step was not computed through torch.compile.
@@ -103,8 +103,8 @@ def replay(folder: Path) -> str:
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(numbers["matmul_precision"])
-        culprit = find_culprit(model, attempt)
-        helps = float32_helps(model, attempt)
+        culprit = find_non_finite_origin(model, attempt)
+        helps = is_finite_in_float32(model, attempt)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{folder} cannot be computed again: {' '.join(str(error).split())}") from error
     finally:
@@ -113,9 +113,9 @@ def replay(folder: Path) -> str:
     pairs = (("loss", culprit.loss, attempt.loss), ("norm of the gradient", culprit.grad_norm, attempt.grad_norm))
     for what, now, then in pairs:
         lines.append(f"the {what} is {now}{', as it was' if str(now) == str(then) else f'; it was {then}'}")
-    lines.append(f"first bad: {culprit}{_where(culprit, attempt, tokenizer)}")
+    lines.append(f"first bad: {culprit}{_describe_rows(culprit, attempt, tokenizer)}")
     if culprit.bad_gradients:
-        lines.append(f"gradients that are not finite: {_some(culprit.bad_gradients)}")
+        lines.append(f"gradients that are not finite: {_abbreviated(culprit.bad_gradients)}")
     if helps is not None:
         lines.append(f"in float32 {'all is finite' if helps else 'it is bad too'}")
     return "\n".join(lines)
@@ -131,83 +131,83 @@ def excerpt(tokenizer: Tokenizer | None, row: Tensor, position: int | None = Non
     return f"'{text}'"
 
 
-def _where(culprit: Culprit, attempt: Attempt, tokenizer: Tokenizer | None) -> str:
+def _describe_rows(origin: NonFiniteOrigin, inputs: StepInputs, tokenizer: Tokenizer | None) -> str:
     """In which rows, and with what text the first of them begins or goes bad; nothing where that is not known."""
-    if not culprit.rows:
+    if not origin.rows:
         return ""
-    number, first = len(culprit.rows), attempt.batch.tokens[culprit.rows[0]]
-    if number == len(attempt.batch.tokens) > 1:
+    number, first = len(origin.rows), inputs.batch.tokens[origin.rows[0]]
+    if number == len(inputs.batch.tokens) > 1:
         return f" (in all {number} rows of the batch; row 0: {excerpt(tokenizer, first)})"
-    text = excerpt(tokenizer, first, culprit.position)
-    names = f"row{'s' * (number > 1)} {_some(culprit.rows)}"
-    return f" ({names} of the batch{f'; row {culprit.rows[0]}' if number > 1 else ''}: {text})"
+    text = excerpt(tokenizer, first, origin.position)
+    names = f"row{'s' * (number > 1)} {_abbreviated(origin.rows)}"
+    return f" ({names} of the batch{f'; row {origin.rows[0]}' if number > 1 else ''}: {text})"
 
 
-def _some(names: tuple[Any, ...]) -> str:
-    more = f" and {len(names) - ROWS_SHOWN} more" if len(names) > ROWS_SHOWN else ""
-    return ", ".join(map(str, names[:ROWS_SHOWN])) + more
+def _abbreviated(names: tuple[Any, ...]) -> str:
+    more = f" and {len(names) - MAX_ROWS_SHOWN} more" if len(names) > MAX_ROWS_SHOWN else ""
+    return ", ".join(map(str, names[:MAX_ROWS_SHOWN])) + more
 
 
-def _advice(culprit: Culprit, attempt: Attempt, float32_is_fine: bool | None) -> str:
-    if culprit.kind == "weight" and attempt.step == 1:
+def _advice(origin: NonFiniteOrigin, inputs: StepInputs, finite_in_float32: bool | None) -> str:
+    if origin.kind == "weight" and inputs.step == 1:
         return "the run began with them: give --init-from a whole model"
-    if culprit.kind == "weight":
+    if origin.kind == "weight":
         return "they were spoilt before this step: go on from an older checkpoint with a lower --lr"
-    if culprit.kind == "nothing":
+    if origin.kind == "nothing":
         return "torch.compile or the machine may be at fault: go on with --resume auto, or try --no-compile"
-    if float32_is_fine:
-        return f"it is {DTYPE_NAMES[attempt.dtype]} that cannot hold it: --dtype float32 can"
+    if finite_in_float32:
+        return f"it is {DTYPE_NAMES[inputs.dtype]} that cannot hold it: --dtype float32 can"
     mend = "lower --lr, or lengthen --warmup-steps"
-    if culprit.kind in ("backward", "gradient", "norm"):
+    if origin.kind in ("backward", "gradient", "norm"):
         return f"{mend}; --grad-clip comes too late for a gradient that is not finite"
     return mend
 
 
-def _json_number(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """`value` as JSON can hold it: a number that is not finite becomes its name."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, Attempt, dict[str, Any]]:
+def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, StepInputs, dict[str, Any]]:
     """Everything `write_dump` wrote but the text. Raises UserError for what is no dump."""
     if not (folder / "dump.json").is_file():
         raise UserError(f"{folder} is no dump: it has no dump.json (a run keeps its dumps in RUN/dumps/step-N)")
     try:
         numbers = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
         batch, random = load_file(folder / "batch.safetensors"), load_file(folder / "random.safetensors")
-        attempt = Attempt(
+        attempt = StepInputs(
             step=int(numbers["step"]),
             batch=Batch(batch["tokens"], batch["targets"], batch.get("documents")),
-            rows=int(numbers["micro_batch_size"]),
+            micro_batch_size=int(numbers["micro_batch_size"]),
             divisor=float(numbers["divisor"]),
             dtype=parse_dtype(numbers["dtype"]),
-            rate=float(numbers["lr"]),
-            random={"cpu": random["cpu"], **random},
+            lr=float(numbers["lr"]),
+            rng_state={"cpu": random["cpu"], **random},
             loss=float(numbers["loss"]),
             grad_norm=float(numbers["grad_norm"]),
             recompute=bool(numbers["recompute"]),
         )
         device = pick_device(numbers["device"])
-        if attempt.rows < 1:
-            raise ValueError(f"micro_batch_size {attempt.rows}")
+        if attempt.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size {attempt.micro_batch_size}")
         if numbers["matmul_precision"] not in CHOICES["matmul_precision"]:
             raise ValueError(f"matmul_precision {numbers['matmul_precision']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
         raise UserError(f"{folder} is no whole dump: {error!r}") from error
     model, tokenizer = load(folder / "model", device=device, dtype=None)
-    if not _fits(attempt.batch, model.config):
+    if not _is_batch_for(attempt.batch, model.config):
         raise UserError(f"{folder} is no whole dump: its batch does not fit its model")
     if attempt.recompute:
-        recompute_blocks(model.transformer.h)
+        apply_activation_checkpointing(model.transformer.h)
     return model, tokenizer, attempt, numbers
 
 
-def _fits(batch: Batch, config: GPTConfig) -> bool:
+def _is_batch_for(batch: Batch, config: GPTConfig) -> bool:
     """Could this be a batch for a model of this config: (B, T) ids each, and -100 among the targets?"""
     tokens, targets, documents = batch
     for other in (targets, tokens if documents is None else documents):
         if not (tokens.dtype == other.dtype == torch.int64 and tokens.shape == other.shape and tokens.dim() == 2):
             return False
-    ids = torch.stack([tokens, targets.where(targets != IGNORE, 0)])
+    ids = torch.stack([tokens, targets.where(targets != IGNORE_INDEX, 0)])
     known = ids.numel() > 0 and int(ids.min()) >= 0 and int(ids.max()) < config.vocab_size
     return known and tokens.size(1) <= config.block_size

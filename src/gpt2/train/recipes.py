@@ -108,7 +108,7 @@ RECIPES = {
 }
 
 
-def recipe(ref: str) -> TrainConfig:
+def load_recipe(ref: str) -> TrainConfig:
     """The recipe called `ref`, or the one in the TOML file at that path."""
     if ref in RECIPES:
         return RECIPES[ref]

@@ -7,35 +7,35 @@ from typing import Any
 
 import torch
 
-from gpt2.config import AUTO, TrainConfig
+from gpt2.config import AUTO_BATCH_SIZE, TrainConfig
 from gpt2.data.dataset import Dataset
-from gpt2.data.loader import Batches
-from gpt2.distributed.parallel import Spread, pick_kind
-from gpt2.distributed.process_group import ALONE, Ranks
+from gpt2.data.loader import BatchLoader
+from gpt2.distributed.parallel import DistributedModel, pick_parallel_kind
+from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, measure_matmul, peak_memory
 from gpt2.lora import trainable_parameters
 from gpt2.model import GPT
 from gpt2.optimizers import build_optimizers
 from gpt2.planning.costs import flops_per_token
-from gpt2.planning.plan import fits_whole, largest_batch, ready_device
+from gpt2.planning.plan import fits_full_model, largest_batch_size, setup_device
 from gpt2.reporting.findings import RunFacts
 from gpt2.reporting.metrics import plot_loss, read_metrics
-from gpt2.reporting.report import ENTROPY_TOKENS, unigram_entropy, write_report
+from gpt2.reporting.report import MAX_ENTROPY_TOKENS, unigram_entropy, write_markdown_report
 from gpt2.runtime import (
     DTYPE_NAMES,
     DTYPES,
+    apply_activation_checkpointing,
     compile_blocks,
     pick_compile,
     pick_training_dtype,
-    recompute_blocks,
 )
-from gpt2.train.artifact import Product
-from gpt2.train.checkpoint import load_optimizers, newest_checkpoint
-from gpt2.train.early_stopping import Best
-from gpt2.train.outlier_batches import SpikeGuard
-from gpt2.train.run_folder import check_facts, run_facts
-from gpt2.train.setup import start
+from gpt2.train.artifact import ModelArtifact
+from gpt2.train.checkpoint import latest_checkpoint, load_optimizers
+from gpt2.train.early_stopping import BestValidation
+from gpt2.train.outlier_batches import OutlierFilter
+from gpt2.train.run_folder import check_run_metadata, run_metadata
+from gpt2.train.setup import load_model_and_data
 
 log = logging.getLogger("gpt2")
 
@@ -47,69 +47,71 @@ class Run:
     folder: Path
     config: TrainConfig
     data: Dataset
-    loader: Batches
+    loader: BatchLoader
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
-    product: Product
-    ranks: Ranks
-    spread: Spread
+    artifact: ModelArtifact
+    ranks: ProcessGroup
+    distributed_model: DistributedModel
     step: int = 0  # updates done
     checkpoint: Path | None = None  # the one that the run goes on from
-    facts: dict[str, Any] = field(default_factory=dict)  # what every checkpoint carries: see `run_facts`
-    spikes: SpikeGuard = field(default_factory=lambda: SpikeGuard(0.0))
-    best: Best = field(default_factory=Best)
+    checkpoint_metadata: dict[str, Any] = field(default_factory=dict)  # what every checkpoint carries: see `run_facts`
+    outlier_filter: OutlierFilter = field(default_factory=lambda: OutlierFilter(0.0))
+    best_validation: BestValidation = field(default_factory=BestValidation)
 
     @property
-    def given_up(self) -> bool:
+    def early_stopped(self) -> bool:
         """Have so many validations been no better than the best that the run should end?"""
-        return 0 < self.config.patience <= self.best.since
+        return 0 < self.config.patience <= self.best_validation.evals_since_best
 
     @property
-    def publishes(self) -> bool:
+    def should_publish(self) -> bool:
         """Are the weights, as they are now, to be the run's own?"""
-        return not self.config.keep_best or self.best.step in (None, self.step)
+        return not self.config.keep_best or self.best_validation.step in (None, self.step)
 
     @property
-    def rows(self) -> int:
+    def micro_batch_size(self) -> int:
         """Rows of a micro-batch on each rank."""
-        return shared(self.config, self.ranks)
+        return micro_batch_size_per_rank(self.config, self.ranks)
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.block_size
 
 
-def set_up(config: TrainConfig, folder: Path, ranks: Ranks = ALONE) -> Run:
+def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PROCESS) -> Run:
     """From a config to a run that is ready for its next step: fresh, or where a checkpoint in `folder` left off.
 
     All ranks of a run set it up together, each with its part. Writes nothing.
     Raises UserError for data, models and settings that do not go together, and for ranks that differ.
     """
-    with ranks.together():
-        device = ready_device(config)
-        ranks.take(device)
-    checkpoint = ranks.first(lambda: _begin_at(config, folder))
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
+        device = setup_device(config)
+        ranks.set_device(device)
+    checkpoint = ranks.broadcast_from_main(lambda: _checkpoint_to_resume(config, folder))
+    with ranks.raise_on_all_ranks():
         if checkpoint is not None and not checkpoint.exists():
             raise UserError(f"{checkpoint} is not here: the run folder must be on a disk that every host sees")
-    model, data, product = ranks.in_turn(lambda: start(config, checkpoint))
-    config, kind = ranks.first(lambda: _resolved(config, model, device, ranks))
+    model, data, product = ranks.main_process_first(lambda: load_model_and_data(config, checkpoint))
+    config, kind = ranks.broadcast_from_main(lambda: _resolve_config(config, model, device, ranks))
     ranks = ranks.with_timeout(config.rank_timeout)
-    facts = run_facts(config, data)
-    ranks.same({"a device of kind": device.type, "data": data.fingerprint}, "give all ranks the same data and device")
-    with ranks.together():
+    facts = run_metadata(config, data)
+    ranks.assert_same_on_all_ranks(
+        {"a device of kind": device.type, "data": data.fingerprint}, "give all ranks the same data and device"
+    )
+    with ranks.raise_on_all_ranks():
         if checkpoint is not None:
-            check_facts(checkpoint, facts)
-        _check_fit(config, model, data)
+            check_run_metadata(checkpoint, facts)
+        _check_compatible(config, model, data)
         loader = data.loader(config.batch_size, config.block_size, config.seed)
-        config = config.in_epochs(loader.windows_per_epoch).check()
+        config = config.with_steps_from_epochs(loader.windows_per_epoch).check()
     if config.recompute:
-        recompute_blocks(model.transformer.h)
+        apply_activation_checkpointing(model.transformer.h)
     if config.compile:
         compile_blocks(model.transformer.h)
-    spread = Spread(kind, model, ranks, device)
+    spread = DistributedModel(kind, model, ranks, device)
     optimizers = build_optimizers(model, config)
     run = Run(
         folder=folder,
@@ -120,37 +122,39 @@ def set_up(config: TrainConfig, folder: Path, ranks: Ranks = ALONE) -> Run:
         optimizers=optimizers,
         device=device,
         dtype=DTYPES[config.dtype],
-        product=product,
+        artifact=product,
         ranks=ranks,
-        spread=spread,
+        distributed_model=spread,
         checkpoint=checkpoint,
-        facts=facts,
+        checkpoint_metadata=facts,
     )
     if checkpoint is not None:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             run.step = load_optimizers(checkpoint, model, optimizers)
             if run.step > config.max_steps:
                 raise UserError(f"{folder} has done {run.step:,} steps, more than --max-steps ({config.max_steps:,})")
-    records = ranks.first(lambda: _records_until(run.step, folder))
-    run.best = Best(records)
+    records = ranks.broadcast_from_main(lambda: _read_metrics_until(run.step, folder))
+    run.best_validation = BestValidation(records)
     if config.skip_spikes:
-        run.spikes = SpikeGuard(config.skip_spikes, records)
+        run.outlier_filter = OutlierFilter(config.skip_spikes, records)
     return run
 
 
-def _begin_at(config: TrainConfig, folder: Path) -> Path | None:
+def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path | None:
     """The checkpoint that the run goes on from; None for a fresh one."""
     if not config.data:
         raise UserError(
             "--data is missing: name what the model should learn from (gpt2 data list shows what has a name)"
         )
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None and any((folder / name).exists() for name in ("model", "adapter")):
         raise UserError(f"{folder} has no whole checkpoint to go on from: --init-from {folder}, with another --name")
     return checkpoint
 
 
-def _resolved(config: TrainConfig, model: GPT, device: torch.device, ranks: Ranks) -> tuple[TrainConfig, str]:
+def _resolve_config(
+    config: TrainConfig, model: GPT, device: torch.device, ranks: ProcessGroup
+) -> tuple[TrainConfig, str]:
     """The config with all that was left to us chosen, and how the ranks share the model: see `parallel.pick_kind`."""
     shape, dtype = model.config, pick_training_dtype(config.dtype, device, model.config.n_embd)
     config = replace(
@@ -163,20 +167,20 @@ def _resolved(config: TrainConfig, model: GPT, device: torch.device, ranks: Rank
         dtype=DTYPE_NAMES[dtype],
         compile=pick_compile(config.compile, device, config.max_steps),
     )
-    if config.batch_size == AUTO:
-        rows = largest_batch(config, shape, device, dtype, ranks.local_size)
-        config = replace(config, batch_size=rows * ranks.size, micro_batch_size=None)
-    shared(config, ranks)  # for its errors
-    fits = fits_whole(config, shape, device, dtype, config.batch_size // ranks.size, ranks.local_size)
-    return config, pick_kind(config, ranks, fits=fits)
+    if config.batch_size == AUTO_BATCH_SIZE:
+        rows = largest_batch_size(config, shape, device, dtype, ranks.local_world_size)
+        config = replace(config, batch_size=rows * ranks.world_size, micro_batch_size=None)
+    micro_batch_size_per_rank(config, ranks)  # for its errors
+    fits = fits_full_model(config, shape, device, dtype, config.batch_size // ranks.world_size, ranks.local_world_size)
+    return config, pick_parallel_kind(config, ranks, fits=fits)
 
 
-def shared(config: TrainConfig, ranks: Ranks) -> int:
+def micro_batch_size_per_rank(config: TrainConfig, ranks: ProcessGroup) -> int:
     """Rows of a micro-batch on each rank. Raises UserError where the batch cannot be shared so."""
-    share, left = divmod(config.batch_size, ranks.size)
+    share, left = divmod(config.batch_size, ranks.world_size)
     if left:
         raise UserError(
-            f"--batch-size {config.batch_size} cannot be shared by {ranks.size} ranks: make it a multiple of them"
+            f"--batch-size {config.batch_size} cannot be shared by {ranks.world_size} ranks: make it a multiple of them"
         )
     rows = min(config.micro_batch_size or share, share)
     if share % rows:
@@ -184,7 +188,7 @@ def shared(config: TrainConfig, ranks: Ranks) -> int:
     return rows
 
 
-def _check_fit(config: TrainConfig, model: GPT, data: Dataset) -> None:
+def _check_compatible(config: TrainConfig, model: GPT, data: Dataset) -> None:
     """Raises UserError when the data's tokens are not the model's, or the sample's prompt is longer than it can see."""
     if data.tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -196,17 +200,17 @@ def _check_fit(config: TrainConfig, model: GPT, data: Dataset) -> None:
         raise UserError(f"--sample-prompt has {len(prompt)} tokens, more than the context of {context}")
 
 
-def _records_until(step: int, folder: Path) -> list[dict[str, Any]]:
+def _read_metrics_until(step: int, folder: Path) -> list[dict[str, Any]]:
     metrics = folder / "metrics.jsonl"
     return [record for record in read_metrics(metrics) if record["step"] <= step] if metrics.exists() else []
 
 
-def describe(run: Run) -> str:
+def describe_run(run: Run) -> str:
     """Two lines on what is about to be trained, on what."""
     config, data = run.config, run.data
     held_out = f"{data.val_tokens:,} held out" if data.val_tokens else "none held out"
     compiled = ", compiled" if config.compile else ""
-    together = "" if run.ranks.alone else f"{run.ranks.size} ranks ({run.spread.kind}) of "
+    together = "" if run.ranks.is_single_process else f"{run.ranks.world_size} ranks ({run.distributed_model.kind}) of "
     learned = sum(parameter.numel() for parameter in trainable_parameters(run.model).values())
     some = f", {learned:,} of them learned" if learned < run.model.num_parameters() else ""
     return (
@@ -216,34 +220,36 @@ def describe(run: Run) -> str:
     )
 
 
-def explain(run: Run, why_stopped: str) -> None:
+def write_report(run: Run, stop_reason: str) -> None:
     """Leave the picture and the report of a run that ends here; `why_stopped` is empty for one that is done."""
     vocab_size = run.data.tokenizer.vocab_size
     peak = peak_memory(run.device)  # before anything is measured here
-    entropy = unigram_entropy(run.data.token_counts(ENTROPY_TOKENS))
+    entropy = unigram_entropy(run.data.token_counts(MAX_ENTROPY_TOKENS))
     title = f"{run.config.name}: {run.model.num_parameters() / 1e6:.1f}M parameters on {run.data.name}"
     try:
         plot_loss(run.folder, title, vocab_size, entropy)
     except UserError as error:  # matplotlib is optional, and the run is worth as much without the picture
         log.warning("%s", error)
-    write_report(run.folder, _facts(run, entropy, peak, why_stopped))
+    write_markdown_report(run.folder, _run_facts(run, entropy, peak, stop_reason))
 
 
-def _facts(run: Run, entropy: float, peak: int, why_stopped: str) -> RunFacts:
+def _run_facts(run: Run, entropy: float, peak: int, stop_reason: str) -> RunFacts:
     config, data = run.config, run.data
     return RunFacts(
         parameters=run.model.num_parameters(),
         vocab_size=data.tokenizer.vocab_size,
         tokenizer=data.tokenizer.name,
-        device=device_name(run.device) if run.ranks.size == 1 else f"{run.ranks.size} x {device_name(run.device)}",
+        device=device_name(run.device)
+        if run.ranks.world_size == 1
+        else f"{run.ranks.world_size} x {device_name(run.device)}",
         data=data.name,
         train_tokens=data.train_tokens,
         val_tokens=data.val_tokens,
         flops_per_token=flops_per_token(run.model.config, config.block_size),
-        matmul_flops=None if why_stopped else run.ranks.size * measure_matmul(run.device, run.dtype),
+        matmul_flops=None if stop_reason else run.ranks.world_size * measure_matmul(run.device, run.dtype),
         peak_memory_bytes=peak or None,
         unigram_entropy=entropy,
         bytes_per_token=data.bytes_per_token,
-        finished=not why_stopped,
-        why_stopped=why_stopped,
+        finished=not stop_reason,
+        why_stopped=stop_reason,
     )

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
 
-from gpt2.config import SAME_WHEN_RESUMED, TrainConfig, check_same_run, to_toml
+from gpt2.config import FIXED_ON_RESUME, TrainConfig, check_same_run, to_toml
 from gpt2.data.dataset import Dataset
 from gpt2.errors import UserError
-from gpt2.files import path_of, work_folder
-from gpt2.train.checkpoint import checkpoint_facts, publish, sweep_checkpoints, sync
+from gpt2.files import expand_path, staging_folder
+from gpt2.train.checkpoint import checkpoint_metadata, fsync_paths, publish, remove_partial_checkpoints
 
 try:
     import fcntl
@@ -27,10 +27,10 @@ except ImportError:  # Windows: there nothing keeps a second process away
 
 log = logging.getLogger("gpt2")
 
-LOCK, CONFIG = ".lock", "config.toml"
-CONFIG_PARTIAL = f".{CONFIG}.partial"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_HEADER = b"--- step "  # what a sample in samples.txt begins with
+LOCK_NAME, CONFIG_NAME = ".lock", "config.toml"
+PARTIAL_CONFIG_NAME = f".{CONFIG_NAME}.partial"
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SAMPLE_HEADER = b"--- step "  # what a sample in samples.txt begins with
 
 
 class RunFolder:
@@ -47,77 +47,77 @@ class RunFolder:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.path = run_folder(config)
-        self._fresh = not self.path.exists()
+        self.path = run_folder_path(config)
+        self._is_new = not self.path.exists()
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        if not self._fresh:
-            with _writing(self.path):
-                self._lock = _lock(self.path)
+        if not self._is_new:
+            with _user_error_on_os_error(self.path):
+                self._lock = _acquire_lock(self.path)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         if self._lock is not None:
             with suppress(OSError):
-                if error is not None and self._fresh and _holds_nothing(self.path):
+                if error is not None and self._is_new and _is_unused(self.path):
                     shutil.rmtree(self.path)
-                elif _is_open_file(self.path / LOCK, self._lock):
-                    (self.path / LOCK).unlink()  # while it is held: see _lock
+                elif _is_open_file(self.path / LOCK_NAME, self._lock):
+                    (self.path / LOCK_NAME).unlink()  # while it is held: see _lock
             self._lock.close()
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             why = f"{error.strerror}: make room, and go on with --resume {self.path}"
             raise UserError(f"cannot write the run folder {self.path}: {why}") from error
 
-    def begin(self, config: TrainConfig, checkpoint: Path | None, *, published: bool = True) -> None:
+    def initialize(self, config: TrainConfig, checkpoint: Path | None, *, published: bool = True) -> None:
         """The run is about to take its next step: write its config, and put right what a kill left behind.
 
         checkpoint: the one that the run goes on from; None for step 0.
         published:  are its weights the run's own?
         """
-        with _writing(self.path):
+        with _user_error_on_os_error(self.path):
             if self._lock is None:
-                self._lock = _appear(self.path, config)
+                self._lock = _create_run_folder(self.path, config)
                 return
-            start_folder(self.path, config)
-            _sweep(self.path)
+            write_config(self.path, config)
+            _remove_partial_files(self.path)
             samples = self.path / "samples.txt"
             if checkpoint is None:
-                cut_samples(samples, 0, kept=0)
+                truncate_samples(samples, 0, saved_bytes=0)
                 return
             step = int(checkpoint.name.removeprefix("step-"))
-            cut_samples(samples, step, checkpoint_facts(checkpoint).get("samples_bytes"))
+            truncate_samples(samples, step, checkpoint_metadata(checkpoint).get("samples_bytes"))
             if published:
                 publish(checkpoint, self.path)
 
 
-def run_folder(config: TrainConfig) -> Path:
+def run_folder_path(config: TrainConfig) -> Path:
     """Where the run lives. Raises UserError for a folder that holds another run, or not the one to resume."""
     name = config.name or ""
     if name in ("", ".", "..") or Path(name).name != name or len(name.encode()) > 200:
         raise UserError(f"a run needs a --name that can be a folder's, not '{name}'")
-    folder = path_of(config.out_dir) / name
+    folder = expand_path(config.out_dir) / name
     if config.resume == "never" and folder.exists():
-        raise UserError(_exists(folder))
-    if (folder / CONFIG).is_file():
+        raise UserError(_exists_message(folder))
+    if (folder / CONFIG_NAME).is_file():
         check_same_run(folder, config)
-    elif folder.exists() and any(path.name not in (LOCK, CONFIG_PARTIAL) for path in folder.iterdir()):
+    elif folder.exists() and any(path.name not in (LOCK_NAME, PARTIAL_CONFIG_NAME) for path in folder.iterdir()):
         raise UserError(f"{folder} has something else in it: no run can be gone on with there")
     return folder
 
 
-def start_folder(folder: Path, config: TrainConfig) -> None:
+def write_config(folder: Path, config: TrainConfig) -> None:
     """Make the run folder if it is not there, and write the config with all that was chosen for it, whole."""
-    with _writing(folder):
+    with _user_error_on_os_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / CONFIG_PARTIAL
+        partial = folder / PARTIAL_CONFIG_NAME
         partial.write_bytes(to_toml(replace(config, resume="never")).encode())
-        sync([partial])
-        partial.replace(folder / CONFIG)
-        sync([folder])
+        fsync_paths([partial])
+        partial.replace(folder / CONFIG_NAME)
+        fsync_paths([folder])
 
 
-def cut_samples(path: Path, step: int, kept: int | None = None) -> None:
+def truncate_samples(path: Path, step: int, saved_bytes: int | None = None) -> None:
     """Take away what an interrupted run wrote after the checkpoint of `step`: it will be written again.
 
     kept: the length of the file in bytes when the checkpoint was saved. What comes after it goes, if it begins as a
@@ -126,55 +126,59 @@ def cut_samples(path: Path, step: int, kept: int | None = None) -> None:
     if not path.exists():
         return
     text = path.read_bytes()
-    added = text[kept or 0 :]
-    if kept is not None and added[: len(_HEADER)] == _HEADER[: len(added)]:
-        os.truncate(path, min(kept, len(text)))
+    added = text[saved_bytes or 0 :]
+    if saved_bytes is not None and added[: len(_SAMPLE_HEADER)] == _SAMPLE_HEADER[: len(added)]:
+        os.truncate(path, min(saved_bytes, len(text)))
         return
     for header in re.finditer(rb"^--- step ([0-9]+)\r?$", added, re.MULTILINE):
         if int(header[1]) > step:
-            path.write_bytes(text[: (kept or 0) + header.start()].decode(errors="replace").encode())  # text again
+            path.write_bytes(
+                text[: (saved_bytes or 0) + header.start()].decode(errors="replace").encode()
+            )  # text again
             return
 
 
-def run_facts(config: TrainConfig, data: Dataset) -> dict[str, Any]:
+def run_metadata(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """What every checkpoint of a run carries, so that a resumed run can be seen to be the same one."""
-    return {"data": data.fingerprint, "config": {name: getattr(config, name) for name in SAME_WHEN_RESUMED}}
+    return {"data": data.fingerprint, "config": {name: getattr(config, name) for name in FIXED_ON_RESUME}}
 
 
-def check_facts(checkpoint: Path, facts: dict[str, Any]) -> None:
+def check_run_metadata(checkpoint: Path, metadata: dict[str, Any]) -> None:
     """Raises UserError when the facts of the run that is to go on from `checkpoint` are not those it was saved with."""
-    saved, folder = checkpoint_facts(checkpoint), checkpoint.parents[1]
-    if saved.get("data", facts["data"]) != facts["data"]:
+    saved, folder = checkpoint_metadata(checkpoint), checkpoint.parents[1]
+    if saved.get("data", metadata["data"]) != metadata["data"]:
         raise UserError(
-            f"the data changed since {folder} was begun ({facts['config']['data']}): "
+            f"the data changed since {folder} was begun ({metadata['config']['data']}): "
             f"--init-from {folder}, with another --name, starts a new run from its weights"
         )
-    for name, value in facts["config"].items():
+    for name, value in metadata["config"].items():
         was = saved.get("config", {}).get(name, value)
         if was != value:
-            raise UserError(f"{checkpoint} was saved with {name} {was}: {folder / CONFIG}, with {value}, was changed")
+            raise UserError(
+                f"{checkpoint} was saved with {name} {was}: {folder / CONFIG_NAME}, with {value}, was changed"
+            )
 
 
-def _exists(folder: Path) -> str:
+def _exists_message(folder: Path) -> str:
     return f"{folder} exists: --resume auto goes on with it, another --name starts beside it"
 
 
-def _appear(folder: Path, config: TrainConfig) -> IO[bytes]:
+def _create_run_folder(folder: Path, config: TrainConfig) -> IO[bytes]:
     """Make a fresh run folder, of which there is nothing to be seen before it is whole; returns its lock, held."""
-    with work_folder(folder) as partial:
-        start_folder(partial, config)
-        lock = _lock(partial)
+    with staging_folder(folder) as partial:
+        write_config(partial, config)
+        lock = _acquire_lock(partial)
         try:
             partial.rename(folder)  # fails where there is a folder with anything in it
         except OSError as error:
             lock.close()
-            raise (UserError(_exists(folder)) if folder.exists() else error) from error
+            raise (UserError(_exists_message(folder)) if folder.exists() else error) from error
     return lock
 
 
-def _sweep(folder: Path) -> None:
+def _remove_partial_files(folder: Path) -> None:
     """Take away what kills left of files that were being written."""
-    sweep_checkpoints(folder / "checkpoints")
+    remove_partial_checkpoints(folder / "checkpoints")
     for left in [*folder.glob(".*.partial"), folder / "metrics.tmp"]:  # the first: see gpt2.files.work_folder
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -182,22 +186,22 @@ def _sweep(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _holds_nothing(folder: Path) -> bool:
+def _is_unused(folder: Path) -> bool:
     """Is there nothing in a run folder but what it began with?"""
     for path in folder.iterdir():
         empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
-        if path.name not in (LOCK, CONFIG) and not (path.name in ("metrics.jsonl", "checkpoints") and empty):
+        if path.name not in (LOCK_NAME, CONFIG_NAME) and not (path.name in ("metrics.jsonl", "checkpoints") and empty):
             return False
     return True
 
 
-def _lock(folder: Path) -> IO[bytes]:
+def _acquire_lock(folder: Path) -> IO[bytes]:
     """The folder's lock file, held by this process while it is open. Raises UserError when another one holds it.
 
     Whoever holds it takes the file away before letting go. So a lock counts only on the file that still bears the
     name: one that was got on a file just taken away is no lock, and is tried again.
     """
-    path = folder / LOCK
+    path = folder / LOCK_NAME
     while True:
         file = path.open("ab+")
         if fcntl is not None:
@@ -227,7 +231,7 @@ def _is_open_file(path: Path, file: IO[bytes]) -> bool:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _user_error_on_os_error(folder: Path) -> Iterator[None]:
     """What the system has against writing in the run folder becomes one line."""
     try:
         yield

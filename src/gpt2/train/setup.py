@@ -6,29 +6,29 @@ from typing import NamedTuple
 
 from gpt2.config import TrainConfig
 from gpt2.data.dataset import Dataset
-from gpt2.data.instruct import InstructData, is_instruct, open_instruct
+from gpt2.data.instruct import InstructDataset, is_instruct_data, open_instruct
 from gpt2.data.prepare import open_data
 from gpt2.embeddings import extend_vocabulary
 from gpt2.errors import UserError
-from gpt2.files import path_of
-from gpt2.lora import attach, base_fingerprint, load_into, read_adapter
+from gpt2.files import expand_path
+from gpt2.lora import add_adapter, base_fingerprint, load_adapter_weights, read_adapter
 from gpt2.model import GPT
 from gpt2.runtime import seed_everything
-from gpt2.templates import Template, find_template, get_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_special_tokens, with_symbols
-from gpt2.train.artifact import Product
-from gpt2.weights import find_model, load, model_of
+from gpt2.templates import ChatTemplate, get_template, load_template
+from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_added_tokens, with_special_tokens
+from gpt2.train.artifact import ModelArtifact
+from gpt2.weights import find_model_folder, load, model_from_state_dict
 
 
-class Start(NamedTuple):
+class ModelAndData(NamedTuple):
     """A run before its first step, or before the optimizers' state is put in."""
 
     model: GPT
     data: Dataset
-    product: Product
+    artifact: ModelArtifact
 
 
-def start(config: TrainConfig, checkpoint: Path | None) -> Start:
+def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAndData:
     """Begin as `config` says, with the weights of a checkpoint where there is one.
 
     Raises UserError for data, models and settings that do not go together.
@@ -36,47 +36,47 @@ def start(config: TrainConfig, checkpoint: Path | None) -> Start:
     if checkpoint is not None and not config.lora_rank:
         folder = checkpoint / "model"
     else:
-        folder = find_model(config.init_from) if config.init_from else None
-    template = get_template(config.template) if config.template else find_template(folder) if folder else None
+        folder = find_model_folder(config.init_from) if config.init_from else None
+    template = get_template(config.template) if config.template else load_template(folder) if folder else None
     spoken: str | Tokenizer | None = config.tokenizer
     if config.init_from is not None and folder is not None:
-        spoken = _tokenizer_of(folder, config, template, fresh=checkpoint is None)
+        spoken = _resolve_tokenizer(folder, config, template, fresh=checkpoint is None)
     data = open_dataset(config, spoken, template)
     seed_everything(config.seed)
     vocab_size = data.tokenizer.vocab_size
-    model = _given_model(config, folder, vocab_size) if folder else GPT(config.model_config(vocab_size))
-    if isinstance(data, InstructData):
-        template = template or Template()
-    product = Product(model.config, data.tokenizer, template)
+    model = _load_initial_model(config, folder, vocab_size) if folder else GPT(config.model_config(vocab_size))
+    if isinstance(data, InstructDataset):
+        template = template or ChatTemplate()
+    product = ModelArtifact(model.config, data.tokenizer, template)
     if config.lora_rank:
         assert config.init_from is not None
         assert folder is not None
         lora = config.lora_config()
-        name = str(folder.resolve()) if path_of(config.init_from).exists() else config.init_from
+        name = str(folder.resolve()) if expand_path(config.init_from).exists() else config.init_from
         product = replace(product, lora=lora, base=name, base_fingerprint=base_fingerprint(model))
-        attach(model, lora)
+        add_adapter(model, lora)
         if checkpoint is not None:
             _load_adapter(model, checkpoint, product.base_fingerprint)
     if config.freeze:
         _freeze(model, config.freeze)
-    return Start(model, data, product)
+    return ModelAndData(model, data, product)
 
 
-def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: Template | None) -> Dataset:
+def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: ChatTemplate | None) -> Dataset:
     """The data of a run, as a tokenizer's tokens: rows of prompts and answers, or text."""
-    if not is_instruct(config.data, config.columns):
+    if not is_instruct_data(config.data, config.columns):
         return replace(open_data(config.data, tokenizer, config.columns), separate=config.separate_documents)
     return open_instruct(
         config.data,
         get_tokenizer(tokenizer or "gpt2") if isinstance(tokenizer, str | None) else tokenizer,
-        template or Template(),
+        template or ChatTemplate(),
         columns=config.columns,
         mask_prompt=config.mask_prompt,
     )
 
 
-def _tokenizer_of(
-    folder: Path, config: TrainConfig, template: Template | None, *, fresh: bool
+def _resolve_tokenizer(
+    folder: Path, config: TrainConfig, template: ChatTemplate | None, *, fresh: bool
 ) -> str | Tokenizer | None:
     """What to tokenize with for a model that is given: its own tokenizer; only without one, what was asked for.
 
@@ -96,23 +96,23 @@ def _tokenizer_of(
             "leave --lora-rank and --freeze out, or take --template plain"
         )
     tokenizer = with_special_tokens(tokenizer, marks) if marks else tokenizer
-    return with_symbols(tokenizer, symbols) if symbols else tokenizer
+    return with_added_tokens(tokenizer, symbols) if symbols else tokenizer
 
 
-def _given_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
+def _load_initial_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
     """The model in a folder, with this run's dropout, and with as many tokens as there are."""
     given, own = load(folder)
-    model = model_of(replace(given.config, dropout=config.dropout), dict(given.named_parameters())).train()
+    model = model_from_state_dict(replace(given.config, dropout=config.dropout), dict(given.named_parameters())).train()
     if own is not None and vocab_size > own.vocab_size:  # there are new tokens
         return extend_vocabulary(model, vocab_size, own.vocab_size)
     return model
 
 
-def _load_adapter(model: GPT, checkpoint: Path, base: str) -> None:
+def _load_adapter(model: GPT, checkpoint: Path, fingerprint: str) -> None:
     adapter = read_adapter(checkpoint / "adapter")
-    if adapter.base_fingerprint != base:
-        raise UserError(f"{checkpoint} has an adapter for {adapter.base}, which has changed since")
-    load_into(model, adapter)
+    if adapter.base_fingerprint != fingerprint:
+        raise UserError(f"{checkpoint} has an adapter for {adapter.base_model}, which has changed since")
+    load_adapter_weights(model, adapter)
 
 
 def _freeze(model: GPT, blocks: int) -> None:
