@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpt2.bench.timing import environment
+from gpt2.bench.common import environment
 from gpt2.hardware import device_name
 
 RESULTS = Path(__file__).parent / "results"

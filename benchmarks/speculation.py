@@ -19,7 +19,7 @@ from typing import Any
 
 from machine import write_result
 
-from gpt2.bench.timing import timed
+from gpt2.bench.common import timed
 from gpt2.errors import UserError
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.inference import prepare_for_inference

@@ -8,8 +8,8 @@ import pytest
 
 from gpt2.config import TrainConfig
 from gpt2.tokenizer import BPETokenizer, Tokenizer, train_bpe
-from tests.helpers.runs import NUMBERS_TEXT
-from tests.helpers.texts import SENTENCES, TOKENIZER_FACTORIES
+from tests.helpers.tokenizer_samples import SENTENCES, TOKENIZER_FACTORIES
+from tests.helpers.training_helpers import NUMBERS_TEXT
 
 SHARED = Path(os.environ.get("GPT2_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TIKTOKEN_CACHE = SHARED / "tiktoken-cache"
@@ -65,30 +65,30 @@ def quick_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matmul rate is measured in no time, on a small matrix."""
     from gpt2.hardware import measure_matmul
 
-    for name in ("gpt2.bench.ladder.measure_matmul", "gpt2.bench.peers.measure_matmul"):
+    for name in ("gpt2.bench.ladder.measure_matmul", "gpt2.bench.train_peers.measure_matmul"):
         monkeypatch.setattr(name, lambda device, dtype, seconds: measure_matmul(device, dtype, 0.001, size=256))
 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmarks find none."""
-    for name in ("gpt2.bench.ladder.can_compile", "gpt2.bench.peers.can_compile"):
+    for name in ("gpt2.bench.ladder.can_compile", "gpt2.bench.train_peers.can_compile"):
         monkeypatch.setattr(name, lambda device: False)
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
     """The commands measure in this process, without compiling."""
-    from gpt2.bench.timing import InProcessRunner, run_in_process
+    from gpt2.bench.common import InProcessRunner, run_in_process
 
-    monkeypatch.setattr("gpt2.commands.bench_train.in_fresh_process", run_in_process)
-    monkeypatch.setattr("gpt2.commands.bench_train.Elsewhere", InProcessRunner)
+    monkeypatch.setattr("gpt2.commands.bench_train.run_in_subprocess", run_in_process)
+    monkeypatch.setattr("gpt2.commands.bench_train.SubprocessRunner", InProcessRunner)
 
 
 @pytest.fixture
 def nanogpt(tmp_path: Path) -> str:
     """A folder with a stand-in for nanoGPT's model.py."""
-    from tests.helpers.bench_work import FAKE_NANOGPT
+    from tests.helpers.bench_helpers import FAKE_NANOGPT
 
     folder = tmp_path / "nanoGPT"
     folder.mkdir()

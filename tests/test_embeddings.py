@@ -11,7 +11,7 @@ from gpt2.embeddings import extend_vocabulary
 from gpt2.errors import UserError
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import get_tokenizer, with_special_tokens
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=16)
 TOKENS = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(1))

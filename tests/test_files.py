@@ -15,15 +15,15 @@ from gpt2.files import check_regular_file, expand_path, known_folder_kind, stagi
 HOLDS = """
 import sys, time
 from pathlib import Path
-from gpt2.files import work_folder
-with work_folder(Path(sys.argv[1])) as folder:
+from gpt2.files import staging_folder
+with staging_folder(Path(sys.argv[1])) as folder:
     (folder / "half.bin").write_bytes(b"half")
     print(folder, flush=True)
     time.sleep(60)
 """
 
 
-def test_a_work_folder_is_gone_afterwards_and_may_be_moved_away(tmp_path: Path) -> None:
+def test_a_staging_folder_is_gone_afterwards_and_may_be_moved_away(tmp_path: Path) -> None:
     target = tmp_path / "new" / "thing"
     with staging_folder(target) as folder:
         (folder / "file").write_text("x")

@@ -26,7 +26,7 @@ from gpt2.lora import (
 )
 from gpt2.model import GPT, GPTConfig
 from gpt2.weights import load, save
-from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, relative_error
+from tests.helpers.transformers_reference import ODD_CONFIGS, random_batch, random_model, relative_error
 
 SHAPE = GPTConfig(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=24, n_inner=40)
 CONFIG = LoRAConfig(rank=3, alpha=5.0)

@@ -130,7 +130,7 @@ def test_padding_rows_take_no_probability(monkeypatch: pytest.MonkeyPatch) -> No
 
     hidden, weight, targets = inputs()
     expected = torch.autograd.grad(next_token_loss(hidden, weight, targets), (hidden, weight))
-    monkeypatch.setattr(loss_module, "_padded", padded_anywhere)
+    monkeypatch.setattr(loss_module, "_pad_vocab", padded_anywhere)
     loss = next_token_loss(hidden, weight, targets)
     torch.testing.assert_close(loss, plain(hidden, weight, targets))
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), expected)

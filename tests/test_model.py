@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
-from tests.helpers.reference import (
+from tests.helpers.transformers_reference import (
     ODD_CONFIGS,
     as_conv1d,
     random_batch,

@@ -22,8 +22,8 @@ from gpt2.generation.sampling import Sampling
 from gpt2.model import ACTIVATIONS, GPT, GPTConfig
 from gpt2.native import build
 from gpt2.native.model import NativeGPT
-from gpt2.native.pack import GROUP_SIZES, dequantize, pack, quantize
-from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, relative_error
+from gpt2.native.quantization import GROUP_SIZES, dequantize, pack, quantize
+from tests.helpers.transformers_reference import ODD_CONFIGS, random_batch, random_model, relative_error
 
 WIDE = GPTConfig(vocab_size=501, block_size=300, n_layer=2, n_head=2, n_embd=192)
 ALL = [*ODD_CONFIGS, WIDE]
@@ -243,7 +243,7 @@ def test_without_a_compiler_torch_runs_the_same_weights(
     wanted = (
         model(tokens).detach() if precision == "float16" else everything(NativeGPT(model, precision, kernel), tokens)
     )
-    monkeypatch.setattr(inference, "library", lambda: None)
+    monkeypatch.setattr(inference, "load_library", lambda: None)
     slow = prepare_for_inference(model, precision)
     assert isinstance(slow, GPT)
     assert model.lm_head.weight.dtype == torch.float32  # what was given stays as it was

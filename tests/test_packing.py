@@ -12,7 +12,7 @@ from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT, GPTConfig
 from gpt2.packing import Packing
 from gpt2.runtime import apply_activation_checkpointing
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=16)
 

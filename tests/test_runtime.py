@@ -61,7 +61,7 @@ def test_attention_under_autocast_on_a_cpu_is_float32_of_the_rounded_inputs() ->
 def test_freed_memory_is_kept_and_comes_back_without_page_faults() -> None:
     program = """
 import resource, torch
-from gpt2.runtime import manage_freed_memory
+from gpt2.runtime import configure_malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -71,7 +71,7 @@ def faults():
 
 faults()
 without = faults()
-manage_freed_memory(keep=True)
+configure_malloc(keep_freed=True)
 faults(), faults()
 print(without, faults())
 """

@@ -8,7 +8,7 @@ import pytest
 from gpt2.errors import UserError
 from gpt2.templates import get_template
 from gpt2.tokenizer import Tokenizer, load_tokenizer, with_added_tokens, with_special_tokens
-from tests.helpers.texts import SENTENCES
+from tests.helpers.tokenizer_samples import SENTENCES
 
 TEXT = "In BRCA1 and<go>, not in BRCA. <|endoftext|>"
 

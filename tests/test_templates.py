@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gpt2.errors import UserError
 from gpt2.templates import BUILTIN_TEMPLATES, ChatTemplate, get_template, load_template, save_template
 from gpt2.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe, with_special_tokens
-from tests.helpers.texts import SENTENCES
+from tests.helpers.tokenizer_samples import SENTENCES
 
 TALK = [
     ("system", "Be brief."),

@@ -31,7 +31,7 @@ from gpt2.tokenizer import (
     with_special_tokens,
 )
 from gpt2.vocabulary import split_long_words
-from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2_tokenizer
+from tests.helpers.tokenizer_samples import HARD_TEXTS, SENTENCES, gpt2_tokenizer
 
 # The same as others
 

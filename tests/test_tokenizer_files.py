@@ -26,7 +26,7 @@ from gpt2.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from tests.helpers.texts import HARD_TEXTS, SENTENCES, gpt2_tokenizer
+from tests.helpers.tokenizer_samples import HARD_TEXTS, SENTENCES, gpt2_tokenizer
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_a_silent_server_is_not_waited_for(silent_server: str, tmp_path: Path, m
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(vocabulary, "_GPT2_URL", silent_server)
-    monkeypatch.setattr(vocabulary, "_CONNECT_AND_READ_SECONDS", (0.2, 0.2))
+    monkeypatch.setattr(vocabulary, "_DOWNLOAD_TIMEOUT", (0.2, 0.2))
     vocabulary.gpt2_encoding.cache_clear()
     start = time.monotonic()
     with pytest.raises(UserError, match="ReadTimeout"):

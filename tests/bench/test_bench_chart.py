@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gpt2.bench import chart
-from gpt2.bench.timing import read_result
+from gpt2.bench import ladder_chart
+from gpt2.bench.common import read_result
 from gpt2.errors import UserError
 
 
@@ -22,15 +22,21 @@ def result_of(devices: dict[str, float]) -> dict[str, Any]:
         ]
         lane = {"ms": {"median": ms, "low": ms, "high": ms}, "best": "eager", "mfu": 0.5}
         race = {"contestants": {"gpt2": lane, "nanogpt": lane | {"speed_ratio": 1.5, "memory_ratio": 0.5}}}
-        device = {"device": name, "name": f"A {name}", "rungs": rungs, "peers": race, "workload": chart.A40_SHAPE}
+        device = {
+            "device": name,
+            "name": f"A {name}",
+            "rungs": rungs,
+            "peers": race,
+            "workload": ladder_chart.A40_SHAPE,
+        }
         found.append(device)
-    about = {"torch": "2.13", "date": "2025-01-01T00:00:00", "commit": None, "workload": chart.A40_SHAPE}
+    about = {"torch": "2.13", "date": "2025-01-01T00:00:00", "commit": None, "workload": ladder_chart.A40_SHAPE}
     return {"kind": "bench train", "devices": found, **about}
 
 
 def test_the_chart_says_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
-    draw = functools.partial(chart.draw, path=path)
+    draw = functools.partial(ladder_chart.draw, path=path)
     draw(result_of({"cpu": 4000.0}))
     text = path.read_text()
     assert all(part in text for part in ("4,000 ms", "MFU 50%", "no such thing", "1.50x our time", "2.00x our memory"))
@@ -39,14 +45,14 @@ def test_the_chart_says_what_was_measured(tmp_path: Path) -> None:
     text = path.read_text()
     assert all(part in text for part in ("A cpu", "A cuda", "4,000 ms", "100 ms", "1,250 ms", "on an A40"))
     other = result_of({"cuda": 100.0})
-    other["devices"][0]["workload"] = chart.A40_SHAPE | {"batch_size": 4}
+    other["devices"][0]["workload"] = ladder_chart.A40_SHAPE | {"batch_size": 4}
     draw(other)
     assert "A40" not in path.read_text()
 
 
 def test_a_chart_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing was measured"):
-        chart.draw({"devices": [{"rungs": [], "peers": None}]}, tmp_path / "a.png")
+        ladder_chart.draw({"devices": [{"rungs": [], "peers": None}]}, tmp_path / "a.png")
     (tmp_path / "other.json").write_text('{"kind": "bench generate"}')
     with pytest.raises(UserError, match="is no result of gpt2 bench train"):
         read_result(tmp_path / "other.json", "bench train")

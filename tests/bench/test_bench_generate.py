@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gpt2.bench import decode_peers
+from gpt2.bench.common import InProcessRunner
 from gpt2.bench.decode import (
     NUM_CHECKED_TOKENS,
     TIE_LOGIT_GAP,
@@ -26,17 +27,16 @@ from gpt2.bench.decode import (
     perplexity,
     weight_bytes,
 )
+from gpt2.bench.decode_comparison import check_tokens, compute_metrics, run_comparison
 from gpt2.bench.decode_peers import PEERS, LlamaCpp, PeerModelWriter, parse_decode_peers, peer_variants, write_gguf
-from gpt2.bench.decode_race import check_tokens, compute_metrics, run_comparison
-from gpt2.bench.timing import InProcessRunner
 from gpt2.cli import main
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
-from gpt2.native.pack import pack
+from gpt2.native.quantization import pack
 from gpt2.runtime import DTYPES
 from gpt2.tokenizer import get_tokenizer
 from gpt2.weights import save
-from tests.helpers.bench_work import FAKE_NANOGPT
+from tests.helpers.bench_helpers import FAKE_NANOGPT
 
 TINY = GPTConfig(vocab_size=3001, n_layer=2, n_head=2, n_embd=64)
 WORK = DecodeWorkload("cpu", TINY, prompt_tokens=6, new_tokens=9, batch_sizes=(1, 3), rounds=2, seed=0, pause=0)
@@ -61,9 +61,9 @@ def in_torch(model: GPT, precision: str) -> GPT:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is measured in this process, and bandwidth is a round number."""
-    monkeypatch.setattr("gpt2.bench.decode.accelerated", in_torch)
-    monkeypatch.setattr("gpt2.bench.decode_race.measure_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr("gpt2.commands.bench_generate.Elsewhere", InProcessRunner)
+    monkeypatch.setattr("gpt2.bench.decode.prepare_for_inference", in_torch)
+    monkeypatch.setattr("gpt2.bench.decode_comparison.measure_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("gpt2.commands.bench_generate.SubprocessRunner", InProcessRunner)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_random_weights_make_a_text_of_many_tokens() -> None:
 
 def test_we_write_what_the_plain_model_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     check_run(GPT2Decoder(WORK, "float32", True))
-    monkeypatch.setattr("gpt2.bench.decode.accelerated", in_torch)
+    monkeypatch.setattr("gpt2.bench.decode.prepare_for_inference", in_torch)
     check_run(GPT2Decoder(WORK, "float32", False))
     half = GPT2Decoder(WORK, "bfloat16", True)
     assert half.cache_width == 2
@@ -156,7 +156,9 @@ def test_bytes_that_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     for precision in ("int8", "int4"):
         packed = (pack(w, "int8" if name == "lm_head" else precision) for name, w in linears.items())
         total = sum(part.numel() * part.element_size() for both in packed for part in both)
-        monkeypatch.setattr("gpt2.bench.decode.accelerated", lambda m, _: SimpleNamespace(make_cache=m.make_cache))
+        monkeypatch.setattr(
+            "gpt2.bench.decode.prepare_for_inference", lambda m, _: SimpleNamespace(make_cache=m.make_cache)
+        )
         assert GPT2Decoder(replace(WORK, config=config), precision, False).weight_bytes == total
     positions = WORK.prompt_tokens + 9 / 2
     cache = GPT(TINY).make_cache(3, 1000).data
@@ -311,7 +313,7 @@ def test_a_lane_that_writes_something_else_is_wrong(
         torch.manual_seed(1)
         return GPT(model.config).eval()
 
-    monkeypatch.setattr("gpt2.bench.decode.accelerated", other)
+    monkeypatch.setattr("gpt2.bench.decode.prepare_for_inference", other)
     assert run_command([*GENERATE, "--lanes", "float32,float32-torch", "--chart", str(tmp_path / "a.svg")]) == 1
     assert "WRONG: writes another text from token 1 on" in capsys.readouterr().out
     assert (tmp_path / "a.svg").read_text().count("WRONG") == 2

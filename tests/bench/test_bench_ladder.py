@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt2.bench.common import BenchmarkError, InProcessRunner, Workload, no_progress, run_in_process
 from gpt2.bench.ladder import (
     LADDER_STEPS,
     LOSS_TOLERANCE,
@@ -19,11 +20,10 @@ from gpt2.bench.ladder import (
     run_ladder,
     run_step,
 )
-from gpt2.bench.peers import TrainVariant, time_interleaved
-from gpt2.bench.timing import BenchmarkError, InProcessRunner, Workload, no_progress, run_in_process
+from gpt2.bench.train_peers import TrainVariant, time_interleaved
 from gpt2.model import GPT, GPTConfig
 from gpt2.planning.costs import flops_per_token
-from tests.helpers.bench_work import TINY_CONFIG, TINY_WORKLOAD, nan_loss, scaled_loss
+from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD, nan_loss, scaled_loss
 
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+from gpt2.bench.common import BenchmarkError, InProcessRunner, SubprocessRunner
 from gpt2.bench.decode import DecodeWorkload
-from gpt2.bench.load import ClientWorker, ServerWorker, TokenIdTokenizer, cold_start, measure_serving
-from gpt2.bench.timing import BenchmarkError, InProcessRunner, SubprocessRunner
+from gpt2.bench.serving import ClientWorker, ServerWorker, TokenIdTokenizer, cold_start, measure_serving
 from gpt2.commands import bench, bench_serve
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
@@ -29,7 +29,7 @@ WORK = DecodeWorkload("cpu", CONFIG, prompt_tokens=5, new_tokens=9, batch_sizes=
 @pytest.fixture(autouse=True)
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch runs the model: compiling takes longer than all of this."""
-    monkeypatch.setattr("gpt2.bench.load.accelerated", lambda model, precision: model)
+    monkeypatch.setattr("gpt2.bench.serving.prepare_for_inference", lambda model, precision: model)
 
 
 class Counting(InProcessRunner):
@@ -97,7 +97,7 @@ def test_the_command_writes_what_it_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench_serve, "Elsewhere", InProcessRunner)
+    monkeypatch.setattr(bench_serve, "SubprocessRunner", InProcessRunner)
     shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "99"]
     files = ["--json", str(tmp_path / "load.json"), "--chart", str(tmp_path / "load.png")]
     small = ["--clients", "2,1", "--rounds", "1", "--new-tokens", "4", "--prompt-tokens", "3", "--device", "cpu"]

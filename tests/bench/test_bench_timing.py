@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-from gpt2.bench.timing import BenchmarkError, Workload, quartiles_ms, run_in_process, run_in_subprocess
-from tests.helpers.bench_work import TINY_CONFIG, TINY_WORKLOAD
+from gpt2.bench.common import BenchmarkError, Workload, quartiles_ms, run_in_process, run_in_subprocess
+from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD
 
 
 def test_the_batches_are_the_same_for_the_same_seed_and_have_something_to_learn() -> None:

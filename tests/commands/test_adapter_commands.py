@@ -11,8 +11,8 @@ from gpt2.model import GPTConfig
 from gpt2.templates import ChatTemplate, load_template, save_template
 from gpt2.tokenizer import get_tokenizer
 from gpt2.weights import save
-from tests.helpers.reference import random_model
-from tests.helpers.terminal import run_cli
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.transformers_reference import random_model
 
 SHAPE = GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from gpt2.bench import chart
+from gpt2.bench import ladder_chart
+from gpt2.bench.common import BenchmarkError, InProcessRunner, read_result
 from gpt2.bench.ladder import LADDER_STEPS, LadderStep, parse_step_names, run_ladder
-from gpt2.bench.peers import parse_peers
-from gpt2.bench.timing import BenchmarkError, InProcessRunner, read_result
+from gpt2.bench.train_peers import parse_peers
 from gpt2.commands import bench, bench_train
 from gpt2.errors import UserError
-from tests.helpers.bench_work import BENCH_TRAIN_ARGS, TINY_WORKLOAD, nan_loss, scaled_loss
-from tests.helpers.terminal import run_cli
+from tests.helpers.bench_helpers import BENCH_TRAIN_ARGS, TINY_WORKLOAD, nan_loss, scaled_loss
+from tests.helpers.cli_helpers import run_cli
 
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 
@@ -27,7 +27,7 @@ def test_a_race_that_breaks_off_keeps_what_the_ladder_found(
                 raise BenchmarkError("out of memory: the system killed the process (SIGKILL)", out_of_memory=True)
             return super().call(method, *arguments)
 
-    monkeypatch.setattr(bench_train, "Elsewhere", Killed)
+    monkeypatch.setattr(bench_train, "SubprocessRunner", Killed)
     flags = ["--rungs", "float32", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
     code, out, _ = run_cli(capsys, *BENCH_TRAIN_ARGS, *flags)
     assert code == 1
@@ -79,7 +79,9 @@ def test_a_wrong_rung_is_marked_and_the_exit_code_is_1(
         LadderStep("nan", "", {"loss": nan_loss}),
     )
     monkeypatch.setattr(
-        bench_train, "climb", lambda workload, chosen, *rest, **kw: run_ladder(workload, None, *rest, steps=rungs, **kw)
+        bench_train,
+        "run_ladder",
+        lambda workload, chosen, *rest, **kw: run_ladder(workload, None, *rest, steps=rungs, **kw),
     )
     code, out, _ = run_cli(
         capsys, *BENCH_TRAIN_ARGS, "--json", str(tmp_path / "a.json"), "--chart", str(tmp_path / "a.svg")
@@ -150,7 +152,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         parse_peers(["transformers"])
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"needs matplotlib, which is not installed: pip install 'gpt2\[plot\]'"):
-        chart.check_chart_path(tmp_path / "a.png")
+        ladder_chart.check_chart_path(tmp_path / "a.png")
 
 
 def test_help_names_the_benchmarks_and_the_flags(capsys: pytest.CaptureFixture[str]) -> None:

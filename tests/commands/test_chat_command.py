@@ -20,8 +20,8 @@ from gpt2.generation.sampling import Sampling
 from gpt2.model import GPTConfig
 from gpt2.templates import get_template, save_template
 from gpt2.tokenizer import get_tokenizer, with_special_tokens
-from tests.helpers.reference import random_model
-from tests.helpers.terminal import run_cli
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=4096, n_layer=1, n_head=2, n_embd=16)
 BYTES = get_tokenizer("bytes")
@@ -148,7 +148,7 @@ def test_through_a_pipe_ctrl_c_ends_the_program(
 
     model = random_model(CONFIG)
     monkeypatch.setattr(model, "hidden_states", hidden_states)
-    monkeypatch.setattr("gpt2.commands.chat.load_from", lambda args, name: (model, BYTES))
+    monkeypatch.setattr("gpt2.commands.chat.load_inference_model", lambda args, name: (model, BYTES))
     code, out, err = piped(capsys, monkeypatch, "Who's there?\nWho?\n", talker)
     assert (code, out, err) == (130, "", "")
 

@@ -12,7 +12,7 @@ import pytest
 import gpt2
 from gpt2.cli import Parser, run_and_exit
 from gpt2.train.recipes import RECIPES
-from tests.helpers.terminal import run_cli
+from tests.helpers.cli_helpers import run_cli
 
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
@@ -84,7 +84,7 @@ def test_every_spelling_of_a_flag(spelling: str) -> None:
 def test_too_little_memory_is_one_line_with_the_mend(error: str) -> None:
     """The last one is torch's own: two exabytes asked of the CPU's allocator."""
     raises = f"raise {error}" if error != "None" else "torch.empty(2**61, dtype=torch.uint8)"
-    code = f"import torch\nfrom gpt2.cli import exit_after\ndef main():\n    {raises}\nexit_after(main)"
+    code = f"import torch\nfrom gpt2.cli import run_and_exit\ndef main():\n    {raises}\nexit_after(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gpt2: this needs more memory than there is: for training, lower --micro-batch-size")
@@ -98,11 +98,11 @@ def test_any_other_runtime_error_keeps_its_traceback() -> None:
 
 OUTPUT = r"""
 import sys
-from gpt2.cli import exit_after
+from gpt2.cli import run_and_exit
 def main():
     print("déjà vu α \udcff")
     print("naïve", file=sys.stderr)
-exit_after(main)
+run_and_exit(main)
 """
 
 
@@ -120,7 +120,7 @@ def test_what_the_terminal_has_no_letters_for_is_escaped(encoding: str, out: byt
 
 LOUD = """
 import logging, sys
-from gpt2.cli import exit_after
+from gpt2.cli import run_and_exit
 from rich.console import Console
 def main():
     sys.stdin.readline()
@@ -129,7 +129,7 @@ def main():
         logging.getLogger("gpt2").warning("talk")
         Console(stderr=True).print("more talk")
     open(sys.argv[1], "w").write("all done")
-exit_after(main)
+run_and_exit(main)
 """
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import gpt2
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import get_tokenizer
-from tests.helpers.reference import random_model
-from tests.helpers.terminal import run_cli
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.transformers_reference import random_model
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 import gpt2
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_sampling_flags, encode_bad_words, escape_for_terminal, sampling_from_args
+from gpt2.commands.generation_args import add_sampling_flags, encode_bad_words, escape_for_terminal, sampling_from_args
 from gpt2.errors import UserError
 from gpt2.generation.beam_search import beam_search_texts
 from gpt2.generation.contrastive_search import contrastive_stream
@@ -22,8 +22,8 @@ from gpt2.generation.sampling import Sampling
 from gpt2.generation.speculative import PromptLookup, speculate
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import BPETokenizer, get_tokenizer
-from tests.helpers.reference import random_model
-from tests.helpers.terminal import run_cli
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=128, n_layer=1, n_head=2, n_embd=16)
 MODEL = random_model(CONFIG)

@@ -15,16 +15,16 @@ import httpx
 import pytest
 from torch import nn
 
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
 from gpt2.lora import LoRAConfig, adapter_state_dict, add_adapter, base_fingerprint, merge_and_unload, save_adapter
-from gpt2.serve.listen import bind_socket, is_loopback
 from gpt2.serve.models import served_model_name
+from gpt2.serve.uvicorn_server import bind_socket, is_loopback
 from gpt2.templates import PLAIN_TEMPLATE, ChatTemplate, load_template
-from tests.helpers.serving import BYTE_TOKENIZER, CONFIG
-from tests.helpers.terminal import run_cli
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.live_server import BYTE_TOKENIZER, CONFIG
 
 STREAM = {"prompt": "x", "stream": True, "temperature": 0.1, "logit_bias": {"256": -100}}
 

@@ -16,8 +16,8 @@ from gpt2.errors import UserError
 from gpt2.loss import IGNORE_INDEX
 from gpt2.templates import ChatTemplate, get_template
 from gpt2.tokenizer import ByteTokenizer, Tokenizer, train_bpe, with_special_tokens
-from tests.helpers.terminal import run_cli
-from tests.helpers.texts import SENTENCES
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.tokenizer_samples import SENTENCES
 
 WORDS = [
     "it",

@@ -100,8 +100,8 @@ def test_shakespeare_has_the_official_gpt2_tokens(shakespeare_file: Path, tmp_pa
 def test_small_batches_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("python-docs")
     large = prepare(source, BYTES, tmp_path / "large")
-    monkeypatch.setattr(preparing, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(preparing, "_BATCH_LENGTH", 3000)
+    monkeypatch.setattr(preparing, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(preparing, "_BATCH_CHARACTERS", 3000)
     assert prepare(source, BYTES, tmp_path / "small") == large
 
 
@@ -128,7 +128,7 @@ class Stuck(ByteTokenizer):
             time.sleep(60)
         return super().encode_batch(texts)
 
-preparing._BATCH_LENGTH = 100
+preparing._BATCH_CHARACTERS = 100
 documents = tuple(Document(str(i), b"some text " * 30) for i in range(20))
 preparing.prepare(Source("many", documents), Stuck(), Path(sys.argv[1]), shard_tokens=100)
 """
@@ -276,7 +276,7 @@ def test_foreign_shards_that_do_not_fit_the_tokenizer_are_refused(tmp_path: Path
 def test_a_wrong_id_in_the_middle_of_foreign_shards_is_named_when_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "_SAMPLE_TOKENS", 10)
+    monkeypatch.setattr(preparing, "_CHECKED_TOKENS", 10)
     llmc_file(tmp_path / "x_train_1.bin", [1] * 40)
     llmc_file(tmp_path / "x_train_2.bin", [2] * 50 + [300] + [3] * 49)
     data = open_data(str(tmp_path), "bytes")

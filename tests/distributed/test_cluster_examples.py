@@ -18,7 +18,8 @@ import pytest
 from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 from torch.distributed.run import get_args_parser
 
-from tests.helpers.clusters import (
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.fake_clusters import (
     ADDRESSES,
     ALL_EXAMPLES,
     EXAMPLES,
@@ -31,7 +32,6 @@ from tests.helpers.clusters import (
     load_yaml_documents,
     running_processes,
 )
-from tests.helpers.terminal import run_cli
 
 GUIDE = EXAMPLES.parent / "docs" / "distributed.md"
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from gpt2.train.recipes import load_recipe
 from gpt2.train.trainer import train
-from tests.helpers.hosts import Host, Process, virtual_hosts
-from tests.helpers.runs import NUMBERS_TEXT
+from tests.helpers.training_helpers import NUMBERS_TEXT
+from tests.helpers.virtual_hosts import Host, Process, virtual_hosts
 
 STEPS, CUT = 60, 12  # of a run, and the one after which something happens to a host
 RANK_TIMEOUT = 5
@@ -265,7 +265,7 @@ def test_hosts_leave_nothing(permitted: None, tmp_path: Path) -> None:
     assert not runs(left)
     program = f"""
 from pathlib import Path
-from tests.helpers.hosts import hosts
+from tests.helpers.virtual_hosts import hosts
 with hosts(1, Path.cwd()) as (host,), open("log", "w") as log:
     host.start(["sleep", "{killed}"], {{}}, log, Path.cwd()).wait()
 """

@@ -24,7 +24,7 @@ from gpt2.loss import IGNORE_INDEX
 from gpt2.model import GPT
 from gpt2.reporting.metrics import read_metrics
 from gpt2.train.setup import load_model_and_data
-from tests.helpers.ranks_cases import (
+from tests.helpers.distributed_cases import (
     BATCH_SIZE,
     BLOCK_SIZE,
     INSTRUCT_VALUES,
@@ -35,7 +35,8 @@ from tests.helpers.ranks_cases import (
     weights,
     workspace,
 )
-from tests.helpers.ranks_work import (
+from tests.helpers.distributed_launcher import run_on_ranks
+from tests.helpers.distributed_workers import (
     TrainingRecord,
     UpdateRecord,
     initial_weights,
@@ -43,7 +44,6 @@ from tests.helpers.ranks_work import (
     run_trainings,
     run_updates,
 )
-from tests.helpers.ranks_world import run_on_ranks
 
 WEIGHTS = 34_720  # of the model below
 FEW = ("micro", "plain", "answers")

@@ -16,10 +16,10 @@ from gpt2.commands.export import main as export
 from gpt2.config import TrainConfig
 from gpt2.reporting.metrics import read_metrics, without_timings
 from gpt2.train.checkpoint import latest_checkpoint
-from tests.helpers.learner import file_contents
-from tests.helpers.ranks_cases import VARIANTS, assert_equal_training, max_difference, small_config, workspace
-from tests.helpers.ranks_work import record_writes, resume_trainings, rewrite_checkpoint, run_trainings
-from tests.helpers.ranks_world import run_on_ranks
+from tests.helpers.distributed_cases import VARIANTS, assert_equal_training, max_difference, small_config, workspace
+from tests.helpers.distributed_launcher import run_on_ranks
+from tests.helpers.distributed_workers import record_writes, resume_trainings, rewrite_checkpoint, run_trainings
+from tests.helpers.tiny_trainer import file_contents
 
 LEG = 3  # steps between checkpoints
 KEPT: dict[str, Any] = {"schedule": "constant", "eval_every": LEG, "save_every": LEG, "keep_checkpoints": 9}

@@ -21,7 +21,7 @@ from gpt2.distributed.process_group import (
 )
 from gpt2.errors import RankFailure, ReportedByOtherRank, UserError
 from gpt2.loss import IGNORE_INDEX
-from tests.helpers.ranks_world import RankFailed, run_on_ranks
+from tests.helpers.distributed_launcher import RankFailed, run_on_ranks
 
 TORCHRUN = {
     "RANK": "0",
@@ -248,7 +248,7 @@ def test_three_that_talk() -> None:
     errors = [each["errors"] for each in told]
     for number, teller in ((0, 1), (1, 0), (2, 0), (3, 0), (4, 0)):
         assert [each[number].split(":")[0] for each in errors] == [
-            "UserError" if rank == teller else "ToldElsewhere" for rank in range(3)
+            "UserError" if rank == teller else "ReportedByOtherRank" for rank in range(3)
         ]
     assert errors[1][0].startswith("UserError: rank 1 on ")
     assert errors[1][0].endswith(": it fails on 1")

@@ -19,11 +19,11 @@ from gpt2.model import GPTConfig
 from gpt2.reporting.metrics import read_metrics
 from gpt2.tokenizer import get_tokenizer
 from gpt2.train.run_folder import RunFolder
-from tests.helpers.faults_host import NO_RANK_ENVIRONMENT, ExitResults, RankForkServer
-from tests.helpers.reference import random_model
-from tests.helpers.runs import NUMBERS_TEXT
+from tests.helpers.fault_launcher import NO_RANK_ENVIRONMENT, ExitResults, RankForkServer
+from tests.helpers.training_helpers import NUMBERS_TEXT
+from tests.helpers.transformers_reference import random_model
 
-pytest_plugins = "tests.helpers.faults_fixtures"
+pytest_plugins = "tests.helpers.fault_fixtures"
 
 RUN = (
     "train --name run --data numbers.txt --tokenizer bytes --batch-size 12 --max-steps 6 --warmup-steps 2 --lr 3e-3 "

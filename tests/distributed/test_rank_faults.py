@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.faults_host import ExitResults, RankForkServer
+from tests.helpers.fault_launcher import ExitResults, RankForkServer
 
-pytest_plugins = "tests.helpers.faults_fixtures"
+pytest_plugins = "tests.helpers.fault_fixtures"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found by /proc")
 
 STEPS = 60
@@ -38,7 +38,7 @@ def soak(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 @pytest.fixture(scope="module")
 def undisturbed(soak: Any, nursery: RankForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The home of a run that two ranks have done with DDP."""
-    home = soak.RanksHome(tmp_path_factory.mktemp("whole") / "home")
+    home = soak.TorchrunWorkspace(tmp_path_factory.mktemp("whole") / "home")
     ended = nursery.run([*soak.TRAIN, "--parallel", "ddp"], home.folder)
     assert ended.codes == [0, 0], ended.err
     return home
@@ -66,16 +66,16 @@ def lines(home: Any) -> list[str]:
 
 def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbed: Any, tmp_path: Path) -> None:
     """Rank 0, while it writes a checkpoint."""
-    home, chance, seen = soak.RanksHome(tmp_path / "home"), random.Random(1), set[int]()
+    home, chance, seen = soak.TorchrunWorkspace(tmp_path / "home"), random.Random(1), set[int]()
     torchrun = home.start_ranks("--parallel", "ddp", restarts=9, shutdown=2)
     try:
-        pids = soak.fresh_ranks(torchrun, seen)
-        assert soak.strike(home, torchrun, pids, "saving", 0, chance)
-        home.finish(torchrun)
+        pids = soak.wait_for_ranks(torchrun, seen)
+        assert soak.kill_rank_at_moment(home, torchrun, pids, "saving", 0, chance)
+        home.wait_until_done(torchrun)
     finally:
         torchrun.terminate()
         torchrun.wait()
-    assert not soak.ranks_of(torchrun.pid)
+    assert not soak.rank_pids(torchrun.pid)
     assert not any(Path(f"/proc/{pid}").exists() for pid in seen)
     assert soak.differences(undisturbed.run, home.run) == []
 
@@ -83,7 +83,7 @@ def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbe
 def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(
     soak: Any, nursery: RankForkServer, tmp_path: Path
 ) -> None:
-    home = soak.RanksHome(tmp_path / "home")
+    home = soak.TorchrunWorkspace(tmp_path / "home")
     nursery.start([*soak.TRAIN, "--parallel", "ddp", "--rank-timeout", "3"], home.folder)
     until_it_goes_on(soak, home)
     (waiting, hung), began = nursery.pids, time.monotonic()
@@ -121,7 +121,7 @@ def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
     soak: Any, undisturbed: Any, nursery: RankForkServer, tmp_path: Path
 ) -> None:
     """By a signal to one rank, by --max-minutes, and by a scheduler's signal to torchrun; and resumed each time."""
-    home = soak.RanksHome(tmp_path / "home")
+    home = soak.TorchrunWorkspace(tmp_path / "home")
     train = [*soak.TRAIN, "--parallel", "ddp"]
     nursery.start(train, home.folder)
     until_it_goes_on(soak, home)
@@ -155,10 +155,10 @@ def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
 @pytest.mark.slow
 def test_a_terminal_that_interrupts_twice_interrupts_once(soak: Any, tmp_path: Path) -> None:
     """Ctrl-C goes to torchrun and to the ranks, and torchrun passes it on to them."""
-    home = soak.RanksHome(tmp_path / "home")
+    home = soak.TorchrunWorkspace(tmp_path / "home")
     torchrun = home.start_ranks("--parallel", "fsdp")
     try:
-        pids = soak.fresh_ranks(torchrun, set())
+        pids = soak.wait_for_ranks(torchrun, set())
         until_it_goes_on(soak, home, torchrun)
         for pid in pids.values():
             os.kill(pid, signal.SIGINT)

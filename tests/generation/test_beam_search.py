@@ -15,8 +15,7 @@ from gpt2.generation.beam_search import Hypothesis, beam_search
 from gpt2.generation.contrastive_search import contrastive_search
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from tests.helpers.reference import random_model, to_transformers
-from tests.helpers.searching import (
+from tests.helpers.search_helpers import (
     CONFIGS,
     assert_same_hypotheses,
     greedy_decode,
@@ -24,6 +23,7 @@ from tests.helpers.searching import (
     peaked_model,
     transformers_beam_search,
 )
+from tests.helpers.transformers_reference import random_model, to_transformers
 
 # Beam search beside transformers
 

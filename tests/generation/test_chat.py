@@ -18,7 +18,7 @@ from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
 from gpt2.templates import PLAIN_TEMPLATE, ChatTemplate, get_template
 from gpt2.tokenizer import BPETokenizer, Tokenizer, get_tokenizer, with_special_tokens
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 # a random model says one thing for ever, and no whole characters beyond ASCII, if it is let
 SETTINGS = {"temperature": 0, "frequency_penalty": 1, "logit_bias": dict.fromkeys(range(128, 257), -math.inf)}

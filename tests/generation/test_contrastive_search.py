@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from gpt2.generation.contrastive_search import contrastive_search
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT
-from tests.helpers.searching import greedy_decode, model_pair
+from tests.helpers.search_helpers import greedy_decode, model_pair
 
 
 def contrastive_by_the_paper(model: GPT, prompt: list[int], k: int, alpha: float, length: int) -> list[int]:

@@ -8,7 +8,7 @@ from gpt2.generation.cuda_graphs import GraphedGPT
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPTConfig
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=300, n_layer=2, n_head=2, n_embd=32)
 

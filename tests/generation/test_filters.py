@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2.generation import filters
-from tests.helpers.rows import histories, make_histories, random_logits, seeds, tokens
+from tests.helpers.sampling_inputs import histories, make_histories, random_logits, seeds, tokens
 
 NO_TOKENS: Any = torch.empty(0, dtype=torch.long)
 INF = math.inf

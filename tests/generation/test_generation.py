@@ -13,7 +13,7 @@ from gpt2.generation.sampling import Sampling, logits_to_probs, make_generator, 
 from gpt2.generation.text import stream
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
-from tests.helpers.reference import ODD_CONFIGS, random_model, to_transformers
+from tests.helpers.transformers_reference import ODD_CONFIGS, random_model, to_transformers
 
 GREEDY = Sampling(temperature=0)
 TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)

@@ -22,7 +22,7 @@ from gpt2.generation.sampling import (
     sample_from_probs,
     sample_tokens,
 )
-from tests.helpers.rows import histories, make_histories, random_logits, seeds, tokens
+from tests.helpers.sampling_inputs import histories, make_histories, random_logits, seeds, tokens
 
 GREEDY = Sampling(temperature=0)
 INF = math.inf

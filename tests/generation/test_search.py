@@ -12,8 +12,8 @@ from gpt2.generation.contrastive_search import contrastive_search, contrastive_s
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT
 from gpt2.tokenizer import get_tokenizer
-from tests.helpers.reference import random_model
-from tests.helpers.searching import BYTE_CONFIG, CONFIGS, assert_same_hypotheses, model_pair, peaked_model
+from tests.helpers.search_helpers import BYTE_CONFIG, CONFIGS, assert_same_hypotheses, model_pair, peaked_model
+from tests.helpers.transformers_reference import random_model
 
 
 def test_dropout_is_out_while_searching_and_the_model_stays_as_it_was() -> None:

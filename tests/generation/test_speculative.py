@@ -24,14 +24,14 @@ from gpt2.model import GPTConfig
 from gpt2.native.build import load_library
 from gpt2.native.model import NativeGPT
 from gpt2.tokenizer import BPETokenizer, get_tokenizer
-from tests.helpers.drafts import (
+from tests.helpers.speculative_helpers import (
     DRAFTERS,
     context_sensitive_model,
     decode_without_draft,
     perturbed_model,
     speculative_decode,
 )
-from tests.helpers.reference import ODD_CONFIGS, random_model
+from tests.helpers.transformers_reference import ODD_CONFIGS, random_model
 
 GREEDY = Sampling(temperature=0)
 TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)

@@ -16,7 +16,7 @@ from gpt2.generation.engine import GenerationRequest, LanguageModel
 from gpt2.generation.sampling import History, Sampling, logits_to_probs, make_generator
 from gpt2.generation.speculative import Drafter, DraftModel, PromptLookup, accept_or_resample
 from gpt2.model import GPTConfig
-from tests.helpers.drafts import TrigramModel, context_sensitive_model, speculative_decode
+from tests.helpers.speculative_helpers import TrigramModel, context_sensitive_model, speculative_decode
 
 TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 FEW = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
@@ -54,7 +54,7 @@ def sampled_p(draft: Drafter, model: LanguageModel, sampling: Sampling, longest:
     request, size = GenerationRequest([0, 1, 2, 0, 1], sampling, 3), model.config.vocab_size
     counts = torch.zeros(size**3)
     for sample in range(runs):
-        tokens = speculative_decode(model, draft, replace(request, seed=1, sample=sample), longest)
+        tokens = speculative_decode(model, draft, replace(request, seed=1, sample_index=sample), longest)
         counts[sum(token * size ** (2 - i) for i, token in enumerate(tokens))] += 1
     return chi_square_p(counts, distribution(model, request))
 
@@ -93,7 +93,7 @@ def redrawn_from_p(guess: int, p: Tensor, q: Tensor | None, stream: torch.Genera
 @pytest.mark.parametrize("wrong", [always_kept, redrawn_from_p])
 @pytest.mark.parametrize("draft", ["model", "lookup"])
 def test_the_test_finds_a_wrong_rule(draft: str, wrong: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculative, "keep_or_redraw", wrong)
+    monkeypatch.setattr(speculative, "accept_or_resample", wrong)
     guesser = DraftModel(TrigramModel(FEW, 1)) if draft == "model" else PromptLookup()
     assert sampled_p(guesser, TrigramModel(FEW, 153), Sampling()) < 1e-4
 
@@ -128,7 +128,7 @@ def test_the_random_numbers_are_the_requests_own() -> None:
         torch.rand(7)
         assert speculative_decode(model, draft, request) == once
         assert speculative_decode(model, draft, replace(request, seed=4)) != once
-        assert speculative_decode(model, draft, replace(request, sample=1)) != once
+        assert speculative_decode(model, draft, replace(request, sample_index=1)) != once
         torch.set_rng_state(before)
         speculative_decode(model, draft, request)
         assert torch.equal(torch.get_rng_state(), before)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.playground_app import MODELS, TOKENIZER, PlaygroundPage, launch_browser, run_playground
+from tests.helpers.playground_browser import MODELS, TOKENIZER, PlaygroundPage, launch_browser, run_playground
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
-from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, run_server, temporary_home
+from tests.helpers.live_server import BYTE_TOKENIZER, CONFIG, LiveServer, run_server, temporary_home
 
 CHOICES = [
     {"context": "The cat sat on the", "choices": ["mat", "moon", "Ünïcödé €", "dog house"], "gold": 0},

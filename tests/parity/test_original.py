@@ -11,7 +11,7 @@ import pytest
 import gpt2
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import get_tokenizer
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +26,8 @@ def test_the_original_generation_command(gpt2_vocabulary: None, tmp_path: Path) 
     """Through the hub's name `gpt2`, served on loopback with random weights; the texts are an independent loop's."""
     import torch
 
-    from tests.helpers.hub import serve_hub
-    from tests.helpers.reference import to_transformers
+    from tests.helpers.fake_hub import serve_hub
+    from tests.helpers.transformers_reference import to_transformers
 
     model = random_model(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16))
     tokenizer = get_tokenizer("gpt2")

@@ -23,7 +23,7 @@ from gpt2.lora import (
 )
 from gpt2.model import GPT, GPTConfig
 from gpt2.weights import load, save
-from tests.helpers.reference import random_batch, random_model, relative_error, to_transformers
+from tests.helpers.transformers_reference import random_batch, random_model, relative_error, to_transformers
 
 peft = pytest.importorskip("peft")
 

@@ -223,24 +223,24 @@ MEASURED = """
 import json
 import sys
 import torch
-from gpt2.planning.costs import Setup, training_memory
+from gpt2.planning.costs import StepSetup, training_memory
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.lora import LoRAConfig, attach
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import manage_freed_memory
+from gpt2.runtime import configure_malloc
 from gpt2.config import TrainConfig
 from gpt2.optimizers import build_optimizers
-from gpt2.planning.step_timing import program_memory
+from gpt2.planning.step_timing import process_memory
 
 cpu = torch.device("cpu")
 block = torch.ones(2**25)
 before = peak_memory(cpu)
 del block
 forgot = reset_peak_memory(cpu) and before - peak_memory(cpu)
-manage_freed_memory(keep=True)
-program = program_memory(TrainConfig())
+configure_malloc(keep_freed=True)
+program = process_memory(TrainConfig())
 config = GPTConfig(vocab_size=1024, block_size=256, n_layer=5, n_head=4, n_embd=256)
-setup = Setup(rows=8, length=256, lora=LoRAConfig() if sys.argv[1] == "lora" else None)
+setup = StepSetup(rows=8, length=256, lora=LoRAConfig() if sys.argv[1] == "lora" else None)
 reset_peak_memory(cpu)
 model = GPT(config)
 if setup.lora:

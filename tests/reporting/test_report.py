@@ -382,7 +382,7 @@ def test_no_profile_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_big_trace_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt2.reporting.profiler, "COMPRESSED_FROM", 1000)
+    monkeypatch.setattr(gpt2.reporting.profiler, "COMPRESS_MIN_BYTES", 1000)
     profiled(tmp_path, 8)
     assert {path.name for path in tmp_path.iterdir()} == {"trace.json.gz", "profile.txt"}
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 from starlette.routing import Route
@@ -27,6 +27,8 @@ from gpt2.serve.app import ERROR_RESPONSES, create_app
 from gpt2.serve.limits import Limits
 from gpt2.serve.models import create_served_model
 from gpt2.serve.playground import playground_router
+from tests.helpers.cli_helpers import run_cli
+from tests.helpers.live_server import BYTE_TOKENIZER, CONFIG, LiveServer, run_app
 from tests.helpers.proxies import (
     EXAMPLES,
     PROXIES,
@@ -37,8 +39,6 @@ from tests.helpers.proxies import (
     require_program,
     run_proxy,
 )
-from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, run_app
-from tests.helpers.terminal import run_cli
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-from gpt2.serve import listen, middleware, sse
+from gpt2.serve import middleware, sse, uvicorn_server
 from gpt2.serve.limits import Limits
-from gpt2.serve.listen import bind_socket
 from gpt2.serve.schema import ErrorBody
-from tests.helpers.serving import LiveServer, run_server, temporary_home
+from gpt2.serve.uvicorn_server import bind_socket
+from tests.helpers.live_server import LiveServer, run_server, temporary_home
 
 COMPLETIONS = "/v1/completions"
 LONG = 10**6
@@ -89,7 +89,7 @@ def error_in(said: bytes, status: int) -> str:
 @pytest.mark.parametrize("sent", [b"P", b"POST /v1", HEAD.encode()[:-2]])
 def test_half_a_head_has_its_time(server: LiveServer, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slowly it comes; and again after an answer."""
-    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(uvicorn_server, "HEADER_TIMEOUT_SECONDS", 0.3)
     for before in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"):
         with socket.create_connection(address_of(server), timeout=20) as plain:
             if before:
@@ -104,14 +104,14 @@ def test_half_a_head_has_its_time(server: LiveServer, sent: bytes, monkeypatch: 
 
 
 def test_half_a_body_has_its_time(plain: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_SECONDS", 0.1)
     plain.sendall(request(ENDLESS)[:-3])
     assert "did not arrive" in error_in(one_error(plain), 408)
 
 
 def test_a_stream_that_nobody_reads_is_left(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fills what the two sockets hold, and then waits, until the patience of the server is over."""
-    monkeypatch.setattr(sse, "UNREAD_SECONDS", 0.2)
+    monkeypatch.setattr(sse, "SEND_TIMEOUT_SECONDS", 0.2)
     tell, ends = sse.SSEResponse._send_events, []
 
     async def told(*given: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_stream_that_nobody_reads_is_left(server: LiveServer, monkeypatch: pyt
             ends.append(error)
             raise
 
-    monkeypatch.setattr(sse.SSEResponse, "_tell", told)
+    monkeypatch.setattr(sse.SSEResponse, "_send_events", told)
     with socket.socket() as plain:
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         plain.connect(address_of(server))

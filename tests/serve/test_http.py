@@ -19,14 +19,14 @@ import pytest
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
 from gpt2.generation.engine import Sequence
-from gpt2.serve.answers import ResponseStream
 from gpt2.serve.limits import Limits
 from gpt2.serve.middleware import SECURITY_HEADERS, AccessPolicy
+from gpt2.serve.response_stream import ResponseStream
 from gpt2.serve.scheduler import RequestHandle
 from gpt2.serve.schema import ErrorBody
 from gpt2.serve.sse import SSEResponse
 from gpt2.templates import ChatTemplate
-from tests.helpers.serving import BYTE_TOKENIZER, SMALL_LIMITS, LiveServer, run_server, temporary_home
+from tests.helpers.live_server import BYTE_TOKENIZER, SMALL_LIMITS, LiveServer, run_server, temporary_home
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -164,7 +164,7 @@ def test_every_error_has_openais_form(
 
 
 def test_our_own_faults_have_it_too(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt2.serve.app.find", lambda models, name: 1 / 0)
+    monkeypatch.setattr("gpt2.serve.app.find_model", lambda models, name: 1 / 0)
     assert error_of(client.get("/v1/models/tiny"), 500)["type"] == "server_error"
 
 

@@ -22,7 +22,7 @@ from gpt2.serve.inspect import (
     top_candidates,
 )
 from gpt2.tokenizer import ByteTokenizer
-from tests.helpers.reference import ODD_CONFIGS, random_batch, random_model, to_transformers
+from tests.helpers.transformers_reference import ODD_CONFIGS, random_batch, random_model, to_transformers
 
 CONFIG = GPTConfig(vocab_size=257, block_size=24, n_layer=3, n_head=4, n_embd=32)
 TOKENIZER = ByteTokenizer()

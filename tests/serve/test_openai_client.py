@@ -13,7 +13,7 @@ import gpt2
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 from gpt2.serve.limits import Limits  # noqa: E402
 from gpt2.serve.middleware import AccessPolicy  # noqa: E402
-from tests.helpers.serving import BYTE_TOKENIZER, CONFIG, LiveServer, run_server, temporary_home  # noqa: E402
+from tests.helpers.live_server import BYTE_TOKENIZER, CONFIG, LiveServer, run_server, temporary_home  # noqa: E402
 
 KEY = "a-key"
 

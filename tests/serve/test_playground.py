@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from gpt2.serve.app import create_app
 from gpt2.serve.inspect import attention_weights, logit_lens, perplexity, score_tokens
 from gpt2.serve.playground import STATIC
-from tests.helpers.playground_app import CONFIG, LIMITS, MODELS, PROMPT, TOKENIZER, create_served_models
+from tests.helpers.playground_browser import CONFIG, LIMITS, MODELS, PROMPT, TOKENIZER, create_served_models
 
 
 @pytest.fixture(scope="module")

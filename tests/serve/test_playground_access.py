@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.playground_app import PROMPT, PlaygroundPage
+from tests.helpers.playground_browser import PROMPT, PlaygroundPage
 
 pytest_plugins = "tests.helpers.playground_fixtures"
 PHONE = 375

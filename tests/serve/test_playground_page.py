@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from gpt2.commands.decoding import encode_bad_words
+from gpt2.commands.generation_args import encode_bad_words
 from gpt2.generation.engine import Engine, GenerationRequest
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.inspect import attention_weights, logit_lens, next_logits, perplexity, score_tokens, top_candidates
 from gpt2.tokenizer import Tokenizer
-from tests.helpers.playground_app import (
+from tests.helpers.playground_browser import (
     BYTE_TOKENIZER,
     CONFIG,
     MODELS,
@@ -22,7 +22,7 @@ from tests.helpers.playground_app import (
     generated_text,
     run_playground,
 )
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 pytest_plugins = "tests.helpers.playground_fixtures"
 

@@ -10,7 +10,7 @@ import pytest
 
 import gpt2
 from gpt2.cli import main
-from tests.helpers.playground_app import MODELS, PROMPT, TOKENIZER, PlaygroundPage
+from tests.helpers.playground_browser import MODELS, PROMPT, TOKENIZER, PlaygroundPage
 
 pytest_plugins = "tests.helpers.playground_fixtures"
 AWKWARD = 'the cat\'s "mat"\n$HOME `sat` \\ on é 😀 '

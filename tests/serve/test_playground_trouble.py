@@ -8,7 +8,7 @@ import pytest
 
 from gpt2.serve.limits import Limits
 from gpt2.serve.middleware import AccessPolicy
-from tests.helpers.playground_app import (
+from tests.helpers.playground_browser import (
     CONFIG,
     LIMITS,
     MODELS,

@@ -9,7 +9,7 @@ from gpt2.generation.engine import Engine, GenerationRequest, SampledToken
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.scheduler import MIN_PREFILL_TOKENS, RequestHandle, Scheduler
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=64, block_size=2000, n_layer=1, n_head=2, n_embd=16)
 GREEDY = Sampling(temperature=0)

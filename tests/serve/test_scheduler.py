@@ -24,7 +24,7 @@ from gpt2.serve.scheduler import (
     ShuttingDownError,
     TooManyRequestsError,
 )
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=64, block_size=48, n_layer=1, n_head=2, n_embd=16)
 LONG = 10_000  # tokens: as long as nobody stops it

@@ -28,7 +28,7 @@ from gpt2.train.checkpoint import (
     load_optimizers,
 )
 from gpt2.train.run_folder import RunFolder, write_config
-from tests.helpers.learner import SHAPE, TinyTrainer, assert_equal, file_contents, load_state
+from tests.helpers.tiny_trainer import SHAPE, TinyTrainer, assert_equal, file_contents, load_state
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])

@@ -20,8 +20,8 @@ from gpt2.reporting.metrics import read_metrics, without_timings
 from gpt2.train.comparison import MAX_TOKENS, compare
 from gpt2.train.run import setup_run
 from gpt2.train.trainer import train
-from tests.helpers.learner import file_contents
-from tests.helpers.runs import NUMBERS_TEXT, fixed_seed_sampler
+from tests.helpers.tiny_trainer import file_contents
+from tests.helpers.training_helpers import NUMBERS_TEXT, fixed_seed_sampler
 
 DOUBLES = [{"prompt": f"double {i}", "answer": str(2 * i)} for i in range(60)]
 

@@ -103,7 +103,7 @@ def test_an_output_that_overflows_is_found_with_its_row_and_place(
     culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.name, culprit.value) == ("output", name, "inf")
     assert (culprit.rows, culprit.position) == ((ODD_ROW,), ODD_POSITION)
-    whole = find_non_finite_origin(model, replace(attempt, rows=8))
+    whole = find_non_finite_origin(model, replace(attempt, micro_batch_size=8))
     assert (whole.name, whole.rows, whole.position) == (name, (ODD_ROW,), ODD_POSITION)
 
 
@@ -242,7 +242,7 @@ def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bo
     attempt = StepInputs(4, batch, 2, divisor, torch.float32, 1e-3, state, loss, norm, recompute)
     culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.loss, culprit.grad_norm) == ("nothing", loss, norm)
-    elsewhere = find_non_finite_origin(model, replace(attempt, random=get_rng_state(run.device)))
+    elsewhere = find_non_finite_origin(model, replace(attempt, rng_state=get_rng_state(run.device)))
     assert elsewhere.loss != loss
 
     folder = write_dump(run.folder, model, run.data.tokenizer, attempt, culprit)

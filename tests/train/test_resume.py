@@ -15,8 +15,8 @@ from gpt2.errors import UserError
 from gpt2.reporting.metrics import read_metrics, without_timings
 from gpt2.train.checkpoint import latest_checkpoint
 from gpt2.train.trainer import train
-from tests.helpers.learner import file_contents
-from tests.helpers.runs import fixed_seed_sampler
+from tests.helpers.tiny_trainer import file_contents
+from tests.helpers.training_helpers import fixed_seed_sampler
 
 
 def assert_same_run(one: Path, other: Path) -> None:

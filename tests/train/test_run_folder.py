@@ -15,8 +15,8 @@ from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.train.run_folder import RunFolder, check_run_metadata, run_metadata, truncate_samples, write_config
 from gpt2.train.trainer import train
-from tests.helpers.learner import TinyTrainer, file_contents
-from tests.helpers.runs import NUMBERS_TEXT, with_frequent_saves
+from tests.helpers.tiny_trainer import TinyTrainer, file_contents
+from tests.helpers.training_helpers import NUMBERS_TEXT, with_frequent_saves
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from gpt2.errors import UserError
 from gpt2.train.checkpoint import CheckpointWriter, is_published, latest_checkpoint
 from gpt2.train.run_folder import RunFolder
 from gpt2.train.trainer import train
-from tests.helpers.learner import TinyTrainer
-from tests.helpers.runs import with_frequent_saves
+from tests.helpers.tiny_trainer import TinyTrainer
+from tests.helpers.training_helpers import with_frequent_saves
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from gpt2.reporting.metrics import read_metrics
 from gpt2.train import trainer
 from gpt2.train.run import setup_run
 from gpt2.train.trainer import Interrupted, StopCondition, train
-from tests.helpers.terminal import run_cli
+from tests.helpers.cli_helpers import run_cli
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_tensorboard_and_a_profile_by_flag(tiny: TrainConfig) -> None:
 
 
 def test_a_batch_size_that_fits_is_found_and_kept(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt2.planning.plan.MOST_TOKENS", 512)
+    monkeypatch.setattr("gpt2.planning.plan.MAX_AUTO_BATCH_TOKENS", 512)
     folder = train(replace(tiny, batch_size=AUTO_BATCH_SIZE, max_steps=5))
     found = read_toml(folder / "config.toml").batch_size
     assert found == 512 // tiny.block_size  # there is memory for so much

@@ -25,8 +25,8 @@ from gpt2.reporting.metrics import read_metrics
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.run import Run
 from gpt2.train.trainer import train, update, validate
-from tests.helpers.reference import as_conv1d, to_transformers
-from tests.helpers.runs import NUMBERS_TEXT, fixed_seed_sampler
+from tests.helpers.training_helpers import NUMBERS_TEXT, fixed_seed_sampler
+from tests.helpers.transformers_reference import as_conv1d, to_transformers
 
 
 def ready_run(config: TrainConfig, model: GPT) -> Run:

@@ -21,7 +21,7 @@ from gpt2.generation.inference import prepare_for_inference
 from gpt2.generation.sampling import Sampling
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig
-from gpt2.native.pack import BITS, GROUP_SIZES
+from gpt2.native.quantization import BITS, GROUP_SIZES
 from gpt2.runtime import DTYPES
 from gpt2.weights import load
 

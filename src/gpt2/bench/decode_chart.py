@@ -4,8 +4,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gpt2.bench.chart import BLUE, GREY, RED, check_chart_path
 from gpt2.bench.decode import OURS
+from gpt2.bench.ladder_chart import BLUE, GREY, RED, check_chart_path
 from gpt2.errors import UserError
 
 PANELS_PER_ROW = 4  # panels side by side

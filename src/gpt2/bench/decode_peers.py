@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2.bench.common import BenchmarkError, InProcessRunner, ProgressFn, Workload, no_progress
 from gpt2.bench.decode import Decoder, DecodeResult, DecodeWorkload, VariantSpec, weight_bytes
-from gpt2.bench.peers import build_model, parse_peers
-from gpt2.bench.timing import BenchmarkError, InProcessRunner, ProgressFn, Workload, no_progress
+from gpt2.bench.train_peers import build_model, parse_peers
 from gpt2.errors import UserError, did_you_mean
 from gpt2.model import GPT
 from gpt2.runtime import DTYPES, synchronize
@@ -286,7 +286,7 @@ def peer_variants(
                     files.call("write", name)
             except BenchmarkError as failure:
                 reason = str(failure)
-        limits = {"most_rows": peer.max_batch_size, "most_tokens": peer.max_new_tokens, "reason": reason}
+        limits = {"max_batch_size": peer.max_batch_size, "max_new_tokens": peer.max_new_tokens, "reason": reason}
         arguments = (checkout or str(folder),)
         entries += [VariantSpec(name, p, p, peer.make_decoder, arguments, **limits) for p in peer.precisions]
     return entries

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.bench.timing import (
+from gpt2.bench.common import (
     BenchmarkError,
     ProgressFn,
     RunFn,

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
-from gpt2.bench import chart, decode_chart, load_chart
-from gpt2.bench.timing import read_result
+from gpt2.bench import decode_chart, ladder_chart, serving_chart
+from gpt2.bench.common import read_result
 from gpt2.cli import Parser
 from gpt2.commands import bench_generate, bench_serve, bench_train
 from gpt2.errors import UserError, did_you_mean
 
-CHARTS = {bench_train.KIND: chart.draw, bench_generate.KIND: decode_chart.draw, bench_serve.KIND: load_chart.draw}
+CHARTS = {
+    bench_train.KIND: ladder_chart.draw,
+    bench_generate.KIND: decode_chart.draw,
+    bench_serve.KIND: serving_chart.draw,
+}
 USAGE = """usage: gpt2 bench WHAT ...
 
   train     a training step: the speed ladder, and peers side by side

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2.bench import decode_chart
+from gpt2.bench.common import CONTEXT_LENGTH, BenchmarkError, SubprocessRunner, environment
 from gpt2.bench.decode import NUM_CHECKED_TOKENS, OUR_VARIANTS, OURS, DecodeWorkload, our_variants
+from gpt2.bench.decode_comparison import run_comparison
 from gpt2.bench.decode_peers import PEERS, parse_decode_peers, peer_variants
-from gpt2.bench.decode_race import run_comparison
-from gpt2.bench.timing import CONTEXT_LENGTH, BenchmarkError, SubprocessRunner, environment
 from gpt2.cli import Parser
 from gpt2.commands.bench_output import (
     check_outputs,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gpt2.bench.chart import check_chart_path
+from gpt2.bench.ladder_chart import check_chart_path
 from gpt2.errors import UserError
 from gpt2.hardware import GiB
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from gpt2.bench import load_chart
+from gpt2.bench import serving_chart
+from gpt2.bench.common import CONTEXT_LENGTH, BenchmarkError, SubprocessRunner, environment
 from gpt2.bench.decode import DecodeWorkload
-from gpt2.bench.load import cold_start, measure_serving
-from gpt2.bench.timing import CONTEXT_LENGTH, BenchmarkError, SubprocessRunner, environment
+from gpt2.bench.serving import cold_start, measure_serving
 from gpt2.cli import Parser
 from gpt2.commands.bench_output import check_outputs, print_progress, wide_console, write_json
 from gpt2.errors import UserError, did_you_mean, missing_extra
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     write_json(args.json, result)
     _print_results(result)
     if args.chart is not None:
-        load_chart.draw(result, args.chart)
+        serving_chart.draw(result, args.chart)
     return 0
 
 

@@ -9,10 +9,10 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from gpt2.bench import chart
+from gpt2.bench import ladder_chart
+from gpt2.bench.common import CONTEXT_LENGTH, SubprocessRunner, Workload, environment, run_in_subprocess
 from gpt2.bench.ladder import matmul_rate_variation, parse_step_names, run_ladder
-from gpt2.bench.peers import OURS, compare_with_peers, parse_peers
-from gpt2.bench.timing import CONTEXT_LENGTH, SubprocessRunner, Workload, environment, run_in_subprocess
+from gpt2.bench.train_peers import OURS, compare_with_peers, parse_peers
 from gpt2.cli import Parser
 from gpt2.commands.bench_output import (
     check_outputs,
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         write_json(args.json, result)  # after each device: what is measured is not lost
         _print_results(device)
     if args.chart is not None:
-        chart.draw(result, args.chart)
+        ladder_chart.draw(result, args.chart)
     return int(not all(_passed(device) for device in result["devices"]))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import (
+from gpt2.commands.generation_args import (
     NUMERIC_SETTINGS,
     SAMPLING_DEFAULTS,
     add_model_flags,

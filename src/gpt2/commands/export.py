@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_adapter_flag, template_from_args
+from gpt2.commands.generation_args import add_adapter_flag, template_from_args
 from gpt2.errors import UserError
 from gpt2.files import RUN_FOLDER_FILES, expand_path, known_folder_kind
 from gpt2.runtime import parse_dtype

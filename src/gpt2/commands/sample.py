@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import (
+from gpt2.commands.generation_args import (
     add_model_flags,
     add_sampling_flags,
     encode_bad_words,

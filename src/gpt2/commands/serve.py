@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_model_flags, load_model, template_from_args
+from gpt2.commands.generation_args import add_model_flags, load_model, template_from_args
 from gpt2.errors import UserError, missing_extra
 from gpt2.generation.inference import prepare_for_inference
 from gpt2.hardware import GiB
@@ -75,8 +75,8 @@ def _parse(argv: list[str]) -> Namespace:
 
 def _serve(args: Namespace) -> int:
     from gpt2.serve.app import create_app
-    from gpt2.serve.listen import Server, base_url, bind_socket, is_loopback
     from gpt2.serve.middleware import LOOPBACK_HOSTS, AccessPolicy
+    from gpt2.serve.uvicorn_server import Server, base_url, bind_socket, is_loopback
 
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     loopback = is_loopback(args.host)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt2.data.folders import data_name
+from gpt2.data.data_files import data_name
 from gpt2.data.loader import Batch
 from gpt2.data.packed import (
     PackedLoader,

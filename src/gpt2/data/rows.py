@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2.data.folders import ROW_SUFFIXES, TEXT_SUFFIXES, glob_files, is_glob, list_files, read_error
+from gpt2.data.data_files import ROW_SUFFIXES, TEXT_SUFFIXES, glob_files, is_glob, list_files, read_error
 from gpt2.errors import UserError, did_you_mean, missing_extra
 from gpt2.files import check_regular_file, expand_path
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from gpt2.data.folders import (
+from gpt2.data.data_files import (
     TEXT_SUFFIXES,
     UNAMBIGUOUS_ROW_SUFFIXES,
     data_name,
@@ -30,7 +30,7 @@ from gpt2.data.folders import (
     write_error,
 )
 from gpt2.data.rows import find_row_files, open_rows
-from gpt2.data.texts import cache_texts
+from gpt2.data.text_cache import cache_texts
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import cache_home, check_regular_file, expand_path, file_sha256, staging_folder
 

@@ -70,7 +70,7 @@ class ProcessGroup:
         if self.is_single_process:
             return self
         timeout = timedelta(seconds=seconds)
-        return replace(self, timeout=timeout, group=dist.new_group(timeout=timeout))
+        return replace(self, timeout=timeout, step_group=dist.new_group(timeout=timeout))
 
     def set_device(self, device: torch.device) -> None:
         """Make `device` this rank's own. Raises UserError where there are not enough, or they cannot talk."""
@@ -205,7 +205,7 @@ def process_group() -> Iterator[ProcessGroup]:
         store, rank, size = next(iter(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT)))
         store = _store_of_this_attempt(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=RENDEZVOUS_TIMEOUT)
-        ranks = replace(place, patient=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+        ranks = replace(place, control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise _rendezvous_error(place, error) from error
     try:

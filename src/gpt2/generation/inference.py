@@ -11,7 +11,7 @@ from gpt2.lora import lora_layers, merge_and_unload
 from gpt2.model import GPT
 from gpt2.native.build import load_library
 from gpt2.native.model import NativeGPT
-from gpt2.native.pack import GROUP_SIZES, dequantize, quantize
+from gpt2.native.quantization import GROUP_SIZES, dequantize, quantize
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpt2.cache import KVCache
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
-from gpt2.native.pack import GROUP_SIZES, pack
+from gpt2.native.quantization import GROUP_SIZES, pack
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 ACTIVATION_CODES = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}

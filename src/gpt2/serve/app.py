@@ -14,13 +14,13 @@ from starlette.responses import JSONResponse, Response
 from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
 from gpt2.serve import chat_completions, completions, schema
-from gpt2.serve.answers import ParsedRequest, ResponseStream
 from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
 from gpt2.serve.middleware import AccessPolicy, RequestMiddleware
 from gpt2.serve.models import ServedModel, find_model
 from gpt2.serve.playground import playground_router
+from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
 
 REQUEST_FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}

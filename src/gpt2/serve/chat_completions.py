@@ -5,7 +5,11 @@ from contextlib import aclosing
 from typing import Any
 
 from gpt2.errors import UserError
-from gpt2.serve.answers import (
+from gpt2.serve.choices import TokenLogprob, format_token
+from gpt2.serve.errors import APIError
+from gpt2.serve.limits import Limits
+from gpt2.serve.models import ServedModel
+from gpt2.serve.response_stream import (
     ParsedRequest,
     ResponseStream,
     check_prompt_length,
@@ -16,10 +20,6 @@ from gpt2.serve.answers import (
     resolve_seed,
     response_header,
 )
-from gpt2.serve.choices import TokenLogprob, format_token
-from gpt2.serve.errors import APIError
-from gpt2.serve.limits import Limits
-from gpt2.serve.models import ServedModel
 from gpt2.serve.schema import ChatRequest
 from gpt2.tokenizer import Tokenizer
 

@@ -4,7 +4,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
-from gpt2.serve.answers import (
+from gpt2.serve.choices import Choice, TokenLogprob, format_token
+from gpt2.serve.errors import APIError
+from gpt2.serve.limits import Limits
+from gpt2.serve.models import ServedModel
+from gpt2.serve.response_stream import (
     ParsedRequest,
     ResponseStream,
     check_prompt_length,
@@ -15,10 +19,6 @@ from gpt2.serve.answers import (
     resolve_seed,
     response_header,
 )
-from gpt2.serve.choices import Choice, TokenLogprob, format_token
-from gpt2.serve.errors import APIError
-from gpt2.serve.limits import Limits
-from gpt2.serve.models import ServedModel
 from gpt2.serve.schema import CompletionRequest
 from gpt2.tokenizer import Tokenizer
 

@@ -65,7 +65,7 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAn
 def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: ChatTemplate | None) -> Dataset:
     """The data of a run, as a tokenizer's tokens: rows of prompts and answers, or text."""
     if not is_instruct_data(config.data, config.columns):
-        return replace(open_data(config.data, tokenizer, config.columns), separate=config.separate_documents)
+        return replace(open_data(config.data, tokenizer, config.columns), separate_documents=config.separate_documents)
     return open_instruct(
         config.data,
         get_tokenizer(tokenizer or "gpt2") if isinstance(tokenizer, str | None) else tokenizer,

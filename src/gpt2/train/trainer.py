@@ -59,7 +59,7 @@ def train(config: TrainConfig, sampler: Sampler | None = None, ranks: ProcessGro
     with ExitStack() as stack:
         with ranks.raise_on_all_ranks():
             held = stack.enter_context(RunFolder(config.check())) if ranks.is_main_process else None
-        stop = StopCondition(stack.enter_context(catch_signals(insist=ranks.is_single_process)), deadline)
+        stop = StopCondition(stack.enter_context(catch_signals(restore_after_first=ranks.is_single_process)), deadline)
         run = setup_run(config, ranks.broadcast_from_main(lambda: held.path if held else Path()), ranks)
         with ranks.raise_on_all_ranks():
             if held is not None:
@@ -196,7 +196,7 @@ def update(run: Run, batch: Batch, lr: float) -> UpdateResult:
     loss, norm = torch.stack((run.ranks.all_reduce_sum(total), total_norm)).tolist()
     if not (abs(loss) < torch.inf and norm < torch.inf):
         _raise_non_finite(
-            run, batch, partial(StepInputs, random=random, divisor=divisor, rate=lr, loss=loss, grad_norm=norm)
+            run, batch, partial(StepInputs, rng_state=random, divisor=divisor, lr=lr, loss=loss, grad_norm=norm)
         )
     spike = run.outlier_filter.outlier_score(loss)
     run.outlier_filter.record(loss, skipped=spike is not None)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2.bench.chart import BLUE, GREY, check_chart_path
+from gpt2.bench.ladder_chart import BLUE, GREY, check_chart_path
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

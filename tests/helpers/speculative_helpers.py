@@ -10,7 +10,7 @@ from gpt2.cache import KVCache
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.speculative import Drafter, DraftModel, PromptLookup, SpeculativeDecoder
 from gpt2.model import GPT, GPTConfig
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 
 def context_sensitive_model(config: GPTConfig, seed: int = 0) -> GPT:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gpt2.bench.common import BenchmarkError, InProcessRunner, ProgressFn, SubprocessRunner, no_progress, quartiles_ms
 from gpt2.bench.decode import (
     NUM_CHECKED_TOKENS,
     OURS,
@@ -19,7 +20,6 @@ from gpt2.bench.decode import (
     VariantSpec,
     bytes_per_step,
 )
-from gpt2.bench.timing import BenchmarkError, InProcessRunner, ProgressFn, SubprocessRunner, no_progress, quartiles_ms
 from gpt2.hardware import measure_bandwidth
 
 ReferenceTokens = tuple[list[int], list[float]]  # what `Reference.follow` gives
@@ -52,7 +52,7 @@ def run_comparison(
     device = torch.device(workload.device)
     progress(f"{device}: what the plain model writes in float32")
     with runner_class(ReferenceDecoder, workload) as reference:
-        expected = reference.call("follow")
+        expected = reference.call("greedy_tokens")
     records: list[dict[str, Any]] = []
     rates: list[float] = []
     with contextlib.ExitStack() as stack:
@@ -81,7 +81,7 @@ def run_comparison(
 
 
 def _record_info(variant: _RunningVariant, text_tokens: Sequence[int]) -> None:
-    variant.record.update(variant.process.call("about"))
+    variant.record.update(variant.process.call("info"))
     if text_tokens and variant.spec.contestant == OURS:
         variant.record["perplexity"] = variant.process.call("perplexity", list(text_tokens))
 

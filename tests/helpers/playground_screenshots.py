@@ -8,7 +8,7 @@ import torch
 
 import gpt2
 from gpt2.serve.models import served_model_name
-from tests.helpers.playground_app import launch_browser, run_playground
+from tests.helpers.playground_browser import launch_browser, run_playground
 
 WIDE, PHONE = {"width": 1320, "height": 820}, {"width": 375, "height": 780}
 PROMPT = "The history of the city began when"

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2.bench.ladder import LOSS_TOLERANCE
-from gpt2.bench.timing import (
+from gpt2.bench.common import (
     BenchmarkError,
     InProcessRunner,
     ProgressFn,
@@ -27,6 +26,7 @@ from gpt2.bench.timing import (
     quartiles_ms,
     timed,
 )
+from gpt2.bench.ladder import LOSS_TOLERANCE
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import file_sha256
 from gpt2.hardware import measure_matmul, peak_memory, reset_peak_memory
@@ -212,7 +212,7 @@ def time_interleaved(
             found[name] = {"reason": None, "modes": {}}
             try:
                 lane = stack.enter_context(runner_class(TrainVariant, name, path, workload))
-                found[name]["version"], modes = lane.call("about")
+                found[name]["version"], modes = lane.call("info")
             except BenchmarkError as failure:
                 found[name]["reason"] = str(failure)
                 continue
@@ -269,7 +269,7 @@ def compare_with_peers(
         try:
             alone = replace(workload, warmup=1, steps=MEMORY_STEPS)
             with runner_class(TrainVariant, name, peers.get(name), alone) as lane:
-                one["peak_memory"] = lane.call("peak", best)
+                one["peak_memory"] = lane.call("measure_peak_memory", best)
         except BenchmarkError as failure:
             one["peak_memory_reason"] = str(failure)
     rate = measure_matmul(torch.device(workload.device), torch.bfloat16, 1.0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2.data.folders import write_error
+from gpt2.data.data_files import write_error
 from gpt2.data.rows import Columns, Row
 from gpt2.files import cache_home, staging_folder
 from gpt2.vocabulary import replace_surrogates

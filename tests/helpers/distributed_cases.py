@@ -13,7 +13,7 @@ import gpt2
 from gpt2.config import TrainConfig
 from gpt2.reporting.metrics import read_metrics
 from gpt2.train.setup import load_model_and_data
-from tests.helpers.runs import NUMBERS_TEXT
+from tests.helpers.training_helpers import NUMBERS_TEXT
 
 BATCH_SIZE, BLOCK_SIZE = 12, 32
 DOUBLING_ROWS = [{"prompt": f"double {'once more ' * (i % 4)}{i}", "answer": str(2**i)} for i in range(60)]

@@ -17,12 +17,12 @@ from gpt2.generation.inference import prepare_for_inference
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.app import create_app
 from gpt2.serve.limits import Limits
-from gpt2.serve.listen import HeaderTimeoutProtocol
 from gpt2.serve.middleware import AccessPolicy
 from gpt2.serve.models import ServedModel, create_served_model
 from gpt2.serve.scheduler import Scheduler
+from gpt2.serve.uvicorn_server import HeaderTimeoutProtocol
 from gpt2.tokenizer import get_tokenizer
-from tests.helpers.reference import random_model
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=128, n_layer=2, n_head=2, n_embd=16)
 BYTE_TOKENIZER = get_tokenizer("bytes")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.faults_host import RankForkServer
+from tests.helpers.fault_launcher import RankForkServer
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from gpt2.generation.beam_search import Hypothesis
 from gpt2.generation.engine import Engine, GenerationRequest
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
-from tests.helpers.reference import random_model, to_transformers
+from tests.helpers.transformers_reference import random_model, to_transformers
 
 CONFIGS = [
     GPTConfig(vocab_size=31, block_size=30, n_layer=2, n_head=2, n_embd=16, tie_word_embeddings=False),

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from gpt2.bench.common import Workload
 from gpt2.bench.ladder import full_logits_loss
-from gpt2.bench.timing import Workload
 from gpt2.model import GPT, GPTConfig
 
 TINY_CONFIG = GPTConfig(vocab_size=301, block_size=1024, n_layer=2, n_head=2, n_embd=32)

@@ -22,8 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from gpt2.bench.common import BenchmarkError, InProcessRunner, ProgressFn, SubprocessRunner, no_progress
 from gpt2.bench.decode import DecodeWorkload
-from gpt2.bench.timing import BenchmarkError, InProcessRunner, ProgressFn, SubprocessRunner, no_progress
 from gpt2.errors import UserError
 from gpt2.generation.engine import PREFILL_CHUNK, GenerationRequest
 from gpt2.generation.inference import prepare_for_inference

@@ -33,7 +33,7 @@ class RankForkServer:
     """Runs ranks, those of one run at a time, as torchrun would."""
 
     def __init__(self, folder: Path) -> None:
-        script = Path(__file__).with_name("faults_ranks.py")
+        script = Path(__file__).with_name("fault_workers.py")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPT2_HOME": str(folder)}
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -20,8 +20,8 @@ from gpt2.serve.limits import Limits
 from gpt2.serve.middleware import AccessPolicy
 from gpt2.serve.models import ServedModel, create_served_model
 from gpt2.tokenizer import ByteTokenizer, Tokenizer, train_bpe
-from tests.helpers.reference import random_model
-from tests.helpers.serving import run_app
+from tests.helpers.live_server import run_app
+from tests.helpers.transformers_reference import random_model
 
 BROWSER_FLAGS = [
     "--headless",

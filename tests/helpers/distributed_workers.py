@@ -24,7 +24,7 @@ from gpt2.train import trainer
 from gpt2.train.checkpoint import CheckpointWriter
 from gpt2.train.run import Run, setup_run
 from gpt2.train.trainer import UpdateResult, train, update
-from tests.helpers.runs import fixed_seed_sampler
+from tests.helpers.training_helpers import fixed_seed_sampler
 
 WRITE_EVENTS = (
     "os.mkdir",
