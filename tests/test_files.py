@@ -51,7 +51,8 @@ def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -
     with staging_folder(tmp_path / "a"):
         assert theirs.exists(), "another target's"
     with staging_folder(target) as ours:
-        assert list(tmp_path.iterdir()) == [ours]
+        assert sorted(tmp_path.iterdir()) == [ours, ours.with_name(f"{ours.name}.lock")]
+    assert not list(tmp_path.iterdir())
 
 
 def test_many_at_once_never_lose_a_file(tmp_path: Path) -> None:

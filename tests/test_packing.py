@@ -49,8 +49,8 @@ def test_a_packed_row_gives_what_its_documents_give_alone(cuts: list[int], atten
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_of_a_packed_batch_are_those_of_its_documents(recompute: bool) -> None:
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_gradients_of_a_packed_batch_are_those_of_its_documents(activation_checkpointing: bool) -> None:
     model = random_model(CONFIG)
     cuts = [[7, 3, 14], [24]]
     tokens, targets = torch.randint(61, (2, 2, 24), generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_gradients_of_a_packed_batch_are_those_of_its_documents(recompute: bool)
             model.loss(part[None], part_targets[None], count).backward()
     apart = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    if recompute:
+    if activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     model.loss(tokens, targets, documents=documents_of(cuts)).backward()
     for name, p in model.named_parameters():

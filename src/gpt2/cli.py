@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from gpt2.errors import UserError, did_you_mean
 
 OUT_OF_MEMORY_MESSAGE = (
-    "this needs more memory than there is: for training, lower --micro-batch-size or add --recompute (gpt2 plan tells "
-    "what a run will need); for sampling, lower --num-samples"
+    "this needs more memory than there is: for training, lower --micro-batch-size or add --activation-checkpointing (gpt2 "
+    "plan tells what a run will need); for sampling, lower --num-samples"
 )
 TORCH_OUT_OF_MEMORY_ERRORS = (
     "out of memory",
@@ -29,9 +29,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def add_flag(self, name: str, **kwargs: Any) -> None:
-        """Add ``--name-with-dashes``, which may also be spelled with underscores, as may its ``--no-`` form."""
-        self.add_argument(f"--{name}", **kwargs)
+    def add_flag(self, *names: str, **kwargs: Any) -> None:
+        """Add ``--name-with-dashes`` and its aliases, which may also be spelled with underscores, as may its ``--no-`` form."""
+        self.add_argument(*(f"--{name}" for name in names), **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         words = sys.argv[1:] if args is None else args

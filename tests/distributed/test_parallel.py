@@ -248,7 +248,7 @@ def test_gradients_travel_once_a_step(micro: int, place: Path) -> None:
     )
     for told in ddp:
         assert sum(elements(told, "allreduce_")) == WEIGHTS
-        assert {name for name, _ in told.sent[2]} == {"allreduce_"}
+        assert {name for name, _ in told.collectives[2]} == {"allreduce_"}
     for told in fsdp:
         sent = elements(told, "_reduce_scatter_base_")
         assert len(sent) == 3  # two blocks, and what is outside them
@@ -265,11 +265,11 @@ def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(plac
         shared = run_on_ranks(size, run_updates, given, batches, local_size)
         assert_same_updates(alone, shared)
         hosts = size // parts
-        assert {told.cut[0] for told in shared} == {28}  # the head's matrix is the embedding's, and no parameter more
-        assert sum(told.cut[1] for told in shared) == hosts * WEIGHTS
+        assert {told.sharding[0] for told in shared} == {28}  # the head's matrix is the embedding's, and no parameter more
+        assert sum(told.sharding[1] for told in shared) == hosts * WEIGHTS
         for told in shared:
-            assert told.cut[1] < 1.1 * WEIGHTS / parts
-            assert told.kept == 2 * told.cut[1] + 28
+            assert told.sharding[1] < 1.1 * WEIGHTS / parts
+            assert told.optimizer_elements == 2 * told.sharding[1] + 28
             assert (elements(told, "allreduce_") != []) == (hosts > 1)  # of shards, from host to host
             assert sum(elements(told, "allreduce_")) < 1.1 * WEIGHTS / parts
 
@@ -330,7 +330,7 @@ def test_how_the_ranks_share_a_model() -> None:
         assert pick_parallel_kind(replace(given, parallel="ddp"), OF_TWO, fits=fits) == "ddp"
         assert pick_parallel_kind(sharded, OF_TWO, fits=fits) == "fsdp"
         assert pick_parallel_kind(muon, OF_TWO, fits=fits) == pick_parallel_kind(adapters, OF_TWO, fits=fits) == "ddp"
-    assert pick_parallel_kind(given, replace(OF_TWO, rank=0, size=1), fits=False) == "ddp"
+    assert pick_parallel_kind(given, replace(OF_TWO, rank=0, world_size=1), fits=False) == "ddp"
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,8 @@ def test_what_torch_says_becomes_a_line() -> None:
     assert len(_first_sentence(RuntimeError("word " * 100))) <= 160
     told = _lost_ranks_message(SOMEONE, long)
     assert told.startswith("rank 1 on ")
-    assert "lost the others, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in told
-    assert told.endswith("with --resume auto the run goes on from its last checkpoint")
+    assert "lost the other ranks, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in told
+    assert told.endswith("with --resume auto the run continues from its last checkpoint")
     assert RankFailure(told).exit_code == 75
 
 

@@ -82,12 +82,12 @@ def test_adapters_are_not_cut_up(nursery: RankForkServer, folder: Path) -> None:
 
 
 def test_who_would_be_started_anew_must_go_on(nursery: RankForkServer, folder: Path) -> None:
-    ended = nursery.run(TRAIN, folder, odd=environment(TORCHELASTIC_MAX_RESTARTS=3))
+    ended = nursery.run(TRAIN, folder, overrides=environment(TORCHELASTIC_MAX_RESTARTS=3))
     assert_refused(ended, "torchrun --max-restarts starts the run again: give --resume auto, .*", folder)
 
 
 def test_what_needs_several_processes_says_how_to_start_them(nursery: RankForkServer, folder: Path) -> None:
-    ended = nursery.run([*TRAIN, "--parallel", "fsdp"], folder, size=1, odd={0: ALONE})
+    ended = nursery.run([*TRAIN, "--parallel", "fsdp"], folder, size=1, overrides={0: ALONE})
     assert_refused(ended, "--parallel fsdp is for several processes: torchrun --nproc-per-node=N .*", folder)
 
 
@@ -106,20 +106,20 @@ ODD = "rank 1 on elsewhere has"
 def test_a_rank_with_another_flag_is_refused_by_name(nursery: RankForkServer, folder: Path) -> None:
     odd = {1: {"argv": [*TRAIN, "--lr", "1e-4"], "change": "other_host"}}
     line = rf"{ODD} --lr 0\.0001, rank 0 on {HERE} 0\.003: start every rank with the same command"
-    assert_refused(nursery.run(TRAIN, folder, odd=odd), line, folder)
+    assert_refused(nursery.run(TRAIN, folder, overrides=odd), line, folder)
 
 
 def test_a_rank_with_another_toml_is_refused_by_name(nursery: RankForkServer, folder: Path, elsewhere: Path) -> None:
     (folder / "my.toml").write_text("weight_decay = 0.1\n")
     (elsewhere / "my.toml").write_text("weight_decay = 0.2\n")
-    ended = nursery.run(["train", "my.toml", *TRAIN[1:]], folder, odd={1: {"folder": str(elsewhere)}})
+    ended = nursery.run(["train", "my.toml", *TRAIN[1:]], folder, overrides={1: {"folder": str(elsewhere)}})
     line = f"rank 1 on {HERE} has --weight-decay 0.2, rank 0 on {HERE} 0.1: start every rank with the same command"
     assert_refused(ended, line, folder)
 
 
 def test_a_rank_with_another_torch_is_refused_by_name(nursery: RankForkServer, folder: Path) -> None:
     version = re.escape(torch.__version__)
-    ended = nursery.run(TRAIN, folder, odd={1: {"change": "other_torch"}})
+    ended = nursery.run(TRAIN, folder, overrides={1: {"change": "other_torch"}})
     line = f"rank 1 on {HERE} has torch 1.0, rank 0 on {HERE} {version}: start every rank with the same command"
     assert_refused(ended, line, folder)
 
@@ -127,19 +127,19 @@ def test_a_rank_with_another_torch_is_refused_by_name(nursery: RankForkServer, f
 def test_a_rank_with_other_data_is_refused_by_name(nursery: RankForkServer, folder: Path, elsewhere: Path) -> None:
     (elsewhere / "numbers.txt").write_text(NUMBERS_TEXT.replace("everybody", "somebody"))
     odd = {1: {"folder": str(elsewhere), "change": "other_host"}}
-    ended = nursery.run(TRAIN, folder, odd=odd)
+    ended = nursery.run(TRAIN, folder, overrides=odd)
     assert_refused(ended, rf"{ODD} data \S+, rank 0 on {HERE} \S+: .*all ranks.*", folder)
 
 
 def test_a_rank_without_the_data_says_so_itself(nursery: RankForkServer, folder: Path, elsewhere: Path) -> None:
     odd = {1: {"folder": str(elsewhere), "change": "other_host"}}
-    ended = nursery.run(TRAIN, folder, odd=odd)
+    ended = nursery.run(TRAIN, folder, overrides=odd)
     assert_refused(ended, r"rank 1 on elsewhere: .*numbers\.txt.*", folder, by=1)
 
 
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_PORT"])
 def test_an_environment_that_lacks_something_is_refused(nursery: RankForkServer, folder: Path, missing: str) -> None:
-    ended = nursery.run(TRAIN, folder, odd=environment(**{missing: ""}))
+    ended = nursery.run(TRAIN, folder, overrides=environment(**{missing: ""}))
     assert_refused(ended, f"RANK is set and {missing} is not: start with torchrun, .*", folder)
 
 
@@ -149,14 +149,14 @@ def test_a_port_in_use_is_named(nursery: RankForkServer, folder: Path) -> None:
         ours.listen()
         port = ours.getsockname()[1]
         alone = {0: {"environment": {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}}}
-        ended = nursery.run(TRAIN, folder, size=1, port=port, odd=alone)
+        ended = nursery.run(TRAIN, folder, size=1, port=port, overrides=alone)
     line = rf".*the port of 127\.0\.0\.1:{port}.* another .*"
     assert_refused(ended, line, folder)
 
 
 def test_ranks_that_do_not_come_are_not_waited_for_in_vain(nursery: RankForkServer, folder: Path) -> None:
     alone = {"change": "impatient", "environment": {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}}
-    ended = nursery.run(TRAIN, folder, size=1, odd={0: alone})
+    ended = nursery.run(TRAIN, folder, size=1, overrides={0: alone})
     assert_refused(ended, rf"rank 0 on {HERE} does not find the others at 127\.0\.0\.1:\d+: .+", folder)
 
 
@@ -167,7 +167,7 @@ def test_a_run_that_exists_or_is_in_use_is_let_alone(nursery: RankForkServer, fo
     assert not (run / ".lock").exists()
     again = nursery.run(TRAIN, folder)
     assert (again.codes, len(again.messages)) == ([2, 2], 1)
-    assert again.messages[0] == "runs/run exists: --resume auto goes on with it, another --name starts beside it"
+    assert again.messages[0] == "runs/run exists: --resume auto resumes it, another --name starts a new run"
     config = replace(read_toml(run / "config.toml"), out_dir=str(folder / "runs"), resume="auto")
     with RunFolder(config):
         held = nursery.run([*TRAIN, "--resume", "auto"], folder)
@@ -179,14 +179,14 @@ def test_a_run_that_exists_or_is_in_use_is_let_alone(nursery: RankForkServer, fo
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_bug_on_one_rank_has_one_traceback_and_ends_all(nursery: RankForkServer, folder: Path, which: int) -> None:
-    ended = nursery.run(TRAIN, folder, odd={which: {"change": "clumsy"}})
+    ended = nursery.run(TRAIN, folder, overrides={which: {"change": "clumsy"}})
     other = 1 - which
     assert (ended.codes[which], ended.codes[other]) == (1, 75)
     assert "KeyError: 'nobody has thought of this'" in ended.err[which]
     assert "Traceback" not in ended.err[other]
     (line,) = ended.messages
-    assert line.startswith(f"rank {other} on {socket.gethostname()} lost the others, or waited too long for them (")
-    assert line.endswith("): with --resume auto the run goes on from its last checkpoint")
+    assert line.startswith(f"rank {other} on {socket.gethostname()} lost the other ranks, or waited too long for them (")
+    assert line.endswith("): with --resume auto the run continues from its last checkpoint")
     assert f"gpt2: {line}" in ended.err[other]
     assert not (folder / "runs" / "run" / ".lock").exists()
     resumed = nursery.run([*TRAIN, "--resume", "auto"], folder)
@@ -199,9 +199,9 @@ def test_a_loss_that_is_not_finite_is_looked_into_by_rank_0_alone(
     nursery: RankForkServer, folder: Path, kind: str
 ) -> None:
     """The one line, and the batch and the numbers in the dump, are those of a run of one process."""
-    one = nursery.run([*TRAIN, "--name", "alone"], folder, size=1, odd={0: {"change": "spoilt", **ALONE}})
+    one = nursery.run([*TRAIN, "--name", "alone"], folder, size=1, overrides={0: {"change": "spoilt", **ALONE}})
     both = {rank: {"change": "spoilt"} for rank in (0, 1)}
-    two = nursery.run([*TRAIN, "--parallel", kind, "--micro-batch-size", "3"], folder, odd=both)
+    two = nursery.run([*TRAIN, "--parallel", kind, "--micro-batch-size", "3"], folder, overrides=both)
     assert (one.codes, two.codes) == ([2], [2, 2])
     (expected,), (line,) = one.messages, two.messages
     assert line == expected.replace("runs/alone", "runs/run")
@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_is_looked_into_by_rank_0_alone(
     assert dumps[0].joinpath("batch.safetensors").read_bytes() == dumps[1].joinpath("batch.safetensors").read_bytes()
     numbers = [json.loads((dump / "dump.json").read_text()) for dump in dumps]
     assert numbers[0]["divisor"] == numbers[1]["divisor"] == 12 * 16
-    replayed = nursery.run(["train", "--replay", "runs/run/dumps/step-4"], folder, size=1, odd={0: ALONE})
+    replayed = nursery.run(["train", "--replay", "runs/run/dumps/step-4"], folder, size=1, overrides={0: ALONE})
     assert replayed.codes == [0]
     assert "the loss is inf, as it was\nthe norm of the gradient is nan, as it was\n" in replayed.out[0]
 
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_is_looked_into_by_rank_0_alone(
 @pytest.mark.slow
 def test_batches_that_stand_out_are_left_out_as_one_process_does(nursery: RankForkServer, folder: Path) -> None:
     argv = [*TRAIN, "--skip-spikes", "1.2", "--max-steps", "50"]
-    one = nursery.run([*argv, "--name", "alone"], folder, size=1, odd={0: ALONE})
+    one = nursery.run([*argv, "--name", "alone"], folder, size=1, overrides={0: ALONE})
     two = nursery.run(argv, folder)
     assert (one.codes, two.codes) == ([0], [0, 0])
     records = [read_metrics(folder / "runs" / name / "metrics.jsonl") for name in ("alone", "run")]
@@ -258,19 +258,19 @@ def test_gpus_that_are_not_there_or_cannot_talk(monkeypatch: pytest.MonkeyPatch)
 
 def test_gpus_without_nccl_are_told_once(nursery: RankForkServer, folder: Path) -> None:
     odd = {rank: {"change": "no_nccl"} for rank in (0, 1)}
-    ended = nursery.run([*TRAIN, "--device", "cuda"], folder, odd=odd)
+    ended = nursery.run([*TRAIN, "--device", "cuda"], folder, overrides=odd)
     assert_refused(ended, "this torch has no NCCL, .*", folder)
 
 
 @pytest.mark.parametrize("wrong", [{"LOCAL_WORLD_SIZE": 3}, {"MASTER_PORT": "x"}])
 def test_an_environment_that_cannot_be_is_shown(nursery: RankForkServer, folder: Path, wrong: dict[str, Any]) -> None:
     ((name, value),) = wrong.items()
-    ended = nursery.run(TRAIN, folder, odd=environment(**wrong))
+    ended = nursery.run(TRAIN, folder, overrides=environment(**wrong))
     assert_refused(ended, rf".*\b{name}\b.* (are|is) .*\b{value}\b.* torchrun.*", folder)
 
 
 def test_a_stray_rank_that_has_no_company_says_so_itself(nursery: RankForkServer, folder: Path) -> None:
-    ended = nursery.run(TRAIN, folder, size=1, odd={0: {"environment": {**NO_RANK_ENVIRONMENT, "RANK": 3}}})
+    ended = nursery.run(TRAIN, folder, size=1, overrides={0: {"environment": {**NO_RANK_ENVIRONMENT, "RANK": 3}}})
     assert_refused(ended, "RANK is set and WORLD_SIZE is not: .*, or unset it", folder)
 
 

@@ -26,7 +26,7 @@ INSTRUCT_VALUES: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"sample_tokens": 5},
     "micro": {"micro_batch_size": 1},
-    "recompute": {"recompute": True},
+    "activation_checkpointing": {"activation_checkpointing": True},
     "sgd": {"optimizer": "sgd", "lr": 0.1},
     "muon": {"optimizer": "muon"},
     "bfloat16": {"dtype": "bfloat16"},

@@ -22,7 +22,7 @@ from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT
 from gpt2.train import trainer
 from gpt2.train.checkpoint import CheckpointWriter
-from gpt2.train.run import Run, setup_run
+from gpt2.train.setup import Run, setup_run
 from gpt2.train.trainer import UpdateResult, train, update
 from tests.helpers.training_helpers import fixed_seed_sampler
 
@@ -212,4 +212,4 @@ def _with_local_world_size(local_size: int, ranks: ProcessGroup) -> ProcessGroup
     """The same ranks, so many of them on each host."""
     if not local_size:
         return ranks
-    return replace(ranks, local_rank=ranks.rank % local_size, local_size=local_size)
+    return replace(ranks, local_rank=ranks.rank % local_size, local_world_size=local_size)

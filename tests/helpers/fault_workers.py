@@ -19,7 +19,7 @@ import torch.distributed as dist
 import gpt2.commands.train  # noqa: F401 (so that no rank has to)
 from gpt2.cli import main
 from gpt2.distributed import process_group
-from gpt2.train import run, trainer
+from gpt2.train import run_report, trainer
 
 
 def serve_forks() -> list[str]:
@@ -43,7 +43,7 @@ def become_rank(argv: list[str], environment: dict[str, str], folder: str, said:
         os.dup2(file, number)
     os.environ.update(environment)
     os.chdir(folder)
-    run.measure_matmul = lambda *_: 1e9  # which takes a second
+    run_report.measure_matmul = lambda *_: 1e9  # which takes a second
     if change:
         CHANGES[change]()
     return argv

@@ -179,16 +179,16 @@ class LiveBytes(TorchDispatchMode):
         (50257, {"dtype": torch.bfloat16}),
         (2000, {"micro_batches": 2}),
         (50257, {"micro_batches": 2, "dtype": torch.bfloat16}),
-        (2000, {"recompute": True}),
-        (2000, {"recompute": True, "dtype": torch.bfloat16}),
+        (2000, {"activation_checkpointing": True}),
+        (2000, {"activation_checkpointing": True, "dtype": torch.bfloat16}),
         (2000, {"optimizer": "muon"}),
         (2000, {"optimizer": "sgd"}),
         *((2000, tuned) for tuned in TUNED),
         (2000, {"lora": LoRAConfig(), "dtype": torch.bfloat16}),
         (50257, {"lora": LoRAConfig()}),
         (50257, {"lora": LoRAConfig(), "micro_batches": 2, "dtype": torch.bfloat16}),
-        (2000, {"lora": LoRAConfig(), "recompute": True}),
-        (2000, {"lora": LoRAConfig(), "recompute": True, "dtype": torch.bfloat16}),
+        (2000, {"lora": LoRAConfig(), "activation_checkpointing": True}),
+        (2000, {"lora": LoRAConfig(), "activation_checkpointing": True, "dtype": torch.bfloat16}),
         (2000, {"lora": LoRAConfig(rank=16), "optimizer": "muon"}),
         (50257, {"freeze": 1, "dtype": torch.bfloat16}),
         (2000, {"freeze": 2, "optimizer": "muon"}),
@@ -198,7 +198,7 @@ def test_the_peak_is_that_of_the_tensors_of_real_steps(vocab_size: int, change: 
     config = GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=3, n_head=4, n_embd=64)
     setup = replace(StepSetup(rows=16, length=64), **change)
     model = prepared(GPT(config), setup.lora, setup.freeze).train()
-    if setup.recompute:
+    if setup.activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     optimizers = build_optimizers(model, TrainConfig(optimizer=setup.optimizer))
     tokens = torch.zeros(setup.rows, setup.length, dtype=torch.int64)
@@ -286,6 +286,6 @@ def test_muon_and_sgd_remember_less_than_adamw() -> None:
 def test_recomputing_leaves_the_blocks_inputs_and_one_block() -> None:
     setup = StepSetup(rows=16, length=1024, dtype=torch.bfloat16, device="cuda")
     kept = training_memory(OPENAI_CONFIGS["gpt2"], setup)
-    again = training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, recompute=True))
+    again = training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, activation_checkpointing=True))
     assert again.activations < 0.2 * kept.activations
     assert kept.peak > again.peak > again.weights + again.gradients + again.optimizer

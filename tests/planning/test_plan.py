@@ -61,9 +61,9 @@ def test_recomputing_is_suggested_only_where_nothing_else_helps() -> None:
     shape = replace(OPENAI_CONFIGS["gpt2"], block_size=8192)
     without = training_memory(shape, setup)
     tight = TargetDevice("a GPU", "cuda", None, None, without.peak, 0)
-    assert suggest_micro_batch(shape, setup, tight, 1) == {"micro_batch_size": 1, "recompute": True}
+    assert suggest_micro_batch(shape, setup, tight, 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
     roomy = replace(tight, memory=2 * without.peak)
-    assert suggest_micro_batch(shape, setup, roomy, 1) == {"micro_batch_size": 1, "recompute": False}
+    assert suggest_micro_batch(shape, setup, roomy, 1) == {"micro_batch_size": 1, "activation_checkpointing": False}
 
 
 def test_a_batch_found_for_you_fits_and_twice_as_many_rows_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_plan_for_here_in_json_and_no_file_is_made(
     assert set(made) == {
         *("nodes", "parallel", "network", "ways"),
         *("device", "devices", "measured", "dtype", "compile", "parameters", "trainable", "vocab_size"),
-        *("batch_size", "micro_batch_size", "recompute", "flops_per_token", "flops_per_step", "flops"),
+        *("batch_size", "micro_batch_size", "activation_checkpointing", "flops_per_token", "flops_per_step", "flops"),
         *("memory", "device_memory"),
         *("fits", "suggestion", "tokens_per_step", "steps", "tokens", "seconds_per_step", "seconds"),
         *("tokens_per_second", "matmul_rate", "utilization", "cost"),

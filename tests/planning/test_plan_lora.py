@@ -45,11 +45,11 @@ def test_adapters_of_the_smallest_gpt2_are_learned_in_two_gigabytes() -> None:
 
 
 def test_computing_again_costs_another_forward_pass() -> None:
-    config = replace(load_recipe("gpt2-124m"), micro_batch_size=8, recompute=True)
-    made, once = plan(config, on="h100"), plan(replace(config, recompute=False), on="h100")
+    config = replace(load_recipe("gpt2-124m"), micro_batch_size=8, activation_checkpointing=True)
+    made, once = plan(config, on="h100"), plan(replace(config, activation_checkpointing=False), on="h100")
     assert passes(made) == pytest.approx(4 / 3 * passes(once))
     tuned = replace(config, init_from="gpt2", lora_rank=8)
-    made, once = plan(tuned, on="h100"), plan(replace(tuned, recompute=False), on="h100")
+    made, once = plan(tuned, on="h100"), plan(replace(tuned, activation_checkpointing=False), on="h100")
     assert made.seconds_per_step == pytest.approx(3 / 2 * once.seconds_per_step, rel=0.05)
 
 

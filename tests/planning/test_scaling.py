@@ -72,7 +72,7 @@ def test_a_blocks_tensors_are_those_of_the_model(tie: bool) -> None:
     assert work.weight_bytes == work.gradient_bytes == FLOAT32_BYTES * num_parameters(shape)
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}])
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}])
 def test_the_parts_of_a_step_take_as_long_as_the_step(changes: dict[str, Any]) -> None:
     work = work_of("gpt2", micro_batches=3, **changes)
     assert 3 * work.micro_batch_seconds == pytest.approx(
@@ -267,7 +267,7 @@ def test_what_cannot_be_divided_is_not_planned_so(changes: dict[str, Any], gpus:
     config = replace(load_recipe("gpt2-124m"), **changes)
     made = plan(config, on="h100", devices=gpus)
     assert (made.parallel, set(made.ways)) == ("ddp", {"ddp"})
-    with pytest.raises(UserError, match="whole matrices, and --parallel fsdp divides them: --parallel ddp"):
+    with pytest.raises(UserError, match="whole matrices, and --parallel fsdp shards them: --parallel ddp"):
         replace(config, parallel="fsdp").check()
 
 

@@ -18,7 +18,7 @@ from gpt2.lora import LoRAConfig, adapter_state_dict, add_adapter, base_fingerpr
 from gpt2.loss import IGNORE_INDEX
 from gpt2.reporting.metrics import read_metrics, without_timings
 from gpt2.train.comparison import MAX_TOKENS, compare
-from gpt2.train.run import setup_run
+from gpt2.train.setup import setup_run
 from gpt2.train.trainer import train
 from tests.helpers.tiny_trainer import file_contents
 from tests.helpers.training_helpers import NUMBERS_TEXT, fixed_seed_sampler
@@ -265,8 +265,8 @@ def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base:
     ("given", "told"),
     [
         ({"freeze": 4}, "--freeze 4 is more than the model's 3 blocks"),
-        ({"freeze": 1, "lora_rank": 2}, "--freeze and --lora-rank do not go together"),
-        ({"add_tokens": "<a>", "lora_rank": 2}, "--add-tokens and --lora-rank do not go together"),
+        ({"freeze": 1, "lora_rank": 2}, "--freeze and --lora-rank cannot be combined"),
+        ({"add_tokens": "<a>", "lora_rank": 2}, "--add-tokens and --lora-rank cannot be combined"),
         ({"template": "chatml", "lora_rank": 2}, r"the template's <\|im_start\|> is no token of the model"),
         (
             {"lora_rank": 2, "lora_targets": "c_atn"},
@@ -274,7 +274,7 @@ def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base:
         ),
         ({"lora_rank": -1}, "--lora-rank must be at least 0"),
         ({"lora_rank": 1, "lora_alpha": 0.0}, "--lora-alpha must be over 0"),
-        ({"init_from": None, "lora_rank": 1}, "--lora-rank needs a model to begin with"),
+        ({"init_from": None, "lora_rank": 1}, "--lora-rank needs a model to start from"),
         ({"data": "nothing.jsonl"}, "nothing.jsonl"),
     ],
 )

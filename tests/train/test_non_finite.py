@@ -27,7 +27,7 @@ from gpt2.tokenizer import get_tokenizer
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.non_finite import diagnose_non_finite, excerpt, replay_dump, write_dump
 from gpt2.train.non_finite_origin import StepInputs, find_non_finite_origin, is_finite_in_float32
-from gpt2.train.run import Run
+from gpt2.train.setup import Run
 from gpt2.train.trainer import update
 
 ODD = ord("~")  # a token that the batch holds in one place only
@@ -92,13 +92,13 @@ def test_bad_weights_are_named_before_all_else(model: GPT, attempt: StepInputs) 
     assert "transformer.h.0.ln_1.weight" in culprit.bad_gradients
 
 
-@pytest.mark.parametrize(("block", "recompute"), [(0, False), (2, False), (1, True)])
+@pytest.mark.parametrize(("block", "activation_checkpointing"), [(0, False), (2, False), (1, True)])
 def test_an_output_that_overflows_is_found_with_its_row_and_place(
-    model: GPT, attempt: StepInputs, block: int, recompute: bool
+    model: GPT, attempt: StepInputs, block: int, activation_checkpointing: bool
 ) -> None:
     name = f"transformer.h.{block}.mlp.c_proj"
     spoil_one_position(model, block)
-    if recompute:
+    if activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.name, culprit.value) == ("output", name, "inf")
@@ -126,10 +126,10 @@ def test_a_loss_that_overflows_is_found_with_its_row(model: GPT, attempt: StepIn
     assert (culprit.kind, culprit.name, culprit.value, culprit.rows) == ("loss", "", "inf", (3,))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_gradient_that_overflows_in_a_module_is_found(model: GPT, attempt: StepInputs, recompute: bool) -> None:
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_a_gradient_that_overflows_in_a_module_is_found(model: GPT, attempt: StepInputs, activation_checkpointing: bool) -> None:
     """Two matrices in a row, each with a huge gain that the forward pass multiplies by zero."""
-    if recompute:
+    if activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     parameter(model, "transformer.h.1.mlp.c_fc.weight").fill_(1e30)
     parameter(model, "transformer.h.1.mlp.c_proj.weight").fill_(1e30)
@@ -226,11 +226,11 @@ def run_of(model: GPT, tmp_path: Path, **values: Any) -> Run:
     )
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, activation_checkpointing: bool, tmp_path: Path) -> None:
     """A sound step, so that there are bits to compare, with dropout on: without the random state they differ."""
     model = GPT(replace(model.config, dropout=0.1))
-    if recompute:
+    if activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     run = run_of(model, tmp_path)
     batch, before, run.step = run.loader.batch(3), state_of(model), 4
@@ -239,7 +239,7 @@ def test_a_replayed_step_has_the_bits_of_the_trainer_s(model: GPT, recompute: bo
     loss, norm = update(run, batch, 1e-3)[:2]
     model.load_state_dict(before)
     divisor = float(batch.num_targets)
-    attempt = StepInputs(4, batch, 2, divisor, torch.float32, 1e-3, state, loss, norm, recompute)
+    attempt = StepInputs(4, batch, 2, divisor, torch.float32, 1e-3, state, loss, norm, activation_checkpointing)
     culprit = find_non_finite_origin(model, attempt)
     assert (culprit.kind, culprit.loss, culprit.grad_norm) == ("nothing", loss, norm)
     elsewhere = find_non_finite_origin(model, replace(attempt, rng_state=get_rng_state(run.device)))

@@ -85,9 +85,9 @@ def test_fewer_steps_than_are_done_and_folders_that_are_no_run(tiny: TrainConfig
     assert (folder / "config.toml").read_text() == stored
     (tmp_path / "runs" / "mine").mkdir()
     (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("my own")
-    with pytest.raises(UserError, match="has something else in it"):
+    with pytest.raises(UserError, match="is not a run folder: choose another --name"):
         train(replace(tiny, name="mine", resume="auto"))
-    with pytest.raises(UserError, match="a run needs a --name"):
+    with pytest.raises(UserError, match="--name must be a valid folder name"):
         train(replace(tiny, name="..", resume="auto"))
     assert (tmp_path / "runs" / "mine" / "metrics.jsonl").read_text() == "my own"
 
@@ -142,9 +142,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -
 def test_a_finished_or_foreign_folder_is_not_written_over(tiny: TrainConfig) -> None:
     folder = train(replace(tiny, max_steps=5))
     before = file_contents(folder)
-    with pytest.raises(UserError, match="exists: --resume auto goes on with it"):
+    with pytest.raises(UserError, match="exists: --resume auto resumes it"):
         train(tiny)
-    with pytest.raises(UserError, match="was begun with --n-embd 32: it cannot go on with 64"):
+    with pytest.raises(UserError, match="was started with --n-embd 32: it cannot be resumed with 64"):
         train(config_for_resume(folder, {"n_embd": 64}))
     assert file_contents(folder) == before
     longer = train(config_for_resume(folder, {"max_steps": 8}))

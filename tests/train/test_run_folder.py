@@ -63,7 +63,7 @@ def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
     for thread in threads:
         thread.join(30)
     assert len(won) == 1
-    assert said == [f"{won[0].path} exists: --resume auto goes on with it, another --name starts beside it"] * 7
+    assert said == [f"{won[0].path} exists: --resume auto resumes it, another --name starts a new run"] * 7
     assert [p.name for p in won[0].path.parent.iterdir()] == ["tiny"]
 
 
@@ -150,7 +150,7 @@ def test_what_kills_left_behind_is_swept_when_the_run_goes_on(tiny: TrainConfig)
     for name in (".config.toml.partial", "metrics.tmp", ".lock", "notes.txt"):
         (run / name).write_text("mine")
     again = replace(tiny, resume="auto")
-    with pytest.raises(UserError, match="was begun with"):
+    with pytest.raises(UserError, match="was started with"):
         RunFolder(replace(again, seed=2))
     assert (run / "metrics.tmp").exists()  # nothing is touched before the run is known to go on
     with RunFolder(again) as folder:
@@ -234,7 +234,7 @@ def test_changed_data_or_settings_are_refused_in_one_line(tiny: TrainConfig, tmp
     with pytest.raises(UserError) as error:
         check_run_metadata(path, run_metadata(tiny, open_data(tiny.data, "bytes")))
     assert str(error.value) == (
-        f"the data changed since {run} was begun ({tiny.data}): "
+        f"the data changed since {run} was started ({tiny.data}): "
         f"--init-from {run}, with another --name, starts a new run from its weights"
     )
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
@@ -273,7 +273,7 @@ def test_a_second_training_of_the_same_run_is_refused(tiny: TrainConfig) -> None
 
     run = train(tiny, second)
     assert said == [
-        f"{run} exists: --resume auto goes on with it, another --name starts beside it",
+        f"{run} exists: --resume auto resumes it, another --name starts a new run",
         f"{run} is in use by process {os.getpid()}: wait until it has ended, or stop it",
     ]
     assert train(replace(tiny, resume="auto"), no_sample) == run

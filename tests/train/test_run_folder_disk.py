@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_for_anything_else_is_one_line_too(tiny: TrainConfig
         too_many_metrics()
     run = small_disk / "tiny"
     assert str(error.value) == (
-        f"cannot write the run folder {run}: No space left on device: make room, and go on with --resume {run}"
+        f"cannot write the run folder {run}: No space left on device: free some space, and continue with --resume {run}"
     )
     with pytest.raises(FileNotFoundError), RunFolder(replace(config, name="other")):
         (small_disk / "none").read_text()  # is no such thing

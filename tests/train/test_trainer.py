@@ -16,9 +16,9 @@ from gpt2.data.loader import Batch, TokenLoader, prefetch_batches
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.reporting.metrics import read_metrics
-from gpt2.train import trainer
-from gpt2.train.run import setup_run
-from gpt2.train.trainer import Interrupted, StopCondition, train
+from gpt2.train.stopping import TIME_LIMIT_EXIT_CODE, Interrupted, StopCondition
+from gpt2.train.setup import setup_run
+from gpt2.train.trainer import train
 from tests.helpers.cli_helpers import run_cli
 
 
@@ -159,9 +159,9 @@ def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
     for step, batch in enumerate(seen, start=5):
         assert torch.equal(batch.tokens, plain(step, 0, 4).tokens)
         assert torch.equal(batch.targets, plain(step, 0, 4).targets)
-    for part in range(2):
-        shared = list(prefetch_batches(loader, 5, 9, torch.device("cpu"), part=part, parts=2))
-        assert all(torch.equal(one.tokens, all_.tokens[2 * part :][:2]) for one, all_ in zip(shared, seen, strict=True))
+    for rank in range(2):
+        shared = list(prefetch_batches(loader, 5, 9, torch.device("cpu"), rank=rank, world_size=2))
+        assert all(torch.equal(one.tokens, all_.tokens[2 * rank :][:2]) for one, all_ in zip(shared, seen, strict=True))
     assert threads
     assert threading.get_ident() not in threads
     assert list(prefetch_batches(loader, 5, 5, torch.device("cpu"))) == []
@@ -183,7 +183,7 @@ def test_an_error_while_reading_ahead_is_the_run_s(tiny: TrainConfig, monkeypatc
 
 def test_recomputation_gives_the_same_run_byte_for_byte(tiny: TrainConfig) -> None:
     plain = train(replace(tiny, dropout=0.1, max_steps=10))
-    again = train(replace(tiny, dropout=0.1, max_steps=10, recompute=True, name="recomputed"))
+    again = train(replace(tiny, dropout=0.1, max_steps=10, activation_checkpointing=True, name="recomputed"))
     assert (plain / "model/model.safetensors").read_bytes() == (again / "model/model.safetensors").read_bytes()
 
 
@@ -195,7 +195,7 @@ def test_muon_is_resumed_bit_for_bit(tiny: TrainConfig) -> None:
     train(config_for_resume(cut, {}))
     for name in ("model/model.safetensors", "checkpoints/step-20/optimizer.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    with pytest.raises(UserError, match="was begun with --optimizer muon"):
+    with pytest.raises(UserError, match="was started with --optimizer muon"):
         train(config_for_resume(cut, {"optimizer": "adamw"}))
 
 
@@ -236,4 +236,4 @@ def test_setting_up_writes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     setup_run(tiny, Path(tiny.out_dir) / "tiny")
     assert sorted(tmp_path.rglob("*")) == before
-    assert trainer.TIME_LIMIT_EXIT_CODE == 75
+    assert TIME_LIMIT_EXIT_CODE == 75

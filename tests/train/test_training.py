@@ -23,7 +23,7 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers, learning_rate
 from gpt2.reporting.metrics import read_metrics
 from gpt2.train.artifact import ModelArtifact
-from gpt2.train.run import Run
+from gpt2.train.setup import Run
 from gpt2.train.trainer import train, update, validate
 from tests.helpers.training_helpers import NUMBERS_TEXT, fixed_seed_sampler
 from tests.helpers.transformers_reference import as_conv1d, to_transformers

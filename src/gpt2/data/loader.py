@@ -185,17 +185,17 @@ def evaluation_batches(
 
 
 def prefetch_batches(
-    loader: BatchLoader, start: int, stop: int, device: torch.device, *, part: int = 0, parts: int = 1
+    loader: BatchLoader, start: int, stop: int, device: torch.device, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """The batches of steps [start, stop), each read by a thread while the device still works on the one before.
 
-    On the CPU; for a GPU in page-locked memory, from where they go fast. Of each batch it is the rows that fall to
-    `part` when all are shared by as many `parts`, which divide them.
+    On the CPU; for a GPU in page-locked memory, from where they go fast. Of each batch, only the rows
+    of `rank`: each of the `world_size` ranks has an equal share.
     """
-    share = loader.batch_size // parts
+    share = loader.batch_size // world_size
 
     def read(step: int) -> Batch:
-        batch = loader.rows(step, part * share, (part + 1) * share)
+        batch = loader.rows(step, rank * share, (rank + 1) * share)
         return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:

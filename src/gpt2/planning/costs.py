@@ -101,7 +101,7 @@ class StepSetup:
     length: int  # tokens in each
     micro_batches: int = 1  # how many make a step
     dtype: torch.dtype = torch.float32  # of matrix products; weights are float32 always
-    recompute: bool = False
+    activation_checkpointing: bool = False
     optimizer: str = "adamw"
     device: str = "cpu"  # the kind: "cpu", "cuda" or "mps"
     saves_midway: bool = True  # do steps go on while a checkpoint is written?
@@ -173,11 +173,11 @@ def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Me
     casts = e * (layers * _num_matrix_weights(config) + adapters) if half else 0
     block = block_activations(config, setup)
     stream = FLOAT32_BYTES * x * C  # one state of the residual stream
-    kept = stream if setup.recompute else sum(block.values())
+    kept = stream if setup.activation_checkpointing else sum(block.values())
     outside = 2 * stream + 16 * x + 8 * x  # what ln_f reads and gives, its statistics, the tokens with their targets
     activations = layers * kept + outside
     logits, from_loss = _loss_bytes(config, setup)
-    again = sum(block.values()) - stream if setup.recompute else 0  # of the block whose backward pass it is
+    again = sum(block.values()) - stream if setup.activation_checkpointing else 0  # of the block whose backward pass it is
     working = again + 2 * stream + _workspace_bytes(config, setup)
     if setup.device != "cpu":
         working += from_loss  # multiplied by what came from above, which on a CPU is known to be one
@@ -186,7 +186,7 @@ def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Me
     own_weights, own_gradients, own_optimizer = (-(-size // setup.shards) for size in (weights, gradients, optimizer))
     borrowed = _fsdp_buffers(config, setup)
     always = own_weights + own_optimizer + borrowed.root
-    one_cast = casts // config.n_layer if setup.recompute else casts
+    one_cast = casts // config.n_layer if setup.activation_checkpointing else casts
     moments = (
         always + before + borrowed.block + (casts if setup.lora is None else one_cast) + activations + logits,
         always + before + borrowed.backward + one_cast + activations + working + from_loss,
@@ -194,7 +194,7 @@ def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Me
         always + own_gradients + _update_workspace_bytes(config, setup),
     )
     allocator = 0
-    if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.recompute:
+    if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.activation_checkpointing:
         coming_and_going = activations + own_gradients + borrowed.backward + logits + working
         allocator = int(HEAP_FRAGMENTATION * coming_and_going)  # see runtime.manage_freed_memory
     step = program + max(moments) + allocator

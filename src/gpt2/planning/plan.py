@@ -69,7 +69,7 @@ class Plan:
     vocab_size: int
     batch_size: int
     micro_batch_size: int
-    recompute: bool
+    activation_checkpointing: bool
     flops_per_token: float
     flops_per_step: float
     flops: float
@@ -152,7 +152,7 @@ def plan(
         vocab_size=shape.vocab_size,
         batch_size=batch_size,
         micro_batch_size=setup.rows,
-        recompute=setup.recompute,
+        activation_checkpointing=setup.activation_checkpointing,
         flops_per_token=_flops_per_token(shape, setup),
         flops_per_step=flops,
         flops=flops * steps,
@@ -261,11 +261,13 @@ def suggest_micro_batch(
     shape: GPTConfig, setup: StepSetup, target: TargetDevice, rows_per_device: int
 ) -> dict[str, Any] | None:
     """The largest micro-batch that divides a device's `share` of the batch and fits; recomputing only where it must."""
-    for recompute in (setup.recompute,) if setup.recompute else (False, True):
+    for checkpointed in (True,) if setup.activation_checkpointing else (False, True):
         for rows in (rows for rows in range(rows_per_device, 0, -1) if rows_per_device % rows == 0):
-            tried = replace(setup, rows=rows, micro_batches=rows_per_device // rows, recompute=recompute)
+            tried = replace(
+                setup, rows=rows, micro_batches=rows_per_device // rows, activation_checkpointing=checkpointed
+            )
             if training_memory(shape, tried, target.program).peak <= MAX_MEMORY_FRACTION * target.memory:
-                return {"micro_batch_size": rows, "recompute": recompute}
+                return {"micro_batch_size": rows, "activation_checkpointing": checkpointed}
     return None
 
 
@@ -297,7 +299,7 @@ def setup_device(config: TrainConfig) -> torch.device:
     """The device to train on, with this process set up for it as `config` asks."""
     device = pick_device(config.device)
     if device.type == "cpu":
-        configure_malloc(keep_freed=not config.recompute)
+        configure_malloc(keep_freed=not config.activation_checkpointing)
     else:
         torch.set_float32_matmul_precision(config.matmul_precision)
     return device
@@ -370,7 +372,7 @@ def _matmul_rate_and_step_time(
         return rate, StepTime(_flops_per_token(shape, setup) * tokens / (ASSUMED_MFU * rate), 0.0)
     assert target.datasheet is not None
     rate = target.datasheet.flops(setup.dtype, config.matmul_precision)
-    again = flops_per_token(shape, setup.length, backward=False) if setup.recompute else 0  # a second forward pass
+    again = flops_per_token(shape, setup.length, backward=False) if setup.activation_checkpointing else 0  # a second forward pass
     passes = (_flops_per_token(shape, setup) + again) * tokens / (ASSUMED_MFU * rate)
     return rate, StepTime(passes, update_seconds(shape, setup, target.datasheet))
 
@@ -384,7 +386,7 @@ def _step_setup(config: TrainConfig, shape: GPTConfig, kind: str, dtype: torch.d
         rows=rows,
         length=min(config.block_size, shape.block_size),
         dtype=dtype,
-        recompute=config.recompute,
+        activation_checkpointing=config.activation_checkpointing,
         optimizer=config.optimizer,
         device=kind,
         saves_midway=0 < config.save_every < config.max_steps,

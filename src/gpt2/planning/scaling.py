@@ -90,7 +90,7 @@ def split_step_work(shape: GPTConfig, setup: StepSetup, passes: float, update: f
     head_backward = (2 if learns and setup.lora is None else 1) * head
     learning = L - setup.freeze  # blocks that a backward pass goes through
     backward = (whole - forward - head_backward) / max(1, learning)
-    if setup.recompute:
+    if setup.activation_checkpointing:
         backward, whole = backward + block, whole + learning * block
     second = passes / setup.micro_batches / whole
     tensors = tuple(FLOAT32_BYTES * size for size in block_tensor_sizes(shape))

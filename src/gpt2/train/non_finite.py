@@ -68,7 +68,7 @@ def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepI
         "lr": inputs.lr,
         "micro_batch_size": inputs.micro_batch_size,
         "divisor": inputs.divisor,
-        "recompute": inputs.recompute,
+        "activation_checkpointing": inputs.activation_checkpointing,
         "dropout": model.config.dropout,
         "dtype": DTYPE_NAMES[inputs.dtype],
         "matmul_precision": torch.get_float32_matmul_precision(),
@@ -185,7 +185,7 @@ def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, StepInputs, dict[st
             rng_state={"cpu": random["cpu"], **random},
             loss=float(numbers["loss"]),
             grad_norm=float(numbers["grad_norm"]),
-            recompute=bool(numbers["recompute"]),
+            activation_checkpointing=bool(numbers["activation_checkpointing"]),
         )
         device = pick_device(numbers["device"])
         if attempt.micro_batch_size < 1:
@@ -197,7 +197,7 @@ def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, StepInputs, dict[st
     model, tokenizer = load(folder / "model", device=device, dtype=None)
     if not _is_batch_for(attempt.batch, model.config):
         raise UserError(f"{folder} is no whole dump: its batch does not fit its model")
-    if attempt.recompute:
+    if attempt.activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     return model, tokenizer, attempt, numbers
 

@@ -36,7 +36,7 @@ class StepInputs:
     """`runtime.random_state` from before the first micro-batch."""
     loss: float = math.nan
     grad_norm: float = math.nan
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Are the model's activations computed twice (`runtime.recompute_blocks`)? It changes no number."""
 
 
