@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from gpt2.errors import UserError, did_you_mean
 
 OUT_OF_MEMORY_MESSAGE = (
-    "this needs more memory than there is: for training, lower --micro-batch-size or add --activation-checkpointing (gpt2 "
-    "plan tells what a run will need); for sampling, lower --num-samples"
+    "this needs more memory than there is: for training, lower --micro-batch-size or add --activation-checkpointing "
+    "(gpt2 plan tells what a run will need); for sampling, lower --num-samples"
 )
 TORCH_OUT_OF_MEMORY_ERRORS = (
     "out of memory",
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def add_flag(self, *names: str, **kwargs: Any) -> None:
-        """Add ``--name-with-dashes`` and its aliases, which may also be spelled with underscores, as may its ``--no-`` form."""
+        """Add ``--name-with-dashes`` and its aliases, also spelled with underscores, as is the ``--no-`` form."""
         self.add_argument(*(f"--{name}" for name in names), **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

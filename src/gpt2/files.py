@@ -101,17 +101,21 @@ def staging_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{_glob_escape(target.name)}.{'[0-9a-f]' * 8}{_PARTIAL_SUFFIX}*"):
         _remove_abandoned(leftover.with_name(leftover.name.removesuffix(_LOCK_SUFFIX)))
-    lock = None
-    while lock is None:
-        folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_PARTIAL_SUFFIX}"
-        with suppress(BlockingIOError):  # another process took the new lock file for a leftover
-            lock = LockFile(_lock_path(folder))
+    folder, lock = _new_staging_path(target)
     try:
         folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         lock.release(_lock_path(folder))
+
+
+def _new_staging_path(target: Path) -> tuple[Path, LockFile]:
+    """An unused path, and the lock for it."""
+    while True:
+        folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_PARTIAL_SUFFIX}"
+        with suppress(BlockingIOError):  # another process took the new lock file for a leftover
+            return folder, LockFile(_lock_path(folder))
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_command_leaves_a_run_and_tells_what_it_changed(
     assert out == f"{folder}\n"
     config = read_toml(folder / "config.toml")
     assert (config.lr, config.epochs, config.keep_best, config.init_from) == (5e-4, 2.0, True, base)
-    assert "of them learned" in err
+    assert "of them trainable" in err
     told = err[err.index("## Before and after") :].strip()
     assert told in (folder / "report.md").read_text()
     assert "| rows, held out |" in told

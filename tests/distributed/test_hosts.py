@@ -146,8 +146,8 @@ class Job:
             time.sleep(0.02)
 
     def losses(self, host: Host) -> int:
-        """How many ranks on this host have said that they lost the others."""
-        return self.said(host).count("lost the others")
+        """How many ranks on this host have said that they lost the other ranks."""
+        return self.said(host).count("lost the other ranks")
 
     def tail(self) -> str:
         return "\n".join(f"{host.name}: {self.said(host)[-3000:]}" for host in self.hosts)

@@ -185,7 +185,7 @@ def test_the_parts_of_every_batch_are_the_batch(parts: int, place: Path) -> None
     for loader in (plain, packed, apart):
         steps = 2 * loader.windows_per_epoch // BATCH_SIZE + 2  # over two borders of epochs
         shared = [
-            list(prefetch_batches(loader, 1, steps, torch.device("cpu"), part=i, parts=parts)) for i in range(parts)
+            list(prefetch_batches(loader, 1, steps, torch.device("cpu"), rank=i, world_size=parts)) for i in range(parts)
         ]
         assert {len(each) for each in shared} == {steps - 1}
         for step, some in enumerate(zip(*shared, strict=True), 1):
@@ -336,18 +336,18 @@ def test_how_the_ranks_share_a_model() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"optimizer": "muon"}, "--optimizer muon works on whole matrices"),
-        ({"init_from": "x", "lora_rank": 2}, "adapters are learned beside whole matrices"),
+        ({"optimizer": "muon"}, "--optimizer muon needs whole matrices"),
+        ({"init_from": "x", "lora_rank": 2}, "LoRA needs whole matrices"),
     ],
 )
 def test_what_fsdp_cannot_divide_is_told(given: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError) as raised:
         small_config("none", parallel="fsdp", **given).check()
-    assert str(raised.value) == f"{told}, and --parallel fsdp divides them: --parallel ddp"
+    assert str(raised.value) == f"{told}, and --parallel fsdp shards them: --parallel ddp"
     small_config("none", parallel="ddp", **given).check()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_process_has_nobody_to_share_with(parallel: str) -> None:
-    with pytest.raises(UserError, match=f"--parallel {parallel} is for several processes: torchrun"):
+    with pytest.raises(UserError, match=f"--parallel {parallel} needs several processes: torchrun"):
         pick_parallel_kind(small_config("none", parallel=parallel), SINGLE_PROCESS, fits=True)

@@ -62,7 +62,7 @@ def test_half_an_environment_is_told_by_rank_0_alone(missing: str) -> None:
         _from_environment(left)
     assert (
         str(raised.value)
-        == f"RANK is set and {missing} is not: start with torchrun, which sets all it takes, or unset it"
+        == f"RANK is set and {missing} is not: start with torchrun, which sets all of them, or unset it"
     )
     with pytest.raises(ReportedByOtherRank):
         _from_environment(left | {"RANK": "1"})
@@ -78,10 +78,10 @@ def test_a_rank_that_does_not_know_its_number_tells_of_it() -> None:
     [
         ({"RANK": "-1"}, "are -1, 4, 0, 2: each must be a number"),
         ({"WORLD_SIZE": "four"}, "are 0, four, 0, 2: each must be a number"),
-        ({"RANK": "4"}, "are 4, 4, 0, 2, which cannot be: start with torchrun"),
-        ({"LOCAL_RANK": "2"}, "are 0, 4, 2, 2, which cannot be"),
-        ({"LOCAL_WORLD_SIZE": "5"}, "are 0, 4, 0, 5, which cannot be"),
-        ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "are 0, 0, 0, 0, which cannot be"),
+        ({"RANK": "4"}, "are 4, 4, 0, 2, which is not valid: start with torchrun"),
+        ({"LOCAL_RANK": "2"}, "are 0, 4, 2, 2, which is not valid"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "are 0, 4, 0, 5, which is not valid"),
+        ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "are 0, 0, 0, 0, which is not valid"),
     ],
 )
 def test_numbers_that_cannot_be_are_told(given: dict[str, str], told: str) -> None:
@@ -163,7 +163,7 @@ SOMEONE = ProcessGroup(1, 4, 1, 2, control_group=cast(Any, object()), timeout=ti
 
 @pytest.mark.parametrize("device", ["mps", "cuda:1", "cpu:0"])
 def test_one_device_is_not_enough_for_many_ranks(device: str) -> None:
-    with pytest.raises(UserError, match=f"--device {device} is one device: under torchrun take cuda or cpu"):
+    with pytest.raises(UserError, match=f"--device {device} is one device: under torchrun use cuda or cpu"):
         SOMEONE.set_device(torch.device(device))
 
 
@@ -172,7 +172,7 @@ def test_gpus_need_nccl_and_one_for_each_rank(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: False)
-    with pytest.raises(UserError, match="this torch has no NCCL, without which GPUs cannot talk: --device cpu"):
+    with pytest.raises(UserError, match="this torch has no NCCL, which GPUs need to communicate: --device cpu"):
         SOMEONE.set_device(torch.device("cuda"))
     monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: True)
     with pytest.raises(UserError, match=r"there are 1 GPUs on .*: --nproc-per-node=1"):
@@ -267,5 +267,5 @@ def fail(ranks: ProcessGroup) -> None:
 
 
 def test_the_tests_own_worlds_end_when_a_rank_fails() -> None:
-    with pytest.raises(RankFailed, match=r"ZeroDivisionError: one of us|lost the others"):
+    with pytest.raises(RankFailed, match=r"ZeroDivisionError: one of us|lost the other ranks"):
         run_on_ranks(3, fail)

@@ -77,7 +77,7 @@ def test_adapters_are_not_cut_up(nursery: RankForkServer, folder: Path) -> None:
     config = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16)
     gpt2.save(random_model(config), get_tokenizer("bytes"), folder / "model")
     flags = "--block-size 16 --init-from model --lora-rank 2 --parallel fsdp"
-    line = "adapters .*, and --parallel fsdp .*: --parallel ddp"
+    line = "LoRA .*, and --parallel fsdp .*: --parallel ddp"
     assert_refused(nursery.run(f"{RUN} {flags}".split(), folder), line, folder)
 
 
@@ -88,7 +88,7 @@ def test_who_would_be_started_anew_must_go_on(nursery: RankForkServer, folder: P
 
 def test_what_needs_several_processes_says_how_to_start_them(nursery: RankForkServer, folder: Path) -> None:
     ended = nursery.run([*TRAIN, "--parallel", "fsdp"], folder, size=1, overrides={0: ALONE})
-    assert_refused(ended, "--parallel fsdp is for several processes: torchrun --nproc-per-node=N .*", folder)
+    assert_refused(ended, "--parallel fsdp needs several processes: torchrun --nproc-per-node=N .*", folder)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_port_in_use_is_named(nursery: RankForkServer, folder: Path) -> None:
 def test_ranks_that_do_not_come_are_not_waited_for_in_vain(nursery: RankForkServer, folder: Path) -> None:
     alone = {"change": "impatient", "environment": {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}}
     ended = nursery.run(TRAIN, folder, size=1, overrides={0: alone})
-    assert_refused(ended, rf"rank 0 on {HERE} does not find the others at 127\.0\.0\.1:\d+: .+", folder)
+    assert_refused(ended, rf"rank 0 on {HERE} cannot reach the other ranks at 127\.0\.0\.1:\d+: .+", folder)
 
 
 def test_a_run_that_exists_or_is_in_use_is_let_alone(nursery: RankForkServer, folder: Path) -> None:
@@ -243,7 +243,7 @@ def test_gpus_that_are_not_there_or_cannot_talk(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=rf"^there are 1 GPUs on {HERE}: --nproc-per-node=1$"):
         a_rank().set_device(torch.device("cuda"))
     for device in ("mps", "cuda:1", "cuda:0"):
-        with pytest.raises(UserError, match=f"^--device {device} is one device: under torchrun take cuda or cpu"):
+        with pytest.raises(UserError, match=f"^--device {device} is one device: under torchrun use cuda or cpu"):
             a_rank().set_device(torch.device(device))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert taken == []
@@ -251,7 +251,7 @@ def test_gpus_that_are_not_there_or_cannot_talk(monkeypatch: pytest.MonkeyPatch)
     a_rank().set_device(torch.device("cpu"))
     assert taken == [1]
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    with pytest.raises(UserError, match=r"^this torch has no NCCL, without which GPUs cannot talk: --device cpu, or "):
+    with pytest.raises(UserError, match=r"^this torch has no NCCL, which GPUs need to communicate: --device cpu, or "):
         a_rank().set_device(torch.device("cuda"))
     assert taken == [1]
 

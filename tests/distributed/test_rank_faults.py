@@ -95,7 +95,7 @@ def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(
     assert ended.codes == [75, -signal.SIGKILL]
     (line,) = ended.messages
     assert line.startswith("rank 0 on ")
-    assert "lost the others, or waited too long for them" in line
+    assert "lost the other ranks, or waited too long for them" in line
 
 
 def is_over(pid: int) -> bool:
@@ -109,7 +109,7 @@ def stopped_at(ended: ExitResults, why: str) -> int:
     (line,) = ended.messages
     assert ended.err[0].endswith(f"gpt2: {line}\n")
     assert line.startswith(f"stopped by {why} after step ")
-    assert line.endswith(", everything saved; go on with: gpt2 train --resume runs/soak")
+    assert line.endswith(", everything saved; resume with: gpt2 train --resume runs/soak")
     return int(line.split()[5].strip(","))
 
 

@@ -72,7 +72,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_its_model(tiny:
     folder = train(replace(tiny, max_steps=10))
     (folder / "checkpoints" / "step-10" / "state.json").unlink()
     before = file_contents(folder)
-    with pytest.raises(UserError, match="has no whole checkpoint to go on from: --init-from"):
+    with pytest.raises(UserError, match="has no whole checkpoint to resume: --init-from"):
         train(config_for_resume(folder, {"max_steps": 30}))
     assert file_contents(folder) == before
 

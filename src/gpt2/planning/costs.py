@@ -177,7 +177,9 @@ def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Me
     outside = 2 * stream + 16 * x + 8 * x  # what ln_f reads and gives, its statistics, the tokens with their targets
     activations = layers * kept + outside
     logits, from_loss = _loss_bytes(config, setup)
-    again = sum(block.values()) - stream if setup.activation_checkpointing else 0  # of the block whose backward pass it is
+    again = (
+        sum(block.values()) - stream if setup.activation_checkpointing else 0
+    )  # of the block whose backward pass it is
     working = again + 2 * stream + _workspace_bytes(config, setup)
     if setup.device != "cpu":
         working += from_loss  # multiplied by what came from above, which on a CPU is known to be one

@@ -372,7 +372,9 @@ def _matmul_rate_and_step_time(
         return rate, StepTime(_flops_per_token(shape, setup) * tokens / (ASSUMED_MFU * rate), 0.0)
     assert target.datasheet is not None
     rate = target.datasheet.flops(setup.dtype, config.matmul_precision)
-    again = flops_per_token(shape, setup.length, backward=False) if setup.activation_checkpointing else 0  # a second forward pass
+    again = (
+        flops_per_token(shape, setup.length, backward=False) if setup.activation_checkpointing else 0
+    )  # a second forward pass
     passes = (_flops_per_token(shape, setup) + again) * tokens / (ASSUMED_MFU * rate)
     return rate, StepTime(passes, update_seconds(shape, setup, target.datasheet))
 
