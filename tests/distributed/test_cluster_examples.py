@@ -44,7 +44,7 @@ def cluster(tmp_path: Path) -> FakeCluster:
 
 
 @pytest.mark.parametrize("example", ALL_EXAMPLES)
-def test_torchrun_and_gpt2_are_told_what_they_understand(
+def test_the_examples_use_valid_flags(
     example: str, cluster: FakeCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("PET_")]:
@@ -94,7 +94,7 @@ def hosts_and_gpus(example: str) -> int:
 
 
 @pytest.mark.parametrize("example", ["ssh.sh", "skypilot.yaml", "trainjob.yaml"])
-def test_the_first_host_alone_is_where_all_meet(example: str, cluster: FakeCluster) -> None:
+def test_only_the_first_host_is_the_rendezvous_host(example: str, cluster: FakeCluster) -> None:
     parsed = {host: get_args_parser().parse_args(told) for host, told in launch_example(example, cluster).items()}
     meets = {host: _parse_rendezvous_config(args.rdzv_conf)["is_host"] for host, args in parsed.items()}
     assert meets == {"one": "true", "two": "false", "three": "false"}
@@ -214,7 +214,7 @@ def batch_options() -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", comments, re.MULTILINE))
 
 
-def test_sbatch_is_told_what_it_knows() -> None:
+def test_the_sbatch_options_exist() -> None:
     options = batch_options()
     assert options.keys() <= SBATCH
     assert options["ntasks-per-node"] == "1"
@@ -277,7 +277,7 @@ SKY_RECOVERY = {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
 SKY_STORAGE = {"name", "source", "store", "mode"}
 
 
-def test_skypilots_fields_are_ones_it_has() -> None:
+def test_the_skypilot_fields_exist() -> None:
     (task,) = load_yaml_documents("skypilot.yaml")
     assert task.keys() <= SKY_TASK
     assert task["resources"].keys() <= SKY_RESOURCES
@@ -350,7 +350,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def test_the_train_jobs_fields_are_ones_kubernetes_has() -> None:
+def test_the_trainjob_fields_exist() -> None:
     jsonschema = pytest.importorskip("jsonschema_rs", reason="jsonschema-rs is not installed")
     found = load_yaml_documents("trainjob.yaml")
     assert [document["kind"] for document in found] == list(KINDS)

@@ -186,7 +186,7 @@ def assert_same(run: Path, alone: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["fsdp", "ddp"], indirect=True)
-def test_two_hosts_train_what_one_process_does(job: Job, alone: Path) -> None:
+def test_two_hosts_equal_one_process(job: Job, alone: Path) -> None:
     for host in job.hosts:
         job.start(host)
     job.wait(lambda: all(process.poll() is not None for process in job.running.values()), "end", 240)
@@ -202,7 +202,7 @@ def test_two_hosts_train_what_one_process_does(job: Job, alone: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)], indirect=True)
-def test_a_host_that_was_cut_off_and_is_back_goes_on_with_the_others(job: Job, alone: Path) -> None:
+def test_a_host_that_reconnects_rejoins_the_run(job: Job, alone: Path) -> None:
     first, second = job.hosts
     for host in job.hosts:
         job.start(host)
@@ -216,7 +216,7 @@ def test_a_host_that_was_cut_off_and_is_back_goes_on_with_the_others(job: Job, a
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["ddp"], indirect=True)
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_host_that_is_started_anew_goes_on_with_the_others(job: Job, alone: Path, number: int) -> None:
+def test_a_restarted_host_rejoins_the_run(job: Job, alone: Path, number: int) -> None:
     lost, other = job.hosts[number], job.hosts[1 - number]
     for host in job.hosts:
         job.start(host)
@@ -233,7 +233,7 @@ def test_a_host_that_is_started_anew_goes_on_with_the_others(job: Job, alone: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["ddp", "fsdp"], indirect=True)
-def test_when_a_host_is_lost_for_good_the_other_goes_on_alone(job: Job, alone: Path) -> None:
+def test_the_run_continues_without_a_lost_host(job: Job, alone: Path) -> None:
     job.nnodes, job.rdzv_conf = "1:2", "last_call_timeout=3"
     first, second = job.hosts
     for host in job.hosts:

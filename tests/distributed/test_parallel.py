@@ -115,7 +115,7 @@ def runs(place: Path) -> Runs:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_any_number_of_ranks_does_what_one_process_does(case: Case, runs: Runs) -> None:
+def test_any_number_of_ranks_equals_one_process(case: Case, runs: Runs) -> None:
     alone, shared = runs(case.way)[0], runs(case)
     assert {each.kind for each in shared} == {case.parallel}
     assert alone.kind == "none"
@@ -124,7 +124,7 @@ def test_any_number_of_ranks_does_what_one_process_does(case: Case, runs: Runs) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
+def test_ranks_with_compiled_blocks_equal_one_process(parallel: str, place: Path) -> None:
     (alone,) = run_on_ranks(0, run_trainings, [small_config(f"compile-alone-{parallel}", **VARIANTS["compile"])])
     shared = run_on_ranks(
         2, run_trainings, [small_config(f"compile-{parallel}", parallel=parallel, **VARIANTS["compile"])]
@@ -135,7 +135,7 @@ def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_gpus_do_it_over_nccl(parallel: str, place: Path) -> None:
+def test_ranks_on_gpus_equal_one_process(parallel: str, place: Path) -> None:
     given, size = {"device": "cuda", "matmul_precision": "highest"}, min(4, torch.cuda.device_count())
     (alone,) = run_on_ranks(0, run_trainings, [small_config(f"one-gpu-{parallel}", **given)])
     shared = run_on_ranks(size, run_trainings, [small_config(f"gpus-{parallel}", parallel=parallel, **given)])
@@ -143,7 +143,7 @@ def test_gpus_do_it_over_nccl(parallel: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_the_ranks_read_what_one_process_reads_row_for_row(case: Case, runs: Runs) -> None:
+def test_the_ranks_read_the_same_rows_as_one_process(case: Case, runs: Runs) -> None:
     alone, shared = runs(case.way)[0], runs(case)
     for step, batch in enumerate(alone.batches):
         assert np.array_equal(np.concatenate([each.batches[step] for each in shared], axis=1), batch)
@@ -163,7 +163,7 @@ def test_the_cases_are_uneven_where_they_are_meant_to_be(runs: Runs, place: Path
     assert all(count % size for size, count in batches.items()), batches  # at the end a rank or more has none
 
 
-def test_one_rank_is_one_process_to_the_bit(place: Path) -> None:
+def test_one_rank_equals_one_process_bitwise(place: Path) -> None:
     given = small_config("dropping", dropout=0.2)
     (alone,) = run_on_ranks(0, run_trainings, [given])
     (one,) = run_on_ranks(1, run_trainings, [replace(given, name="dropping-1", parallel="ddp")])
@@ -172,7 +172,7 @@ def test_one_rank_is_one_process_to_the_bit(place: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_the_parts_of_every_batch_are_the_batch(parts: int, place: Path) -> None:
+def test_the_shards_of_every_batch_are_the_batch(parts: int, place: Path) -> None:
     text, rows = small_config("none"), small_config("none", **INSTRUCT_VALUES)
     plain, packed = (
         load_model_and_data(each, None).data.loader(BATCH_SIZE, each.block_size, 7) for each in (text, rows)
@@ -185,7 +185,8 @@ def test_the_parts_of_every_batch_are_the_batch(parts: int, place: Path) -> None
     for loader in (plain, packed, apart):
         steps = 2 * loader.windows_per_epoch // BATCH_SIZE + 2  # over two borders of epochs
         shared = [
-            list(prefetch_batches(loader, 1, steps, torch.device("cpu"), rank=i, world_size=parts)) for i in range(parts)
+            list(prefetch_batches(loader, 1, steps, torch.device("cpu"), rank=i, world_size=parts))
+            for i in range(parts)
         ]
         assert {len(each) for each in shared} == {steps - 1}
         for step, some in enumerate(zip(*shared, strict=True), 1):
@@ -223,7 +224,7 @@ def assert_same_updates(alone: UpdateRecord, shared: list[UpdateRecord]) -> None
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
-def test_a_rank_without_a_single_target_takes_no_part_in_the_mean(size: int, parallel: str, place: Path) -> None:
+def test_a_rank_without_targets_does_not_change_the_mean(size: int, parallel: str, place: Path) -> None:
     given = small_config("none", micro_batch_size=3)
     batches = random_batches(3, without=slice(BATCH_SIZE - BATCH_SIZE // size, BATCH_SIZE))  # the last rank's share
     (alone,) = run_on_ranks(0, run_updates, given, batches)
@@ -240,7 +241,7 @@ def elements(told: UpdateRecord, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("micro", [1, 6])
-def test_gradients_travel_once_a_step(micro: int, place: Path) -> None:
+def test_gradients_are_all_reduced_once_per_step(micro: int, place: Path) -> None:
     batches, parts = random_batches(3), 6 // micro
     ddp, fsdp = (
         run_on_ranks(2, run_updates, small_config("none", micro_batch_size=micro, parallel=parallel), batches)
@@ -257,7 +258,7 @@ def test_gradients_travel_once_a_step(micro: int, place: Path) -> None:
         assert len(elements(told, "_allgather_base_")) == parts * (2 * 2 + 1)  # a block twice for each micro-batch
 
 
-def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(place: Path) -> None:
+def test_fsdp_shards_within_a_host_and_replicates_over_hosts(place: Path) -> None:
     given, batches = small_config("none", parallel="fsdp", micro_batch_size=1), random_batches(3)
     (alone,) = run_on_ranks(0, run_updates, replace(given, parallel="auto"), batches)
     assert (alone.cut, alone.kept) == ((0, WEIGHTS), 2 * WEIGHTS + 28)  # two moments, and a count for each parameter
@@ -265,7 +266,9 @@ def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(plac
         shared = run_on_ranks(size, run_updates, given, batches, local_size)
         assert_same_updates(alone, shared)
         hosts = size // parts
-        assert {told.sharding[0] for told in shared} == {28}  # the head's matrix is the embedding's, and no parameter more
+        assert {told.sharding[0] for told in shared} == {
+            28
+        }  # the head's matrix is the embedding's, and no parameter more
         assert sum(told.sharding[1] for told in shared) == hosts * WEIGHTS
         for told in shared:
             assert told.sharding[1] < 1.1 * WEIGHTS / parts
@@ -275,7 +278,7 @@ def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(plac
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_all_begin_with_the_weights_of_rank_0(parallel: str, place: Path) -> None:
+def test_all_ranks_start_with_the_weights_of_rank_0(parallel: str, place: Path) -> None:
     one, other, third = run_on_ranks(3, initial_weights, small_config("none"), parallel)
     assert max_difference(one, other) == max_difference(one, third) == 0.0
     torch.manual_seed(0)
@@ -284,7 +287,7 @@ def test_all_begin_with_the_weights_of_rank_0(parallel: str, place: Path) -> Non
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_draw_dropout_each_its_own(parallel: str, place: Path) -> None:
+def test_each_rank_has_its_own_dropout(parallel: str, place: Path) -> None:
     (batch,) = random_batches(1)
     same = Batch(batch.tokens[:1].expand(BATCH_SIZE, -1), batch.targets[:1].expand(BATCH_SIZE, -1))
     for dropout in (0.0, 0.5):
@@ -320,7 +323,7 @@ def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
 OF_TWO = ProcessGroup(1, 2, 1, 2, control_group=cast(Any, object()))
 
 
-def test_how_the_ranks_share_a_model() -> None:
+def test_pick_parallel_kind() -> None:
     given = small_config("none")
     sharded, muon = replace(given, parallel="fsdp"), replace(given, optimizer="muon")
     adapters = replace(given, init_from="x", lora_rank=2)
@@ -340,7 +343,7 @@ def test_how_the_ranks_share_a_model() -> None:
         ({"init_from": "x", "lora_rank": 2}, "LoRA needs whole matrices"),
     ],
 )
-def test_what_fsdp_cannot_divide_is_told(given: dict[str, Any], told: str) -> None:
+def test_fsdp_refuses_what_needs_whole_matrices(given: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError) as raised:
         small_config("none", parallel="fsdp", **given).check()
     assert str(raised.value) == f"{told}, and --parallel fsdp shards them: --parallel ddp"
@@ -348,6 +351,6 @@ def test_what_fsdp_cannot_divide_is_told(given: dict[str, Any], told: str) -> No
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_has_nobody_to_share_with(parallel: str) -> None:
+def test_parallel_needs_several_processes(parallel: str) -> None:
     with pytest.raises(UserError, match=f"--parallel {parallel} needs several processes: torchrun"):
         pick_parallel_kind(small_config("none", parallel=parallel), SINGLE_PROCESS, fits=True)

@@ -43,7 +43,7 @@ TORCHRUN = {
         ({"OTHER": "7"}, ProcessGroup(0, 4, 0, 2)),
     ],
 )
-def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: ProcessGroup) -> None:
+def test_rank_and_world_size_from_the_environment(given: dict[str, str], ranks: ProcessGroup) -> None:
     assert _from_environment(TORCHRUN | given) == ranks
 
 
@@ -51,12 +51,12 @@ def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: Pro
     "environment",
     [{}, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"RANK": "", "WORLD_SIZE": ""}, {"OMP_NUM_THREADS": "1"}],
 )
-def test_without_torchrun_it_is_alone(environment: dict[str, str]) -> None:
+def test_without_torchrun_there_is_no_rank(environment: dict[str, str]) -> None:
     assert _from_environment(environment) is None
 
 
 @pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "RANK"])
-def test_half_an_environment_is_told_by_rank_0_alone(missing: str) -> None:
+def test_an_incomplete_environment_is_reported_by_rank_0_only(missing: str) -> None:
     left = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(UserError) as raised:
         _from_environment(left)
@@ -68,7 +68,7 @@ def test_half_an_environment_is_told_by_rank_0_alone(missing: str) -> None:
         _from_environment(left | {"RANK": "1"})
 
 
-def test_a_rank_that_does_not_know_its_number_tells_of_it() -> None:
+def test_a_missing_rank_variable_is_reported() -> None:
     with pytest.raises(UserError, match="WORLD_SIZE is set and RANK is not: start with torchrun"):
         _from_environment({"WORLD_SIZE": "2"})
 
@@ -84,13 +84,13 @@ def test_a_rank_that_does_not_know_its_number_tells_of_it() -> None:
         ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "are 0, 0, 0, 0, which is not valid"),
     ],
 )
-def test_numbers_that_cannot_be_are_told(given: dict[str, str], told: str) -> None:
+def test_invalid_ranks_are_reported(given: dict[str, str], told: str) -> None:
     with pytest.raises(UserError) as raised:
         _from_environment(TORCHRUN | given)
     assert str(raised.value).startswith(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE {told}")
 
 
-def test_joining_without_torchrun_is_being_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_group_without_torchrun_is_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     with process_group() as ranks:
@@ -98,14 +98,14 @@ def test_joining_without_torchrun_is_being_alone(monkeypatch: pytest.MonkeyPatch
     assert not dist.is_initialized()
 
 
-def test_torchs_restarts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
     assert max_restarts() == 0
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert max_restarts() == 3
 
 
-def test_one_alone_agrees_with_itself() -> None:
+def test_collectives_of_a_single_process() -> None:
     assert (
         SINGLE_PROCESS.is_main_process,
         SINGLE_PROCESS.is_single_process,
@@ -133,7 +133,7 @@ def batches(count: int) -> list[Batch]:
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 7])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_batches_are_dealt_like_cards(count: int, size: int) -> None:
+def test_batches_are_sharded_round_robin(count: int, size: int) -> None:
     hands = [list(ProcessGroup(rank, size).shard(batches(count))) for rank in range(size)]
     assert {len(hand) for hand in hands} == {-(-count // size)}  # each as many, or some would wait for the others
     in_order = [batch for turn in zip(*hands, strict=True) for batch in turn]
@@ -145,7 +145,7 @@ def test_batches_are_dealt_like_cards(count: int, size: int) -> None:
         assert bool((blank.targets == IGNORE_INDEX).all())
 
 
-def test_dealing_reads_no_further_than_the_turn_under_way() -> None:
+def test_sharding_reads_only_one_round_ahead() -> None:
     read = []
 
     def source() -> Any:
@@ -162,7 +162,7 @@ SOMEONE = ProcessGroup(1, 4, 1, 2, control_group=cast(Any, object()), timeout=ti
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:1", "cpu:0"])
-def test_one_device_is_not_enough_for_many_ranks(device: str) -> None:
+def test_a_device_index_is_refused_under_torchrun(device: str) -> None:
     with pytest.raises(UserError, match=f"--device {device} is one device: under torchrun use cuda or cpu"):
         SOMEONE.set_device(torch.device(device))
 
@@ -182,7 +182,7 @@ def test_gpus_need_nccl_and_one_for_each_rank(monkeypatch: pytest.MonkeyPatch) -
     SOMEONE.set_device(torch.device("cpu"))
 
 
-def test_what_torch_says_becomes_a_line() -> None:
+def test_torch_errors_become_one_line() -> None:
     long = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by\n peer [10.0.0.1]:12. ")
     assert _first_sentence(long) == "Connection closed by peer [10.0.0.1]:12"
     assert len(_first_sentence(RuntimeError("word " * 100))) <= 160
@@ -235,7 +235,7 @@ def differing(ranks: ProcessGroup, facts: dict[str, Any]) -> str:
     return "fine"
 
 
-def test_three_that_talk() -> None:
+def test_collectives_of_three_ranks() -> None:
     """These three are processes, and gloo is between them."""
     told = run_on_ranks(3, talk)
     for rank, each in enumerate(told):
@@ -266,6 +266,6 @@ def fail(ranks: ProcessGroup) -> None:
     ranks.barrier()
 
 
-def test_the_tests_own_worlds_end_when_a_rank_fails() -> None:
+def test_run_on_ranks_ends_when_a_rank_fails() -> None:
     with pytest.raises(RankFailed, match=r"ZeroDivisionError: one of us|lost the other ranks"):
         run_on_ranks(3, fail)

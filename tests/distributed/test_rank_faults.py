@@ -36,10 +36,10 @@ def soak(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 
 
 @pytest.fixture(scope="module")
-def undisturbed(soak: Any, nursery: RankForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def undisturbed(soak: Any, fork_server: RankForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The home of a run that two ranks have done with DDP."""
     home = soak.TorchrunWorkspace(tmp_path_factory.mktemp("whole") / "home")
-    ended = nursery.run([*soak.TRAIN, "--parallel", "ddp"], home.folder)
+    ended = fork_server.run([*soak.TRAIN, "--parallel", "ddp"], home.folder)
     assert ended.codes == [0, 0], ended.err
     return home
 
@@ -80,18 +80,16 @@ def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbe
     assert soak.differences(undisturbed.run, home.run) == []
 
 
-def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(
-    soak: Any, nursery: RankForkServer, tmp_path: Path
-) -> None:
+def test_a_hanging_rank_is_detected_within_the_timeout(soak: Any, fork_server: RankForkServer, tmp_path: Path) -> None:
     home = soak.TorchrunWorkspace(tmp_path / "home")
-    nursery.start([*soak.TRAIN, "--parallel", "ddp", "--rank-timeout", "3"], home.folder)
+    fork_server.start([*soak.TRAIN, "--parallel", "ddp", "--rank-timeout", "3"], home.folder)
     until_it_goes_on(soak, home)
-    (waiting, hung), began = nursery.pids, time.monotonic()
+    (waiting, hung), began = fork_server.pids, time.monotonic()
     os.kill(hung, signal.SIGSTOP)
     soak.wait_until(Living(), lambda: is_over(waiting), 60, every=0.02)
     assert 2 < time.monotonic() - began < 30
     os.kill(hung, signal.SIGKILL)
-    ended = nursery.wait()
+    ended = fork_server.wait()
     assert ended.codes == [75, -signal.SIGKILL]
     (line,) = ended.messages
     assert line.startswith("rank 0 on ")
@@ -117,20 +115,20 @@ def newest(home: Any) -> int:
     return max(int(path.name.removeprefix("step-")) for path in home.run.glob("checkpoints/step-*"))
 
 
-def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
-    soak: Any, undisturbed: Any, nursery: RankForkServer, tmp_path: Path
+def test_a_run_stopped_in_every_way_equals_an_uninterrupted_one(
+    soak: Any, undisturbed: Any, fork_server: RankForkServer, tmp_path: Path
 ) -> None:
     """By a signal to one rank, by --max-minutes, and by a scheduler's signal to torchrun; and resumed each time."""
     home = soak.TorchrunWorkspace(tmp_path / "home")
     train = [*soak.TRAIN, "--parallel", "ddp"]
-    nursery.start(train, home.folder)
+    fork_server.start(train, home.folder)
     until_it_goes_on(soak, home)
-    os.kill(nursery.pids[1], signal.SIGTERM)
-    ended = nursery.wait()
+    os.kill(fork_server.pids[1], signal.SIGTERM)
+    ended = fork_server.wait()
     assert ended.codes == [143, 143]
     assert stopped_at(ended, "SIGTERM") == newest(home) == home.steps_recorded()
 
-    ended = nursery.run([*train, "--max-minutes", "0.0001"], home.folder)
+    ended = fork_server.run([*train, "--max-minutes", "0.0001"], home.folder)
     assert ended.codes == [75, 75]
     assert stopped_at(ended, "--max-minutes") == newest(home) == home.steps_recorded()
 
@@ -146,7 +144,7 @@ def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
     assert line.startswith(f"stopped by SIGTERM after step {newest(home)}, ")
     assert newest(home) == home.steps_recorded() < STEPS
 
-    ended = nursery.run(train, home.folder)
+    ended = fork_server.run(train, home.folder)
     assert ended.codes == [0, 0]
     assert ended.out == ["runs/soak\n", ""]
     assert soak.differences(undisturbed.run, home.run) == []

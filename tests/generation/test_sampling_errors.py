@@ -42,7 +42,7 @@ INF = math.inf
         ({"bad_words": [5]}, "bad-words must be sequences"),
     ],
 )
-def test_impossible_settings(values: dict[str, Any], message: str) -> None:
+def test_invalid_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         Sampling(**values)
     assert "\n" not in str(error.value)

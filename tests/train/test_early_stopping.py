@@ -5,7 +5,7 @@ import math
 from gpt2.train.early_stopping import BestValidation
 
 
-def test_the_first_of_equals_is_the_best_and_steps_without_a_validation_count_for_nothing() -> None:
+def test_ties_keep_the_first_best_and_steps_without_validation_are_ignored() -> None:
     best = BestValidation()
     assert (best.step, best.loss, best.evals_since_best) == (None, None, 0)
     losses = [(1, 3.0), (2, None), (3, 2.0), (4, 2.0), (5, math.nan), (6, 2.5), (7, None), (8, 1.9)]

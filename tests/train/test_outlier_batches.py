@@ -91,5 +91,5 @@ def test_the_worst_row_is_the_one_that_surprises() -> None:
     sums = [model.loss(tokens[i : i + 1], targets[i : i + 1], 1.0).item() for i in range(8)]
     assert row == sums.index(max(sums))
     assert skipped_batch_message(1200, 9.5, 6.04, row, "'a b'") == (
-        f"step 1,200: left out, for its loss of 9.5000 is 6.0 deviations too high (row {row}: 'a b')"
+        f"step 1,200: batch left out: loss 9.5000 is 6.0 standard deviations high (row {row}: 'a b')"
     )

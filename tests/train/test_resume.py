@@ -51,7 +51,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(tiny: TrainConfig, caplog: py
     newest = latest_checkpoint(checkpoints)
     assert newest is not None
     assert newest.name == "step-20"
-    assert "step-30 is broken (optimizer.safetensors)" in caplog.text
+    assert "step-30 is corrupt (optimizer.safetensors)" in caplog.text
     train(config_for_resume(folder, {}))
     assert_same_run(whole, folder)
 

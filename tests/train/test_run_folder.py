@@ -41,7 +41,7 @@ def test_home_is_written_out(tiny: TrainConfig, tmp_path: Path, monkeypatch: pyt
         RunFolder(replace(tiny, out_dir="~nobody-of-that-name/here"))
 
 
-def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
+def test_only_one_of_several_simultaneous_starts_succeeds(tiny: TrainConfig) -> None:
     ready, said, won = threading.Barrier(8), [], []
     over = threading.Barrier(8)
 
@@ -67,7 +67,7 @@ def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
     assert [p.name for p in won[0].path.parent.iterdir()] == ["tiny"]
 
 
-def test_a_run_that_another_process_is_in_is_refused_in_one_line(tiny: TrainConfig) -> None:
+def test_a_locked_run_is_a_one_line_error(tiny: TrainConfig) -> None:
     again = replace(tiny, resume="auto")
     with RunFolder(tiny) as first:
         first.initialize(tiny, None)
@@ -83,7 +83,7 @@ def test_a_run_that_another_process_is_in_is_refused_in_one_line(tiny: TrainConf
         pass
 
 
-def test_never_two_hold_a_folder_however_they_come_and_go(tiny: TrainConfig) -> None:
+def test_a_folder_is_never_locked_twice(tiny: TrainConfig) -> None:
     with RunFolder(tiny) as folder:
         folder.initialize(tiny, None)
     inside, most, entered = 0, 0, 0
@@ -140,7 +140,7 @@ def test_a_start_that_failed_leaves_the_name_free_unless_there_is_something_to_k
     assert run.exists()  # what was there before is never taken away
 
 
-def test_what_kills_left_behind_is_swept_when_the_run_goes_on(tiny: TrainConfig) -> None:
+def test_leftovers_of_killed_processes_are_removed_on_resume(tiny: TrainConfig) -> None:
     with RunFolder(tiny) as folder:
         folder.initialize(tiny, None)
     run = folder.path
@@ -246,7 +246,7 @@ def no_sample(*args: object) -> str:
     return ""
 
 
-def test_a_run_is_not_gone_on_with_on_other_data_and_not_changed_either(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_resuming_with_other_data_is_an_error_and_changes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     run = train(tiny, no_sample)
     before = file_contents(run)
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT.replace("comes", "goes"))

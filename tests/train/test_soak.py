@@ -18,7 +18,7 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_a_run_killed_at_random_moments_ends_as_the_one_that_never_was(
+def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(
     soak: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []

@@ -16,8 +16,8 @@ from gpt2.data.loader import Batch, TokenLoader, prefetch_batches
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.reporting.metrics import read_metrics
-from gpt2.train.stopping import TIME_LIMIT_EXIT_CODE, Interrupted, StopCondition
 from gpt2.train.setup import setup_run
+from gpt2.train.stopping import TIME_LIMIT_EXIT_CODE, Interrupted, StopCondition
 from gpt2.train.trainer import train
 from tests.helpers.cli_helpers import run_cli
 
@@ -29,7 +29,7 @@ def tiny(tiny: TrainConfig) -> TrainConfig:
     return replace(small, max_steps=60, eval_every=0, save_every=0)
 
 
-def test_a_time_budget_stops_the_run_with_all_saved(tiny: TrainConfig) -> None:
+def test_a_time_limit_stops_and_saves_the_run(tiny: TrainConfig) -> None:
     config = replace(tiny, max_steps=100_000, max_minutes=0.5 / 60)
     began = time.monotonic()
     with pytest.raises(Interrupted, match=r"stopped by --max-minutes after step .*: gpt2 train --resume") as stopped:
@@ -46,16 +46,14 @@ def test_a_time_budget_stops_the_run_with_all_saved(tiny: TrainConfig) -> None:
     assert (whole / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
 
 
-def test_a_signal_comes_before_the_time_and_each_has_its_own_code() -> None:
+def test_a_signal_takes_precedence_over_the_time_limit() -> None:
     assert not StopCondition([], None).should_stop()
     assert not StopCondition([], time.monotonic() + 60).should_stop()
     assert StopCondition([], time.monotonic() - 1).reason() == "--max-minutes"
     assert StopCondition([signal.SIGTERM], time.monotonic() - 1).reason() == "SIGTERM"
 
 
-def test_the_command_s_exit_code_for_a_time_budget(
-    tiny: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_exit_code_for_a_time_limit(tiny: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = [
         "--data",
         tiny.data,
@@ -74,7 +72,7 @@ def test_the_command_s_exit_code_for_a_time_budget(
     assert "everything saved" in err
 
 
-def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
+def test_outlier_batches_are_skipped_also_by_a_resumed_run(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two batches of noise, among batches that are all alike."""
@@ -91,7 +89,7 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     whole = train(config)
     skipped = [line["step"] for line in read_metrics(whole / "metrics.jsonl") if line.get("skipped")]
     assert skipped == [46, 53]
-    assert "step 46: left out, for its loss of" in capsys.readouterr().err
+    assert "step 46: batch left out: loss" in capsys.readouterr().err
     assert "left out" in (whole / "report.md").read_text()
 
     cut = train(replace(config, name="cut", keep_checkpoints=9))
@@ -104,15 +102,15 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     ).read_bytes()
 
 
-def test_a_run_that_blows_up_names_the_module_and_can_be_replayed(
+def test_a_diverging_run_names_the_module_and_can_be_replayed(
     tiny: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="first bad: ") as blown:
+    with pytest.raises(UserError, match="origin: ") as blown:
         train(replace(tiny, lr=1e18, warmup_steps=0, optimizer="sgd", grad_clip=0.0))
     (dump,) = (Path(tiny.out_dir) / "tiny" / "dumps").iterdir()
     code, out, _ = run_cli(capsys, "train", "--replay", str(dump))
     assert code == 0
-    named = str(blown.value).split("first bad: ")[1].split(" is ")[0]
+    named = str(blown.value).split("origin: ")[1].split(" is ")[0]
     assert named in out
     code, _, err = run_cli(capsys, "train", "--replay", str(dump.parent))
     assert code == 2
@@ -143,7 +141,7 @@ def test_a_batch_size_that_fits_is_found_and_kept(tiny: TrainConfig, monkeypatch
     assert read_toml(folder / "config.toml").batch_size == found
 
 
-def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
+def test_prefetched_batches_equal_the_loader_s(tiny: TrainConfig) -> None:
     data = open_data(tiny.data, "bytes")
     loader = TokenLoader(data.train, 4, 16, seed=3)
     threads: set[int] = set()
@@ -167,7 +165,7 @@ def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
     assert list(prefetch_batches(loader, 5, 5, torch.device("cpu"))) == []
 
 
-def test_an_error_while_reading_ahead_is_the_run_s(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_prefetching_is_raised_by_the_run(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = TokenLoader.rows
 
     def rows(self: TokenLoader, step: int, start: int, stop: int) -> Any:
@@ -181,7 +179,7 @@ def test_an_error_while_reading_ahead_is_the_run_s(tiny: TrainConfig, monkeypatc
     assert len(read_metrics(Path(tiny.out_dir) / "tiny" / "metrics.jsonl")) == 7
 
 
-def test_recomputation_gives_the_same_run_byte_for_byte(tiny: TrainConfig) -> None:
+def test_activation_checkpointing_gives_the_same_run_byte_for_byte(tiny: TrainConfig) -> None:
     plain = train(replace(tiny, dropout=0.1, max_steps=10))
     again = train(replace(tiny, dropout=0.1, max_steps=10, activation_checkpointing=True, name="recomputed"))
     assert (plain / "model/model.safetensors").read_bytes() == (again / "model/model.safetensors").read_bytes()
@@ -199,7 +197,7 @@ def test_muon_is_resumed_bit_for_bit(tiny: TrainConfig) -> None:
         train(config_for_resume(cut, {"optimizer": "adamw"}))
 
 
-def test_settings_that_need_more_are_refused_in_one_line(
+def test_invalid_settings_are_one_line_errors(
     tiny: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = train(replace(tiny, max_steps=5))

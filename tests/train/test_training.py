@@ -85,7 +85,7 @@ def test_ten_steps_equal_a_plain_transformers_loop(tiny: TrainConfig, optimizer:
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_micro_batches_add_up_to_the_batch(tiny: TrainConfig, micro: int) -> None:
+def test_gradient_accumulation_equals_the_whole_batch(tiny: TrainConfig, micro: int) -> None:
     """With uneven numbers of counted targets in the parts, which a mean of means would get wrong."""
     config = replace(tiny, dropout=0.0)
     (batch,) = random_batches(1, (8, 32), 257)
@@ -118,7 +118,7 @@ def test_validation_is_the_mean_over_every_held_out_token(tiny: TrainConfig) -> 
     assert validate(run) == pytest.approx(total / (len(held_out) - 1), abs=1e-5)
 
 
-def test_a_run_folder_tells_its_story(tiny: TrainConfig) -> None:
+def test_a_run_folder_is_complete(tiny: TrainConfig) -> None:
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
     def sampler(model: GPT, tokenizer: Any, prompt: str, length: int) -> str:
@@ -201,7 +201,7 @@ def test_bfloat16_learns_as_float32_does(tiny: TrainConfig) -> None:
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
 
 
-def test_a_run_without_matplotlib_says_what_brings_it(
+def test_a_run_without_matplotlib_names_the_extra(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
