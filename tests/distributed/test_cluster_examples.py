@@ -384,7 +384,7 @@ def test_the_parts_of_the_train_job_fit_together() -> None:
 # The guide
 
 
-def test_the_guides_links_and_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_and_flags_in_the_guide_exist(capsys: pytest.CaptureFixture[str]) -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     assert len(guide.splitlines()) < 200
     for link in re.findall(r"\]\(([^)#]+)\)", guide):
@@ -398,12 +398,12 @@ def test_the_guides_links_and_flags_exist(capsys: pytest.CaptureFixture[str]) ->
     assert "--resume" in named
 
 
-def test_the_guides_errors_are_the_codes() -> None:
+def test_error_messages_in_the_guide_are_in_the_code() -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     sources = [*(EXAMPLES.parent / "src" / "gpt2").rglob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
-    code = re.sub(r'"\n\s*f?"', "", code)  # a line that goes on in the next
-    rows = guide.split("| the line says |")[1].split("\n\n")[0].splitlines()[2:]
+    code = re.sub(r'"\n\s*f?"', "", code)  # strings over several lines
+    rows = guide.split("| message |")[1].split("\n\n")[0].splitlines()[2:]
     named = [line.split("|")[1].strip().strip("`") for line in rows]
     assert len(named) > 10
     assert [words for words in named if words not in code] == []

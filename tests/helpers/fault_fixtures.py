@@ -1,4 +1,4 @@
-"""Ranks for each file of tests that disturbs them."""
+"""The fork server for tests of rank errors and faults."""
 
 from collections.abc import Iterator
 from pathlib import Path

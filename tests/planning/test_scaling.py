@@ -72,7 +72,9 @@ def test_a_blocks_tensors_are_those_of_the_model(tie: bool) -> None:
     assert work.weight_bytes == work.gradient_bytes == FLOAT32_BYTES * num_parameters(shape)
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation_checkpointing": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}]
+)
 def test_the_parts_of_a_step_take_as_long_as_the_step(changes: dict[str, Any]) -> None:
     work = work_of("gpt2", micro_batches=3, **changes)
     assert 3 * work.micro_batch_seconds == pytest.approx(
