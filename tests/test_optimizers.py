@@ -1,4 +1,4 @@
-"""Optimizers against plain loops of torch's own, and the learning rate at each step."""
+"""Optimizers against plain loops of torch's own, and the learning rate schedules."""
 
 import math
 from dataclasses import replace

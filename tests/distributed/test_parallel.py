@@ -1,7 +1,7 @@
-"""However many ranks share a step, and however they share the model: the mathematics of one process, on the same rows.
+"""DDP and FSDP on any number of ranks equal one process.
 
-The ranks are real processes that talk over gloo. One by itself says what is right, and another number of ranks may
-differ from it by the rounding of float32 sums, whose order is another one; in what they read, by nothing.
+The ranks are real processes with gloo. They read the same rows as one process; their results differ from it only by the
+rounding of float32 sums.
 """
 
 import os
@@ -52,7 +52,7 @@ WHOLE_ONLY = ("muon", "lora")  # what FSDP does not do
 
 @dataclass(frozen=True)
 class Case:
-    """So many ranks, on hosts of `local_size` where that is given, which share the model and do the steps in a way."""
+    """A number of ranks, `local_size` per host if given, a kind of parallelism, and a variant of the training."""
 
     size: int
     parallel: str
@@ -89,7 +89,7 @@ def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(place: Path) -> Runs:
-    """The trainings of a case, by rank, or of one process alone in a way; those of one world are done in one go."""
+    """The training runs of a case by rank, or of one process; runs with the same ranks are done together."""
     done: dict[Case | str, list[TrainingRecord]] = {}
 
     def fill(size: int, local_size: int, found: list[Case | str]) -> None:
@@ -207,7 +207,7 @@ class _Tokens:
 
 
 def random_batches(count: int, *, without: slice = slice(0)) -> list[Batch]:
-    """Batches of random tokens; the rows `without` have no targets, and each of the others some."""
+    """Batches of random tokens; the rows `without` have no targets, the others have some."""
     own = torch.Generator().manual_seed(5)
     tokens = torch.randint(257, (count, 2, BATCH_SIZE, BLOCK_SIZE), generator=own)
     lengths = torch.randint(1, BLOCK_SIZE, (BATCH_SIZE, 1), generator=own)
@@ -217,10 +217,10 @@ def random_batches(count: int, *, without: slice = slice(0)) -> list[Batch]:
 
 
 def assert_same_updates(alone: UpdateRecord, shared: list[UpdateRecord]) -> None:
-    for told in shared:
-        np.testing.assert_allclose(told.updates, alone.updates, rtol=3e-6)
-        assert max_difference(told.weights, alone.weights) < 1e-5
-        assert told.tied
+    for result in shared:
+        np.testing.assert_allclose(result.updates, alone.updates, rtol=3e-6)
+        assert max_difference(result.weights, alone.weights) < 1e-5
+        assert result.tied
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
@@ -231,13 +231,13 @@ def test_a_rank_without_targets_does_not_change_the_mean(size: int, parallel: st
     shared = run_on_ranks(size, run_updates, replace(given, parallel=parallel), batches)
     assert set(shared[-1].part_losses[0]) == {0.0}
     assert_same_updates(alone, shared)
-    summed = np.sum([np.sum(told.part_losses, axis=1) for told in shared], axis=0)
+    summed = np.sum([np.sum(result.part_losses, axis=1) for result in shared], axis=0)
     np.testing.assert_allclose(summed, [loss for loss, _ in alone.updates], rtol=3e-6)
 
 
-def elements(told: UpdateRecord, name: str) -> list[int]:
-    """What the third update gave to a collective operation, but for single numbers; DDP has settled by then."""
-    return [count for operation, count in told.collectives[2] if operation == name and count > 1]
+def elements(result: UpdateRecord, name: str) -> list[int]:
+    """Elements of a collective in the third update, without scalars; DDP has its final buckets by then."""
+    return [count for operation, count in result.collectives[2] if operation == name and count > 1]
 
 
 @pytest.mark.parametrize("micro", [1, 6])
@@ -247,15 +247,15 @@ def test_gradients_are_all_reduced_once_per_step(micro: int, place: Path) -> Non
         run_on_ranks(2, run_updates, small_config("none", micro_batch_size=micro, parallel=parallel), batches)
         for parallel in ("ddp", "fsdp")
     )
-    for told in ddp:
-        assert sum(elements(told, "allreduce_")) == WEIGHTS
-        assert {name for name, _ in told.collectives[2]} == {"allreduce_"}
-    for told in fsdp:
-        sent = elements(told, "_reduce_scatter_base_")
+    for result in ddp:
+        assert sum(elements(result, "allreduce_")) == WEIGHTS
+        assert {name for name, _ in result.collectives[2]} == {"allreduce_"}
+    for result in fsdp:
+        sent = elements(result, "_reduce_scatter_base_")
         assert len(sent) == 3  # two blocks, and what is outside them
         assert WEIGHTS <= sum(sent) < WEIGHTS + 64  # where it does not divide, it is filled up
-        assert elements(told, "allreduce_") == []
-        assert len(elements(told, "_allgather_base_")) == parts * (2 * 2 + 1)  # a block twice for each micro-batch
+        assert elements(result, "allreduce_") == []
+        assert len(elements(result, "_allgather_base_")) == parts * (2 * 2 + 1)  # a block twice for each micro-batch
 
 
 def test_fsdp_shards_within_a_host_and_replicates_over_hosts(place: Path) -> None:
@@ -266,15 +266,15 @@ def test_fsdp_shards_within_a_host_and_replicates_over_hosts(place: Path) -> Non
         shared = run_on_ranks(size, run_updates, given, batches, local_size)
         assert_same_updates(alone, shared)
         hosts = size // parts
-        assert {told.sharding[0] for told in shared} == {
+        assert {result.sharding[0] for result in shared} == {
             28
         }  # the head's matrix is the embedding's, and no parameter more
-        assert sum(told.sharding[1] for told in shared) == hosts * WEIGHTS
-        for told in shared:
-            assert told.sharding[1] < 1.1 * WEIGHTS / parts
-            assert told.optimizer_elements == 2 * told.sharding[1] + 28
-            assert (elements(told, "allreduce_") != []) == (hosts > 1)  # of shards, from host to host
-            assert sum(elements(told, "allreduce_")) < 1.1 * WEIGHTS / parts
+        assert sum(result.sharding[1] for result in shared) == hosts * WEIGHTS
+        for result in shared:
+            assert result.sharding[1] < 1.1 * WEIGHTS / parts
+            assert result.optimizer_elements == 2 * result.sharding[1] + 28
+            assert (elements(result, "allreduce_") != []) == (hosts > 1)  # of shards, from host to host
+            assert sum(elements(result, "allreduce_")) < 1.1 * WEIGHTS / parts
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -298,7 +298,7 @@ def test_each_rank_has_its_own_dropout(parallel: str, place: Path) -> None:
 
 
 def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
-    """Every rank a process of torchrun's, through the real command, which speaks once."""
+    """With real torchrun and the real command; each line is logged once."""
     flags = ["--data", "doubles.jsonl", "--epochs", "2", "--batch-size", "4", "--lora-rank", "2", "--lr", "0.003"]
     flags += ["--dropout", "0", "--lora-dropout", "0"]  # which each rank would draw for itself
     flags += ["--device", "cpu", "--dtype", "float32", "--eval-every", "3", "--sample-tokens", "8"]
@@ -306,12 +306,12 @@ def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gpt2", "finetune"]
     command = [sys.executable, "-m", *torchrun, "base/model", "--name", "typed-shared", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert said.returncode == 0, said.stderr
-    assert said.stdout == "runs/typed-shared\n"
-    assert "on 2 ranks (ddp) of cpu" in said.stderr
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert output.returncode == 0, output.stderr
+    assert output.stdout == "runs/typed-shared\n"
+    assert "on 2 ranks (ddp) of cpu" in output.stderr
     for text in ("model: ", "data: ", "run folder: ", "## Before and after", "documents are longer"):
-        assert said.stderr.count(text) == 1, text
+        assert output.stderr.count(text) == 1, text
     alone, shared = Path("runs/typed-alone"), Path("runs/typed-shared")
     one, other = (read_metrics(folder / "metrics.jsonl") for folder in (alone, shared))
     assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=3e-6)
@@ -337,16 +337,16 @@ def test_pick_parallel_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "result"),
     [
         ({"optimizer": "muon"}, "--optimizer muon needs whole matrices"),
         ({"init_from": "x", "lora_rank": 2}, "LoRA needs whole matrices"),
     ],
 )
-def test_fsdp_refuses_what_needs_whole_matrices(given: dict[str, Any], told: str) -> None:
+def test_fsdp_refuses_what_needs_whole_matrices(given: dict[str, Any], result: str) -> None:
     with pytest.raises(UserError) as raised:
         small_config("none", parallel="fsdp", **given).check()
-    assert str(raised.value) == f"{told}, and --parallel fsdp shards them: --parallel ddp"
+    assert str(raised.value) == f"{result}, and --parallel fsdp shards them: --parallel ddp"
     small_config("none", parallel="ddp", **given).check()
 
 

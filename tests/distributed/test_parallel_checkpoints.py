@@ -1,6 +1,6 @@
-"""Checkpoints that move: saved by any number of ranks, gone on with by any other, as if nothing had been.
+"""Checkpoints of any number of ranks, resumed by any other number, equal an uninterrupted run.
 
-They are one process's own files, to the byte, whoever wrote them.
+The files are byte-identical to those of one process.
 """
 
 import shutil
@@ -27,7 +27,7 @@ KEPT: dict[str, Any] = {"schedule": "constant", "eval_every": LEG, "save_every":
 
 @dataclass(frozen=True)
 class Leg:
-    """By whom some steps of a run are done: so many ranks (0: one process alone), on hosts of `local_size`."""
+    """Some steps of a run by a number of ranks (0: one process without torchrun), `local_size` per host."""
 
     size: int
     parallel: str = "auto"
@@ -75,7 +75,7 @@ def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(place: Path) -> Path:
-    """Where the runs of all journeys lie, each by its name, beside `undisturbed-WAY`, done by one process in one go."""
+    """The folder with the runs of all journeys by name, and `undisturbed-WAY`, by one process without interruption."""
     run_on_ranks(0, run_trainings, [config_for(way, f"undisturbed-{way}", 3 * LEG) for way in JOURNEYS])
     for number in range(3):
         for where in sorted({(journey[number].size, journey[number].local_size) for _, journey in ALL}):
@@ -132,7 +132,7 @@ def test_checkpoints_are_byte_identical_for_any_number_of_ranks(way: str, leg: L
 
 @pytest.mark.parametrize("journey", [journey for journey in JOURNEYS["plain"] if journey[2].size > 1], ids=str)
 def test_the_run_folder_of_ranks_equals_that_of_one_process(journey: tuple[Leg, ...], runs: Path) -> None:
-    """The run's model, its last checkpoint, and what is exported of it."""
+    """The run's model, its last checkpoint, and its exported model."""
     left = runs / name_of("plain", journey)
     out = runs / f"alone-{left.name}"
     run_on_ranks(0, rewrite_checkpoint, left, out, "auto")
@@ -163,7 +163,7 @@ def test_the_same_ranks_resume_bitwise_also_with_dropout(leg: Leg, place: Path) 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_only_rank_0_writes(parallel: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the run folder nor, on its host, what is kept of the text's tokens, does another one touch a file."""
+    """Other ranks write neither in the run folder nor in the token cache of their host."""
     monkeypatch.setenv("GPT2_HOME", str(place / f"home-{parallel}"))
     given = config_for("plain", "written", LEG, parallel=parallel, out_dir=str(place / f"written-{parallel}"))
     written = run_on_ranks(3, record_writes, given, [given.out_dir, str(place / f"home-{parallel}")])

@@ -1,4 +1,4 @@
-"""Who a process is among the ranks of its run, and what they say to each other: what needs no second process."""
+"""Ranks, process groups and their collectives."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -74,7 +74,7 @@ def test_a_missing_rank_variable_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "result"),
     [
         ({"RANK": "-1"}, "are -1, 4, 0, 2: each must be a number"),
         ({"WORLD_SIZE": "four"}, "are 0, four, 0, 2: each must be a number"),
@@ -84,10 +84,10 @@ def test_a_missing_rank_variable_is_reported() -> None:
         ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "are 0, 0, 0, 0, which is not valid"),
     ],
 )
-def test_invalid_ranks_are_reported(given: dict[str, str], told: str) -> None:
+def test_invalid_ranks_are_reported(given: dict[str, str], result: str) -> None:
     with pytest.raises(UserError) as raised:
         _from_environment(TORCHRUN | given)
-    assert str(raised.value).startswith(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE {told}")
+    assert str(raised.value).startswith(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE {result}")
 
 
 def test_process_group_without_torchrun_is_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,15 +186,15 @@ def test_torch_errors_become_one_line() -> None:
     long = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by\n peer [10.0.0.1]:12. ")
     assert _first_sentence(long) == "Connection closed by peer [10.0.0.1]:12"
     assert len(_first_sentence(RuntimeError("word " * 100))) <= 160
-    told = _lost_ranks_message(SOMEONE, long)
-    assert told.startswith("rank 1 on ")
-    assert "lost the other ranks, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in told
-    assert told.endswith("with --resume auto the run continues from its last checkpoint")
-    assert RankFailure(told).exit_code == 75
+    result = _lost_ranks_message(SOMEONE, long)
+    assert result.startswith("rank 1 on ")
+    assert "lost the other ranks, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in result
+    assert result.endswith("with --resume auto the run continues from its last checkpoint")
+    assert RankFailure(result).exit_code == 75
 
 
 def talk(ranks: ProcessGroup) -> dict[str, Any]:
-    """On each rank: what they say to each other."""
+    """On each rank: call all collectives."""
     made: list[int] = []
     found: dict[str, Any] = {
         "who": (ranks.rank, ranks.is_main_process, ranks.is_single_process),
@@ -236,16 +236,16 @@ def differing(ranks: ProcessGroup, facts: dict[str, Any]) -> str:
 
 
 def test_collectives_of_three_ranks() -> None:
-    """These three are processes, and gloo is between them."""
-    told = run_on_ranks(3, talk)
-    for rank, each in enumerate(told):
+    """Three real processes with gloo."""
+    result = run_on_ranks(3, talk)
+    for rank, each in enumerate(result):
         assert each["who"] == (rank, rank == 0, False)
         assert each["gathered"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert (each["first"], each["made"]) == ("made by 0", int(rank == 0))
         assert each["sum"] == pytest.approx([0.3, 3.0])
         assert each["any"] == [False, True, True]
         assert each["tensor"] == [3.0, 3.0]
-    errors = [each["errors"] for each in told]
+    errors = [each["errors"] for each in result]
     for number, teller in ((0, 1), (1, 0), (2, 0), (3, 0), (4, 0)):
         assert [each[number].split(":")[0] for each in errors] == [
             "UserError" if rank == teller else "ReportedByOtherRank" for rank in range(3)
@@ -260,7 +260,7 @@ def test_collectives_of_three_ranks() -> None:
 
 
 def fail(ranks: ProcessGroup) -> None:
-    """On each rank: one of them has a bug."""
+    """On each rank: one raises."""
     if ranks.rank == 1:
         raise ZeroDivisionError("one of us")
     ranks.barrier()

@@ -1,4 +1,4 @@
-"""What goes wrong under torchrun is told in one line, by one rank, that names the thing; and nothing is left behind."""
+"""Errors under torchrun: one line, from one rank, that names the cause; and nothing is left behind."""
 
 import json
 import re
@@ -35,18 +35,18 @@ ALONE = {"environment": NO_RANK_ENVIRONMENT}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the ranks work, with something to learn from."""
+    """The working folder of the ranks, with training data."""
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
     return tmp_path
 
 
 def environment(**given: Any) -> dict[int, Any]:
-    """The same for both ranks."""
+    """The same environment for both ranks."""
     return {rank: {"environment": given} for rank in (0, 1)}
 
 
 def assert_refused(ended: ExitResults, line: str, folder: Path, *, by: int = 0) -> None:
-    """One line in all, which matches `line`, from one rank; and no run folder, whole or half."""
+    """Check for exactly one line, which matches `line`, from one rank; and no run folder."""
     assert ended.codes == [2] * len(ended.codes), ended.err
     assert len(ended.messages) == 1, ended.err
     assert re.fullmatch(line, ended.messages[0])
@@ -95,7 +95,7 @@ def test_parallel_without_torchrun_says_how_to_start(fork_server: RankForkServer
 
 @pytest.fixture
 def elsewhere(folder: Path) -> Path:
-    """Where another rank works: a folder beside that of rank 0."""
+    """Another working folder for a rank."""
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     return elsewhere
@@ -206,7 +206,7 @@ def test_a_bug_on_one_rank_has_one_traceback_and_ends_all(
 
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_non_finite_loss_is_diagnosed_by_rank_0_only(fork_server: RankForkServer, folder: Path, kind: str) -> None:
-    """The one line, and the batch and the numbers in the dump, are those of a run of one process."""
+    """The line, the batch and the numbers in the dump equal those of one process."""
     one = fork_server.run([*TRAIN, "--name", "alone"], folder, size=1, overrides={0: {"change": "spoilt", **ALONE}})
     both = {rank: {"change": "spoilt"} for rank in (0, 1)}
     two = fork_server.run([*TRAIN, "--parallel", kind, "--micro-batch-size", "3"], folder, overrides=both)
@@ -233,13 +233,13 @@ def test_outlier_batches_are_skipped_as_by_one_process(fork_server: RankForkServ
     left_out = [[record["step"] for record in each if record.get("skipped")] for each in records]
     assert left_out[0] == left_out[1]
     assert len(left_out[0]) > 2
-    told = [[line for line in err.splitlines() if "left out" in line] for err in (one.err[0], *two.err)]
-    assert told[0] == told[1]
-    assert told[2] == []
+    result = [[line for line in err.splitlines() if "left out" in line] for err in (one.err[0], *two.err)]
+    assert result[0] == result[1]
+    assert result[2] == []
 
 
 def a_rank(**given: int) -> ProcessGroup:
-    """Rank 1 of two on this host; nothing of a process group is asked of it."""
+    """Rank 1 of two on this host, without a real process group."""
     return ProcessGroup(rank=1, world_size=2, local_rank=1, local_world_size=2, control_group=object(), **given)  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""Ranks that are killed, hang, or are asked to stop: the run goes on, and ends as the one that nobody disturbed."""
+"""Ranks that are killed, hang, or are stopped: the run resumes and equals an uninterrupted one."""
 
 import importlib
 import os
@@ -37,7 +37,7 @@ def soak(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 
 @pytest.fixture(scope="module")
 def undisturbed(soak: Any, fork_server: RankForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The home of a run that two ranks have done with DDP."""
+    """The folder of an uninterrupted run by two ranks with DDP."""
     home = soak.TorchrunWorkspace(tmp_path_factory.mktemp("whole") / "home")
     ended = fork_server.run([*soak.TRAIN, "--parallel", "ddp"], home.folder)
     assert ended.codes == [0, 0], ended.err
@@ -52,16 +52,16 @@ def until_it_goes_on(soak: Any, home: Any, torchrun: subprocess.Popen[bytes] | N
 
 
 class Living:
-    """A process for `wait_until` that is known to live."""
+    """A process for `wait_until` that never ends."""
 
     def poll(self) -> None:
         return None
 
 
 def lines(home: Any) -> list[str]:
-    """What gpt2 has said under torchrun."""
-    said = (home.folder / "said.txt").read_text(errors="replace").splitlines()
-    return [line.removeprefix("gpt2: ") for line in said if line.startswith("gpt2: ")]
+    """The lines of gpt2 under torchrun."""
+    output = (home.folder / "said.txt").read_text(errors="replace").splitlines()
+    return [line.removeprefix("gpt2: ") for line in output if line.startswith("gpt2: ")]
 
 
 def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbed: Any, tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_a_hanging_rank_is_detected_within_the_timeout(soak: Any, fork_server: R
 
 
 def is_over(pid: int) -> bool:
-    """Has a process ended, whether or not it was waited for?"""
+    """Return whether a process has ended."""
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def stopped_at(ended: ExitResults, why: str) -> int:
-    """The step after which rank 0, and no other, says that all was stopped and saved."""
+    """The step after which rank 0, and no other rank, reports that the run was stopped and saved."""
     (line,) = ended.messages
     assert ended.err[0].endswith(f"gpt2: {line}\n")
     assert line.startswith(f"stopped by {why} after step ")
@@ -152,7 +152,7 @@ def test_a_run_stopped_in_every_way_equals_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_a_terminal_that_interrupts_twice_interrupts_once(soak: Any, tmp_path: Path) -> None:
-    """Ctrl-C goes to torchrun and to the ranks, and torchrun passes it on to them."""
+    """Ctrl-C goes to torchrun and to the ranks, and torchrun passes it on to the ranks again."""
     home = soak.TorchrunWorkspace(tmp_path / "home")
     torchrun = home.start_ranks("--parallel", "fsdp")
     try:

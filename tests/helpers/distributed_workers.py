@@ -91,7 +91,7 @@ def run_finetune(ranks: ProcessGroup, arguments: Sequence[str]) -> None:
 
 
 def record_writes(ranks: ProcessGroup, config: TrainConfig, folders: Sequence[str]) -> list[str]:
-    """Train with the config; returns the paths that this process wrote, created, renamed or removed in these folders."""
+    """Train; returns the paths that this process wrote, created, renamed or removed in these folders."""
     seen: list[str] = []
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:

@@ -38,7 +38,7 @@ class RankForkServer:
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._output_prefix = folder / "said"
+        self._output_prefix = folder / "rank"
         self.pids: list[int] = []
 
     def start(
@@ -61,7 +61,7 @@ class RankForkServer:
             environment = {**there, "RANK": number, "LOCAL_RANK": number, **own.get("environment", {})}
             words = {name: str(value) for name, value in environment.items()}
             rank = {"argv": list(argv), "change": "", **own, "environment": words}
-            ranks.append({"folder": str(folder), **rank, "said": f"{self._output_prefix}-{number}"})
+            ranks.append({"folder": str(folder), **rank, "output_prefix": f"{self._output_prefix}-{number}"})
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"ranks": ranks}) + "\n")
         self._process.stdin.flush()

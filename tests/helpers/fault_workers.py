@@ -1,8 +1,8 @@
 """A fork server for ranks: one process that has imported torch, and forks the ranks of a run on request.
 
-Each rank has the environment and command line that torchrun would give it, but starts without importing torch. Standard
-input has one JSON object per line: {"ranks": [{"argv", "environment", "folder", "said", "change"}]}. Standard output
-has the process ids, and when all ranks have exited, their exit codes; -n after signal n.
+Each rank has the environment and command line that torchrun would give it, but starts without importing torch.
+Standard input has one JSON object per line: {"ranks": [{"argv", "environment", "folder", "output_prefix", "change"}]}.
+Standard output has the process ids, and when all ranks have exited, their exit codes; -n after signal n.
 """
 
 import json
@@ -35,10 +35,12 @@ def serve_forks() -> list[str]:
     sys.exit()
 
 
-def become_rank(argv: list[str], environment: dict[str, str], folder: str, said: str, change: str) -> list[str]:
+def become_rank(
+    argv: list[str], environment: dict[str, str], folder: str, output_prefix: str, change: str
+) -> list[str]:
     """Make this process a rank: set its environment, folder, output files and change."""
-    out = os.open(f"{said}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    err = os.open(f"{said}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    out = os.open(f"{output_prefix}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    err = os.open(f"{output_prefix}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, err)):
         os.dup2(file, number)
     os.environ.update(environment)

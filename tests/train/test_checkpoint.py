@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever happens while they are written."""
+"""Checkpoints: atomic, whatever happens while they are written."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_background_writer_equals_plain_save_and_restores_all_state(tmp_path: Pa
 
 @pytest.fixture
 def held_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing in the thread begins only when this is set."""
+    """The thread starts writing when this is set."""
     go, write = threading.Event(), gpt2.train.checkpoint.write_checkpoint
     monkeypatch.setattr(gpt2.train.checkpoint, "write_checkpoint", lambda *args: go.wait(20) and write(*args))
     return go
@@ -104,7 +104,7 @@ def test_a_save_blocks_training_for_less_than_the_write_takes(tmp_path: Path) ->
 
 
 def save_and_ask(run: Path, learner: TinyTrainer, asked_by: str) -> None:
-    """Save as step 2, and do what should raise what went wrong."""
+    """Save step 2, and call what should raise the error."""
     with CheckpointWriter(run, learner.artifact, keep=1) as writer:
         writer.save(2, learner.model, learner.optimizers)
         end = time.monotonic() + 20
@@ -211,12 +211,12 @@ OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
 
 
 class Killed(BaseException):
-    """The process is no more."""
+    """Stands for the end of the process."""
 
 
 @contextmanager
 def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """Within, operation `number` on files, counted from 1, and all later ones fail. Yields a count of the calls."""
+    """Inside, file operation `number`, counted from 1, and all later ones fail. Yields the count of calls."""
     calls = 0
 
     def deadly(operation: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Fine-tuning: a model that exists learns a text, or prompts and answers, whole or through adapters."""
+"""Fine-tuning on text or on prompts and answers, with all weights or with LoRA."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ DOUBLES = [{"prompt": f"double {i}", "answer": str(2 * i)} for i in range(60)]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned a little of numbers; it speaks bytes."""
+    """A byte-level model, trained briefly on numbers."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "numbers.txt").write_text(NUMBERS_TEXT)
     shape: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 48}
@@ -53,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tuning(base: Path, tmp_path: Path) -> TrainConfig:
-    """A run of a second or so on prompts and answers."""
+    """A run of about a second on prompts and answers."""
     (tmp_path / "doubles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOUBLES))
     given: dict[str, Any] = {
         "data": str(tmp_path / "doubles.jsonl"),
@@ -74,8 +74,8 @@ def test_loss_is_computed_on_answers_only(tuning: TrainConfig) -> None:
     batch = run.loader.batch(0)
     assert batch.documents is not None
     ids = batch.targets[batch.targets != IGNORE_INDEX].tolist()
-    said = run.data.tokenizer.decode(ids).split("<|endoftext|>")
-    assert {text.strip() for text in said} - {""} <= {row["answer"] for row in DOUBLES}
+    output = run.data.tokenizer.decode(ids).split("<|endoftext|>")
+    assert {text.strip() for text in output} - {""} <= {row["answer"] for row in DOUBLES}
     everything = setup_run(replace(tuning, mask_prompt=False), Path(tuning.out_dir) / "none").loader.batch(0).targets
     assert "ser: double" in run.data.tokenizer.decode(everything[everything != IGNORE_INDEX].tolist())
 
@@ -163,7 +163,7 @@ def test_frozen_blocks_and_embeddings_stay_as_they_are(tuning: TrainConfig, base
 
 
 def test_the_best_is_kept_and_patience_ends_the_run(tuning: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """At a rate that spoils what was learned, the first validations are the best."""
+    """With a learning rate that is too high, the first validations are the best."""
     config = replace(tuning, lr=0.3, max_steps=60, eval_every=2, save_every=0, patience=3, warmup_steps=12)
     folder = train(config)
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
@@ -256,13 +256,13 @@ def test_the_comparison_equals_evaluating_both_models(tuning: TrainConfig, base:
         assert answer.reference == str(2 * number)
         model, tokenizer = gpt2.load(base)
         assert answer.prompt + answer.before == fixed_seed_sampler(model, tokenizer, answer.prompt, 8)
-    told = found.markdown()
-    assert "| doubles, held out |" in told
-    assert "better |" in told
+    result = found.markdown()
+    assert "| doubles, held out |" in result
+    assert "better |" in result
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "result"),
     [
         ({"freeze": 4}, "--freeze 4 is more than the model's 3 blocks"),
         ({"freeze": 1, "lora_rank": 2}, "--freeze and --lora-rank cannot be combined"),
@@ -278,8 +278,8 @@ def test_the_comparison_equals_evaluating_both_models(tuning: TrainConfig, base:
         ({"data": "nothing.jsonl"}, "nothing.jsonl"),
     ],
 )
-def test_unsupported_combinations_are_one_line_errors(tuning: TrainConfig, given: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_unsupported_combinations_are_one_line_errors(tuning: TrainConfig, given: dict[str, Any], result: str) -> None:
+    with pytest.raises(UserError, match=result) as error:
         train(replace(tuning, **given))
     assert "\n" not in str(error.value)
     assert not (Path(tuning.out_dir) / "tuned").exists()

@@ -57,7 +57,7 @@ def parameter(model: GPT, name: str) -> Tensor:
 
 
 def spoil_one_position(model: GPT, block: int) -> None:
-    """Make the output of a block's `mlp.c_proj` overflow where the odd token stands, with finite weights.
+    """Make the output of a block's `mlp.c_proj` overflow at the odd token, with finite weights.
 
     That token alone has anything in the first channel, which nothing but the embedding writes to. One hidden unit
     of the MLP fires where it stands (there the layer norm gives some 3.9), and is silent elsewhere.
@@ -75,7 +75,7 @@ def spoil_one_position(model: GPT, block: int) -> None:
 
 
 def silent_unit(model: GPT, value: float) -> None:
-    """A hidden unit of the last MLP that always has this value, and that nothing reads."""
+    """Give a hidden unit of the last MLP this constant value; its output weights are zero."""
     parameter(model, "transformer.h.2.mlp.c_fc.bias")[0] = value
     parameter(model, "transformer.h.2.mlp.c_proj.weight")[:, 0] = 0
 
@@ -108,7 +108,7 @@ def test_an_output_that_overflows_is_found_with_its_row_and_place(
 
 
 def test_overflow_between_submodules_is_attributed_to_the_module(model: GPT, inputs: StepInputs) -> None:
-    """Queries and keys are finite, their products are not; every row has them."""
+    """Queries and keys are finite, their products are not, in every row."""
     parameter(model, "transformer.h.1.attn.c_attn.weight")[:32] *= 1e22
     origin = find_non_finite_origin(model, inputs)
     assert (origin.kind, origin.name, origin.value) == ("output", "transformer.h.1.attn", "nan")
@@ -149,7 +149,7 @@ def test_a_gradient_that_overflows_in_a_module_is_found(
 
 
 def test_an_overflowing_parameter_gradient_is_found(model: GPT, inputs: StepInputs) -> None:
-    """Its input is huge and its gradient from above is not small; what it passes on is finite."""
+    """Its input and its output gradient are large; its input gradient is finite."""
     silent_unit(model, 1e18)
     parameter(model, "transformer.ln_f.weight").fill_(1e26)
     origin = find_non_finite_origin(model, inputs)
@@ -173,7 +173,7 @@ def test_nothing_is_found_in_a_sound_step(model: GPT, inputs: StepInputs) -> Non
 
 
 def test_what_bfloat16_alone_cannot_hold_is_told_from_what_no_dtype_can(model: GPT, inputs: StepInputs) -> None:
-    """A weight that rounds up to infinity in bfloat16, read with a tiny factor and led nowhere."""
+    """A weight that rounds to infinity in bfloat16, with a tiny input and an unused output."""
     parameter(model, "transformer.h.1.ln_2.weight").zero_()
     parameter(model, "transformer.h.1.ln_2.bias").fill_(1e-32)
     parameter(model, "transformer.h.1.mlp.c_fc.weight")[0] = 3.4e38
@@ -296,12 +296,13 @@ def test_the_message_and_the_dump_name_the_origin(model: GPT, inputs: StepInputs
     weights, _ = gpt2.load(folder)  # a model folder like any other
     assert torch.equal(weights.transformer.wte.weight, model.transformer.wte.weight)
 
-    told = replay_dump(folder)
-    assert "the loss is nan, as before" in told
+    result = replay_dump(folder)
+    assert "the loss is nan, as before" in result
     assert (
-        "origin: the output of transformer.h.1.mlp.c_proj is inf, of inputs up to 1.9e+10 (row 5 of the batch: " in told
+        "origin: the output of transformer.h.1.mlp.c_proj is inf, of inputs up to 1.9e+10 (row 5 of the batch: "
+        in result
     )
-    assert "non-finite gradients: transformer.wte.weight" in told
+    assert "non-finite gradients: transformer.wte.weight" in result
 
 
 def test_bad_weights_survive_the_dump(model: GPT, inputs: StepInputs, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged, and goes on: as the one that never was, and nothing lost."""
+"""A run that was stopped, killed or damaged resumes as if it had not been interrupted."""
 
 import os
 import signal
@@ -115,7 +115,7 @@ def test_broken_metrics_and_samples_do_not_stop_a_resumed_run(
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -> None:
-    """In a process of its own, through the real command, with the real signal."""
+    """With the real command and signal, in another process."""
     whole = train(replace(tiny, name="whole", max_steps=30))
     config = replace(tiny, name="cut")
     toml = tmp_path / "cut.toml"
@@ -127,10 +127,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert f"go on with: gpt2 train --resume {config.out_dir}/cut" in said
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"resume with: gpt2 train --resume {config.out_dir}/cut" in output
+    assert "Traceback" not in output
     done = len(read_metrics(metrics))
     assert 3 <= done < 30
     again = subprocess.run([*command, "--resume", f"{config.out_dir}/cut"], capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""The run folder: one run's, one process's, and as it was before when something goes wrong."""
+"""The run folder: locked by one process, and unchanged when something fails."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_home_is_written_out(tiny: TrainConfig, tmp_path: Path, monkeypatch: pyt
 
 
 def test_only_one_of_several_simultaneous_starts_succeeds(tiny: TrainConfig) -> None:
-    ready, said, won = threading.Barrier(8), [], []
+    ready, output, won = threading.Barrier(8), [], []
     over = threading.Barrier(8)
 
     def start() -> None:
@@ -55,7 +55,7 @@ def test_only_one_of_several_simultaneous_starts_succeeds(tiny: TrainConfig) -> 
                 finally:
                     over.wait(20)
         except UserError as error:
-            said.append(str(error))
+            output.append(str(error))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
@@ -63,7 +63,7 @@ def test_only_one_of_several_simultaneous_starts_succeeds(tiny: TrainConfig) -> 
     for thread in threads:
         thread.join(30)
     assert len(won) == 1
-    assert said == [f"{won[0].path} exists: --resume auto resumes it, another --name starts a new run"] * 7
+    assert output == [f"{won[0].path} exists: --resume auto resumes it, another --name starts a new run"] * 7
     assert [p.name for p in won[0].path.parent.iterdir()] == ["tiny"]
 
 
@@ -76,7 +76,7 @@ def test_a_locked_run_is_a_one_line_error(tiny: TrainConfig) -> None:
         assert (
             str(error.value) == f"{first.path} is in use by process {os.getpid()}: wait until it has ended, or stop it"
         )
-    (first.path / ".lock").write_text("process 1")  # left by a kill: nobody holds it
+    (first.path / ".lock").write_text("process 1")  # left by a killed process: not locked
     with RunFolder(again), pytest.raises(UserError, match="is in use"), RunFolder(again):
         pass
     with RunFolder(again):
@@ -137,7 +137,7 @@ def test_a_start_that_failed_leaves_the_name_free_unless_there_is_something_to_k
     write_config(run, tiny)
     with pytest.raises(ZeroDivisionError), RunFolder(replace(tiny, resume="auto")):
         raise ZeroDivisionError
-    assert run.exists()  # what was there before is never taken away
+    assert run.exists()  # an existing folder is never removed
 
 
 def test_leftovers_of_killed_processes_are_removed_on_resume(tiny: TrainConfig) -> None:
@@ -152,7 +152,7 @@ def test_leftovers_of_killed_processes_are_removed_on_resume(tiny: TrainConfig) 
     again = replace(tiny, resume="auto")
     with pytest.raises(UserError, match="was started with"):
         RunFolder(replace(again, seed=2))
-    assert (run / "metrics.tmp").exists()  # nothing is touched before the run is known to go on
+    assert (run / "metrics.tmp").exists()  # nothing is changed before the checks have passed
     with RunFolder(again) as folder:
         folder.initialize(again, None)
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "notes.txt"]
@@ -175,7 +175,9 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(tiny: TrainConfig, m
 @pytest.mark.parametrize("after", [b"", b"-", b"--- step 2", b"--- step 20\nnew\n\n", b"--- step 4\nas if old\n\n"])
 def test_samples_are_cut_back_to_the_byte(tmp_path: Path, after: bytes) -> None:
     path = tmp_path / "samples.txt"
-    saved = b"--- step 10\nline\r\nline\r--- step 99\n--- step 99\r\n\xf0\x9f\x99\x82\n\n"  # a sample may say anything
+    saved = (
+        b"--- step 10\nline\r\nline\r--- step 99\n--- step 99\r\n\xf0\x9f\x99\x82\n\n"  # a sample may contain anything
+    )
     path.write_bytes(saved + after)
     truncate_samples(path, 10, len(saved))
     assert path.read_bytes() == saved
@@ -191,7 +193,7 @@ def test_samples_of_unknown_length_are_cut_by_their_headers(tmp_path: Path) -> N
     truncate_samples(tmp_path / "none.txt", 5)
 
 
-# The data, and what else makes a run this run.
+# The data and the settings that must not change.
 
 
 def test_the_fingerprint_follows_the_tokens_and_not_the_place(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -262,17 +264,17 @@ def test_resuming_with_other_data_is_an_error_and_changes_nothing(tiny: TrainCon
 
 
 def test_a_second_training_of_the_same_run_is_refused(tiny: TrainConfig) -> None:
-    said: list[str] = []
+    output: list[str] = []
 
     def second(*args: object) -> str:
         for again in (tiny, replace(tiny, resume="auto")):
             with pytest.raises(UserError) as error:
                 train(again, no_sample)
-            said.append(str(error.value))
+            output.append(str(error.value))
         return "a sample"
 
     run = train(tiny, second)
-    assert said == [
+    assert output == [
         f"{run} exists: --resume auto resumes it, another --name starts a new run",
         f"{run} is in use by process {os.getpid()}: wait until it has ended, or stop it",
     ]
@@ -280,7 +282,7 @@ def test_a_second_training_of_the_same_run_is_refused(tiny: TrainConfig) -> None
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_as_it_began(tiny: TrainConfig) -> None:
-    """Also where the first start measured what dtype is faster, and the second finds it in the config."""
+    """Also where the first start measures the faster dtype, and the second reads it from the config."""
     whole = train(replace(tiny, dtype="auto"), no_sample)
     again = whole.with_name("again")
     again.mkdir()

@@ -1,4 +1,4 @@
-"""Disks and folders that will not take a run: one line each, and nothing is lost."""
+"""Full disks and unwritable folders: one-line errors, and nothing is lost."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The loop around the updates: time budgets, outliers left out, trackers, batch sizes found, batches read ahead."""
+"""The training loop: time limits, outlier batches, trackers, automatic batch size, prefetching."""
 
 import math
 import signal
@@ -24,7 +24,7 @@ from tests.helpers.cli_helpers import run_cli
 
 @pytest.fixture
 def tiny(tiny: TrainConfig) -> TrainConfig:
-    """A run of a second, without dropout, validation, samples or checkpoints on the way."""
+    """A run of a second, without dropout, and without validation, samples or checkpoints before its end."""
     small = replace(tiny, n_layer=1, n_embd=16, block_size=16, dropout=0.0, batch_size=4)
     return replace(small, max_steps=60, eval_every=0, save_every=0)
 
@@ -75,7 +75,7 @@ def test_the_exit_code_for_a_time_limit(tiny: TrainConfig, capsys: pytest.Captur
 def test_outlier_batches_are_skipped_also_by_a_resumed_run(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two batches of noise, among batches that are all alike."""
+    """Two batches of noise among identical batches."""
     plain = TokenLoader.rows
 
     def rows(self: TokenLoader, step: int, start: int, stop: int) -> Batch:
@@ -133,11 +133,11 @@ def test_a_batch_size_that_fits_is_found_and_kept(tiny: TrainConfig, monkeypatch
     monkeypatch.setattr("gpt2.planning.plan.MAX_AUTO_BATCH_TOKENS", 512)
     folder = train(replace(tiny, batch_size=AUTO_BATCH_SIZE, max_steps=5))
     found = read_toml(folder / "config.toml").batch_size
-    assert found == 512 // tiny.block_size  # there is memory for so much
+    assert found == 512 // tiny.block_size  # there is enough memory for it
     assert read_metrics(folder / "metrics.jsonl")[0]["tokens"] == 512
     train(
         config_for_resume(folder, {"batch_size": AUTO_BATCH_SIZE, "max_steps": 6})
-    )  # auto again: what was found stays
+    )  # auto again: the size found is kept
     assert read_toml(folder / "config.toml").batch_size == found
 
 
@@ -202,7 +202,7 @@ def test_invalid_settings_are_one_line_errors(
 ) -> None:
     folder = train(replace(tiny, max_steps=5))
     capsys.readouterr()
-    for arguments, said in (
+    for arguments, output in (
         (("train", "gpt2-124m"), "--data is missing"),
         (("train", "--init-from", str(folder), "--n-layer", "3"), "--init-from keeps that model's own shape"),
         (("train", "--n-layer", "100000000"), "more than any machine can hold"),
@@ -213,7 +213,7 @@ def test_invalid_settings_are_one_line_errors(
     ):
         code, _, err = run_cli(capsys, *arguments, "--out-dir", str(tmp_path / "none"))
         assert (code, err.count("\n")) == (2, 1), err
-        assert said in err
+        assert output in err
     assert not (tmp_path / "none").exists()
 
 
@@ -226,7 +226,7 @@ def test_the_first_step_s_rate_is_not_zero_and_seconds_add_up(tiny: TrainConfig)
         assert all(part >= 0 for part in parts)
         assert sum(parts) <= line["seconds"] + 1e-6
         assert math.isfinite(line["tokens_per_second"])
-    assert sum(line["save_seconds"] > 0 for line in lines) == 5  # the sixth save is after the last line
+    assert sum(line["save_seconds"] > 0 for line in lines) == 5  # the sixth save comes after the last line
 
 
 def test_setting_up_writes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training: equal to a plain loop, exact when cut up, and leaving a folder that tells its story."""
+"""Training: equal to a plain loop, with gradient accumulation too, and with a complete run folder."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def test_ten_steps_equal_a_plain_transformers_loop(tiny: TrainConfig, optimizer:
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_gradient_accumulation_equals_the_whole_batch(tiny: TrainConfig, micro: int) -> None:
-    """With uneven numbers of counted targets in the parts, which a mean of means would get wrong."""
+    """With different numbers of targets per micro-batch: a mean of means would be wrong."""
     config = replace(tiny, dropout=0.0)
     (batch,) = random_batches(1, (8, 32), 257)
     batch.targets[0] = IGNORE_INDEX
