@@ -1,8 +1,9 @@
 """From a task's file to what is scored."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from gpt2.errors import UserError
@@ -50,7 +51,7 @@ def prepare(
     """The passes of a task over its first `limit` rows; None for all. Raises UserError for what is wrong with a row."""
     if task.kind in ("choices", "completion", "lambada"):
         assert callable(task.read)
-        rows = [task.read(row) for row in _rows(task, file)[:limit]]
+        rows = [task.read(row) for row in islice(_rows(task, file), limit)]
         if not rows:
             raise UserError(f"there are no rows in {file.where}")
         if task.kind == "lambada":
@@ -83,16 +84,16 @@ def _wikitext(
     return parts
 
 
-def _rows(task: Task, file: TaskFile) -> list[Row]:
+def _rows(task: Task, file: TaskFile) -> Iterable[Row]:
     content, where = file.content, file.where
     if task.name.startswith("cbt") and not (is_parquet(content) or content.lstrip()[:1] in (b"{", b"[")):
         return _cbt_rows(text_of(content, where), where)
     if task.name == "lambada-original" and not (is_parquet(content) or content.lstrip()[:2] == b'{"'):
         lines = text_of(content, where).split("\n")
         return [(f"{where} line {i}", {"text": line}) for i, line in enumerate(lines, 1) if line.strip()]
-    rows = list(rows_of(content, where))
     if file.labels is None:
-        return rows
+        return rows_of(content, where)
+    rows = list(rows_of(content, where))
     labels = text_of(file.labels, f"the labels in {where}").split()
     if len(labels) != len(rows):
         raise UserError(f"{where} has {len(rows)} rows and {len(labels)} labels")
@@ -141,7 +142,7 @@ def prepare_task_file(
     content: bytes, where: str, tokenizer: Tokenizer, config: GPTConfig, limit: int | None
 ) -> list[Part]:
     """Any file of rows {query, choices, gold} or {context_options, continuation, gold}."""
-    rows = [formats.generic(row) for row in list(rows_of(content, where))[:limit]]
+    rows = [formats.generic(row) for row in islice(rows_of(content, where), limit)]
     if not rows:
         raise UserError(f"there are no rows in {where}")
     normalized = not any(len(set(row.contexts)) > 1 for row in rows)
