@@ -74,7 +74,8 @@ def test_a_task_of_the_harness_through_the_command(
     (tmp_path / "mine.yaml").write_text(
         "task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
         f"dataset_kwargs:\n  data_files:\n    test: {rows}\n"
-        "doc_to_text: '{{q}}'\ndoc_to_choice: c\ndoc_to_target: g\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+        "doc_to_text: '{{q}}'\ndoc_to_choice: c\ndoc_to_target: g\n"
+        "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: manager)

@@ -104,7 +104,8 @@ class HarnessModel(LM):
         sampling = {"temperature": temperature, "top_p": float(settings.get("top_p") or 1.0)}
         ends = [end for end in until if end]
         made: Any = self.model
-        return generate(made, self.words, kept, max_new_tokens=count, stop=ends, seed=0, **sampling)[0]
+        (text,) = generate(made, self.words, kept, max_new_tokens=count, stop=ends, seed=0, **sampling)
+        return text[len(kept) :]
 
 
 def run_harness(

@@ -23,6 +23,8 @@ from gpt2.model import GPT, GPTConfig
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # positions in a batch, padding included
 HEAD_ROWS = {"cpu": 512, "cuda": 4096}  # positions whose logits are held at a time
 CACHE_ELEMENTS = 2**21  # of those, what a CPU works on at once, so that it stays in the cache
+FULL_TOKENS = {"cpu": 512, "cuda": 8192}  # a batch that has so many may end, rather than take much shorter rows
+MOST_PADDING = 0.1
 SHUFFLE_SEED = 20190214  # batches are visited in a fixed random order, so that a running score is representative
 
 
@@ -100,7 +102,8 @@ def score(
     share = share or Share()
     kind = model.device.type
     trees = [build_tree(group) for group in groups]
-    batches = _batches([len(tree) for tree in trees], batch_tokens or BATCH_TOKENS.get(kind, 8192))
+    budget = batch_tokens or BATCH_TOKENS.get(kind, 8192)
+    batches = _batches([len(tree) for tree in trees], budget, min(budget, FULL_TOKENS.get(kind, 2048)))
     rows = HEAD_ROWS.get(kind, 1024)
     for batch in batches[share.rank :: share.size]:
         with torch.inference_mode(), evaluating(model):
@@ -110,12 +113,19 @@ def score(
         yield list(zip(batch, found, strict=True))
 
 
-def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of groups, about equal lengths together, at most `budget` positions or one group in a batch."""
+def _batches(lengths: Sequence[int], budget: int, full: int) -> list[list[int]]:
+    """Indices of groups, about equal lengths together, at most `budget` positions or one group in a batch.
+
+    full: a batch of so many positions takes no row that is mostly shorter: padding costs more than another batch.
+    """
     batches: list[list[int]] = []
+    width = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+        size = len(batches[-1]) if batches else 0
+        shorter = lengths[i] < (1 - MOST_PADDING) * width and size * width >= full
+        if not batches or (size + 1) * width > budget or shorter:
             batches.append([])
+            width = lengths[i]
         batches[-1].append(i)
     random.Random(SHUFFLE_SEED).shuffle(batches)
     return batches
