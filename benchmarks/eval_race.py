@@ -65,7 +65,7 @@ def our_run(task: str, rows: list[Any], model: GPT, tokenizer: Tokenizer) -> dic
 
 def harness_requests(task: str, rows: list[Any]) -> list[Any]:
     """What the harness's task of this name asks of a model: `Instance`s, of which its models read `args`."""
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     if task == "wikitext2-harness":
         return [Instance("loglikelihood_rolling", {}, (text.scored,), i) for i, text in enumerate(rows)]
@@ -86,6 +86,7 @@ def race(task: str, args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, 
     ask: Callable[..., Any] = hf.loglikelihood_rolling if task == "wikitext2-harness" else hf.loglikelihood
     found: dict[str, Any] = {"rows": len(rows), "requests": len(requests)}
     found |= {name: [] for name in ("ours", "harness", "ours_cpu", "harness_cpu")}
+    metrics, theirs = {}, []
     for _ in range(args.turns):
         start, cpu = time.perf_counter(), time.process_time()
         metrics = our_run(task, rows, model, tokenizer)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(FILES))
     parser.add_argument("--name", default="eval_race", help="of the file in results/")
     args = parser.parse_args()
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=args.n_layer, n_embd=args.n_embd)).eval()

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.slow
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     return [Instance(kind, {}, one, i, metadata=("task", i // 2, 1)) for i, one in enumerate(arguments)]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
 def both(model: GPT, words: BPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     from gpt2.evaluation.harness import HarnessModel
 
@@ -64,7 +64,7 @@ def test_generate_until(both: tuple[Any, Any]) -> None:
 def test_a_task_of_the_harness_through_the_command(
     model: GPT, words: BPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lm_eval.tasks
+    import lm_eval.tasks  # pyright: ignore[reportMissingImports]
 
     from gpt2.evaluation.harness import run_harness
 

@@ -56,16 +56,16 @@ def _trained() -> tuple[GPT, Any]:
 
 def run_harness(folder: Path, task: str, rows: Path) -> dict[str, Any]:
     """The harness's own task, its data aside, on its hf model: results and samples."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     file, split = HARNESS_NAMES[task]
     name = f"local_{task.replace('-', '_')}"
     home = rows.parent / name
     home.mkdir()
     (home / f"{name}.yaml").write_text(
-        f"include: {Path(lm_eval.__file__).parent / 'tasks' / file}\n"
+        f"include: {Path(str(lm_eval.__file__)).parent / 'tasks' / file}\n"
         f"task: {name}\ndataset_path: json\ndataset_name: null\ntag: null\ntraining_split: null\n"
         f"validation_split: {'null' if split == 'test' else split}\n"
         f"test_split: {split if split == 'test' else 'null'}\n"

@@ -21,7 +21,7 @@ from gpt2.evaluation.scorer import LanguageModel
 from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS
 from gpt2.files import path_of
-from gpt2.runtime import pick_device
+from gpt2.runtime import manage_freed_memory, pick_device
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.ranks import Ranks, joined
 
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
         with ranks.together():
             device = pick_device(args.device)
         ranks.take(device)
+        if device.type == "cpu":
+            manage_freed_memory(keep=True)
         reports, complete = _evaluate(args, chosen, ranks)
         if ranks.main:
             _show(args, reports)
@@ -111,7 +113,13 @@ def _evaluate(args: Namespace, chosen: _Chosen, ranks: Ranks) -> tuple[list[Mode
                 raise UserError(f"{name} has no tokenizer: text needs one")
         report = ModelReport(name, openai_size(model.config))
         reports.append(report)
-        if not _run(args, chosen, ranks, model, tokenizer, report):
+        try:
+            done = _run(args, chosen, ranks, model, tokenizer, report)
+        except KeyboardInterrupt:  # between two tasks, or while data was read: what is known is shown
+            if not ranks.alone:
+                raise
+            done = False
+        if not done:
             return reports, False
     return reports, True
 
@@ -131,7 +139,8 @@ def _run(
         except UserError as error:
             if not chosen.by_default:
                 raise
-            print(f"gpt2: {name} is left out: {error}", file=sys.stderr)
+            if ranks.main:
+                print(f"gpt2: {name} is left out: {error}", file=sys.stderr)
             continue
         if not parts:
             continue
@@ -189,7 +198,9 @@ def _jobs(args: Namespace, chosen: _Chosen, model: LanguageModel, tokenizer: Tok
             return [] if texts is None else prepare_texts(texts, tokenizer, config, stride, limit)
 
         jobs.append(("validation", f"the run's held-out text; {rolling}", own))
-        jobs.append((BUILT_IN, rolling, lambda: prepare_texts(texts_of_source(BUILT_IN), tokenizer, config, stride)))
+        jobs.append(
+            (BUILT_IN, rolling, lambda: prepare_texts(texts_of_source(BUILT_IN), tokenizer, config, stride, limit))
+        )
     return jobs
 
 

@@ -17,9 +17,9 @@ from gpt2.evaluation.tree import Query
 from gpt2.tokenizer import Tokenizer
 
 try:
-    from lm_eval import __version__, simple_evaluate
-    from lm_eval.api.model import LM
-    from lm_eval.api.registry import register_model
+    from lm_eval import __version__, simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 except ImportError:
     raise missing_extra("lm-eval", "eval", "lm-evaluation-harness") from None
 
@@ -101,7 +101,7 @@ class HarnessModel(LM):
         ids = self.words.encode(context)
         kept = context if len(ids) <= size - count else self.words.decode(ids[-(size - count) :])
         temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-        sampling = {"temperature": temperature, "top_p": float(settings.get("top_p") or 1.0)}
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": float(settings.get("top_p") or 1.0)}
         ends = [end for end in until if end]
         made: Any = self.model
         (text,) = generate(made, self.words, kept, max_new_tokens=count, stop=ends, seed=0, **sampling)
@@ -112,7 +112,7 @@ def run_harness(
     names: list[str], model: LanguageModel, tokenizer: Tokenizer, limit: int | None
 ) -> dict[str, TaskResult]:
     """Tasks of the harness by its own names, run through our engine. Raises UserError for one it does not know."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager()
     for name in names:
@@ -147,7 +147,7 @@ def _result(task: str, found: dict[str, Any]) -> TaskResult:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """The harness's own command line, with the model `gpt2-native` known to it."""
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     if arguments is not None:
         sys.argv[1:] = list(arguments)
