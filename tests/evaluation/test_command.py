@@ -101,6 +101,14 @@ def test_a_mistake_is_one_line(
     assert told.count("\n") == 1
 
 
+def test_a_missing_extra_says_which(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt2.evaluation.harness.simple_evaluate", None)
+    assert run(folder, "--lm-eval", "piqa") == 2
+    assert "needs lm-eval, which is not installed: pip install 'gpt2[eval]'" in capsys.readouterr().err
+
+
 def test_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     from gpt2.evaluation.tasks import TASKS
 

@@ -105,6 +105,7 @@ def test_the_order_of_the_rows_changes_nothing() -> None:
         assert a[0].total == pytest.approx(b[0].total, rel=1e-6)
 
 
+@pytest.mark.slow  # compiles the kernel
 def test_a_model_without_tree_attention_gives_the_same() -> None:
     kernel: ctypes.CDLL | None = build.library()
     if kernel is None:

@@ -19,15 +19,14 @@ from gpt2.tokenizer import Tokenizer
 try:
     from lm_eval import __version__, simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
-    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-except ImportError:
-    raise missing_extra("lm-eval", "eval", "lm-evaluation-harness") from None
+except ImportError:  # without the extra this module can be imported, and `_require_harness` says what is missing
+    __version__, simple_evaluate, LM = "", None, object
 
+_Base: Any = LM
 MAX_NEW_TOKENS = 256  # what the harness's hf model writes where a task does not say
 
 
-@register_model("gpt2-native")
-class HarnessModel(LM):
+class HarnessModel(_Base):
     """A `LM` of the harness: loglikelihood, loglikelihood_rolling, generate_until.
 
     model: a loaded model with its tokenizer, or what `gpt2.load` takes.
@@ -108,16 +107,24 @@ class HarnessModel(LM):
         return text[len(kept) :]
 
 
+def _require_harness() -> None:
+    """Raise UserError where lm-evaluation-harness is not installed."""
+    if simple_evaluate is None:
+        raise missing_extra("lm-eval", "eval", "lm-evaluation-harness")
+
+
 def run_harness(
     names: list[str], model: LanguageModel, tokenizer: Tokenizer, limit: int | None
 ) -> dict[str, TaskResult]:
     """Tasks of the harness by its own names, run through our engine. Raises UserError for one it does not know."""
+    _require_harness()
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"lm-evaluation-harness {__version__} has no task '{name}'")
+    assert simple_evaluate is not None
     found: Any = simple_evaluate(
         HarnessModel(model, tokenizer), tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=1000
     )
@@ -147,15 +154,15 @@ def _result(task: str, found: dict[str, Any]) -> TaskResult:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """The harness's own command line, with the model `gpt2-native` known to it."""
+    _require_harness()
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
+    register_model("gpt2-native")(HarnessModel)
     if arguments is not None:
         sys.argv[1:] = list(arguments)
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    # under its own name, so that the class is registered once
-    from gpt2.evaluation import harness
-
-    harness.main()
+    main()
