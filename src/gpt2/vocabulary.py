@@ -129,7 +129,7 @@ def added_tokens_from_config(path: Path) -> list[str]:
 
 
 def extend_vocabulary(vocabulary: Vocabulary, texts: Sequence[str]) -> Vocabulary:
-    """The vocabulary with these texts as added tokens at the end. Raises ConfigError for texts that cannot be tokens."""
+    """The vocabulary with these texts as added tokens at the end. Raises ConfigError for an invalid text."""
     known = {_encode_byte_level(token) for token in vocabulary.tokens} | {
         token.decode() for token in map(vocabulary.tokens.__getitem__, vocabulary.added_ids)
     }

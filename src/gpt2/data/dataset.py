@@ -19,7 +19,7 @@ _HASHED_BLOCKS, _HASHED_BLOCK_BYTES = 16, 1 << 16  # the part of each shard that
 
 
 class Dataset(Protocol):
-    """What training requires of its data: shards of text (`TokenDataset`) or prompts and answers (`InstructDataset`)."""
+    """What training requires of its data: token shards (`TokenDataset`) or prompts and answers (`InstructDataset`)."""
 
     @property
     def name(self) -> str: ...

@@ -155,8 +155,8 @@ def _shards_tokenizer(folder: Path, meta: ShardsMeta | None, requested: str | To
     if requested is not None and not _matches_tokenizer(own, requested):
         other = requested if isinstance(requested, str) else f"the model's {requested.name} ({requested.vocab_size:,})"
         raise DataError(
-            f"the shards in {folder} were made with tokenizer {own.name} ({own.vocab_size:,} tokens), not {other}: leave"
-            " the tokenizer out, or name the text that the shards were made from",
+            f"the shards in {folder} were made with tokenizer {own.name} ({own.vocab_size:,} tokens), not {other}:"
+            " leave the tokenizer out, or name the text that the shards were made from",
             field="tokenizer",
         )
     return own

@@ -48,8 +48,8 @@ def resolve_data(ref: str, columns: str | None = None) -> Shards | Rows | Texts:
 
     ref: a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a pattern such as ``notes/*.txt``. A built-in
         name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, the text files (.txt,
-        .md, .text, .rst) at any depth count, in the order of their paths, or the row files (.jsonl, .csv, .parquet, ...)
-        if there are no text files; hidden files, run folders, model folders and shard folders do not. Each text of a
+        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (.jsonl, .csv, .parquet,
+        ...); hidden files, run folders, model folders and shard folders do not. Each text of a
         row file with a text column is a document.
     columns: which columns of rows to read, such as "text=NAME" or "prompt=NAME,answer=NAME"; None detects them from
         the first row.
@@ -86,14 +86,14 @@ def resolve_texts(ref: str, columns: str | None = None) -> Texts:
         raise DataError(f"{ref} holds token shards, not text")
     if isinstance(data, Rows):
         raise DataError(
-            f"the rows of {ref} are prompts and answers, for `gpt2 finetune`: to use one of their columns as plain text, "
+            f"the rows of {ref} are prompts and answers, for `gpt2 finetune`: to use one column as plain text, "
             "name it with --columns text=NAME"
         )
     return data
 
 
 def _find_files(ref: str) -> tuple[list[Path], list[Path]]:
-    """The row files and the text files that a path or pattern names: one of the two lists is empty, the other is not."""
+    """The row files and the text files that a path or pattern names: exactly one of the two lists is empty."""
     path = expand_path(ref)
     if path.is_dir():
         return _find_folder_files(path)

@@ -92,9 +92,7 @@ class ShardsMeta:
                         raise DataError(f"{path} names {file.name!r}, which is not a file name")
             return cls(raw["source"], TokenizerMeta(**raw["tokenizer"]), splits)
         except (KeyError, TypeError, AttributeError):
-            raise DataError(
-                f"{path} does not describe token shards: move it away to read the shards without it"
-            ) from None
+            raise DataError(f"{path} does not describe token shards: move it away to read them without it") from None
 
     def save(self, folder: Path) -> None:
         """Write `meta.json` atomically."""

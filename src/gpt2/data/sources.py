@@ -128,9 +128,7 @@ def builtin_texts(name: str) -> Texts:
 def holdout_stride(val_fraction: float) -> int:
     """The n of "every n-th document is held out"; 0 for none. Raises ConfigError for a fraction outside 0 to 0.5."""
     if not 0 <= val_fraction <= 0.5:
-        raise ConfigError(
-            f"the validation fraction must be between 0 and 0.5, not {val_fraction:g}", field="val_fraction"
-        )
+        raise ConfigError(f"the validation fraction must be 0 to 0.5, not {val_fraction:g}", field="val_fraction")
     return round(1 / val_fraction) if val_fraction else 0
 
 
