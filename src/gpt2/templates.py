@@ -11,8 +11,8 @@ These are built in. Any other is a Jinja template, as `transformers` keeps it in
 import json
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from contextlib import suppress
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Never

@@ -299,8 +299,8 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if isinstance(ref, str) and ref.split(":")[0] == "bpe":
         raise ConfigError(
-            f"tokenizer '{ref}' must be trained on the data first, by `gpt2 train` or `gpt2 data prepare`: then name the "
-            "folder that holds it",
+            f"tokenizer '{ref}' must be trained on the data first, by `gpt2 train` or `gpt2 data prepare`: then name "
+            "its folder",
             field="tokenizer",
         )
     folder = expand_path(ref)

@@ -48,9 +48,9 @@ def resolve_data(ref: str, columns: str | None = None) -> Shards | Rows | Texts:
 
     ref: a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a pattern such as ``notes/*.txt``. A built-in
         name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, the text files (.txt,
-        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (.jsonl, .csv, .parquet,
-        ...); hidden files, run folders, model folders and shard folders do not. Each text of a
-        row file with a text column is a document.
+        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (see `ROW_SUFFIXES`);
+        hidden files, run folders, model folders and shard folders do not. A text column of rows gives one document per
+        row.
     columns: which columns of rows to read, such as "text=NAME" or "prompt=NAME,answer=NAME"; None detects them from
         the first row.
 
