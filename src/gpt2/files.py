@@ -88,9 +88,6 @@ def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
             if found != sha256:
                 raise _download_error(url, path, f"its sha256 is {found[:12]}…, not {sha256[:12]}…")
             partial.replace(path)
-    except requests.HTTPError as error:
-        response = error.response
-        raise _download_error(url, path, f"HTTP {response.status_code} {response.reason}") from None
     except requests.RequestException as error:
         cause: BaseException = error
         while cause.__context__ is not None:  # "Connection refused", under three layers of wrappers
@@ -114,7 +111,8 @@ def _fetch(url: str, out: BinaryIO, timeout: float) -> None:
         requests.get(url, stream=True, timeout=timeout, headers={"Accept-Encoding": "identity"}) as response,
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
-        response.raise_for_status()
+        if not response.ok:
+            raise requests.HTTPError(f"HTTP {response.status_code} {response.reason}")
         length = int(response.headers.get("Content-Length") or 0)
         task = progress.add_task(_url_filename(url), total=length or None)
         for block in response.iter_content(1 << 16):

@@ -92,7 +92,7 @@ class ChatTemplate:
 
     def __init__(self, source: str = PLAIN_TEMPLATE, special_tokens_map: dict[str, str] | None = None) -> None:
         self.source, self.special_tokens_map = source, special_tokens_map or {}
-        self._render: Callable[[Messages, bool], str] = _RENDERERS.get(source) or _JinjaRenderer(
+        self._render: Callable[[Messages, bool], str] = _RENDERERS.get(source) or _jinja_renderer(
             source, self.special_tokens_map
         )
 
@@ -205,23 +205,18 @@ class ChatTemplate:
         return stripped if stripped.endswith(self._special_strings) else answer
 
 
-class _JinjaRenderer:
+def _jinja_renderer(source: str, special_tokens_map: dict[str, str]) -> Callable[[Messages, bool], str]:
     """Renders a Jinja template as `transformers` does."""
-
-    def __init__(self, source: str, special_tokens_map: dict[str, str]) -> None:
-        try:
-            import jinja2
-        except ImportError as error:
-            raise missing_extra("jinja2", "serve", "the model's chat template") from error
-        self._special_tokens_map = special_tokens_map
-        try:
-            self._compiled = _jinja_environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelFilesError(f"the model's chat template cannot be read: {error}") from error
-
-    def __call__(self, messages: Messages, add_generation_prompt: bool) -> str:
+    try:
         import jinja2
+    except ImportError as error:
+        raise missing_extra("jinja2", "serve", "the model's chat template") from error
+    try:
+        compiled = _jinja_environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelFilesError(f"the model's chat template cannot be read: {error}") from error
 
+    def render(messages: Messages, add_generation_prompt: bool) -> str:
         variables = {
             "messages": [{"role": role, "content": text} for role, text in messages],
             "tools": None,
@@ -229,9 +224,11 @@ class _JinjaRenderer:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._compiled.render(**(self._special_tokens_map | variables))
+            return compiled.render(**(special_tokens_map | variables))
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise RequestError(f"the model's chat template cannot be used for these messages: {error}") from error
+
+    return render
 
 
 def _jinja_environment() -> Any:

@@ -14,8 +14,8 @@ import pytest
 import gpt2.data.prepare as preparing
 from gpt2.data.loader import TokenLoader
 from gpt2.data.prepare import describe_shards, open_data, prepare
-from gpt2.data.shards import ShardsMeta, TokenShards, verify_shards
 from gpt2.data.resolve import resolve_texts
+from gpt2.data.shards import ShardsMeta, TokenShards, verify_shards
 from gpt2.data.sources import Document, Texts
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer, get_tokenizer

@@ -81,17 +81,14 @@ class TokenDataset:
 
     @property
     def train_tokens(self) -> int:
-        """See `Dataset`."""
         return len(self.train)
 
     @property
     def val_tokens(self) -> int | None:
-        """See `Dataset`."""
         return None if self.val is None else len(self.val)
 
     @property
     def bytes_per_token(self) -> float | None:
-        """See `Dataset`."""
         split = self.meta.splits.get("val") if self.meta else None
         return split.bytes / split.tokens if split and split.tokens else None
 
@@ -114,11 +111,9 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
     def loader(self, batch_size: int, block_size: int, seed: int) -> TokenLoader:
-        """See `Dataset`."""
         return TokenLoader(self.train, batch_size, block_size, seed, document_start_token=self._document_start_token)
 
     def validation_batches(self, batch_size: int, block_size: int, max_tokens: int | None) -> Iterator[Batch]:
-        """See `Dataset`."""
         if self.val is None:
             return iter(())
         return evaluation_batches(

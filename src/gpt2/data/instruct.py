@@ -49,12 +49,10 @@ class InstructDataset:
 
     @property
     def train_tokens(self) -> int:
-        """See `Dataset`."""
         return int(self._full_spans(self.train_indices).num_targets(self.documents).sum())
 
     @property
     def val_tokens(self) -> int | None:
-        """See `Dataset`."""
         if not len(self.val_indices):
             return None
         return int(self._full_spans(self.val_indices).num_targets(self.documents).sum())
@@ -90,7 +88,6 @@ class InstructDataset:
         )
 
     def validation_batches(self, batch_size: int, block_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
-        """See `Dataset`."""
         if not len(self.val_indices):
             return iter(())
         read, _ = truncate_documents(self.documents, self.val_indices, block_size)

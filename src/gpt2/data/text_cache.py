@@ -6,7 +6,6 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,18 +14,11 @@ from gpt2.files import cache_home, staging_folder, write_error
 from gpt2.vocabulary import replace_surrogates
 
 
-class CachedTexts(NamedTuple):
-    """Concatenated texts in a UTF-8 file, and the byte offset (int64) at which each ends."""
+def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> tuple[Path, np.ndarray]:
+    """The UTF-8 file of all texts of rows, without empty ones, and the byte offset at which each ends, int64 (count,).
 
-    path: Path
-    ends: np.ndarray
-
-
-def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> CachedTexts:
-    """The texts of rows, without empty ones; written under `cache_home()` unless they are there already.
-
-    The key is each file's path, size and modification time. Raises DataError for a row without text, and if the cache
-    cannot be written.
+    Written under `cache_home()` unless it is there already: the key is each file's path, size and modification time.
+    Raises DataError for a row without text, and if the cache cannot be written.
     """
     digest = hashlib.sha256(f"{columns.text}\n".encode())
     for file in files:
@@ -38,7 +30,7 @@ def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterat
             _write_texts(folder, (columns.get_text(row) for row in rows))
         except OSError as error:
             raise write_error(folder, error) from None
-    return CachedTexts(folder / "texts.txt", np.load(folder / "ends.npy"))
+    return folder / "texts.txt", np.load(folder / "ends.npy")
 
 
 def _write_texts(folder: Path, texts: Iterator[str]) -> None:
