@@ -46,11 +46,11 @@ def tokenizer_for(template: ChatTemplate) -> Tokenizer:
 
 
 def test_rendered_prompts_of_builtin_templates() -> None:
-    talk = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")]
-    assert ALL["plain"].render_prompt(talk) == "S\nUser: U\nAssistant: A\nUser: V\nAssistant:"
-    assert ALL["raw"].render_prompt(talk) == "SUAV"
+    chat = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")]
+    assert ALL["plain"].render_prompt(chat) == "S\nUser: U\nAssistant: A\nUser: V\nAssistant:"
+    assert ALL["raw"].render_prompt(chat) == "SUAV"
     chatml = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
-    assert ALL["chatml"].render_prompt(talk) == f"{chatml}<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n"
+    assert ALL["chatml"].render_prompt(chat) == f"{chatml}<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
@@ -64,12 +64,12 @@ def test_builtin_templates_render_the_same_in_jinja_and_transformers(name: str, 
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert (load_template(tmp_path) or ChatTemplate()).source == ours.source
     theirs, by_jinja = AutoTokenizer.from_pretrained(tmp_path), ALL[f"{name} by jinja"]
-    for talk in (CONVERSATION, CONVERSATION[:4], CONVERSATION[1:3], CONVERSATION[1:2], []):
-        messages = [{"role": role, "content": text} for role, text in talk]
-        for ask, text in ((True, ours.render_prompt(talk)), (False, ours.render(talk))):
-            assert text == (by_jinja.render_prompt if ask else by_jinja.render)(talk)
-            if talk:
-                assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask) == text
+    for chat in (CONVERSATION, CONVERSATION[:4], CONVERSATION[1:3], CONVERSATION[1:2], []):
+        messages = [{"role": role, "content": text} for role, text in chat]
+        for prompt, text in ((True, ours.render_prompt(chat)), (False, ours.render(chat))):
+            assert text == (by_jinja.render_prompt if prompt else by_jinja.render)(chat)
+            if chat:
+                assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) == text
     clean = [(role, text.replace("<|im_end|>", "")) for role, text in CONVERSATION[:4]]
     messages = [{"role": role, "content": text} for role, text in clean]
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -78,28 +78,30 @@ def test_builtin_templates_render_the_same_in_jinja_and_transformers(name: str, 
 
 @pytest.mark.parametrize("name", ALL)
 def test_answer_segments_start_where_the_prompt_ends(name: str) -> None:
-    template, talk = ALL[name], conversation_for(name)
-    pieces, answers = template.segments(talk), [i for i, (role, _) in enumerate(talk) if role == "assistant"]
-    learned = [i for i, (_, is_learned) in enumerate(pieces) if is_learned]
-    assert "".join(text for text, _ in pieces) == template.render(talk)
-    assert len(learned) == len(answers) == 2
-    for piece, answer in zip(learned, answers, strict=True):
-        assert "".join(text for text, _ in pieces[:piece]) == template.render_prompt(talk[:answer])
+    template, chat = ALL[name], conversation_for(name)
+    segments, answers = template.segments(chat), [i for i, (role, _) in enumerate(chat) if role == "assistant"]
+    answer_indices = [i for i, (_, is_answer) in enumerate(segments) if is_answer]
+    assert "".join(text for text, _ in segments) == template.render(chat)
+    assert len(answer_indices) == len(answers) == 2
+    for index, answer in zip(answer_indices, answers, strict=True):
+        assert "".join(text for text, _ in segments[:index]) == template.render_prompt(chat[:answer])
         end = {"chatml": "<|im_end|>", "phi": "<|end|>", "llama2": " </s>"}.get(name.split()[0], "")
-        assert pieces[piece][0] == template.answer_prefix + talk[answer][1] + end
+        assert segments[index][0] == template.answer_prefix + chat[answer][1] + end
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_tokens_before_an_answer_equal_those_of_the_prompt(name: str) -> None:
-    template, talk = ALL[name], conversation_for(name)
+    template, chat = ALL[name], conversation_for(name)
     tokenizer = tokenizer_for(template)
-    encoded = template.encode(tokenizer, talk)
-    assert [learned for _, learned in encoded] == [learned for _, learned in template.segments(talk)]
-    assert tokenizer.decode(i for ids, _ in encoded for i in ids) == template.render(talk)
-    for count in (i for i, (role, _) in enumerate(talk) if role == "assistant"):
-        prompt = template.encode_prompt(tokenizer, talk[:count])
+    encoded = template.encode(tokenizer, chat)
+    assert [answer_indices for _, answer_indices in encoded] == [
+        answer_indices for _, answer_indices in template.segments(chat)
+    ]
+    assert tokenizer.decode(i for ids, _ in encoded for i in ids) == template.render(chat)
+    for count in (i for i, (role, _) in enumerate(chat) if role == "assistant"):
+        prompt = template.encode_prompt(tokenizer, chat[:count])
         assert prompt == [i for ids, _ in encoded for i in ids][: len(prompt)]
-        assert tokenizer.decode(prompt) == template.render_prompt(talk[:count])
+        assert tokenizer.decode(prompt) == template.render_prompt(chat[:count])
 
 
 def test_stop_strings_answer_prefix_and_special_tokens() -> None:
@@ -126,11 +128,11 @@ def test_stop_strings_answer_prefix_and_special_tokens() -> None:
 @given(st.lists(st.sampled_from(["<|im_end|>", END_OF_TEXT, "<|im_start|>", "\ue000", "<|", "a ", "\n"]), max_size=6))
 def test_message_text_is_never_encoded_as_special_tokens(parts: list[str]) -> None:
     """And no character is lost."""
-    template, said = ALL["chatml by jinja"], "".join(parts)
+    template, ids = ALL["chatml by jinja"], "".join(parts)
     tokenizer = with_special_tokens(get_tokenizer("bytes"), template.special_tokens)
     start, end = (tokenizer.special_tokens[text] for text in template.special_tokens)
-    ids = template.encode_prompt(tokenizer, [("user", said), ("assistant", said), ("user", said)])
-    words = [*said.encode(), end, 10, start]
+    ids = template.encode_prompt(tokenizer, [("user", ids), ("assistant", ids), ("user", ids)])
+    words = [*ids.encode(), end, 10, start]
     assert ids == [
         *[start, *b"user\n", *words, *b"assistant\n", *words, *b"user\n", *words, *b"assistant\n"],
     ]
@@ -141,10 +143,10 @@ def test_given_answer_tokens_are_used_as_they_are() -> None:
     template = ALL["chatml"]
     tokenizer = tokenizer_for(template)
     split_answer = [i for letter in "A ghost." for i in tokenizer.encode(letter)]
-    said = template.encode_prompt(tokenizer, CONVERSATION[:4], [split_answer])
-    assert said != template.encode_prompt(tokenizer, CONVERSATION[:4])
-    assert tokenizer.decode(said) == template.render_prompt(CONVERSATION[:4])
-    assert any(said[i : i + len(split_answer)] == split_answer for i in range(len(said)))
+    ids = template.encode_prompt(tokenizer, CONVERSATION[:4], [split_answer])
+    assert ids != template.encode_prompt(tokenizer, CONVERSATION[:4])
+    assert tokenizer.decode(ids) == template.render_prompt(CONVERSATION[:4])
+    assert any(ids[i : i + len(split_answer)] == split_answer for i in range(len(ids)))
     other = template.encode_prompt(
         tokenizer, CONVERSATION[:4], [tokenizer.encode("Nobody.")]
     )  # not the text of the message
@@ -164,8 +166,8 @@ def test_a_template_that_changes_earlier_messages_works_for_prompts_but_not_for_
 def test_a_long_conversation_is_encoded_as_a_whole() -> None:
     """Or a request of a thousand messages would block a server for minutes."""
     template, tokenizer = ALL["chatml by jinja"], tokenizer_for(ALL["chatml"])
-    talk = [("user", "a"), ("assistant", "b")] * 5_000
-    assert tokenizer.decode(template.encode_prompt(tokenizer, talk)) == template.render_prompt(talk)
+    chat = [("user", "a"), ("assistant", "b")] * 5_000
+    assert tokenizer.decode(template.encode_prompt(tokenizer, chat)) == template.render_prompt(chat)
 
 
 def test_templates_by_name_or_file(tmp_path: Path) -> None:

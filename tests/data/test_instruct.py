@@ -60,8 +60,8 @@ def bpe() -> Tokenizer:
 
 
 def document(data: InstructDataset, index: int) -> tuple[list[int], list[bool]]:
-    some = slice(*data.documents.offsets[index : index + 2])
-    return data.documents.tokens[some].tolist(), data.documents.loss_mask[some].tolist()
+    span = slice(*data.documents.offsets[index : index + 2])
+    return data.documents.tokens[span].tolist(), data.documents.loss_mask[span].tolist()
 
 
 @pytest.mark.parametrize("name", ["plain", "raw", "chatml"])
@@ -70,14 +70,14 @@ def test_prompt_tokens_equal_those_of_generation(name: str, bpe: Tokenizer, tmp_
     data = open_instruct(open_rows(tmp_path, rows), bpe, template)
     assert len(data.documents) == 22
     for i, row in enumerate(rows):
-        tokens, learned = document(data, i)
+        tokens, in_loss = document(data, i)
         question = [("user", row["prompt"])]
         prompt = template.encode_prompt(bpe, question)
         assert data.documents.answer_starts[i] == len(prompt)
         assert tokens[: len(prompt)] == prompt
         assert tokens[-1] == bpe.end_of_text
-        assert not any(learned[: len(prompt)])
-        targets = [token for token, is_target in zip(tokens, learned, strict=True) if is_target]
+        assert not any(in_loss[: len(prompt)])
+        targets = [token for token, is_target in zip(tokens, in_loss, strict=True) if is_target]
         end = [bpe.special_tokens["<|im_end|>"]] if name == "chatml" else []
         assert targets[len(targets) - len(end) - 1 :] == [*end, bpe.end_of_text]
         assert bpe.decode(targets[: len(targets) - len(end) - 1]).strip() == row["answer"].strip()
@@ -85,16 +85,16 @@ def test_prompt_tokens_equal_those_of_generation(name: str, bpe: Tokenizer, tmp_
 
 
 def test_every_answer_of_a_conversation_counts_in_the_loss_and_nothing_else(bpe: Tokenizer, tmp_path: Path) -> None:
-    talk = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Who?"), ("assistant", "Me.")]
-    row = {"messages": [{"role": role, "content": text} for role, text in talk]}
+    chat = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Who?"), ("assistant", "Me.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in chat]}
     row["messages"].append({"role": "user", "content": "Never answered"})
     template = get_template("plain")
     data = open_instruct(open_rows(tmp_path, [row]), bpe, template)
-    tokens, learned = document(data, 0)
-    assert bpe.decode(tokens) == template.render(talk) + "<|endoftext|>"
-    runs = "".join(bpe.decode([token]) if counts else "⁂" for token, counts in zip(tokens, learned, strict=True))
+    tokens, in_loss = document(data, 0)
+    assert bpe.decode(tokens) == template.render(chat) + "<|endoftext|>"
+    runs = "".join(bpe.decode([token]) if counts else "⁂" for token, counts in zip(tokens, in_loss, strict=True))
     assert [piece for piece in runs.split("⁂") if piece] == [" Yes?", " Me.<|endoftext|>"]
-    assert data.documents.answer_starts[0] == len(template.encode_prompt(bpe, talk[:-1]))
+    assert data.documents.answer_starts[0] == len(template.encode_prompt(bpe, chat[:-1]))
 
 
 def test_without_prompt_mask_every_token_counts(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_batches_contain_every_target_of_their_split(bpe: Tokenizer, tmp_path: P
     ):
         found = sorted(t for batch in batches for t in batch.targets.flatten().tolist() if t != IGNORE_INDEX)
         both = [zip(*document(data, i), strict=True) for i in chosen.tolist()]
-        assert found == sorted(token for pair in both for token, learned in pair if learned)
+        assert found == sorted(token for pair in both for token, in_loss in pair if in_loss)
         assert len(found) == total
     counts = data.token_counts(10**9)
     assert counts.dtype == np.int64

@@ -27,21 +27,21 @@ lengths = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=1
 widths = st.integers(1, 20)
 
 
-def made(shapes: Sequence[tuple[int, int]]) -> TokenizedDocuments:
+def make_documents(shapes: Sequence[tuple[int, int]]) -> TokenizedDocuments:
     """Documents with these numbers of prompt and answer tokens, and an end token each; all tokens are different."""
-    learned, sizes = [], []
+    in_loss, sizes = [], []
     for prompt, answer in shapes:
-        learned += [False] * prompt + [True] * (answer + 1)
+        in_loss += [False] * prompt + [True] * (answer + 1)
         sizes.append(prompt + answer + 1)
     offsets = np.concatenate(([0], np.cumsum(sizes)))
-    counts = np.array(learned)
-    counts[offsets[:-1]] = False
+    loss_mask = np.array(in_loss)
+    loss_mask[offsets[:-1]] = False
     return TokenizedDocuments(
-        np.arange(len(learned), dtype=np.int32), counts, offsets, np.array([p for p, _ in shapes])
+        np.arange(len(in_loss), dtype=np.int32), loss_mask, offsets, np.array([p for p, _ in shapes])
     )
 
 
-def kept(documents: TokenizedDocuments, index: int, block_size: int) -> list[int]:
+def truncated(documents: TokenizedDocuments, index: int, block_size: int) -> list[int]:
     """The tokens of a document after truncation, computed one at a time."""
     tokens = list(range(documents.offsets[index], documents.offsets[index + 1]))
     first_kept = tokens[max(0, documents.answer_starts[index] - 1)]
@@ -59,9 +59,9 @@ def everything(documents: TokenizedDocuments) -> np.ndarray:
 def test_truncation_removes_the_oldest_tokens_and_keeps_the_last_answer(
     shapes: list[tuple[int, int]], block_size: int
 ) -> None:
-    documents = made(shapes)
+    documents = make_documents(shapes)
     read, cut = truncate_documents(documents, everything(documents), block_size)
-    expected = [kept(documents, i, block_size) for i in range(len(documents))]
+    expected = [truncated(documents, i, block_size) for i in range(len(documents))]
     assert [list(range(start, stop)) for start, stop in zip(*read, strict=True)] == expected
     lost = [set(range(*documents.offsets[i : i + 2])) - set(tokens) for i, tokens in enumerate(expected)]
     assert cut.documents == sum(map(bool, lost))
@@ -77,7 +77,7 @@ def test_truncation_removes_the_oldest_tokens_and_keeps_the_last_answer(
 def test_every_document_is_packed_once_and_separately(
     shapes: list[tuple[int, int]], block_size: int, seed: int
 ) -> None:
-    documents = made(shapes)
+    documents = make_documents(shapes)
     read, _ = truncate_documents(documents, everything(documents), block_size)
     rows = PackedRows(documents, read, block_size, PADDING, seed)
     batch = rows.batch(np.arange(len(rows)))
@@ -93,7 +93,7 @@ def test_every_document_is_packed_once_and_separately(
             else:
                 found.append(([tokens[place] for place in places], [targets[place] for place in places]))
     assert padding == rows.num_padding
-    expected = [kept(documents, i, block_size) for i in range(len(documents))]
+    expected = [truncated(documents, i, block_size) for i in range(len(documents))]
     assert sorted(found) == [
         (tokens[:-1], [t if documents.loss_mask[t] else IGNORE_INDEX for t in tokens[1:]]) for tokens in expected
     ]
@@ -117,7 +117,7 @@ def test_each_document_goes_to_the_row_with_the_least_room(sizes: list[int]) -> 
 
 def test_padding_is_small_and_small_documents_are_mixed() -> None:
     lengths = np.random.Generator(np.random.Philox(1)).integers(2, 30, 2000)
-    documents = made([(0, int(n)) for n in np.sort(lengths)])
+    documents = make_documents([(0, int(n)) for n in np.sort(lengths)])
     read, _ = truncate_documents(documents, everything(documents), 256)
     rows = PackedRows(documents, read, 256, PADDING)
     assert rows.num_padding / (256 * len(rows)) < 0.01
@@ -138,7 +138,7 @@ def loader(documents: TokenizedDocuments, batch_size: int, block_size: int, seed
 def test_an_epoch_is_every_row_once_and_a_batch_depends_on_seed_and_step_only(
     shapes: list[tuple[int, int]], batch_size: int, seed: int
 ) -> None:
-    documents = made(shapes)
+    documents = make_documents(shapes)
     one = loader(documents, batch_size, 20, seed)
     epochs = 3
     steps = -(-epochs * one.windows_per_epoch // batch_size)
@@ -156,7 +156,7 @@ def test_an_epoch_is_every_row_once_and_a_batch_depends_on_seed_and_step_only(
 
 
 def test_each_epoch_and_each_seed_has_its_own_order() -> None:
-    documents = made([(3, 10)] * 40)
+    documents = make_documents([(3, 10)] * 40)
     rows = loader(documents, 40, 14, 0).packed_rows  # one document per row
     orders = [PackedLoader(rows, 40, seed).batch(step).tokens[:, 0].tolist() for seed in (0, 1) for step in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
@@ -170,18 +170,20 @@ def test_each_epoch_and_each_seed_has_its_own_order() -> None:
 def test_evaluation_has_every_target_once_or_the_first_max_tokens(
     shapes: list[tuple[int, int]], block_size: int, rows: int, data: st.DataObject
 ) -> None:
-    documents = made(shapes)
+    documents = make_documents(shapes)
     read, _ = truncate_documents(documents, everything(documents), block_size)
-    expected = [t for i in range(len(documents)) for t in kept(documents, i, block_size)[1:] if documents.loss_mask[t]]
-    most = data.draw(st.none() | st.integers(1, len(expected) + 2))
-    batches = list(packed_evaluation_batches(documents, read, rows, block_size, PADDING, most))
+    expected = [
+        t for i in range(len(documents)) for t in truncated(documents, i, block_size)[1:] if documents.loss_mask[t]
+    ]
+    max_tokens = data.draw(st.none() | st.integers(1, len(expected) + 2))
+    batches = list(packed_evaluation_batches(documents, read, rows, block_size, PADDING, max_tokens))
     assert all(len(batch.tokens) <= rows and batch.tokens.size(1) <= block_size for batch in batches)
     found = [t for batch in batches for t in batch.targets.flatten().tolist() if t != IGNORE_INDEX]
-    assert sorted(found) == expected[:most]
+    assert sorted(found) == expected[:max_tokens]
 
 
 def test_no_target_is_an_error() -> None:
-    documents = made([(1, 1)])
+    documents = make_documents([(1, 1)])
     with pytest.raises(UserError, match="nothing to evaluate on"):
         list(packed_evaluation_batches(documents, Spans(np.array([0]), np.array([3])), 1, 4, PADDING, 0))
 
@@ -189,7 +191,7 @@ def test_no_target_is_an_error() -> None:
 def test_loss_and_gradients_of_a_packed_batch_equal_those_of_separate_documents() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=400, block_size=24, n_layer=2, n_head=2, n_embd=16)).double()
-    documents = made([(3, 4), (0, 6), (10, 2), (1, 1), (7, 9), (2, 30), (30, 3)])
+    documents = make_documents([(3, 4), (0, 6), (10, 2), (1, 1), (7, 9), (2, 30), (30, 3)])
     read, cut = truncate_documents(documents, everything(documents), 24)
     assert cut.documents == 2
     rows = PackedRows(documents, read, 24, pad_token=399)
@@ -201,8 +203,8 @@ def test_loss_and_gradients_of_a_packed_batch_equal_those_of_separate_documents(
     total = torch.zeros((), dtype=torch.float64)
     for start, stop in zip(*read, strict=True):
         tokens = torch.arange(int(start), int(stop))
-        learned = torch.from_numpy(documents.loss_mask[start:stop])
-        targets = tokens.where(learned, IGNORE_INDEX)
+        in_loss = torch.from_numpy(documents.loss_mask[start:stop])
+        targets = tokens.where(in_loss, IGNORE_INDEX)
         total += model.loss(tokens[None, :-1], targets[None, 1:], divisor=float(batch.num_targets))
     total.backward()
     assert torch.allclose(loss, total, rtol=1e-12)

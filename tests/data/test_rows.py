@@ -89,8 +89,8 @@ def test_csv_rows_have_their_line_numbers(values: list[list[str]], tmp_path_fact
     lines = content.decode().split("\n")
     for where, row in found:
         line = lines[int(where.rpartition(" ")[2]) - 1]
-        begin = row["prompt"].split("\n")[0].replace('"', '""')
-        assert line.startswith((begin, f'"{begin}'))
+        start = row["prompt"].split("\n")[0].replace('"', '""')
+        assert line.startswith((start, f'"{start}'))
 
 
 def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
@@ -166,16 +166,16 @@ def test_invalid_column_specifications_are_refused(wanted: str) -> None:
 
 def test_conversations_of_both_formats_end_with_the_last_answer() -> None:
     columns = Columns(messages="messages")
-    talk = [("system", "s"), ("user", ""), ("assistant", "b"), ("user", "c")]
-    openai = [{"role": role, "content": text, "weight": 1} for role, text in talk]
+    conversation = [("system", "s"), ("user", ""), ("assistant", "b"), ("user", "c")]
+    openai = [{"role": role, "content": text, "weight": 1} for role, text in conversation]
     names = {"user": "human", "assistant": "gpt"}
-    sharegpt = [{"from": names.get(role, role), "value": text} for role, text in talk]
+    sharegpt = [{"from": names.get(role, role), "value": text} for role, text in conversation]
     for messages in (openai, sharegpt):
-        assert columns.get_messages(("line 1", {"messages": messages})) == talk[:3]
+        assert columns.get_messages(("line 1", {"messages": messages})) == conversation[:3]
 
 
 PAIR = Columns(prompt="prompt", answer="answer")
-TALK = Columns(messages="messages")
+MESSAGES = Columns(messages="messages")
 
 
 @pytest.mark.parametrize(
@@ -186,16 +186,24 @@ TALK = Columns(messages="messages")
         (PAIR, {"prompt": "a", "answer": " \n"}, "x line 7: 'answer' is empty"),
         (PAIR, {"prompt": "a", "answer": 4}, "x line 7: 'answer' is a number, not text"),
         (PAIR, {"prompt": ["a"], "answer": "b"}, "x line 7: 'prompt' is a list, not text"),
-        (TALK, {}, "x line 7 has no 'messages'"),
-        (TALK, {"messages": "hi"}, "x line 7: 'messages' is text, not a list of messages"),
-        (TALK, {"messages": ["hi"]}, "x line 7, message 1 is text, not an object with role and content"),
-        (TALK, {"messages": []}, "x line 7: the conversation has no message of the assistant"),
-        (TALK, {"messages": [{"role": "user", "content": "a"}]}, "the conversation has no message of the"),
-        (TALK, {"messages": [{"role": "usr", "content": "a"}]}, "x line 7, message 1: role 'usr' is not one of"),
-        (TALK, {"messages": [{"role": "usr", "content": "a"}]}, r"\(did you mean 'user'\?\)"),
-        (TALK, {"messages": [{"role": "user"}]}, "x line 7, message 1 has no 'content'"),
-        (TALK, {"messages": [{"from": "gpt", "value": ""}]}, "x line 7, message 1: the assistant's 'value' is empty"),
-        (TALK, {"messages": [{"role": "tool", "content": True}]}, "message 1: 'content' is true or false, not text"),
+        (MESSAGES, {}, "x line 7 has no 'messages'"),
+        (MESSAGES, {"messages": "hi"}, "x line 7: 'messages' is text, not a list of messages"),
+        (MESSAGES, {"messages": ["hi"]}, "x line 7, message 1 is text, not an object with role and content"),
+        (MESSAGES, {"messages": []}, "x line 7: the conversation has no message of the assistant"),
+        (MESSAGES, {"messages": [{"role": "user", "content": "a"}]}, "the conversation has no message of the"),
+        (MESSAGES, {"messages": [{"role": "usr", "content": "a"}]}, "x line 7, message 1: role 'usr' is not one of"),
+        (MESSAGES, {"messages": [{"role": "usr", "content": "a"}]}, r"\(did you mean 'user'\?\)"),
+        (MESSAGES, {"messages": [{"role": "user"}]}, "x line 7, message 1 has no 'content'"),
+        (
+            MESSAGES,
+            {"messages": [{"from": "gpt", "value": ""}]},
+            "x line 7, message 1: the assistant's 'value' is empty",
+        ),
+        (
+            MESSAGES,
+            {"messages": [{"role": "tool", "content": True}]},
+            "message 1: 'content' is true or false, not text",
+        ),
     ],
 )
 def test_errors_of_a_row_are_one_line(columns: Columns, row: dict[str, Any], message: str) -> None:
@@ -248,9 +256,9 @@ def test_parquet_rows_are_numbered_over_row_groups_and_a_broken_file_is_named(tm
     assert [where for where, _ in rows] == [f"{path} row {i}" for i in range(1, 5)]
     with pytest.raises(UserError, match=r"a\.parquet row 4 has no 'answer'"):
         PAIR.get_messages(rows[3])
-    talk = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    (row,) = read_rows([written(tmp_path, "talk.parquet", as_parquet(talk))])
-    assert TALK.get_messages(row) == [("user", "a"), ("assistant", "b")]
+    conversation = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    (row,) = read_rows([written(tmp_path, "talk.parquet", as_parquet(conversation))])
+    assert MESSAGES.get_messages(row) == [("user", "a"), ("assistant", "b")]
     with pytest.raises(UserError, match=r"b\.parquet is not a readable Parquet file: ") as caught:
         list(read_rows([written(tmp_path, "b.parquet", b"no parquet at all")]))
     assert "\n" not in str(caught.value)

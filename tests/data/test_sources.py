@@ -125,8 +125,8 @@ def test_shakespeare_from_the_cache_has_the_usual_split(shakespeare_in_cache: Pa
     for name in ("shakespeare", "tiny_shakespear"):
         source = resolve_texts(name)
         assert source.name == "shakespeare"
-        ((document, start, border),), (val,) = split_documents(source)
-        assert (start, border, document.size) == (0, 1_003_854, 1_115_394)
+        ((document, start, boundary),), (val,) = split_documents(source)
+        assert (start, boundary, document.size) == (0, 1_003_854, 1_115_394)
         assert val == (document, 1_003_854, 1_115_394)
     (document,) = resolve_texts("super_tiny_shakespear").documents
     assert whole(document) == shakespeare_in_cache.read_text()[:1000]

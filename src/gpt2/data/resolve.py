@@ -83,7 +83,8 @@ def resolve_texts(ref: str, columns: str | None = None) -> Texts:
     """`resolve_data` for data that must be text. Raises DataError for any other, too."""
     data = resolve_data(ref, columns)
     if isinstance(data, Shards):
-        raise DataError(f"{ref} holds token shards, not text")
+        kind = "a folder of token shards" if data.path.is_dir() else "a token shard"
+        raise DataError(f"{ref} is {kind}, not text to train on")
     if isinstance(data, Rows):
         raise DataError(
             f"the rows of {ref} are prompts and answers, for `gpt2 finetune`: to use one column as plain text, "
