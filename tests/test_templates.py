@@ -128,11 +128,11 @@ def test_stop_strings_answer_prefix_and_special_tokens() -> None:
 @given(st.lists(st.sampled_from(["<|im_end|>", END_OF_TEXT, "<|im_start|>", "\ue000", "<|", "a ", "\n"]), max_size=6))
 def test_message_text_is_never_encoded_as_special_tokens(parts: list[str]) -> None:
     """And no character is lost."""
-    template, ids = ALL["chatml by jinja"], "".join(parts)
+    template, text = ALL["chatml by jinja"], "".join(parts)
     tokenizer = with_special_tokens(get_tokenizer("bytes"), template.special_tokens)
-    start, end = (tokenizer.special_tokens[text] for text in template.special_tokens)
-    ids = template.encode_prompt(tokenizer, [("user", ids), ("assistant", ids), ("user", ids)])
-    words = [*ids.encode(), end, 10, start]
+    start, end = (tokenizer.special_tokens[name] for name in template.special_tokens)
+    ids = template.encode_prompt(tokenizer, [("user", text), ("assistant", text), ("user", text)])
+    words = [*text.encode(), end, 10, start]
     assert ids == [
         *[start, *b"user\n", *words, *b"assistant\n", *words, *b"user\n", *words, *b"assistant\n"],
     ]

@@ -138,7 +138,7 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("export {talker} {tmp}/run", "is in the run folder"),
         ("export {talker} ~nobody-of-this-name/x", "~nobody-of-this-name/x cannot be found"),
         ("data prepare python-docs ~nobody-of-this-name/x --tokenizer bytes", "~nobody-of-this-name/x cannot be found"),
-        ("data prepare {tmp}/run {tmp}/shards --tokenizer bytes", "is a run folder, and no text to train on"),
+        ("data prepare {tmp}/run {tmp}/shards --tokenizer bytes", "is a run folder, not text to train on"),
         ("data prepare /dev/zero {tmp}/shards --tokenizer bytes", "/dev/zero is not a regular file"),
         ("data inspect {empty}", "is empty"),
         ("train --data {tmp}/\x1b[31m", "/\\x1b[31m'"),
