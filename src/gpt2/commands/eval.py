@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from gpt2.cli import Parser, positive_int
 from gpt2.commands.eval_progress import ProgressBar
 from gpt2.commands.generation_args import add_model_flags, load_inference_model, load_model
-from gpt2.data.data_files import write_error
 from gpt2.distributed.process_group import ProcessGroup, process_group
 from gpt2.errors import UserError
 from gpt2.evaluation.evaluate import Interrupted, TaskResult, prepare_task, run_parts, task_names
@@ -21,7 +20,7 @@ from gpt2.evaluation.report import ModelReport, checks_table, listing, table, to
 from gpt2.evaluation.scorer import LanguageModel
 from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS
-from gpt2.files import expand_path
+from gpt2.files import expand_path, write_error
 from gpt2.runtime import configure_malloc, pick_device
 from gpt2.tokenizer import Tokenizer
 

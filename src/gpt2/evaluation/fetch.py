@@ -4,10 +4,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.data.sources import download
 from gpt2.errors import UserError
 from gpt2.evaluation.records import read_bytes
-from gpt2.files import cache_home, expand_path, file_sha256
+from gpt2.files import cache_home, download, expand_path, file_sha256
 
 _log = logging.getLogger("gpt2")
 
