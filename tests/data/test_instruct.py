@@ -248,9 +248,9 @@ def test_inspect_shows_what_counts(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     assert (code, err) == (0, "")
     facts, first, second = out.split("\n--- ")
-    assert "rows:       12: 11 to learn from, 1 held out\n" in facts
-    assert "tokens:     356, of which 128 are learned (36.0%)\n" in facts
-    assert "truncated:  1 of the training rows lose 40 tokens, 22 of them to be learned\n" in facts
+    assert "rows:       12: 11 for training, 1 held out\n" in facts
+    assert "tokens:     356, of which 128 are loss targets (36.0%)\n" in facts
+    assert "truncated:  1 of the training rows lose 40 tokens, 22 of them targets\n" in facts
     assert first.startswith("row 1\n")
     assert first.count("│x") == 60
     prompt = "│".join("User: Hi⏎Assistant:").replace("⏎", "⏎\n")
@@ -263,9 +263,9 @@ def test_inspect_of_text_shows_it_as_tokens(tmp_path: Path, capsys: pytest.Captu
     assert code == 0
     facts, first, second = out.split("\n--- ")
     assert "documents:  12, 5,538 bytes\n" in facts
-    assert "tokens:     5,046 to learn from, 504 held out\n" in facts
+    assert "tokens:     5,046 for training, 504 held out\n" in facts
     assert first == "rows text 1\n⟦a│b│0│<|endoftext|>⟧\n"
-    assert second.endswith("│c⟧ … and 103 tokens more\n")
+    assert second.endswith("│c⟧ … and 103 more tokens\n")
 
 
 def test_inspect_in_colours(monkeypatch: pytest.MonkeyPatch) -> None:
