@@ -71,8 +71,8 @@ class RankFailure(UserError):
 
 
 OUT_OF_MEMORY_ADVICE = (
-    "this needs more memory than there is: for training, lower --micro-batch-size or add --activation-checkpointing (gpt2 "
-    "plan estimates what a run needs); for sampling, lower --num-samples"
+    "this needs more memory than there is: for training, lower --micro-batch-size or add --activation-checkpointing "
+    "(gpt2 plan estimates what a run needs); for sampling, lower --num-samples"
 )
 OUT_OF_MEMORY_MARKS = (  # how torch, cuBLAS and the CPU allocator report it, where the exception type does not
     "out of memory",

@@ -53,8 +53,8 @@ def test_every_text_is_counted_and_the_engine_makes_the_same() -> None:
     for seconds, texts in runs:
         for told in texts:
             assert told.tokens == 9
-            assert 1 <= len(told.times) <= 9
-            assert 0 < told.times[0] <= told.times[-1] <= seconds
+            assert 1 <= len(told.event_times) <= 9
+            assert 0 < told.event_times[0] <= told.event_times[-1] <= seconds
     for row in found:
         between = row["between_tokens_ms"]
         assert row["between_tokens_p99_of_median"] == between["p99"] / between["median"] >= 1

@@ -84,7 +84,7 @@ def test_every_spelling_of_a_flag(spelling: str) -> None:
 def test_too_little_memory_is_one_line_with_the_mend(error: str) -> None:
     """The last one is torch's own: two exabytes asked of the CPU's allocator."""
     raises = f"raise {error}" if error != "None" else "torch.empty(2**61, dtype=torch.uint8)"
-    code = f"import torch\nfrom gpt2.cli import run_and_exit\ndef main():\n    {raises}\nexit_after(main)"
+    code = f"import torch\nfrom gpt2.cli import run_and_exit\ndef main():\n    {raises}\nrun_and_exit(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gpt2: this needs more memory than there is: for training, lower --micro-batch-size")

@@ -34,8 +34,8 @@ from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX
 DESCRIPTION = f"""\
 Chat with a model, in a terminal or through a pipe (each line of standard input is a turn).
 
-The pretrained GPT-2 is not a chat model: it continues a transcript of lines that begin with "{USER_PREFIX}" and "{ASSISTANT_PREFIX}",
-until it starts a line of the user. A model that was fine-tuned on a chat template is prompted with that template, and
+The pretrained GPT-2 is not a chat model: it continues a transcript of lines that begin with "{USER_PREFIX}" and
+"{ASSISTANT_PREFIX}", until it starts a line of the user. A model that was fine-tuned on a chat template is prompted with that template, and
 its end-of-turn token ends an answer. With --plain there are no roles: your text begins a new line of one document, or
 continues its last line if it begins with a space; after an empty line the model continues. See also /help."""
 

@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
     parser.add_flag("on", default="here", metavar="DEVICE", help="here (measured), or a GPU by name (estimated) [here]")
-    parser.add_flag("gpus", type=_parse_count, default=1, metavar="N", help="GPUs per machine; they share the batch [1]")
+    parser.add_flag(
+        "gpus", type=_parse_count, default=1, metavar="N", help="GPUs per machine; they share the batch [1]"
+    )
     parser.add_flag("nodes", type=_parse_count, default=1, metavar="N", help="machines [1]")
     network_help = "bandwidth between machines, in Gbit/s each [typical for the GPU]"
     parser.add_flag("network", type=_parse_gbit, metavar="GBIT", help=network_help)

@@ -62,7 +62,9 @@ def _add_mode_flags(parser: Parser) -> None:
     """Add the flags of beam search, contrastive search, speculative decoding and log-probabilities."""
     beams_help = "beam search with N beams; prints the best --num-samples texts, best first"
     parser.add_flag("num-beams", type=int, metavar="N", help=beams_help)
-    parser.add_flag("length-penalty", type=float, help="of beam search: over 0 favors long texts, under 0 short ones [1]")
+    parser.add_flag(
+        "length-penalty", type=float, help="of beam search: over 0 favors long texts, under 0 short ones [1]"
+    )
     parser.add_flag("num-beam-groups", type=int, metavar="N", help="groups of diverse beam search [1]")
     parser.add_flag(
         "diversity-penalty", type=float, help="subtracted from tokens that another group chose at the same step [0]"
@@ -144,7 +146,9 @@ def _print_texts(
 def _print_acceptance_rate(texts: list[SpeculativeTextStream]) -> None:
     """Print the acceptance rate of speculative decoding on standard error."""
     decoders = [text.decoder for text in texts]
-    drafted, accepted, calls = (sum(getattr(one, name) for one in decoders) for name in ("drafted", "accepted", "calls"))
+    drafted, accepted, calls = (
+        sum(getattr(one, name) for one in decoders) for name in ("drafted", "accepted", "calls")
+    )
     tokens = sum(len(one.sequence.new_tokens) for one in decoders)
     if sys.stderr is not None:
         rates = f"{accepted / max(1, drafted):.0%} of {drafted:,} drafted tokens accepted"

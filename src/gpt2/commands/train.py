@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
     parser.add_flag("print-config", action="store_true", help="print the settings as TOML and exit")
-    parser.add_flag("replay", metavar="DUMP", help="recompute a step of RUN/dumps/ and find the first non-finite module")
+    parser.add_flag(
+        "replay", metavar="DUMP", help="recompute a step of RUN/dumps/ and find the first non-finite module"
+    )
     add_training_flags(parser)
     with process_group() as ranks:
         with ranks.raise_on_all_ranks():
