@@ -35,9 +35,10 @@ DESCRIPTION = f"""\
 Chat with a model, in a terminal or through a pipe (each line of standard input is a turn).
 
 The pretrained GPT-2 is not a chat model: it continues a transcript of lines that begin with "{USER_PREFIX}" and
-"{ASSISTANT_PREFIX}", until it starts a line of the user. A model that was fine-tuned on a chat template is prompted with that template, and
-its end-of-turn token ends an answer. With --plain there are no roles: your text begins a new line of one document, or
-continues its last line if it begins with a space; after an empty line the model continues. See also /help."""
+"{ASSISTANT_PREFIX}", until it starts a line of the user. A model that was fine-tuned on a chat template is prompted
+with that template, and its end-of-turn token ends an answer. With --plain there are no roles: your text begins a new
+line of one document, or continues its last line if it begins with a space; after an empty line the model continues.
+See also /help."""
 
 COMMANDS_HELP = r"""/temperature 0.7      change a setting; also /top-p 0.9, /max-new-tokens 50, ..., or /set NAME VALUE
                       (/logit-bias ID=BIAS ID=BIAS, /bad-words "TEXT" "TEXT", /stop "\nTEXT"; "none" clears a list)
