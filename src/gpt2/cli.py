@@ -162,6 +162,7 @@ gpt2 COMMAND --help lists the flags of a command."""
 COMMANDS = {
     "train": "train a model on text, from random weights or from another model",
     "finetune": "fine-tune a model on your text, or on prompts and answers",
+    "eval": "evaluate a model on standard tasks, with stated protocols",
     "sample": "generate text from a prompt",
     "chat": "chat with a model",
     "serve": "serve the OpenAI API and a playground",

@@ -17,7 +17,7 @@ class UserError(Exception):
     exit_code = 2
     code: str | None = None
 
-    def __init__(self, message: str, *, field: str | None = None, code: str | None = None) -> None:
+    def __init__(self, message: str = "", *, field: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.field = field
         if code is not None:
