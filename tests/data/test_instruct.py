@@ -286,7 +286,7 @@ def test_inspect_in_colours(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--template", "plane"], "no chat template 'plane'"),
         (["--columns", "answer=reply"], "it takes text, or messages, or prompt and answer"),
         (["--columns", "prompt=prompt,answer=reply"], "line 1 has no 'reply'"),
-        (["--block-size", "0"], "must be a whole number of at least 1"),
+        (["--block-size", "0"], "must be an integer of at least 1"),
     ],
 )
 def test_inspect_says_what_is_wrong_in_one_line(

@@ -205,7 +205,8 @@ class NanoGPT:
 
     def __init__(self, workload: DecodeWorkload, precision: str, checkout: str) -> None:
         with redirect_stdout(sys.stderr):
-            built = build_model("nanogpt", checkout, Workload("cpu", workload.config, batch_size=1, block_size=1))
+            shape = Workload("cpu", workload.config, batch_size=1, block_size=1)
+            built = build_model("nanogpt", checkout, shape, compiled=False)
         built.model.load_state_dict(workload.build_model().state_dict(), strict=False)
         self._model: Any = built.model.to(workload.device, DTYPES[precision]).eval()
         self.version = built.version

@@ -70,26 +70,30 @@ def parse_peers(given: list[str]) -> dict[str, str | None]:
     return peers
 
 
-def build_model(name: str, checkout: str | None, workload: Workload) -> BenchmarkModel:
-    """A contestant on the workload's device, with the initial weights of our model for the workload's seed."""
+def build_model(name: str, checkout: str | None, workload: Workload, *, compiled: bool = True) -> BenchmarkModel:
+    """A contestant on the workload's device, with the initial weights of our model for the workload's seed.
+
+    compiled: whether to add the mode "compiled", if the device has a compiler.
+    """
     torch.manual_seed(workload.seed)
     model = GPT(replace(workload.config, attention="sdpa"))
     device = torch.device(workload.device)
     if name == OURS:
-        contestant = _build_ours(model.to(device))
+        contestant = BenchmarkModel(model.to(device), {"eager": model.loss})
     elif name == "nanogpt":
         contestant = _build_nanogpt(model, Path(checkout or ""), device)
     else:
         contestant = _build_transformers(model, device)
-    if not can_compile(device):
-        contestant.modes.pop("compiled")
+    if compiled and can_compile(device):
+        eager = contestant.modes["eager"]
+        contestant.modes["compiled"] = _compiled_loss(model) if name == OURS else torch.compile(eager)
     return contestant
 
 
-def _build_ours(model: GPT) -> BenchmarkModel:
+def _compiled_loss(model: GPT) -> LossFn:
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # shares the parameters
     compile_blocks(twin.transformer.h)
-    return BenchmarkModel(model, {"eager": model.loss, "compiled": twin.loss})
+    return twin.loss
 
 
 def _build_nanogpt(ours: GPT, checkout: Path, device: torch.device) -> BenchmarkModel:
@@ -113,7 +117,7 @@ def _build_nanogpt(ours: GPT, checkout: Path, device: torch.device) -> Benchmark
         return model(tokens, targets)[1]
 
     version = "model.py sha256 " + file_sha256(file)[:12]
-    return BenchmarkModel(model, {"eager": loss, "compiled": torch.compile(loss)}, version)
+    return BenchmarkModel(model, {"eager": loss}, version)
 
 
 def _build_transformers(ours: GPT, device: torch.device) -> BenchmarkModel:
@@ -145,7 +149,7 @@ def _build_transformers(ours: GPT, device: torch.device) -> BenchmarkModel:
         logits = model(tokens).logits
         return model.loss_function(logits, None, vocab_size=c.vocab_size, shift_labels=targets)
 
-    return BenchmarkModel(model, {"eager": loss, "compiled": torch.compile(loss)}, transformers.__version__)
+    return BenchmarkModel(model, {"eager": loss}, transformers.__version__)
 
 
 def _copy_weights(model: nn.Module, weights: Mapping[str, Tensor], peer_name: str) -> None:
