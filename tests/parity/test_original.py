@@ -80,7 +80,7 @@ def test_the_original_training_command_for_two_epochs(
         ("train/train_gpt2_test.py --epoch 3", "there is no --epoch (did you mean '--epochs'?)"),
         (
             "experiment/generate_5_samples.py --num_return_sequences 0",
-            "argument --num-return-sequences: must be a whole",
+            "argument --num-return-sequences: must be an integer",
         ),
         ("experiment/generate_5_samples.py --max_length -1", "argument --max-length: must be an integer of at"),
         ("experiment/generate_5_samples.py --no_train --model_type ./nowhere", "there is no model folder nowhere"),
