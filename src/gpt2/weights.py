@@ -91,7 +91,7 @@ def load(
     if added is not None:
         merge_adapter(model, added)
         model = model.to(dtype or model.transformer.wte.weight.dtype)
-    return model.to(device).eval(), _load_model_tokenizer(folder, config)
+    return model.to(device).eval(), load_model_tokenizer(folder, config)
 
 
 def model_from_state_dict(config: GPTConfig, state_dict: dict[str, Tensor]) -> GPT:
@@ -324,7 +324,8 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tenso
             raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)} in the weights, {shape} by config.json")
 
 
-def _load_model_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
+def load_model_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
+    """The tokenizer of a model folder: its own, GPT-2's for a vocabulary of 50,257, else None."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None and config.vocab_size == GPT2_VOCAB_SIZE:
         return get_tokenizer("gpt2")

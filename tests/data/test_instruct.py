@@ -259,9 +259,9 @@ def test_inspect_shows_the_loss_mask(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert (code, err) == (0, "")
     facts, first, second = out.split("\n--- ")
-    assert "rows:       12: 11 to learn from, 1 held out\n" in facts
-    assert "tokens:     356, of which 128 are learned (36.0%)\n" in facts
-    assert "truncated:  1 of the training rows lose 40 tokens, 22 of them to be learned\n" in facts
+    assert "rows:       12: 11 for training, 1 held out\n" in facts
+    assert "tokens:     356, of which 128 are loss targets (36.0%)\n" in facts
+    assert "truncated:  1 of the training rows lose 40 tokens, 22 of them targets\n" in facts
     assert first.startswith("row 1\n")
     assert first.count("│x") == 60
     prompt = "│".join("User: Hi⏎Assistant:").replace("⏎", "⏎\n")
@@ -274,9 +274,9 @@ def test_inspect_of_text_shows_it_as_tokens(tmp_path: Path, capsys: pytest.Captu
     assert code == 0
     facts, first, second = out.split("\n--- ")
     assert "documents:  12, 5,538 bytes\n" in facts
-    assert "tokens:     5,046 to learn from, 504 held out\n" in facts
+    assert "tokens:     5,046 for training, 504 held out\n" in facts
     assert first == "rows text 1\n⟦a│b│0│<|endoftext|>⟧\n"
-    assert second.endswith("│c⟧ … and 103 tokens more\n")
+    assert second.endswith("│c⟧ … and 103 more tokens\n")
 
 
 def test_inspect_in_color(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_inspect_in_color(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--template", "plane"], "no chat template 'plane'"),
         (["--columns", "answer=reply"], "must name text, or messages, or prompt and answer"),
         (["--columns", "prompt=prompt,answer=reply"], "line 1 has no 'reply'"),
-        (["--block-size", "0"], "must be a whole number of at least 1"),
+        (["--block-size", "0"], "must be an integer of at least 1"),
     ],
 )
 def test_inspect_errors_are_one_line(

@@ -68,9 +68,9 @@ def test_the_original_training_command_for_two_epochs(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("train/train_gpt2_test.py --epochs 0", "argument --epochs: must be a whole number of at least 1, not 0"),
-        ("train/train_gpt2_test.py --epochs=-3", "argument --epochs: must be a whole number of at least 1, not -3"),
-        ("train/train_gpt2_test.py --batch_size 0", "argument --batch-size: must be a whole number of at least 1"),
+        ("train/train_gpt2_test.py --epochs 0", "argument --epochs: must be an integer of at least 1, not 0"),
+        ("train/train_gpt2_test.py --epochs=-3", "argument --epochs: must be an integer of at least 1, not -3"),
+        ("train/train_gpt2_test.py --batch_size 0", "argument --batch-size: must be an integer of at least 1"),
         ("train/train_gpt2_test.py --token_size 1025", "--token-size 1,025 is more than the context of 1,024"),
         ("train/train_gpt2_test.py --lr nan", "--lr must be over 0, not nan"),
         ("train/train_gpt2_test.py --lr fast", "argument --lr: invalid float value: 'fast'"),
@@ -80,9 +80,9 @@ def test_the_original_training_command_for_two_epochs(
         ("train/train_gpt2_test.py --epoch 3", "there is no --epoch (did you mean '--epochs'?)"),
         (
             "experiment/generate_5_samples.py --num_return_sequences 0",
-            "argument --num-return-sequences: must be a whole",
+            "argument --num-return-sequences: must be an integer",
         ),
-        ("experiment/generate_5_samples.py --max_length -1", "argument --max-length: must be a whole number of at"),
+        ("experiment/generate_5_samples.py --max_length -1", "argument --max-length: must be an integer of at"),
         ("experiment/generate_5_samples.py --no_train --model_type ./nowhere", "there is no model folder nowhere"),
         (
             "experiment/generate_5_samples.py --no-train --hf_wait",

@@ -136,7 +136,7 @@ def test_a_plan_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "160")
     main(["gpt2-124m", "--on", "h100", "--gpus", "8", "--tokens", "10B", "--price-per-hour", "24"])
     out = capsys.readouterr().out
-    for words in ("124,439,808", "optimizer", "949.4 MiB", "8 devices", "an estimate: 45%", "fits", "cost"):
+    for words in ("124,439,808", "optimizer", "949.4 MiB", "8 devices", "estimate: 45% MFU", "fits", "cost"):
         assert words in out
 
 
@@ -144,8 +144,8 @@ def test_a_plan_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     ("flags", "line"),
     [
         (["--gpus", "3", "--on", "h100"], "must be a multiple of --gpus"),
-        (["--tokens", "many"], "'many' is no number"),
-        (["--price-per-hour", "-1"], "is no price"),
+        (["--tokens", "many"], "'many' is not a number"),
+        (["--price-per-hour", "-1"], "is not a price"),
         (["--on", "tpu"], "no datasheet of 'tpu'"),
         (["--optimizer", "adamm"], "did you mean 'adamw'"),
         (["nonsense"], "no recipe 'nonsense'"),

@@ -381,9 +381,9 @@ def test_a_plan_for_many_in_json_and_as_a_table(
     [
         (["--nodes", "3", "--gpus", "2"], r"--batch-size \(512\) must be a multiple of the 6 devices"),
         (["--gpus", "8", "--micro-batch-size", "32", "--batch-size", "384"], "each device has 48 rows of the batch"),
-        (["--nodes", "0"], "'0' is no number of at least 1"),
-        (["--network", "0"], "'0' is no speed over 0"),
-        (["--network", "fast"], "'fast' is no speed over 0"),
+        (["--nodes", "0"], "'0' is not a number of at least 1"),
+        (["--network", "0"], "'0' is not a bandwidth over 0"),
+        (["--network", "fast"], "'fast' is not a bandwidth over 0"),
         (["--nods", "2"], "did you mean '--nodes'"),
     ],
 )

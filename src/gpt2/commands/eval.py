@@ -8,7 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 from gpt2.cli import Parser, positive_int
 from gpt2.commands.eval_progress import ProgressBar
-from gpt2.commands.generation_args import add_model_flags, load_inference_model, load_model
+from gpt2.commands.generation_args import (
+    add_model_flags,
+    load_inference_model,
+    load_model,
+    resolve_from_args,
+)
 from gpt2.distributed.process_group import ProcessGroup, process_group
 from gpt2.errors import UserError
 from gpt2.evaluation.evaluate import Interrupted, TaskResult, prepare_task, run_parts, task_names
@@ -113,9 +118,8 @@ def _evaluate(args: Namespace, chosen: _Chosen, ranks: ProcessGroup) -> tuple[li
     reports: list[ModelReport] = []
     for name in args.models:
         with ranks.raise_on_all_ranks():
-            model, tokenizer = (
-                load_model(args, name) if args.dtype in THROUGH_TORCH else load_inference_model(args, name)
-            )
+            load = load_model if args.dtype in THROUGH_TORCH else load_inference_model
+            model, tokenizer = load(args, resolve_from_args(args, name))
             if tokenizer is None:
                 raise UserError(f"{name} has no tokenizer: text needs one")
         report = ModelReport(name, openai_size(model.config))

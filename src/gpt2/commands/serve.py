@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.generation_args import add_model_flags, load_model, template_from_args
+from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
 from gpt2.errors import UserError, missing_extra
 from gpt2.generation.inference import prepare_for_inference
 from gpt2.hardware import GiB
@@ -131,9 +131,10 @@ def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
         name = served_model_name(ref)
         if name in models:
             raise UserError(f"two models are called {name}: clients could not tell them apart")
-        plain, tokenizer = load_model(args, ref)
+        resolved = resolve_from_args(args, ref)
+        plain, tokenizer = load_model(args, resolved)
         fast = prepare_for_inference(plain, args.dtype)
-        template = template_from_args(args, ref) or ChatTemplate()
+        template = resolved.template or ChatTemplate()
         models[name] = create_served_model(name, plain, fast, tokenizer, limits, template, args.context)
     return models
 
