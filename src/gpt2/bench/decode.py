@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gpt2.errors import UserError, did_you_mean
-from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, eval_mode
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.inference import prepare_for_inference
+from gpt2.generation.log_likelihood import token_log_likelihoods
 from gpt2.generation.sampling import Sampling
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig
@@ -30,7 +30,6 @@ NUM_CHECKED_TOKENS = 8  # so many tokens of the first row have to be ours, in fl
 TIE_LOGIT_GAP = (
     5e-3  # logits nearer to each other than this may change places: by rounding, or in nanoGPT by its exact GELU
 )
-LM_HEAD_CHUNK = 128  # whose logits perplexity holds at a time
 
 
 PRECISION_FAMILIES = {  # precisions, and what they are to be compared in
@@ -217,18 +216,9 @@ def our_variants(names: str) -> list[VariantSpec]:
     return entries
 
 
-@torch.inference_mode()
 def perplexity(model: LanguageModel, tokens: Sequence[int]) -> float:
     """exp of the mean loss over all tokens but the first, in windows of the context that do not overlap."""
-    context, total = model.config.block_size, 0.0
-    with eval_mode(model):
-        for start in range(0, len(tokens) - 1, context):
-            window = torch.tensor(tokens[start : start + context + 1], device=model.device)
-            cache = model.make_cache(1, len(window) - 1)
-            hidden = model.hidden_states(window[None, :-1], cache)[0]  # (T, C)
-            for h, target in zip(hidden.split(LM_HEAD_CHUNK), window[1:].split(LM_HEAD_CHUNK), strict=True):
-                total += F.cross_entropy(model.lm_head(h).float(), target, reduction="sum").item()
-    return math.exp(total / (len(tokens) - 1))
+    return math.exp(-token_log_likelihoods(model, tokens).logprobs.double().mean().item())
 
 
 class ReferenceDecoder:
