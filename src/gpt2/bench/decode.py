@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gpt2.bench.common import parse_names
 from gpt2.errors import ConfigError, UserError
-from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence, eval_mode
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.inference import prepare_for_inference
+from gpt2.generation.log_likelihood import token_log_likelihoods
 from gpt2.generation.sampling import Sampling
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig
@@ -29,7 +29,6 @@ from gpt2.weights import load
 OURS = "gpt2"  # this program's name among the contestants
 NUM_CHECKED_TOKENS = 8  # tokens of the first row that are compared with the plain model; the warm-up generates these
 TIE_LOGIT_GAP = 5e-3  # a smaller gap between two logits may be due to rounding, or to nanoGPT's exact GELU
-LM_HEAD_CHUNK = 128  # positions whose logits `perplexity` holds at a time
 PRECISION_FAMILIES = {  # precisions, and the family in which each is compared
     "float32": "float32",
     **dict.fromkeys(("bfloat16", "float16", "f16"), "16 bits"),

@@ -6,8 +6,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from gpt2.errors import UserError
-from gpt2.generation.engine import NON_FINITE_LOGITS
+from gpt2.errors import NonFiniteLogitsError, UserError
 from gpt2.generation.sampling import Sampling
 
 ERROR_TYPES = {
@@ -60,7 +59,7 @@ class APIError(Exception):
 def to_api_error(error: UserError) -> APIError:
     """A UserError as the client's fault, with the setting it names; a damaged model is the server's."""
     message = str(error)
-    if message == NON_FINITE_LOGITS:
+    if isinstance(error, NonFiniteLogitsError):
         return APIError(500, message)
     first = message.split(" ")[0].rstrip(":,").replace("-", "_")
     return APIError(400, message, first if first in SAMPLING_FIELDS else None)
