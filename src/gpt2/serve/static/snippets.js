@@ -33,7 +33,7 @@ export function asCommand({ request, text }, settings) {
   const { model, prompt, stop = [], bad_words, logit_bias = {}, ...numbers } = request;
   const flags = Object.entries(numbers).map(([name, value]) => `--${CLI_NAMES[name] ?? name.replaceAll("_", "-")}=${value}`);
   flags.push(...Object.entries(logit_bias).map(([id, bias]) => `--logit-bias=${id}=${bias}`));
-  flags.push(...wordsOf(settings).map((word) => `--bad-word=${quoted(word)}`));
+  flags.push(...badWordsOf(settings).map((word) => `--bad-word=${quoted(word)}`));
   flags.push(...stop.map((each) => `--stop=${quoted(each)}`));
   const note = typeof prompt === "string" ? "" : "# gpt2 sample takes text: its tokens may differ from those of the page\n";
   return `${note}gpt2 sample ${quoted(model)} --prompt=${quoted(text)} \\\n  ${flags.join(" \\\n  ")}`;
