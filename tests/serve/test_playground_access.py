@@ -21,7 +21,13 @@ UNREACHABLE = """() => [...document.querySelectorAll("button, input, select, tex
 
 
 @pytest.mark.parametrize(
-    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (PHONE_WIDTH, "light"), (PHONE_WIDTH, "dark")]
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (PHONE_WIDTH, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+        pytest.param(PHONE_WIDTH, "light", marks=pytest.mark.slow),
+    ],
 )
 def test_the_page_is_accessible(browser: Any, address: str, scheme: str, width: int) -> None:
     reader = PlaygroundPage(browser, address, color_scheme=scheme, viewport={"width": width, "height": 800})

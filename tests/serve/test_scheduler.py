@@ -263,8 +263,9 @@ def test_an_exception_in_the_thread_ends_every_sequence(model: GPT, monkeypatch:
     asyncio.run(go(scheduler))
 
 
-def test_random_cancellations_lose_no_slot_and_no_memory(model: GPT) -> None:
-    rng = random.Random(1000)
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_cancellations_lose_no_slot_and_no_memory(model: GPT, count: int) -> None:
+    rng = random.Random(count)
 
     async def one(scheduler: Scheduler, i: int) -> None:
         asked = [request(i, rng.randrange(0, 30), rng.randrange(1, 40)) for _ in range(rng.randrange(1, 4))]
@@ -293,7 +294,7 @@ def test_random_cancellations_lose_no_slot_and_no_memory(model: GPT) -> None:
             async with semaphore:
                 await one(scheduler, i)
 
-        await asyncio.gather(*(limited(i) for i in range(1000)))
+        await asyncio.gather(*(limited(i) for i in range(count)))
         await until(lambda: scheduler.idle and scheduler.engine.idle)
 
     with running(model, slots=6, max_waiting=20) as scheduler:
