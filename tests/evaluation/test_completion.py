@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from reference import transformers_twin
-from task_rows import EVAL_DATA
 
 from gpt2.evaluation.choices import prepare_completion
 from gpt2.evaluation.formats import hellaswag_completion
 from gpt2.evaluation.scorer import score
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import Tokenizer
+from tests.evaluation.task_rows import EVAL_DATA
+from tests.helpers.transformers_reference import transformers_model
 
 ROWS = [
     {"ctx": "the man went to", "endings": ["the market", "sea", "the dog sleeps", "a question"], "label": 0},
@@ -37,7 +37,7 @@ def reference(twin: Any, tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[lis
 
 
 def compare(model: GPT, tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> None:
-    twin = transformers_twin(model)
+    twin = transformers_model(model)
     made = [hellaswag_completion((f"row {i}", row)) for i, row in enumerate(rows)]
     prepared = prepare_completion(made, tokenizer, model.config)
     found = {i: prepared.record(i, scored) for batch in score(model, prepared.groups) for i, scored in batch}
