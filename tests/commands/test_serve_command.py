@@ -181,11 +181,11 @@ def test_a_port_in_use_is_one_line(folder: str, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--host", "0.0.0.0"], r"--host 0.0.0.0 lets other machines in: set \$GPT2_API_KEY or give --api-key"),
-        (["--host", "::"], r"--host :: lets other machines in"),
+        (["--host", "0.0.0.0"], r"--host 0.0.0.0 is open to other machines: set \$GPT2_API_KEY, or give --api-key"),
+        (["--host", "::"], r"--host :: is open to other machines"),
         (["--api-key", ""], r"--api-key is empty"),
-        (["--api-key", "ä"], r"an API key has only printable ASCII"),
-        (["--api-key", "a", "--no-api-key"], r"do not go together"),
+        (["--api-key", "ä"], r"an API key must have only printable ASCII"),
+        (["--api-key", "a", "--no-api-key"], r"exclude each other"),
         (["--port", "70000"], r"--port must be 0 to 65535, not 70000"),
         (["--host", "no.such.host.invalid", "--no-api-key"], r"--host no.such.host.invalid .*there is no such address"),
         (["--slots", "0"], r"slots must be at least 1, not 0"),
@@ -206,7 +206,7 @@ def test_invalid_flags_are_one_line(
 
 def test_two_models_with_one_name_are_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run_cli(capsys, "serve", folder, folder, "--port", "0")
-    assert (code, err) == (2, "gpt2: two models are called tiny: clients could not tell them apart\n")
+    assert (code, err) == (2, "gpt2: two models have the name tiny: names must be different\n")
 
 
 def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

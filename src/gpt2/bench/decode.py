@@ -16,7 +16,7 @@ from torch import nn
 
 from gpt2.bench.common import parse_names
 from gpt2.errors import ConfigError, UserError
-from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
 from gpt2.generation.inference import prepare_for_inference
 from gpt2.generation.log_likelihood import token_log_likelihoods
 from gpt2.generation.sampling import Sampling
@@ -209,18 +209,9 @@ def our_variants(names: str) -> list[VariantSpec]:
     return [VariantSpec(OURS, name, p, GPT2Decoder, (p != name,)) for name, p in precisions.items()]
 
 
-@torch.inference_mode()
 def perplexity(model: LanguageModel, tokens: list[int]) -> float:
     """exp of the mean loss over all tokens but the first, in non-overlapping windows of the context length."""
-    context, total = model.config.block_size, 0.0
-    with eval_mode(model):
-        for start in range(0, len(tokens) - 1, context):
-            window = torch.tensor(tokens[start : start + context + 1], device=model.device)
-            cache = model.make_cache(1, len(window) - 1)
-            hidden = model.hidden_states(window[None, :-1], cache)[0]  # (T, C)
-            for h, target in zip(hidden.split(LM_HEAD_CHUNK), window[1:].split(LM_HEAD_CHUNK), strict=True):
-                total += F.cross_entropy(model.lm_head(h).float(), target, reduction="sum").item()
-    return math.exp(total / (len(tokens) - 1))
+    return math.exp(-token_log_likelihoods(model, tokens).logprobs.double().mean().item())
 
 
 class ReferenceDecoder:
