@@ -18,7 +18,8 @@ from gpt2.lora import trainable_parameters
 from gpt2.model import GPT
 from gpt2.optimizers import build_optimizers
 from gpt2.planning.costs import flops_per_token
-from gpt2.planning.plan import fits_full_model, largest_batch_size, setup_device
+from gpt2.planning.plan import fits_full_model, largest_batch_size
+from gpt2.planning.target import setup_device
 from gpt2.reporting.findings import RunFacts
 from gpt2.reporting.metrics import plot_loss, read_metrics
 from gpt2.reporting.report import MAX_ENTROPY_TOKENS, unigram_entropy, write_markdown_report
