@@ -174,6 +174,7 @@ gpt2 COMMAND --help says more."""
 COMMANDS = {
     "train": "train a model on text, from nothing or from another model",
     "finetune": "teach a model your text, or your prompts and answers",
+    "eval": "how good a model is, in numbers that compare",
     "sample": "continue a prompt",
     "chat": "talk with a model",
     "serve": "answer OpenAI's API, and show the playground",
