@@ -14,7 +14,7 @@ import torch
 
 import gpt2
 from gpt2.cli import Parser, positive_int, run_and_exit
-from gpt2.data.sources import open_source
+from gpt2.data.sources import builtin_texts
 from gpt2.runtime import autocast, compile_blocks, pick_device, seed_everything, synchronize
 
 AUTOCAST = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -50,7 +50,7 @@ def main() -> None:
     if args.compile_model:
         compile_blocks(model.transformer.h)
 
-    (document,) = open_source(args.data_type).documents
+    (document,) = builtin_texts(args.data_type).documents
     size = args.batch_size * args.token_size
     tokens = gpt2.get_tokenizer("gpt2").encode("".join(document.iter_chunks()))[: size + 1]
     if len(tokens) <= size:

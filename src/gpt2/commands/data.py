@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from gpt2.cli import Parser, positive_int
-from gpt2.data.instruct import InstructDataset, is_instruct_data, open_instruct
-from gpt2.data.prepare import bpe_vocab_size, describe_shards, find_shards, make_tokenizer, open_data, prepare
-from gpt2.data.sources import BUILTIN_SOURCES, open_source
+from gpt2.data.instruct import InstructDataset, open_instruct
+from gpt2.data.prepare import bpe_vocab_size, describe_shards, make_tokenizer, open_data, prepare
+from gpt2.data.resolve import Rows, Shards, resolve_data, resolve_texts
+from gpt2.data.sources import BUILTIN_SOURCES, Texts
 from gpt2.errors import UserError
 from gpt2.files import expand_path
 from gpt2.templates import get_template
@@ -52,27 +53,27 @@ def main(argv: list[str]) -> None:
         for name, about in BUILTIN_SOURCES.items():
             print(f"{name:24}{about}")
     elif args.verb == "prepare":
-        source = open_source(args.source, args.columns)
-        tokenizer = make_tokenizer(source, args.tokenizer, args.val_fraction)
-        meta = prepare(source, tokenizer, expand_path(args.out), val_fraction=args.val_fraction)
+        texts = resolve_texts(args.source, args.columns)
+        tokenizer = make_tokenizer(texts, args.tokenizer, args.val_fraction)
+        meta = prepare(texts, tokenizer, expand_path(args.out), val_fraction=args.val_fraction)
         for split, counts in meta.splits.items():
             print(f"{split}: {counts.tokens:,} tokens of {counts.bytes:,} bytes in {counts.documents} document(s)")
-    elif (shards := find_shards(args.source)) is not None:
-        print(describe_shards(shards))
-    elif is_instruct_data(args.source, args.columns):
-        _inspect_rows(args)
+    elif isinstance(data := resolve_data(args.source, args.columns), Shards):
+        print(describe_shards(data.path))
+    elif isinstance(data, Rows):
+        _inspect_rows(args, data)
     else:
-        _inspect_text(args)
+        _inspect_texts(args, data)
 
 
-def _inspect_rows(args: Namespace) -> None:
+def _inspect_rows(args: Namespace, rows: Rows) -> None:
     """What rows of prompts and answers come to as tokens, in numbers and to look at."""
     if args.tokenizer and bpe_vocab_size(args.tokenizer):
         raise UserError("for rows of prompts and answers, --tokenizer is gpt2, bytes, or a folder that holds one")
     template, tokenizer = get_template(args.template), get_tokenizer(args.tokenizer or "gpt2")
     if missing := template.missing_tokens(tokenizer):
         tokenizer = with_special_tokens(tokenizer, missing)
-    data = open_instruct(args.source, tokenizer, template, columns=args.columns, mask_prompt=args.mask_prompt)
+    data = open_instruct(rows, tokenizer, template, mask_prompt=args.mask_prompt)
     for name, said in instruct_stats(data, args.block_size).items():
         print(f"{name + ':':12}{said}")
     console = Console(highlight=False)
@@ -84,20 +85,19 @@ def _inspect_rows(args: Namespace) -> None:
         print_tokens(console, tokenizer, documents.tokens[some].tolist(), documents.loss_mask[some].tolist())
 
 
-def _inspect_text(args: Namespace) -> None:
+def _inspect_texts(args: Namespace, texts: Texts) -> None:
     """What text comes to as tokens, all of which are learned."""
-    source = open_source(args.source, args.columns)
-    data = open_data(args.source, args.tokenizer, args.columns)
+    data = open_data(texts, args.tokenizer)
     held_out = f"{data.val_tokens:,} held out" if data.val_tokens else "none held out"
-    print(f"{'documents:':12}{len(source.documents):,}, {sum(document.size for document in source.documents):,} bytes")
+    print(f"{'documents:':12}{len(texts.documents):,}, {sum(document.size for document in texts.documents):,} bytes")
     print(f"{'tokens:':12}{data.train_tokens:,} to learn from, {held_out}")
     print(f"{'tokenizer:':12}{data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids")
     console = Console(highlight=False)
-    for document in source.documents[: max(0, args.rows)]:
+    for document in texts.documents[: max(0, args.rows)]:
         print(f"\n--- {document.name}")
         text = "".join(islice(document.iter_chunks(chunk_bytes=4 * MAX_SHOWN_TOKENS), 1))
         tokens = data.tokenizer.encode(text)
-        ends = len(tokens) < MAX_SHOWN_TOKENS and len(source.documents) > 1 and len(text.encode()) == document.size
+        ends = len(tokens) < MAX_SHOWN_TOKENS and len(texts.documents) > 1 and len(text.encode()) == document.size
         tokens += [data.tokenizer.end_of_text] * ends
         print_tokens(console, data.tokenizer, tokens, [True] * len(tokens))
 

@@ -12,7 +12,7 @@ import torch
 import gpt2
 from gpt2.cli import Parser
 from gpt2.config import FINETUNING_FIELDS, TrainConfig, config_for_resume, run_name, to_toml, with_overrides
-from gpt2.data.prepare import find_shards
+from gpt2.data.resolve import find_shards
 from gpt2.distributed.process_group import ProcessGroup, max_restarts, process_group
 from gpt2.errors import UserError
 from gpt2.files import expand_path

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from gpt2.config import AUTO_BATCH_SIZE, TrainConfig
-from gpt2.data.prepare import bpe_vocab_size, find_shards
+from gpt2.data.prepare import bpe_vocab_size
+from gpt2.data.resolve import find_shards
 from gpt2.data.shards import ShardsMeta
 from gpt2.errors import ConfigError, InsufficientMemoryError
 from gpt2.hardware import available_memory, measure_matmul
@@ -262,9 +263,9 @@ def model_shape(config: TrainConfig) -> GPTConfig:
 
 def vocabulary_size(config: TrainConfig) -> int:
     """The vocabulary size of `config`'s tokenizer, trained or not; without one, that of the shards' tokenizer."""
-    path, spec = find_shards(config.data), config.tokenizer
-    if spec is None and path is not None:
-        folder = path if path.is_dir() else path.parent
+    shards, spec = find_shards(config.data), config.tokenizer
+    if spec is None and shards is not None:
+        folder = shards.path if shards.path.is_dir() else shards.path.parent
         meta, tokenizer = ShardsMeta.load(folder), load_tokenizer(folder)
         if meta is not None:
             return meta.tokenizer.vocab_size

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from gpt2.config import TrainConfig
 from gpt2.data.dataset import Dataset
-from gpt2.data.instruct import InstructDataset, is_instruct_data, open_instruct
+from gpt2.data.instruct import InstructDataset, open_instruct
 from gpt2.data.prepare import open_data
+from gpt2.data.resolve import Rows, resolve_data
 from gpt2.embeddings import extend_vocabulary
 from gpt2.errors import UserError
 from gpt2.files import expand_path
@@ -64,13 +65,13 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAn
 
 def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: ChatTemplate | None) -> Dataset:
     """The data of a run, as a tokenizer's tokens: rows of prompts and answers, or text."""
-    if not is_instruct_data(config.data, config.columns):
-        return replace(open_data(config.data, tokenizer, config.columns), separate_documents=config.separate_documents)
+    data = resolve_data(config.data, config.columns)
+    if not isinstance(data, Rows):
+        return replace(open_data(data, tokenizer), separate_documents=config.separate_documents)
     return open_instruct(
-        config.data,
+        data,
         get_tokenizer(tokenizer or "gpt2") if isinstance(tokenizer, str | None) else tokenizer,
         template or ChatTemplate(),
-        columns=config.columns,
         mask_prompt=config.mask_prompt,
     )
 
