@@ -48,7 +48,7 @@ def until_it_goes_on(soak: Any, home: Any, torchrun: subprocess.Popen[bytes] | N
     """Wait until another step is recorded."""
     before = home.steps_recorded()
     soak.wait_until(torchrun or Living(), lambda: home.steps_recorded() > before)
-    assert home.steps_recorded() > before, (home.folder / "said.txt").read_text()
+    assert home.steps_recorded() > before, home.log_path.read_text()
 
 
 class Living:
@@ -60,7 +60,7 @@ class Living:
 
 def lines(home: Any) -> list[str]:
     """What gpt2 has said under torchrun."""
-    said = (home.folder / "said.txt").read_text(errors="replace").splitlines()
+    said = home.log_path.read_text(errors="replace").splitlines()
     return [line.removeprefix("gpt2: ") for line in said if line.startswith("gpt2: ")]
 
 

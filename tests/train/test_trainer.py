@@ -92,7 +92,7 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     skipped = [line["step"] for line in read_metrics(whole / "metrics.jsonl") if line.get("skipped")]
     assert skipped == [46, 53]
     assert "step 46: left out, for its loss of" in capsys.readouterr().err
-    assert "left out" in (whole / "report.md").read_text()
+    assert "skipped as outlier batches" in (whole / "report.md").read_text()
 
     cut = train(replace(config, name="cut", keep_checkpoints=9))
     (cut / "checkpoints" / "step-60").rename(cut / "gone")

@@ -12,7 +12,9 @@ from gpt2.cli import Parser
 from gpt2.commands.train import add_training_flags, resolve_config
 from gpt2.config import TrainConfig
 from gpt2.hardware import ACCELERATORS
-from gpt2.planning.plan import ASSUMED_MFU, MAX_MEMORY_FRACTION, Plan, plan
+from gpt2.planning.plan import Plan, plan
+from gpt2.planning.scaling import ASSUMED_MFU
+from gpt2.planning.target import MAX_MEMORY_FRACTION
 from gpt2.reporting.units import format_bytes, format_count
 from gpt2.train.recipes import RECIPES
 

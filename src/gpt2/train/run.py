@@ -18,9 +18,11 @@ from gpt2.lora import trainable_parameters
 from gpt2.model import GPT
 from gpt2.optimizers import build_optimizers
 from gpt2.planning.costs import flops_per_token
-from gpt2.planning.plan import fits_full_model, largest_batch_size, setup_device
+from gpt2.planning.plan import fits_full_model, largest_batch_size
+from gpt2.planning.target import setup_device
 from gpt2.reporting.findings import RunFacts
-from gpt2.reporting.metrics import plot_loss, read_metrics
+from gpt2.reporting.metrics import read_metrics
+from gpt2.reporting.plots import plot_loss
 from gpt2.reporting.report import MAX_ENTROPY_TOKENS, unigram_entropy, write_markdown_report
 from gpt2.runtime import (
     DTYPE_NAMES,
@@ -245,6 +247,7 @@ def _run_facts(run: Run, entropy: float, peak: int, stop_reason: str) -> RunFact
         data=data.name,
         train_tokens=data.train_tokens,
         val_tokens=data.val_tokens,
+        tokens_per_epoch=run.loader.windows_per_epoch * config.block_size,
         flops_per_token=flops_per_token(run.model.config, config.block_size),
         matmul_flops=None if stop_reason else run.ranks.world_size * measure_matmul(run.device, run.dtype),
         peak_memory_bytes=peak or None,
