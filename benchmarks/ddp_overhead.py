@@ -22,7 +22,7 @@ from gpt2.config import TrainConfig
 from gpt2.data.loader import Batch
 from gpt2.distributed.process_group import SINGLE_PROCESS, process_group
 from gpt2.runtime import configure_malloc
-from gpt2.train.run import Run, setup_run
+from gpt2.train.setup import Run, setup_run
 from gpt2.train.trainer import update
 
 COMMAND = "torchrun --standalone --nproc-per-node=1 benchmarks/ddp_overhead.py"

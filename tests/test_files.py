@@ -1,5 +1,7 @@
-"""Staging folders: removed with their owner, kept while it lives; and paths."""
+"""Staging folders and locks, paths, and kinds of folders."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.files import check_regular_file, expand_path, known_folder_kind, staging_folder
+from gpt2.files import LockFile, check_regular_file, expand_path, known_folder_kind, staging_folder
 
 HOLDS = """
 import sys, time
@@ -51,7 +53,8 @@ def test_the_staging_folder_of_another_process_is_kept_until_it_is_killed(tmp_pa
     with staging_folder(tmp_path / "a"):
         assert theirs.exists(), "another target's"
     with staging_folder(target) as ours:
-        assert list(tmp_path.iterdir()) == [ours]
+        assert sorted(tmp_path.iterdir()) == [ours, ours.with_name(f"{ours.name}.lock")]
+    assert not list(tmp_path.iterdir())
 
 
 def test_concurrent_staging_folders_lose_no_file(tmp_path: Path) -> None:
@@ -70,6 +73,32 @@ def test_concurrent_staging_folders_lose_no_file(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not lost
+    assert not list(tmp_path.glob(".thing*"))
+
+
+def test_a_lock_is_exclusive_and_its_file_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    lock = LockFile(path)
+    with pytest.raises(BlockingIOError):
+        LockFile(path)
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved" / ".lock")
+    other = LockFile(path)
+    lock.release(path)  # is another file now
+    assert path.exists()
+    assert moved.exists()
+    other.release(path)
+    assert not path.exists()
+
+
+def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert not LockFile(tmp_path / ".lock").is_held
+    with staging_folder(tmp_path / "thing") as first, staging_folder(tmp_path / "thing"):
+        assert first.exists()
     assert not list(tmp_path.glob(".thing*"))
 
 

@@ -1,4 +1,4 @@
-"""Optimizers against plain loops of torch's own, and the learning rate at each step."""
+"""Optimizers against plain loops of torch's own, and the learning rate schedules."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def five_steps(model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
             optimizer.zero_grad()
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     model = tiny_model()
     muon, adamw = build_optimizers(model, TrainConfig(optimizer="muon"))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -41,7 +41,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert not hidden & rest
 
 
-def test_muon_s_steps_are_those_of_the_paper() -> None:
+def test_muon_equals_the_paper() -> None:
     """Momentum, Nesterov, an orthogonal step of AdamW's size: five updates against the formulas written out."""
     config = TrainConfig(optimizer="muon", lr=1e-2, weight_decay=0.1)
     model, twin = tiny_model(), tiny_model()

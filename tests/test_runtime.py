@@ -32,7 +32,7 @@ def saved_bytes(model: GPT, tokens: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_recomputed_activations_give_the_same_gradients_and_are_not_kept() -> None:
+def test_activation_checkpointing_gives_the_same_gradients_with_less_memory() -> None:
     """With dropout, whose masks have to be the same the second time."""
     tokens = torch.randint(61, (4, 32), generator=torch.Generator().manual_seed(1))
     plain, recomputed = model_of(dropout=0.1), model_of(dropout=0.1)

@@ -1,5 +1,6 @@
 """Files and folders: user-typed paths, the cache, downloads, and folders that are written completely or not at all."""
 
+import errno
 import hashlib
 import os
 import re
@@ -13,14 +14,10 @@ from typing import BinaryIO
 
 from gpt2.errors import DataError, UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows, where leftovers of a killed process stay until someone removes them
-    fcntl = None
-
 RUN_FOLDER_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # a run folder has the first and one more
 
-_PARTIAL_SUFFIX = ".partial"
+_PARTIAL_SUFFIX, _LOCK_SUFFIX = ".partial", ".lock"
+NO_LOCKS_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a drive without locks
 
 
 def expand_path(text: str | Path) -> Path:
@@ -150,63 +147,73 @@ def known_folder_kind(names: Collection[str]) -> str | None:
     return None
 
 
+class LockFile:
+    """An exclusive lock that is a file; the system releases it when this process dies. Whoever releases it removes it.
+
+    On a drive without locks, `is_held` is False and nothing is locked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock, without waiting. Raises `BlockingIOError` when another holds it, `OSError` without access."""
+        from filelock import FileLock, Timeout  # takes a fifth of a second to import
+
+        self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise BlockingIOError(errno.EWOULDBLOCK, "it is locked", str(path)) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS_ERRNOS:
+                raise
+        self.is_held = self._lock.is_locked
+        self._stat = path.stat()
+
+    def release(self, path: Path) -> None:
+        """Remove the file, which is now at `path`, unless another file has replaced it; then release the lock."""
+        with suppress(OSError):
+            if os.path.samestat(self._stat, path.stat()):
+                path.unlink()
+        self._lock.release()
+
+
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` to write in, gone when the block ends unless it was moved away.
+    """A new folder beside `target` to write in, removed when the block ends unless it was moved away.
 
-    Its owner holds a lock on it, which the system takes back when the owner dies. So what killed processes left
-    behind beside the same target is told from what others are writing at this moment, and is removed first.
-    Raises `OSError` when it cannot be made.
+    A lock file beside it is held until then. So leftovers of killed processes, whose locks are free, can be told from
+    folders that are in use; they are removed first. Raises `OSError` when the folder cannot be created.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{_glob_escape(target.name)}.{'[0-9a-f]' * 8}{_PARTIAL_SUFFIX}"):
-        _remove_abandoned(leftover)
-    folder, lock = _create_locked_folder(target)
+    for leftover in target.parent.glob(f".{_glob_escape(target.name)}.{'[0-9a-f]' * 8}{_PARTIAL_SUFFIX}*"):
+        _remove_abandoned(leftover.with_name(leftover.name.removesuffix(_LOCK_SUFFIX)))
+    folder, lock = _new_staging_path(target)
     try:
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        lock.release(_lock_path(folder))
 
 
-def _create_locked_folder(target: Path) -> tuple[Path, int | None]:
-    """A new folder, and the descriptor that holds its lock."""
+def _new_staging_path(target: Path) -> tuple[Path, LockFile]:
+    """An unused path, and the lock for it."""
     while True:
         folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_PARTIAL_SUFFIX}"
-        folder.mkdir()
-        with suppress(FileNotFoundError, BlockingIOError):  # swept away by another process before it was locked
-            lock = _try_lock(folder)
-            if folder.exists():
-                return folder, lock
+        with suppress(BlockingIOError):  # another process took the new lock file for a leftover
+            return folder, LockFile(_lock_path(folder))
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a work folder whose owner is no more. Where that cannot be told, it stays."""
+    """Remove a staging folder and its lock file, unless the lock is held or there are no locks."""
     with suppress(OSError):
-        lock = _try_lock(folder)
-        if lock is not None:
+        lock = LockFile(_lock_path(folder))
+        if lock.is_held:
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+        lock.release(_lock_path(folder))
 
 
-def _try_lock(folder: Path) -> int | None:
-    """Lock a folder: the descriptor to close at the end, None on systems and drives without locks.
-
-    Raises `BlockingIOError` when someone else holds the lock, `FileNotFoundError` when there is no such folder.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(folder.name + _LOCK_SUFFIX)
 
 
 def _glob_escape(name: str) -> str:

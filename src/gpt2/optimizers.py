@@ -11,9 +11,9 @@ from gpt2.config import TrainConfig
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """The optimizers of `config` over `model`, with weight decay on matrices and embeddings only.
+    """The optimizers of `config` for the trainable parameters; weight decay for matrices and embeddings only.
 
-    One, but for Muon, which is made for the matrices of the blocks; there AdamW takes all the rest.
+    One optimizer, except for Muon: it is for the matrices of the blocks, and AdamW trains the rest.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if config.optimizer == "muon":
@@ -27,7 +27,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """What torch's optimizers take: the matrices and embeddings with weight decay, biases and layer norms without."""
+    """Parameter groups for torch: matrices and embeddings with weight decay, biases and layer norms without."""
     parameters = list(parameters)
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -41,28 +41,28 @@ def _adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:
 
 
 def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> Muon:
-    """Muon (Jordan et al. 2024), its steps scaled to the size of AdamW's so that one --lr serves both.
+    """Muon (Jordan et al. 2024), its updates scaled to the RMS of AdamW's, so that one --lr fits both.
 
-    The scaling is that of "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2.2.
+    Scaling: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2.2.
     """
     return Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of update number `step`, counted from 1: a linear warm-up, then the schedule.
+    """The learning rate of update `step`, counted from 1: linear warm-up, then decay by the schedule.
 
-    The peak is reached at the last warm-up step and the end, `min_lr`, at the last step of the run.
+    The peak is reached at the last warm-up step, the minimum `min_lr` at the last step of the run.
     """
     low = config.lr / 10 if config.min_lr is None else config.min_lr
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    falling = config.max_steps - config.warmup_steps  # how many of the last steps the rate falls in
+    decay_steps = config.max_steps - config.warmup_steps
     if config.schedule == "wsd":
-        falling = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
-        falling = min(falling, config.max_steps - config.warmup_steps)
-    left = min(1.0, (config.max_steps - step) / max(1, falling))
+        requested = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
+        decay_steps = min(requested, decay_steps)
+    fraction = min(1.0, (config.max_steps - step) / max(1, decay_steps))
     if config.schedule == "cosine":
-        left = 0.5 * (1 - math.cos(math.pi * left))
-    return low + (config.lr - low) * left
+        fraction = 0.5 * (1 - math.cos(math.pi * fraction))
+    return low + (config.lr - low) * fraction

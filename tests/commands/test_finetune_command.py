@@ -36,7 +36,7 @@ def test_finetune_writes_a_run_folder_and_a_comparison(
     assert out == f"{folder}\n"
     config = read_toml(folder / "config.toml")
     assert (config.lr, config.epochs, config.keep_best, config.init_from) == (5e-4, 2.0, True, base)
-    assert "of them learned" in err
+    assert "of them trainable" in err
     comparison = err[err.index("## Before and after") :].strip()
     assert comparison in (folder / "report.md").read_text()
     assert "| rows, held out |" in comparison

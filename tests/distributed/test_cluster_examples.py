@@ -1,6 +1,6 @@
-"""The examples for clusters, each of them run, with other programs in the place of ssh, srun and torchrun.
+"""The cluster examples, each run with fake versions of ssh, srun and torchrun.
 
-What torchrun would be told is read by torchrun's own parser, and what gpt2 would be told by gpt2's.
+Their arguments are checked by the parsers of torchrun and gpt2.
 """
 
 import os
@@ -44,24 +44,24 @@ def cluster(tmp_path: Path) -> FakeCluster:
 
 
 @pytest.mark.parametrize("example", ALL_EXAMPLES)
-def test_torchrun_and_gpt2_are_told_what_they_understand(
+def test_the_examples_use_valid_flags(
     example: str, cluster: FakeCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("PET_")]:
         monkeypatch.delenv(name)  # torchrun's parser would read them
-    told = {
+    result = {
         host: get_args_parser().parse_args(arguments) for host, arguments in launch_example(example, cluster).items()
     }
-    for args in told.values():
+    for args in result.values():
         assert (args.module, args.training_script) == (True, "gpt2")
         assert (args.rdzv_backend, args.max_restarts, int(args.nnodes)) == ("c10d", 3, len(HOSTS))
         assert args.nproc_per_node in ("8", "gpu")
-    assert len({(args.rdzv_endpoint, args.rdzv_id, *args.training_script_args) for args in told.values()}) == 1
-    host, _, port = told["one"].rdzv_endpoint.partition(":")
+    assert len({(args.rdzv_endpoint, args.rdzv_id, *args.training_script_args) for args in result.values()}) == 1
+    host, _, port = result["one"].rdzv_endpoint.partition(":")
     assert host in ("one", ADDRESSES["one"], "gpt2-124m-node-0-0.gpt2-124m")
     assert 1024 < int(port) < 32768  # below those that a system gives away
 
-    command, *flags = told["one"].training_script_args
+    command, *flags = result["one"].training_script_args
     assert command == "train"
     monkeypatch.delenv("HOME")  # nothing of this machine's
     code, out, err = run_cli(capsys, "train", *flags, "--print-config")
@@ -80,7 +80,7 @@ def test_torchrun_and_gpt2_are_told_what_they_understand(
 
 
 def hosts_and_gpus(example: str) -> int:
-    """How many GPUs the example asks for."""
+    """The number of GPUs in the example."""
     if example == "slurm.sh":
         return int(batch_options()["nodes"]) * int(batch_options()["gpus-per-node"])
     if example == "skypilot.yaml":
@@ -94,8 +94,8 @@ def hosts_and_gpus(example: str) -> int:
 
 
 @pytest.mark.parametrize("example", ["ssh.sh", "skypilot.yaml", "trainjob.yaml"])
-def test_the_first_host_alone_is_where_all_meet(example: str, cluster: FakeCluster) -> None:
-    parsed = {host: get_args_parser().parse_args(told) for host, told in launch_example(example, cluster).items()}
+def test_only_the_first_host_is_the_rendezvous_host(example: str, cluster: FakeCluster) -> None:
+    parsed = {host: get_args_parser().parse_args(result) for host, result in launch_example(example, cluster).items()}
     meets = {host: _parse_rendezvous_config(args.rdzv_conf)["is_host"] for host, args in parsed.items()}
     assert meets == {"one": "true", "two": "false", "three": "false"}
     own = {host: args.local_addr for host, args in parsed.items()}
@@ -104,7 +104,7 @@ def test_the_first_host_alone_is_where_all_meet(example: str, cluster: FakeClust
 
 
 def texts_of_shells() -> dict[str, str]:
-    """All that is written for bash, in whatever file."""
+    """All bash code of the examples."""
     texts = {name: (EXAMPLES / name).read_text(encoding="utf-8") for name in SCRIPTS}
     (task,), job = load_yaml_documents("skypilot.yaml"), load_yaml_documents("trainjob.yaml")[2]
     bash = "#!/bin/bash\n"
@@ -121,8 +121,8 @@ def test_bash_and_shellcheck_find_nothing(tmp_path: Path) -> None:
         script = tmp_path / name
         script.write_text(text)
         for command in (["bash", "-n"], [shellcheck] if shellcheck else ["true"]):
-            told = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
-            assert (told.returncode, told.stdout, told.stderr) == (0, "", ""), name
+            result = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+            assert (result.returncode, result.stdout, result.stderr) == (0, "", ""), name
 
 
 # ssh.sh
@@ -130,25 +130,25 @@ def test_bash_and_shellcheck_find_nothing(tmp_path: Path) -> None:
 
 def test_without_a_host_ssh_says_how_it_is_used(cluster: FakeCluster) -> None:
     command = ["bash", str(EXAMPLES / "ssh.sh")]
-    told = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
-    assert told.returncode == 2
-    assert told.stderr.startswith("usage: ")
+    result = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
 
 
 def test_a_host_that_fails_stops_the_others(cluster: FakeCluster) -> None:
     cluster.set_behavior(one="run", two="fail", three="run")
-    code, said = cluster.run("ssh.sh")
+    code, stderr_text = cluster.run("ssh.sh")
     assert code == FAILED
-    assert f"ssh.sh: torchrun on two ended with code {FAILED}\n" in said
+    assert f"ssh.sh: torchrun on two ended with code {FAILED}\n" in stderr_text
     assert [host for host in HOSTS if cluster.has_note(f"{host}.stopped")] == ["one", "three"]
 
 
 def test_a_host_that_cannot_be_reached_stops_the_others(cluster: FakeCluster) -> None:
     cluster.set_behavior(one="run", two="run")
     (cluster.notes / "three.does").unlink()
-    code, said = cluster.run("ssh.sh")
+    code, stderr_text = cluster.run("ssh.sh")
     assert code
-    assert "no route to three" in said
+    assert "no route to three" in stderr_text
     assert not any(cluster.has_note(f"{host}.started") != cluster.has_note(f"{host}.stopped") for host in HOSTS)
 
 
@@ -207,14 +207,14 @@ SRUN_OPTIONS = {"kill-on-bad-exit", "wait"}  # https://slurm.schedmd.com/srun.ht
 
 
 def batch_options() -> dict[str, str]:
-    """Of the #SBATCH lines, which count only before the first command."""
+    """The options of the #SBATCH lines before the first command."""
     text = (EXAMPLES / "slurm.sh").read_text(encoding="utf-8")
     comments, commands = re.split(r"^(?=[^#\n])", text, maxsplit=1, flags=re.MULTILINE)
     assert "#SBATCH" not in commands
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", comments, re.MULTILINE))
 
 
-def test_sbatch_is_told_what_it_knows() -> None:
+def test_the_sbatch_options_exist() -> None:
     options = batch_options()
     assert options.keys() <= SBATCH
     assert options["ntasks-per-node"] == "1"
@@ -228,14 +228,14 @@ def test_there_is_time_to_save_before_the_limit(cluster: FakeCluster) -> None:
     assert found
     save = int(cluster.variables("one")["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert save < int(found[1])
-    told = dict(
+    result = dict(
         word.removeprefix("--").split("=")
         for word in cluster.arguments("srun")
         if word.startswith("--") and "=" in word
     )
-    assert told.keys() == SRUN_OPTIONS
-    assert told["kill-on-bad-exit"] == "0", "the first to end would have the others killed while they save"
-    assert int(told["wait"]) >= save
+    assert result.keys() == SRUN_OPTIONS
+    assert result["kill-on-bad-exit"] == "0", "the first to end would have the others killed while they save"
+    assert int(result["wait"]) >= save
     assert cluster.variables("one")["SRUN_CPUS_PER_TASK"] == "32"
 
 
@@ -277,7 +277,7 @@ SKY_RECOVERY = {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
 SKY_STORAGE = {"name", "source", "store", "mode"}
 
 
-def test_skypilots_fields_are_ones_it_has() -> None:
+def test_the_skypilot_fields_exist() -> None:
     (task,) = load_yaml_documents("skypilot.yaml")
     assert task.keys() <= SKY_TASK
     assert task["resources"].keys() <= SKY_RESOURCES
@@ -297,7 +297,7 @@ def test_skypilots_fields_are_ones_it_has() -> None:
 
 
 def one_of(**properties: Any) -> dict[str, Any]:
-    """The schema of an object that has these fields, and no others."""
+    """The schema of an object with these fields only."""
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -350,7 +350,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def test_the_train_jobs_fields_are_ones_kubernetes_has() -> None:
+def test_the_trainjob_fields_exist() -> None:
     jsonschema = pytest.importorskip("jsonschema_rs", reason="jsonschema-rs is not installed")
     found = load_yaml_documents("trainjob.yaml")
     assert [document["kind"] for document in found] == list(KINDS)
@@ -384,7 +384,7 @@ def test_the_parts_of_the_train_job_fit_together() -> None:
 # The guide
 
 
-def test_the_guides_links_and_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_and_flags_in_the_guide_exist(capsys: pytest.CaptureFixture[str]) -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     assert len(guide.splitlines()) < 200
     for link in re.findall(r"\]\(([^)#]+)\)", guide):
@@ -398,12 +398,12 @@ def test_the_guides_links_and_flags_exist(capsys: pytest.CaptureFixture[str]) ->
     assert "--resume" in named
 
 
-def test_the_guides_errors_are_the_codes() -> None:
+def test_error_messages_in_the_guide_are_in_the_code() -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     sources = [*(EXAMPLES.parent / "src" / "gpt2").rglob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
-    code = re.sub(r'"\n\s*f?"', "", code)  # a line that goes on in the next
-    rows = guide.split("| the line says |")[1].split("\n\n")[0].splitlines()[2:]
+    code = re.sub(r'"\n\s*f?"', "", code)  # strings over several lines
+    rows = guide.split("| message |")[1].split("\n\n")[0].splitlines()[2:]
     named = [line.split("|")[1].strip().strip("`") for line in rows]
     assert len(named) > 10
     assert [words for words in named if words not in code] == []

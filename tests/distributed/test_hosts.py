@@ -1,4 +1,4 @@
-"""Several hosts, for real: torchrun on each, one run folder, and a cable that is pulled. See hosts.py."""
+"""Several hosts: torchrun on each, one run folder, and a network that fails. See virtual_hosts.py."""
 
 import json
 import os
@@ -41,7 +41,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def permitted(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Skips, with the reason, where the system permits no hosts."""
+    """Skip, with the reason, where the system does not permit namespaces."""
     try:
         with virtual_hosts(1, tmp_path_factory.mktemp("permitted")):
             pass
@@ -58,7 +58,7 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(permitted: None, tmp_path_factory: pytest.TempPathFactory, numbers: Path) -> Path:
-    """The run of one process."""
+    """The same run by one process."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2_HOME", str(folder / "home"))
@@ -73,7 +73,7 @@ def two(permitted: None, tmp_path: Path) -> Iterator[list[Host]]:
 
 @dataclass
 class Job:
-    """One training on several hosts, each with a torchrun of two ranks, a log and a cache of its own."""
+    """A training run on several hosts, each with a torchrun of two ranks, its own log and its own cache."""
 
     hosts: list[Host]
     folder: Path
@@ -89,15 +89,15 @@ class Job:
 
     @property
     def step(self) -> int:
-        """The last one of which the run tells."""
+        """The last step in the metrics."""
         metrics = self.run / "metrics.jsonl"
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
-    def said(self, host: Host) -> str:
+    def output(self, host: Host) -> str:
         return (self.folder / f"{host.name}.log").read_text()
 
     def start(self, host: Host) -> None:
-        """torchrun, as a user types it on each host."""
+        """The torchrun command for a host."""
         given = {
             **VALUES,
             "data": self.data,
@@ -124,7 +124,7 @@ class Job:
             self.running[host.name] = host.start(command, environment, log, self.folder)
 
     def supervise(self, *there: Host) -> None:
-        """What SLURM, Kubernetes or systemd does: a torchrun that fails is started again, until all have done it."""
+        """Restart each torchrun that fails, as SLURM, Kubernetes or systemd do, until all have succeeded."""
         starts = 0
 
         def done() -> bool:
@@ -139,21 +139,21 @@ class Job:
         self.wait(done, "the end", 240)
 
     def wait(self, true: Callable[[], bool], what: str, limit: float) -> None:
-        """Until it is so; fails after `limit` seconds."""
+        """Wait for a condition; fails after `limit` seconds."""
         deadline = time.monotonic() + limit
         while not true():
             assert time.monotonic() < deadline, f"no {what} within {limit} seconds\n{self.tail()}"
             time.sleep(0.02)
 
     def losses(self, host: Host) -> int:
-        """How many ranks on this host have said that they lost the others."""
-        return self.said(host).count("lost the others")
+        """The number of ranks on this host that reported lost ranks."""
+        return self.output(host).count("lost the other ranks")
 
     def tail(self) -> str:
-        return "\n".join(f"{host.name}: {self.said(host)[-3000:]}" for host in self.hosts)
+        return "\n".join(f"{host.name}: {self.output(host)[-3000:]}" for host in self.hosts)
 
     def in_mid_run(self, what: Callable[[], None], *witnesses: Host) -> None:
-        """Have something happen to a host; the ranks of these hosts are to notice it in time."""
+        """Cause a fault, and check that the ranks of these hosts detect it in time."""
         self.wait(lambda: self.step >= CUT, f"step {CUT}", 120)
         before = {host.name: self.losses(host) for host in witnesses}
         what()
@@ -171,27 +171,27 @@ def job(two: list[Host], tmp_path: Path, numbers: Path, request: pytest.FixtureR
 
 
 def assert_same(run: Path, alone: Path) -> None:
-    """Both ended with the same weights, by way of the same losses, to rounding; each step is told of once."""
+    """Both runs have the same losses and weights to rounding; each step is in the metrics once."""
     weights, expected = (load_file(folder / "model" / "model.safetensors") for folder in (run, alone))
     assert weights.keys() == expected.keys()
     assert max(float((weights[name] - tensor).abs().max()) for name, tensor in expected.items()) < 5e-5
-    told, right = (
+    result, right = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, alone)
     )
-    assert [record["step"] for record in told] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in result] == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm"):
-        assert [record[name] for record in told] == pytest.approx([record[name] for record in right], abs=2e-4)
-    assert told[-1]["val_loss"] == pytest.approx(right[-1]["val_loss"], abs=5e-5)
+        assert [record[name] for record in result] == pytest.approx([record[name] for record in right], abs=2e-4)
+    assert result[-1]["val_loss"] == pytest.approx(right[-1]["val_loss"], abs=5e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["fsdp", "ddp"], indirect=True)
-def test_two_hosts_train_what_one_process_does(job: Job, alone: Path) -> None:
+def test_two_hosts_equal_one_process(job: Job, alone: Path) -> None:
     for host in job.hosts:
         job.start(host)
     job.wait(lambda: all(process.poll() is not None for process in job.running.values()), "end", 240)
     assert {process.poll() for process in job.running.values()} == {0}, job.tail()
-    assert f"on 4 ranks ({job.parallel}) of cpu" in job.said(job.hosts[0])
+    assert f"on 4 ranks ({job.parallel}) of cpu" in job.output(job.hosts[0])
     assert_same(job.run, alone)
     caches = [
         sorted(path.relative_to(home) for path in home.rglob("*") if path.is_file())
@@ -202,21 +202,21 @@ def test_two_hosts_train_what_one_process_does(job: Job, alone: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)], indirect=True)
-def test_a_host_that_was_cut_off_and_is_back_goes_on_with_the_others(job: Job, alone: Path) -> None:
+def test_a_host_that_reconnects_rejoins_the_run(job: Job, alone: Path) -> None:
     first, second = job.hosts
     for host in job.hosts:
         job.start(host)
     job.in_mid_run(second.disconnect, first, second)
     second.connect()
     job.supervise(first, second)
-    assert job.said(first).count(f"on 4 ranks ({job.parallel}) of cpu") >= 2
+    assert job.output(first).count(f"on 4 ranks ({job.parallel}) of cpu") >= 2
     assert_same(job.run, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["ddp"], indirect=True)
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_host_that_is_started_anew_goes_on_with_the_others(job: Job, alone: Path, number: int) -> None:
+def test_a_restarted_host_rejoins_the_run(job: Job, alone: Path, number: int) -> None:
     lost, other = job.hosts[number], job.hosts[1 - number]
     for host in job.hosts:
         job.start(host)
@@ -233,7 +233,7 @@ def test_a_host_that_is_started_anew_goes_on_with_the_others(job: Job, alone: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["ddp", "fsdp"], indirect=True)
-def test_when_a_host_is_lost_for_good_the_other_goes_on_alone(job: Job, alone: Path) -> None:
+def test_the_run_continues_without_a_lost_host(job: Job, alone: Path) -> None:
     job.nnodes, job.rdzv_conf = "1:2", "last_call_timeout=3"
     first, second = job.hosts
     for host in job.hosts:
@@ -245,7 +245,7 @@ def test_when_a_host_is_lost_for_good_the_other_goes_on_alone(job: Job, alone: P
 
     job.in_mid_run(power_cut, first)
     job.supervise(first)
-    assert f"on 2 ranks ({job.parallel}) of cpu" in job.said(first)
+    assert f"on 2 ranks ({job.parallel}) of cpu" in job.output(first)
     assert_same(job.run, alone)
 
 
@@ -278,7 +278,7 @@ with hosts(1, Path.cwd()) as (host,), open("log", "w") as log:
 
 
 def runs(seconds: str) -> bool:
-    """Is there a process that sleeps for so long?"""
+    """Return whether a process sleeps for this many seconds."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if path.read_bytes() == f"sleep\0{seconds}\0".encode():

@@ -1,7 +1,7 @@
-"""However many ranks share a step, and however they share the model: the mathematics of one process, on the same rows.
+"""DDP and FSDP on any number of ranks equal one process.
 
-The ranks are real processes that talk over gloo. One by itself says what is right, and another number of ranks may
-differ from it by the rounding of float32 sums, whose order is another one; in what they read, by nothing.
+The ranks are real processes with gloo. They read the same rows as one process; their results differ from it only by the
+rounding of float32 sums.
 """
 
 import os
@@ -52,7 +52,7 @@ WHOLE_ONLY = ("muon", "lora")  # what FSDP does not do
 
 @dataclass(frozen=True)
 class Case:
-    """So many ranks, on hosts of `local_size` where that is given, which share the model and do the steps in a way."""
+    """A number of ranks, `local_size` per host if given, a kind of parallelism, and a variant of the training."""
 
     size: int
     parallel: str
@@ -89,7 +89,7 @@ def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(place: Path) -> Runs:
-    """The trainings of a case, by rank, or of one process alone in a way; those of one world are done in one go."""
+    """The training runs of a case by rank, or of one process; runs with the same ranks are done together."""
     done: dict[Case | str, list[TrainingRecord]] = {}
 
     def fill(size: int, local_size: int, found: list[Case | str]) -> None:
@@ -115,7 +115,7 @@ def runs(place: Path) -> Runs:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_any_number_of_ranks_does_what_one_process_does(case: Case, runs: Runs) -> None:
+def test_any_number_of_ranks_equals_one_process(case: Case, runs: Runs) -> None:
     alone, shared = runs(case.way)[0], runs(case)
     assert {each.kind for each in shared} == {case.parallel}
     assert alone.kind == "none"
@@ -124,7 +124,7 @@ def test_any_number_of_ranks_does_what_one_process_does(case: Case, runs: Runs) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
+def test_ranks_with_compiled_blocks_equal_one_process(parallel: str, place: Path) -> None:
     (alone,) = run_on_ranks(0, run_trainings, [small_config(f"compile-alone-{parallel}", **VARIANTS["compile"])])
     shared = run_on_ranks(
         2, run_trainings, [small_config(f"compile-{parallel}", parallel=parallel, **VARIANTS["compile"])]
@@ -135,7 +135,7 @@ def test_compiled_blocks_do_it_too(parallel: str, place: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_gpus_do_it_over_nccl(parallel: str, place: Path) -> None:
+def test_ranks_on_gpus_equal_one_process(parallel: str, place: Path) -> None:
     given, size = {"device": "cuda", "matmul_precision": "highest"}, min(4, torch.cuda.device_count())
     (alone,) = run_on_ranks(0, run_trainings, [small_config(f"one-gpu-{parallel}", **given)])
     shared = run_on_ranks(size, run_trainings, [small_config(f"gpus-{parallel}", parallel=parallel, **given)])
@@ -143,7 +143,7 @@ def test_gpus_do_it_over_nccl(parallel: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_the_ranks_read_what_one_process_reads_row_for_row(case: Case, runs: Runs) -> None:
+def test_the_ranks_read_the_same_rows_as_one_process(case: Case, runs: Runs) -> None:
     alone, shared = runs(case.way)[0], runs(case)
     for step, batch in enumerate(alone.batches):
         assert np.array_equal(np.concatenate([each.batches[step] for each in shared], axis=1), batch)
@@ -163,7 +163,7 @@ def test_the_cases_are_uneven_where_they_are_meant_to_be(runs: Runs, place: Path
     assert all(count % size for size, count in batches.items()), batches  # at the end a rank or more has none
 
 
-def test_one_rank_is_one_process_to_the_bit(place: Path) -> None:
+def test_one_rank_equals_one_process_bitwise(place: Path) -> None:
     given = small_config("dropping", dropout=0.2)
     (alone,) = run_on_ranks(0, run_trainings, [given])
     (one,) = run_on_ranks(1, run_trainings, [replace(given, name="dropping-1", parallel="ddp")])
@@ -172,7 +172,7 @@ def test_one_rank_is_one_process_to_the_bit(place: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_the_parts_of_every_batch_are_the_batch(parts: int, place: Path) -> None:
+def test_the_shards_of_every_batch_are_the_batch(parts: int, place: Path) -> None:
     text, rows = small_config("none"), small_config("none", **INSTRUCT_VALUES)
     plain, packed = (
         load_model_and_data(each, None).data.loader(BATCH_SIZE, each.block_size, 7) for each in (text, rows)
@@ -185,7 +185,8 @@ def test_the_parts_of_every_batch_are_the_batch(parts: int, place: Path) -> None
     for loader in (plain, packed, apart):
         steps = 2 * loader.windows_per_epoch // BATCH_SIZE + 2  # over two borders of epochs
         shared = [
-            list(prefetch_batches(loader, 1, steps, torch.device("cpu"), part=i, parts=parts)) for i in range(parts)
+            list(prefetch_batches(loader, 1, steps, torch.device("cpu"), rank=i, world_size=parts))
+            for i in range(parts)
         ]
         assert {len(each) for each in shared} == {steps - 1}
         for step, some in enumerate(zip(*shared, strict=True), 1):
@@ -206,7 +207,7 @@ class _Tokens:
 
 
 def random_batches(count: int, *, without: slice = slice(0)) -> list[Batch]:
-    """Batches of random tokens; the rows `without` have no targets, and each of the others some."""
+    """Batches of random tokens; the rows `without` have no targets, the others have some."""
     own = torch.Generator().manual_seed(5)
     tokens = torch.randint(257, (count, 2, BATCH_SIZE, BLOCK_SIZE), generator=own)
     lengths = torch.randint(1, BLOCK_SIZE, (BATCH_SIZE, 1), generator=own)
@@ -216,48 +217,48 @@ def random_batches(count: int, *, without: slice = slice(0)) -> list[Batch]:
 
 
 def assert_same_updates(alone: UpdateRecord, shared: list[UpdateRecord]) -> None:
-    for told in shared:
-        np.testing.assert_allclose(told.updates, alone.updates, rtol=3e-6)
-        assert max_difference(told.weights, alone.weights) < 1e-5
-        assert told.tied
+    for result in shared:
+        np.testing.assert_allclose(result.updates, alone.updates, rtol=3e-6)
+        assert max_difference(result.weights, alone.weights) < 1e-5
+        assert result.tied
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
-def test_a_rank_without_a_single_target_takes_no_part_in_the_mean(size: int, parallel: str, place: Path) -> None:
+def test_a_rank_without_targets_does_not_change_the_mean(size: int, parallel: str, place: Path) -> None:
     given = small_config("none", micro_batch_size=3)
     batches = random_batches(3, without=slice(BATCH_SIZE - BATCH_SIZE // size, BATCH_SIZE))  # the last rank's share
     (alone,) = run_on_ranks(0, run_updates, given, batches)
     shared = run_on_ranks(size, run_updates, replace(given, parallel=parallel), batches)
     assert set(shared[-1].part_losses[0]) == {0.0}
     assert_same_updates(alone, shared)
-    summed = np.sum([np.sum(told.part_losses, axis=1) for told in shared], axis=0)
+    summed = np.sum([np.sum(result.part_losses, axis=1) for result in shared], axis=0)
     np.testing.assert_allclose(summed, [loss for loss, _ in alone.updates], rtol=3e-6)
 
 
-def elements(told: UpdateRecord, name: str) -> list[int]:
-    """What the third update gave to a collective operation, but for single numbers; DDP has settled by then."""
-    return [count for operation, count in told.collectives[2] if operation == name and count > 1]
+def elements(result: UpdateRecord, name: str) -> list[int]:
+    """Elements of a collective in the third update, without scalars; DDP has its final buckets by then."""
+    return [count for operation, count in result.collectives[2] if operation == name and count > 1]
 
 
 @pytest.mark.parametrize("micro", [1, 6])
-def test_gradients_travel_once_a_step(micro: int, place: Path) -> None:
+def test_gradients_are_all_reduced_once_per_step(micro: int, place: Path) -> None:
     batches, parts = random_batches(3), 6 // micro
     ddp, fsdp = (
         run_on_ranks(2, run_updates, small_config("none", micro_batch_size=micro, parallel=parallel), batches)
         for parallel in ("ddp", "fsdp")
     )
-    for told in ddp:
-        assert sum(elements(told, "allreduce_")) == WEIGHTS
-        assert {name for name, _ in told.sent[2]} == {"allreduce_"}
-    for told in fsdp:
-        sent = elements(told, "_reduce_scatter_base_")
+    for result in ddp:
+        assert sum(elements(result, "allreduce_")) == WEIGHTS
+        assert {name for name, _ in result.collectives[2]} == {"allreduce_"}
+    for result in fsdp:
+        sent = elements(result, "_reduce_scatter_base_")
         assert len(sent) == 3  # two blocks, and what is outside them
         assert WEIGHTS <= sum(sent) < WEIGHTS + 64  # where it does not divide, it is filled up
-        assert elements(told, "allreduce_") == []
-        assert len(elements(told, "_allgather_base_")) == parts * (2 * 2 + 1)  # a block twice for each micro-batch
+        assert elements(result, "allreduce_") == []
+        assert len(elements(result, "_allgather_base_")) == parts * (2 * 2 + 1)  # a block twice for each micro-batch
 
 
-def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(place: Path) -> None:
+def test_fsdp_shards_within_a_host_and_replicates_over_hosts(place: Path) -> None:
     given, batches = small_config("none", parallel="fsdp", micro_batch_size=1), random_batches(3)
     (alone,) = run_on_ranks(0, run_updates, replace(given, parallel="auto"), batches)
     assert (alone.cut, alone.kept) == ((0, WEIGHTS), 2 * WEIGHTS + 28)  # two moments, and a count for each parameter
@@ -265,17 +266,19 @@ def test_of_a_sharded_model_every_rank_keeps_its_part_and_hosts_have_copies(plac
         shared = run_on_ranks(size, run_updates, given, batches, local_size)
         assert_same_updates(alone, shared)
         hosts = size // parts
-        assert {told.cut[0] for told in shared} == {28}  # the head's matrix is the embedding's, and no parameter more
-        assert sum(told.cut[1] for told in shared) == hosts * WEIGHTS
-        for told in shared:
-            assert told.cut[1] < 1.1 * WEIGHTS / parts
-            assert told.kept == 2 * told.cut[1] + 28
-            assert (elements(told, "allreduce_") != []) == (hosts > 1)  # of shards, from host to host
-            assert sum(elements(told, "allreduce_")) < 1.1 * WEIGHTS / parts
+        assert {result.sharding[0] for result in shared} == {
+            28
+        }  # the head's matrix is the embedding's, and no parameter more
+        assert sum(result.sharding[1] for result in shared) == hosts * WEIGHTS
+        for result in shared:
+            assert result.sharding[1] < 1.1 * WEIGHTS / parts
+            assert result.optimizer_elements == 2 * result.sharding[1] + 28
+            assert (elements(result, "allreduce_") != []) == (hosts > 1)  # of shards, from host to host
+            assert sum(elements(result, "allreduce_")) < 1.1 * WEIGHTS / parts
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_all_begin_with_the_weights_of_rank_0(parallel: str, place: Path) -> None:
+def test_all_ranks_start_with_the_weights_of_rank_0(parallel: str, place: Path) -> None:
     one, other, third = run_on_ranks(3, initial_weights, small_config("none"), parallel)
     assert max_difference(one, other) == max_difference(one, third) == 0.0
     torch.manual_seed(0)
@@ -284,7 +287,7 @@ def test_all_begin_with_the_weights_of_rank_0(parallel: str, place: Path) -> Non
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_draw_dropout_each_its_own(parallel: str, place: Path) -> None:
+def test_each_rank_has_its_own_dropout(parallel: str, place: Path) -> None:
     (batch,) = random_batches(1)
     same = Batch(batch.tokens[:1].expand(BATCH_SIZE, -1), batch.targets[:1].expand(BATCH_SIZE, -1))
     for dropout in (0.0, 0.5):
@@ -295,7 +298,7 @@ def test_ranks_draw_dropout_each_its_own(parallel: str, place: Path) -> None:
 
 
 def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
-    """Every rank a process of torchrun's, through the real command, which speaks once."""
+    """With real torchrun and the real command; each line is logged once."""
     flags = ["--data", "doubles.jsonl", "--epochs", "2", "--batch-size", "4", "--lora-rank", "2", "--lr", "0.003"]
     flags += ["--dropout", "0", "--lora-dropout", "0"]  # which each rank would draw for itself
     flags += ["--device", "cpu", "--dtype", "float32", "--eval-every", "3", "--sample-tokens", "8"]
@@ -303,12 +306,12 @@ def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gpt2", "finetune"]
     command = [sys.executable, "-m", *torchrun, "base/model", "--name", "typed-shared", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert said.returncode == 0, said.stderr
-    assert said.stdout == "runs/typed-shared\n"
-    assert "on 2 ranks (ddp) of cpu" in said.stderr
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert output.returncode == 0, output.stderr
+    assert output.stdout == "runs/typed-shared\n"
+    assert "on 2 ranks (ddp) of cpu" in output.stderr
     for text in ("model: ", "data: ", "run folder: ", "## Before and after", "documents are longer"):
-        assert said.stderr.count(text) == 1, text
+        assert output.stderr.count(text) == 1, text
     alone, shared = Path("runs/typed-alone"), Path("runs/typed-shared")
     one, other = (read_metrics(folder / "metrics.jsonl") for folder in (alone, shared))
     assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=3e-6)
@@ -320,7 +323,7 @@ def test_a_finetuning_under_torchrun_as_it_is_typed(place: Path) -> None:
 OF_TWO = ProcessGroup(1, 2, 1, 2, control_group=cast(Any, object()))
 
 
-def test_how_the_ranks_share_a_model() -> None:
+def test_pick_parallel_kind() -> None:
     given = small_config("none")
     sharded, muon = replace(given, parallel="fsdp"), replace(given, optimizer="muon")
     adapters = replace(given, init_from="x", lora_rank=2)
@@ -330,24 +333,24 @@ def test_how_the_ranks_share_a_model() -> None:
         assert pick_parallel_kind(replace(given, parallel="ddp"), OF_TWO, fits=fits) == "ddp"
         assert pick_parallel_kind(sharded, OF_TWO, fits=fits) == "fsdp"
         assert pick_parallel_kind(muon, OF_TWO, fits=fits) == pick_parallel_kind(adapters, OF_TWO, fits=fits) == "ddp"
-    assert pick_parallel_kind(given, replace(OF_TWO, rank=0, size=1), fits=False) == "ddp"
+    assert pick_parallel_kind(given, replace(OF_TWO, rank=0, world_size=1), fits=False) == "ddp"
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "result"),
     [
-        ({"optimizer": "muon"}, "--optimizer muon works on whole matrices"),
-        ({"init_from": "x", "lora_rank": 2}, "adapters are learned beside whole matrices"),
+        ({"optimizer": "muon"}, "--optimizer muon needs whole matrices"),
+        ({"init_from": "x", "lora_rank": 2}, "LoRA needs whole matrices"),
     ],
 )
-def test_what_fsdp_cannot_divide_is_told(given: dict[str, Any], told: str) -> None:
+def test_fsdp_refuses_what_needs_whole_matrices(given: dict[str, Any], result: str) -> None:
     with pytest.raises(UserError) as raised:
         small_config("none", parallel="fsdp", **given).check()
-    assert str(raised.value) == f"{told}, and --parallel fsdp divides them: --parallel ddp"
+    assert str(raised.value) == f"{result}, and --parallel fsdp shards them: --parallel ddp"
     small_config("none", parallel="ddp", **given).check()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_has_nobody_to_share_with(parallel: str) -> None:
-    with pytest.raises(UserError, match=f"--parallel {parallel} is for several processes: torchrun"):
+def test_parallel_needs_several_processes(parallel: str) -> None:
+    with pytest.raises(UserError, match=f"--parallel {parallel} needs several processes: torchrun"):
         pick_parallel_kind(small_config("none", parallel=parallel), SINGLE_PROCESS, fits=True)

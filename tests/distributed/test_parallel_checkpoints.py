@@ -1,6 +1,6 @@
-"""Checkpoints that move: saved by any number of ranks, gone on with by any other, as if nothing had been.
+"""Checkpoints of any number of ranks, resumed by any other number, equal an uninterrupted run.
 
-They are one process's own files, to the byte, whoever wrote them.
+The files are byte-identical to those of one process.
 """
 
 import shutil
@@ -27,7 +27,7 @@ KEPT: dict[str, Any] = {"schedule": "constant", "eval_every": LEG, "save_every":
 
 @dataclass(frozen=True)
 class Leg:
-    """By whom some steps of a run are done: so many ranks (0: one process alone), on hosts of `local_size`."""
+    """Some steps of a run by a number of ranks (0: one process without torchrun), `local_size` per host."""
 
     size: int
     parallel: str = "auto"
@@ -75,7 +75,7 @@ def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(place: Path) -> Path:
-    """Where the runs of all journeys lie, each by its name, beside `undisturbed-WAY`, done by one process in one go."""
+    """The folder with the runs of all journeys by name, and `undisturbed-WAY`, by one process without interruption."""
     run_on_ranks(0, run_trainings, [config_for(way, f"undisturbed-{way}", 3 * LEG) for way in JOURNEYS])
     for number in range(3):
         for where in sorted({(journey[number].size, journey[number].local_size) for _, journey in ALL}):
@@ -101,7 +101,9 @@ def config_for(way: str, name: str, steps: int, **given: Any) -> TrainConfig:
 @pytest.mark.parametrize(
     ("way", "journey"), ALL, ids=lambda value: value if isinstance(value, str) else name_of("", value)
 )
-def test_a_run_that_moves_is_one_that_stayed(way: str, journey: tuple[Leg, ...], runs: Path) -> None:
+def test_a_run_resumed_with_other_ranks_equals_an_uninterrupted_one(
+    way: str, journey: tuple[Leg, ...], runs: Path
+) -> None:
     stayed, moved = runs / f"undisturbed-{way}", runs / name_of(way, journey)
     assert_equal_training(stayed, moved, way)
     for step in (LEG, 2 * LEG, 3 * LEG):
@@ -121,7 +123,7 @@ SHARED = [Leg(1, "ddp"), Leg(2, "ddp"), Leg(2, "fsdp"), Leg(3, "fsdp"), Leg(4, "
 
 @pytest.mark.parametrize("way", ["plain", "sgd"])
 @pytest.mark.parametrize("leg", SHARED, ids=str)
-def test_the_same_state_is_the_same_bytes_whoever_writes_it(way: str, leg: Leg, runs: Path) -> None:
+def test_checkpoints_are_byte_identical_for_any_number_of_ranks(way: str, leg: Leg, runs: Path) -> None:
     stayed, out = runs / f"undisturbed-{way}", runs / f"rewritten-{way}-{leg}"
     run_on_ranks(leg.size, rewrite_checkpoint, stayed, out, leg.parallel, leg.local_size)
     for part in ("model", f"checkpoints/step-{3 * LEG}"):
@@ -129,8 +131,8 @@ def test_the_same_state_is_the_same_bytes_whoever_writes_it(way: str, leg: Leg, 
 
 
 @pytest.mark.parametrize("journey", [journey for journey in JOURNEYS["plain"] if journey[2].size > 1], ids=str)
-def test_what_ranks_leave_is_what_one_process_makes_of_the_same_state(journey: tuple[Leg, ...], runs: Path) -> None:
-    """The run's model, its last checkpoint, and what is exported of it."""
+def test_the_run_folder_of_ranks_equals_that_of_one_process(journey: tuple[Leg, ...], runs: Path) -> None:
+    """The run's model, its last checkpoint, and its exported model."""
     left = runs / name_of("plain", journey)
     out = runs / f"alone-{left.name}"
     run_on_ranks(0, rewrite_checkpoint, left, out, "auto")
@@ -144,7 +146,7 @@ def test_what_ranks_leave_is_what_one_process_makes_of_the_same_state(journey: t
 
 
 @pytest.mark.parametrize("leg", [Leg(2, "ddp"), Leg(3, "fsdp"), Leg(4, "fsdp", local_size=2)], ids=str)
-def test_the_same_ranks_go_on_to_the_bit_with_dropout_too(leg: Leg, place: Path) -> None:
+def test_the_same_ranks_resume_bitwise_also_with_dropout(leg: Leg, place: Path) -> None:
     given = config_for("plain", f"whole-{leg}", 2 * LEG, parallel=leg.parallel, dropout=0.2, sample_tokens=5)
     run_on_ranks(leg.size, run_trainings, [given], leg.local_size)
     whole, parts = Path("runs") / f"whole-{leg}", Path("runs") / f"parts-{leg}"
@@ -160,8 +162,8 @@ def test_the_same_ranks_go_on_to_the_bit_with_dropout_too(leg: Leg, place: Path)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_rank_0_alone_writes(parallel: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the run folder nor, on its host, what is kept of the text's tokens, does another one touch a file."""
+def test_only_rank_0_writes(parallel: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks write neither in the run folder nor in the token cache of their host."""
     monkeypatch.setenv("GPT2_HOME", str(place / f"home-{parallel}"))
     given = config_for("plain", "written", LEG, parallel=parallel, out_dir=str(place / f"written-{parallel}"))
     written = run_on_ranks(3, record_writes, given, [given.out_dir, str(place / f"home-{parallel}")])

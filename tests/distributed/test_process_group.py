@@ -1,4 +1,4 @@
-"""Who a process is among the ranks of its run, and what they say to each other: what needs no second process."""
+"""Ranks, process groups and their collectives."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -43,7 +43,7 @@ TORCHRUN = {
         ({"OTHER": "7"}, ProcessGroup(0, 4, 0, 2)),
     ],
 )
-def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: ProcessGroup) -> None:
+def test_rank_and_world_size_from_the_environment(given: dict[str, str], ranks: ProcessGroup) -> None:
     assert _from_environment(TORCHRUN | given) == ranks
 
 
@@ -51,46 +51,46 @@ def test_the_environment_says_who_a_process_is(given: dict[str, str], ranks: Pro
     "environment",
     [{}, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"RANK": "", "WORLD_SIZE": ""}, {"OMP_NUM_THREADS": "1"}],
 )
-def test_without_torchrun_it_is_alone(environment: dict[str, str]) -> None:
+def test_without_torchrun_there_is_no_rank(environment: dict[str, str]) -> None:
     assert _from_environment(environment) is None
 
 
 @pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "RANK"])
-def test_half_an_environment_is_told_by_rank_0_alone(missing: str) -> None:
+def test_an_incomplete_environment_is_reported_by_rank_0_only(missing: str) -> None:
     left = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(UserError) as raised:
         _from_environment(left)
     assert (
         str(raised.value)
-        == f"RANK is set and {missing} is not: start with torchrun, which sets all it takes, or unset it"
+        == f"RANK is set and {missing} is not: start with torchrun, which sets all of them, or unset it"
     )
     with pytest.raises(ReportedByOtherRank):
         _from_environment(left | {"RANK": "1"})
 
 
-def test_a_rank_that_does_not_know_its_number_tells_of_it() -> None:
+def test_a_missing_rank_variable_is_reported() -> None:
     with pytest.raises(UserError, match="WORLD_SIZE is set and RANK is not: start with torchrun"):
         _from_environment({"WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "result"),
     [
         ({"RANK": "-1"}, "are -1, 4, 0, 2: each must be a number"),
         ({"WORLD_SIZE": "four"}, "are 0, four, 0, 2: each must be a number"),
-        ({"RANK": "4"}, "are 4, 4, 0, 2, which cannot be: start with torchrun"),
-        ({"LOCAL_RANK": "2"}, "are 0, 4, 2, 2, which cannot be"),
-        ({"LOCAL_WORLD_SIZE": "5"}, "are 0, 4, 0, 5, which cannot be"),
-        ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "are 0, 0, 0, 0, which cannot be"),
+        ({"RANK": "4"}, "are 4, 4, 0, 2, which is not valid: start with torchrun"),
+        ({"LOCAL_RANK": "2"}, "are 0, 4, 2, 2, which is not valid"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "are 0, 4, 0, 5, which is not valid"),
+        ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "are 0, 0, 0, 0, which is not valid"),
     ],
 )
-def test_numbers_that_cannot_be_are_told(given: dict[str, str], told: str) -> None:
+def test_invalid_ranks_are_reported(given: dict[str, str], result: str) -> None:
     with pytest.raises(UserError) as raised:
         _from_environment(TORCHRUN | given)
-    assert str(raised.value).startswith(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE {told}")
+    assert str(raised.value).startswith(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE {result}")
 
 
-def test_joining_without_torchrun_is_being_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_group_without_torchrun_is_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     with process_group() as ranks:
@@ -98,14 +98,14 @@ def test_joining_without_torchrun_is_being_alone(monkeypatch: pytest.MonkeyPatch
     assert not dist.is_initialized()
 
 
-def test_torchs_restarts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
     assert max_restarts() == 0
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert max_restarts() == 3
 
 
-def test_one_alone_agrees_with_itself() -> None:
+def test_collectives_of_a_single_process() -> None:
     assert (
         SINGLE_PROCESS.is_main_process,
         SINGLE_PROCESS.is_single_process,
@@ -133,7 +133,7 @@ def batches(count: int) -> list[Batch]:
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 7])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_batches_are_dealt_like_cards(count: int, size: int) -> None:
+def test_batches_are_sharded_round_robin(count: int, size: int) -> None:
     hands = [list(ProcessGroup(rank, size).shard(batches(count))) for rank in range(size)]
     assert {len(hand) for hand in hands} == {-(-count // size)}  # each as many, or some would wait for the others
     in_order = [batch for turn in zip(*hands, strict=True) for batch in turn]
@@ -145,7 +145,7 @@ def test_batches_are_dealt_like_cards(count: int, size: int) -> None:
         assert bool((blank.targets == IGNORE_INDEX).all())
 
 
-def test_dealing_reads_no_further_than_the_turn_under_way() -> None:
+def test_sharding_reads_only_one_round_ahead() -> None:
     read = []
 
     def source() -> Any:
@@ -162,8 +162,8 @@ SOMEONE = ProcessGroup(1, 4, 1, 2, control_group=cast(Any, object()), timeout=ti
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:1", "cpu:0"])
-def test_one_device_is_not_enough_for_many_ranks(device: str) -> None:
-    with pytest.raises(UserError, match=f"--device {device} is one device: under torchrun take cuda or cpu"):
+def test_a_device_index_is_refused_under_torchrun(device: str) -> None:
+    with pytest.raises(UserError, match=f"--device {device} is one device: under torchrun use cuda or cpu"):
         SOMEONE.set_device(torch.device(device))
 
 
@@ -172,7 +172,7 @@ def test_gpus_need_nccl_and_one_for_each_rank(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: False)
-    with pytest.raises(UserError, match="this torch has no NCCL, without which GPUs cannot talk: --device cpu"):
+    with pytest.raises(UserError, match="this torch has no NCCL, which GPUs need to communicate: --device cpu"):
         SOMEONE.set_device(torch.device("cuda"))
     monkeypatch.setattr(ranks_module.dist, "is_nccl_available", lambda: True)
     with pytest.raises(UserError, match=r"there are 1 GPUs on .*: --nproc-per-node=1"):
@@ -182,19 +182,19 @@ def test_gpus_need_nccl_and_one_for_each_rank(monkeypatch: pytest.MonkeyPatch) -
     SOMEONE.set_device(torch.device("cpu"))
 
 
-def test_what_torch_says_becomes_a_line() -> None:
+def test_torch_errors_become_one_line() -> None:
     long = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by\n peer [10.0.0.1]:12. ")
     assert _first_sentence(long) == "Connection closed by peer [10.0.0.1]:12"
     assert len(_first_sentence(RuntimeError("word " * 100))) <= 160
-    told = _lost_ranks_message(SOMEONE, long)
-    assert told.startswith("rank 1 on ")
-    assert "lost the others, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in told
-    assert told.endswith("with --resume auto the run goes on from its last checkpoint")
-    assert RankFailure(told).exit_code == 75
+    result = _lost_ranks_message(SOMEONE, long)
+    assert result.startswith("rank 1 on ")
+    assert "lost the other ranks, or waited too long for them (Connection closed by peer [10.0.0.1]:12)" in result
+    assert result.endswith("with --resume auto the run continues from its last checkpoint")
+    assert RankFailure(result).exit_code == 75
 
 
 def talk(ranks: ProcessGroup) -> dict[str, Any]:
-    """On each rank: what they say to each other."""
+    """On each rank: call all collectives."""
     made: list[int] = []
     found: dict[str, Any] = {
         "who": (ranks.rank, ranks.is_main_process, ranks.is_single_process),
@@ -235,17 +235,17 @@ def differing(ranks: ProcessGroup, facts: dict[str, Any]) -> str:
     return "fine"
 
 
-def test_three_that_talk() -> None:
-    """These three are processes, and gloo is between them."""
-    told = run_on_ranks(3, talk)
-    for rank, each in enumerate(told):
+def test_collectives_of_three_ranks() -> None:
+    """Three real processes with gloo."""
+    result = run_on_ranks(3, talk)
+    for rank, each in enumerate(result):
         assert each["who"] == (rank, rank == 0, False)
         assert each["gathered"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert (each["first"], each["made"]) == ("made by 0", int(rank == 0))
         assert each["sum"] == pytest.approx([0.3, 3.0])
         assert each["any"] == [False, True, True]
         assert each["tensor"] == [3.0, 3.0]
-    errors = [each["errors"] for each in told]
+    errors = [each["errors"] for each in result]
     for number, teller in ((0, 1), (1, 0), (2, 0), (3, 0), (4, 0)):
         assert [each[number].split(":")[0] for each in errors] == [
             "UserError" if rank == teller else "ReportedByOtherRank" for rank in range(3)
@@ -260,12 +260,12 @@ def test_three_that_talk() -> None:
 
 
 def fail(ranks: ProcessGroup) -> None:
-    """On each rank: one of them has a bug."""
+    """On each rank: one raises."""
     if ranks.rank == 1:
         raise ZeroDivisionError("one of us")
     ranks.barrier()
 
 
-def test_the_tests_own_worlds_end_when_a_rank_fails() -> None:
-    with pytest.raises(RankFailed, match=r"ZeroDivisionError: one of us|lost the others"):
+def test_run_on_ranks_ends_when_a_rank_fails() -> None:
+    with pytest.raises(RankFailed, match=r"ZeroDivisionError: one of us|lost the other ranks"):
         run_on_ranks(3, fail)

@@ -1,4 +1,4 @@
-"""Ranks that are killed, hang, or are asked to stop: the run goes on, and ends as the one that nobody disturbed."""
+"""Ranks that are killed, hang, or are stopped: the run resumes and equals an uninterrupted one."""
 
 import importlib
 import os
@@ -36,10 +36,10 @@ def soak(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 
 
 @pytest.fixture(scope="module")
-def undisturbed(soak: Any, nursery: RankForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The home of a run that two ranks have done with DDP."""
+def undisturbed(soak: Any, fork_server: RankForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of an uninterrupted run by two ranks with DDP."""
     home = soak.TorchrunWorkspace(tmp_path_factory.mktemp("whole") / "home")
-    ended = nursery.run([*soak.TRAIN, "--parallel", "ddp"], home.folder)
+    ended = fork_server.run([*soak.TRAIN, "--parallel", "ddp"], home.folder)
     assert ended.codes == [0, 0], ended.err
     return home
 
@@ -52,7 +52,7 @@ def until_it_goes_on(soak: Any, home: Any, torchrun: subprocess.Popen[bytes] | N
 
 
 class Living:
-    """A process for `wait_until` that is known to live."""
+    """A process for `wait_until` that never ends."""
 
     def poll(self) -> None:
         return None
@@ -80,36 +80,34 @@ def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbe
     assert soak.differences(undisturbed.run, home.run) == []
 
 
-def test_a_rank_that_hangs_is_noticed_in_the_time_that_was_stated(
-    soak: Any, nursery: RankForkServer, tmp_path: Path
-) -> None:
+def test_a_hanging_rank_is_detected_within_the_timeout(soak: Any, fork_server: RankForkServer, tmp_path: Path) -> None:
     home = soak.TorchrunWorkspace(tmp_path / "home")
-    nursery.start([*soak.TRAIN, "--parallel", "ddp", "--rank-timeout", "3"], home.folder)
+    fork_server.start([*soak.TRAIN, "--parallel", "ddp", "--rank-timeout", "3"], home.folder)
     until_it_goes_on(soak, home)
-    (waiting, hung), began = nursery.pids, time.monotonic()
+    (waiting, hung), began = fork_server.pids, time.monotonic()
     os.kill(hung, signal.SIGSTOP)
     soak.wait_until(Living(), lambda: is_over(waiting), 60, every=0.02)
     assert 2 < time.monotonic() - began < 30
     os.kill(hung, signal.SIGKILL)
-    ended = nursery.wait()
+    ended = fork_server.wait()
     assert ended.codes == [75, -signal.SIGKILL]
     (line,) = ended.messages
     assert line.startswith("rank 0 on ")
-    assert "lost the others, or waited too long for them" in line
+    assert "lost the other ranks, or waited too long for them" in line
 
 
 def is_over(pid: int) -> bool:
-    """Has a process ended, whether or not it was waited for?"""
+    """Return whether a process has ended."""
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def stopped_at(ended: ExitResults, why: str) -> int:
-    """The step after which rank 0, and no other, says that all was stopped and saved."""
+    """The step after which rank 0, and no other rank, reports that the run was stopped and saved."""
     (line,) = ended.messages
     assert ended.err[0].endswith(f"gpt2: {line}\n")
     assert line.startswith(f"stopped by {why} after step ")
-    assert line.endswith(", everything saved; go on with: gpt2 train --resume runs/soak")
+    assert line.endswith(", everything saved; resume with: gpt2 train --resume runs/soak")
     return int(line.split()[5].strip(","))
 
 
@@ -117,20 +115,20 @@ def newest(home: Any) -> int:
     return max(int(path.name.removeprefix("step-")) for path in home.run.glob("checkpoints/step-*"))
 
 
-def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
-    soak: Any, undisturbed: Any, nursery: RankForkServer, tmp_path: Path
+def test_a_run_stopped_in_every_way_equals_an_uninterrupted_one(
+    soak: Any, undisturbed: Any, fork_server: RankForkServer, tmp_path: Path
 ) -> None:
     """By a signal to one rank, by --max-minutes, and by a scheduler's signal to torchrun; and resumed each time."""
     home = soak.TorchrunWorkspace(tmp_path / "home")
     train = [*soak.TRAIN, "--parallel", "ddp"]
-    nursery.start(train, home.folder)
+    fork_server.start(train, home.folder)
     until_it_goes_on(soak, home)
-    os.kill(nursery.pids[1], signal.SIGTERM)
-    ended = nursery.wait()
+    os.kill(fork_server.pids[1], signal.SIGTERM)
+    ended = fork_server.wait()
     assert ended.codes == [143, 143]
     assert stopped_at(ended, "SIGTERM") == newest(home) == home.steps_recorded()
 
-    ended = nursery.run([*train, "--max-minutes", "0.0001"], home.folder)
+    ended = fork_server.run([*train, "--max-minutes", "0.0001"], home.folder)
     assert ended.codes == [75, 75]
     assert stopped_at(ended, "--max-minutes") == newest(home) == home.steps_recorded()
 
@@ -146,7 +144,7 @@ def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
     assert line.startswith(f"stopped by SIGTERM after step {newest(home)}, ")
     assert newest(home) == home.steps_recorded() < STEPS
 
-    ended = nursery.run(train, home.folder)
+    ended = fork_server.run(train, home.folder)
     assert ended.codes == [0, 0]
     assert ended.out == ["runs/soak\n", ""]
     assert soak.differences(undisturbed.run, home.run) == []
@@ -154,7 +152,7 @@ def test_a_run_stopped_in_every_way_ends_as_the_one_that_was_not(
 
 @pytest.mark.slow
 def test_a_terminal_that_interrupts_twice_interrupts_once(soak: Any, tmp_path: Path) -> None:
-    """Ctrl-C goes to torchrun and to the ranks, and torchrun passes it on to them."""
+    """Ctrl-C goes to torchrun and to the ranks, and torchrun passes it on to the ranks again."""
     home = soak.TorchrunWorkspace(tmp_path / "home")
     torchrun = home.start_ranks("--parallel", "fsdp")
     try:

@@ -1,7 +1,7 @@
-"""Worlds of a few ranks for the tests, without the seconds that every new process takes to import torch.
+"""Runs a function on a few ranks in the tests, without importing torch in every process.
 
-The ranks are forked from a server that has imported all there is to import and computed nothing (multiprocessing's
-forkserver), and told who they are by the same environment as torchrun's workers: what they call is `joined()`.
+The ranks are forked from multiprocessing's forkserver, which has imported everything and computed nothing. They have
+the same environment variables as torchrun's workers, and call `process_group()`.
 """
 
 import multiprocessing
@@ -20,23 +20,23 @@ from gpt2.distributed.process_group import process_group
 
 PRELOADED_MODULES = ["pytest", "torch._dynamo", "torch.testing", "torch.distributed.fsdp", "torch.distributed.tensor"]
 PRELOADED_MODULES += ["gpt2.train.trainer", "gpt2.generation.text"]
-TIMEOUT_SECONDS = 300  # after which a world counts as hung
+TIMEOUT_SECONDS = 300  # after which the ranks count as hung
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED_MODULES)
 
 
 class RankFailed(Exception):
-    """A rank raised what is told here; the others were ended."""
+    """A rank raised an exception, whose traceback this is; the others were killed."""
 
 
 def run_on_ranks(world_size: int, fn: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(ranks, *arguments)` returns on each of `size` ranks, by rank; `size` 0 is one process by itself.
+    """The results of `fn(ranks, *arguments)` in order of rank; `world_size` 0 is one process without torchrun.
 
-    work: a function that a module of tests/ knows by name.
+    fn: a module-level function of the tests.
     Raises RankFailed with the traceback of the first rank that fails.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
     members = [
         _RankProcess(_environment(rank, world_size, store.port), fn, arguments) for rank in range(max(1, world_size))
     ]
@@ -59,7 +59,7 @@ def _environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 class _RankProcess:
-    """One rank's process, and the end of a pipe that its result comes through."""
+    """The process of one rank, and the pipe for its result."""
 
     def __init__(self, environment: Mapping[str, str], work: Callable[..., Any], arguments: Sequence[Any]) -> None:
         self.pipe, theirs = _context.Pipe(duplex=False)
@@ -74,7 +74,7 @@ class _RankProcess:
             failed, value = pickle.loads(self.pipe.recv_bytes())
         except EOFError:
             self.process.join()
-            failed, value = True, f"ended with code {self.process.exitcode} and no word"
+            failed, value = True, f"exited with code {self.process.exitcode} without a result"
         if failed:
             raise RankFailed(value)
         return value
@@ -86,7 +86,7 @@ def _collect_results(members: Sequence[_RankProcess]) -> list[Any]:
     while waiting:
         ready = wait(list(waiting), TIMEOUT_SECONDS)
         if not ready:
-            raise RankFailed(f"ranks {sorted(waiting.values())} said nothing for {TIMEOUT_SECONDS} seconds")
+            raise RankFailed(f"ranks {sorted(waiting.values())} sent no result for {TIMEOUT_SECONDS} seconds")
         for pipe in ready:
             number = waiting.pop(pipe)
             found[number] = members[number].result()
@@ -96,16 +96,16 @@ def _collect_results(members: Sequence[_RankProcess]) -> list[Any]:
 def _rank_main(
     pipe: Connection, environment: dict[str, str], work: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
-    """In the process of a rank."""
+    """Runs in the process of a rank."""
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         with process_group() as ranks:
-            told = (False, work(ranks, *arguments))
+            result = (False, work(ranks, *arguments))
     except BaseException:
-        told = (True, traceback.format_exc())
-    pipe.send_bytes(pickle.dumps(told))
+        result = (True, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(result))
     pipe.close()
     sys.stdout.flush()
-    os._exit(0)  # a rank whose others are gone would wait for them on its way out
+    os._exit(0)  # a normal exit would wait for ranks that are gone

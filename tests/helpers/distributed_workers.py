@@ -1,4 +1,4 @@
-"""What the ranks of the tests do: `ranks_world.world` runs these on each, and collects what they return."""
+"""The functions that `distributed_launcher.run_on_ranks` runs on each rank."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT
 from gpt2.train import trainer
 from gpt2.train.checkpoint import CheckpointWriter
-from gpt2.train.run import Run, setup_run
+from gpt2.train.setup import Run, setup_run
 from gpt2.train.trainer import UpdateResult, train, update
 from tests.helpers.training_helpers import fixed_seed_sampler
 
@@ -39,11 +39,11 @@ WRITE_EVENTS = (
 
 @dataclass
 class TrainingRecord:
-    """What one rank can say of a training.
+    """A training run on one rank.
 
-    folder: of the run.
-    kind:   how the ranks shared the model.
-    stream: the tokens and targets of each update, int64 (steps, 2, rows of this rank, block_size).
+    folder:  the run folder.
+    kind:    the kind of parallelism.
+    batches: the tokens and targets of each update, int64 (steps, 2, rows of this rank, block_size).
     """
 
     folder: Path
@@ -52,44 +52,46 @@ class TrainingRecord:
 
 
 def run_trainings(ranks: ProcessGroup, configs: Sequence[TrainConfig], local_size: int = 0) -> list[TrainingRecord]:
-    """Train as each of the configs says, one after the other; `local_size` says how many ranks there are on a host."""
-    trainer.write_report = lambda run, why_stopped: None  # the picture takes longer than the training
+    """Train with each of the configs, one after the other; `local_size` is the number of ranks per host."""
+    trainer.write_report = lambda run, stop_reason: None  # the plot takes longer than the training
     return [_run_training(_with_local_world_size(local_size, ranks), config) for config in configs]
 
 
 def _run_training(ranks: ProcessGroup, config: TrainConfig) -> TrainingRecord:
-    told = TrainingRecord(Path())
+    record = TrainingRecord(Path())
 
     def recorded(run: Run, batch: Batch, rate: float) -> UpdateResult:
-        told.kind = run.distributed_model.kind
-        told.batches.append(torch.stack((batch.tokens, batch.targets)).numpy().copy())
+        record.kind = run.distributed_model.kind
+        record.batches.append(torch.stack((batch.tokens, batch.targets)).numpy().copy())
         return update(run, batch, rate)
 
     trainer.update = recorded
-    told.folder = train(config, fixed_seed_sampler, ranks)
-    return told
+    record.folder = train(config, fixed_seed_sampler, ranks)
+    return record
 
 
 def resume_trainings(ranks: ProcessGroup, folders: Mapping[Path, dict[str, Any]], local_size: int = 0) -> None:
-    """Go on with the runs in these folders, each under the values given."""
+    """Resume the runs in these folders, each with the given values."""
     run_trainings(ranks, [config_for_resume(folder, given) for folder, given in folders.items()], local_size)
 
 
 def initial_weights(ranks: ProcessGroup, config: TrainConfig, parallel: str) -> dict[str, np.ndarray]:
-    """What a rank begins with, by name, all of each, when every rank has drawn weights of its own."""
+    """The whole weights of a rank, by name, after every rank has initialized its model with another seed."""
     torch.manual_seed(ranks.rank)
-    spread = DistributedModel(parallel, GPT(config.model_config(257)), ranks.with_timeout(60.0), torch.device("cpu"))
-    return {name: full_tensor(p.detach()).numpy().copy() for name, p in spread.model.named_parameters()}
+    distributed_model = DistributedModel(
+        parallel, GPT(config.model_config(257)), ranks.with_timeout(60.0), torch.device("cpu")
+    )
+    return {name: full_tensor(p.detach()).numpy().copy() for name, p in distributed_model.model.named_parameters()}
 
 
 def run_finetune(ranks: ProcessGroup, arguments: Sequence[str]) -> None:
-    """`gpt2 finetune` with these arguments."""
+    """Run `gpt2 finetune` with these arguments."""
     assert ranks.is_single_process
     assert finetune(list(arguments)) == 0
 
 
 def record_writes(ranks: ProcessGroup, config: TrainConfig, folders: Sequence[str]) -> list[str]:
-    """Train as the config says; what this process wrote, made, renamed or removed under these folders."""
+    """Train; returns the paths that this process wrote, created, renamed or removed in these folders."""
     seen: list[str] = []
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
@@ -109,15 +111,15 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class UpdateRecord(NamedTuple):
-    """What came of some updates on one rank.
+    """The results of some updates on one rank.
 
-    updates:     loss and norm of the gradient of each.
-    part_losses: what this rank's micro-batches had of each update's loss.
-    sent:        for each update, the collective operations in it, by name, and how many elements went into each.
-    weights:     after the last, by name, all of each.
-    tied:        is the head's matrix still the embedding's, in the model and in what is exported of it?
-    cut:         how many of the model's parameters are DTensors, and how many elements this rank has of all of them.
-    kept:        how many elements of optimizer state this rank keeps.
+    updates:            loss and gradient norm of each.
+    part_losses:        the losses of this rank's micro-batches, for each update.
+    collectives:        for each update, its collective operations by name, with the number of elements of each.
+    weights:            the whole weights after the last update, by name.
+    tied:               whether output head and embedding share a matrix, in the model and in its exported copy.
+    sharding:           the number of DTensor parameters, and the number of elements of all parameters on this rank.
+    optimizer_elements: the number of elements of optimizer state on this rank.
     """
 
     updates: list[tuple[float, float]]
@@ -132,7 +134,7 @@ class UpdateRecord(NamedTuple):
 def run_updates(
     ranks: ProcessGroup, config: TrainConfig, batches: Sequence[Batch], local_size: int = 0
 ) -> UpdateRecord:
-    """Do an update with each of these global batches, of which each rank takes its share, as the loader would."""
+    """Update with each of these global batches, of which each rank takes its share, as the loader does."""
     run = setup_run(config, Path(config.out_dir) / "none", _with_local_world_size(local_size, ranks))
     share = config.batch_size // ranks.world_size
     found, part_losses, sent = [], [], []
@@ -165,7 +167,7 @@ def _local_tensor(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _recorded_losses(run: Run) -> Iterator[list[float]]:
-    """Note what this rank's micro-batches give, before it is summed over the ranks."""
+    """Record the losses of this rank's micro-batches, before the all-reduce."""
     losses: list[float] = []
     loss = run.distributed_model.loss
 
@@ -180,7 +182,7 @@ def _recorded_losses(run: Run) -> Iterator[list[float]]:
 
 
 class CollectiveRecorder(TorchDispatchMode):
-    """Notes every collective operation: its name, and how many elements this rank gives to it."""
+    """Records every collective operation: its name, and the number of elements that this rank sends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +191,7 @@ class CollectiveRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.__name__.split(".")[0]
-            given = args[1] if "gather" in name or "scatter" in name else args[0]  # those name the output first
+            given = args[1] if "gather" in name or "scatter" in name else args[0]  # their first argument is the output
             self.collectives.append((name, _numel(given)))
         return func(*args, **(kwargs or {}))
 
@@ -199,7 +201,7 @@ def _numel(given: Any) -> int:
 
 
 def rewrite_checkpoint(ranks: ProcessGroup, folder: Path, out: Path, parallel: str, local_size: int = 0) -> None:
-    """Take up the run in `folder` at its newest checkpoint, and at once write what was read as a run's under `out`."""
+    """Resume the run in `folder` from its newest checkpoint, and write its state as a checkpoint under `out`."""
     ranks = _with_local_world_size(local_size, ranks)
     run = setup_run(config_for_resume(folder, {"parallel": parallel}), folder, ranks)
     with CheckpointWriter(
@@ -209,7 +211,7 @@ def rewrite_checkpoint(ranks: ProcessGroup, folder: Path, out: Path, parallel: s
 
 
 def _with_local_world_size(local_size: int, ranks: ProcessGroup) -> ProcessGroup:
-    """The same ranks, so many of them on each host."""
+    """The same ranks with this many on each host."""
     if not local_size:
         return ranks
-    return replace(ranks, local_rank=ranks.rank % local_size, local_size=local_size)
+    return replace(ranks, local_rank=ranks.rank % local_size, local_world_size=local_size)

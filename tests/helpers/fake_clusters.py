@@ -1,4 +1,4 @@
-"""A cluster for the tests: hosts, ssh, SLURM and torchrun, all of them small scripts that note what they were told."""
+"""A fake cluster: hosts, ssh, SLURM and torchrun as small scripts that record their arguments."""
 
 import os
 import signal
@@ -17,9 +17,9 @@ ALL_EXAMPLES = (*SCRIPTS, "skypilot.yaml", "trainjob.yaml")
 HOSTS = ("one", "two", "three")
 ADDRESSES = {"one": "10.0.0.1", "two": "10.0.0.2", "three": "10.0.0.3"}
 JOB_ID = "4242"
-STOPPED, FAILED = 1, 3  # how torchrun ends when it is stopped, and how ours does when it is to fail
+STOPPED, FAILED = 1, 3  # exit codes: torchrun's when it is stopped, and the fake one's when it fails
 
-# What stands in for torchrun: it notes what it was told and by whom, and then does as HOST.does says.
+# The fake torchrun records its arguments and environment, and then behaves as the file HOST.does says.
 TORCHRUN = """#!/bin/bash
 printf '%s\\0' "$@" > "$NOTES/$HOST.arguments"
 env -0 > "$NOTES/$HOST.environment"
@@ -31,7 +31,7 @@ case $does in
     run*) while true; do sleep 0.02; done ;;
 esac
 """
-# ssh hands all it is told after the host, in one string, to a shell over there.
+# ssh passes everything after the host, as one string, to a shell on that host.
 SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do case $1 in -o) shift 2 ;; *) shift ;; esac; done
 host=${1#*@}
@@ -40,7 +40,7 @@ echo "$*" > "$NOTES/$host.ssh"
 [[ -e $NOTES/$host.does ]] || { echo "no route to $host" >&2; exit 255; }
 HOST=$host exec sh -c "$*"
 """
-# srun runs the same on each host, and TERM would have it kill them all.
+# srun runs the same command on each host; TERM would make it kill them all.
 SRUN = """#!/bin/bash
 trap 'echo told > "$NOTES/srun.signal"' TERM USR1
 printf '%s\\0' "$@" > "$NOTES/srun.arguments"
@@ -64,7 +64,7 @@ SCANCEL = """#!/bin/bash
 
 
 class FakeCluster:
-    """Hosts that are folders' worth of notes: what each would do, and what it was told."""
+    """Fake hosts: a folder of files with the behavior of each, and what it has recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.notes, self.bin, self.home = (folder / name for name in ("notes", "bin", "home"))
@@ -94,8 +94,8 @@ class FakeCluster:
         }
 
     def set_behavior(self, **what: str) -> None:
-        """What torchrun does there: "end" at once, "fail" when all have started, "run" until it is stopped, and
-        "run, done", which ends well when it is."""
+        """The behavior of torchrun on a host: "end" at once, "fail" when all have started, "run" until it is stopped,
+        or "run, done" to exit with code 0 when it is stopped."""
         for host, does in what.items():
             (self.notes / f"{host}.does").write_text(does)
 
@@ -115,7 +115,7 @@ class FakeCluster:
 
     @contextmanager
     def started(self, script: str) -> Iterator[subprocess.Popen[str]]:
-        """A script, in a process group of its own as in a terminal, of which nothing lives longer than the block."""
+        """A script in its own process group, as in a terminal; the group is killed after the block."""
         command, pipe = self.command(script), subprocess.PIPE
         with subprocess.Popen(
             command, env=self.environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -128,7 +128,7 @@ class FakeCluster:
 
     @contextmanager
     def running(self, script: str) -> Iterator[subprocess.Popen[str]]:
-        """The same, once torchrun has begun on every host."""
+        """The same, once torchrun has started on every host."""
         with self.started(script) as process:
             self.wait_for(*(f"{host}.started" for host in HOSTS))
             yield process
@@ -140,18 +140,18 @@ class FakeCluster:
             time.sleep(0.01)
 
     def run(self, script: str) -> tuple[int, str]:
-        """The exit code of a script that ends by itself, and what it said."""
+        """The exit code of a script that ends by itself, and its standard error."""
         with self.started(script) as process:
-            _, said = process.communicate(timeout=30)
-            return process.returncode, said
+            _, errors = process.communicate(timeout=30)
+            return process.returncode, errors
 
     def run_task(self, script: list[str], host: str, variables: dict[str, str]) -> None:
-        """What a cluster's own starter runs on each host."""
+        """Run the command that the cluster's own launcher runs on each host."""
         subprocess.run(script, env=self.environment | {"HOST": host} | variables, timeout=30, check=True)
 
 
 def running_processes(group: int) -> list[str]:
-    """The processes of a process group that still run, where /proc tells of them."""
+    """The processes of a process group that still run, from /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -167,10 +167,9 @@ def load_yaml_documents(name: str) -> list[dict[str, Any]]:
 
 
 def launch_example(example: str, cluster: FakeCluster) -> dict[str, list[str]]:
-    """What torchrun was told by the example, by host."""
+    """Run the example, and return torchrun's arguments by host."""
     if example in SCRIPTS:
-        code, said = cluster.run(example)
-        assert (code, said) == (0, "")
+        assert cluster.run(example) == (0, "")
     elif example == "skypilot.yaml":
         (task,) = load_yaml_documents(example)
         for rank, host in enumerate(HOSTS):

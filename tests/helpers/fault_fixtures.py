@@ -1,4 +1,4 @@
-"""Ranks for each file of tests that disturbs them."""
+"""The fork server for tests of rank errors and faults."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +9,9 @@ from tests.helpers.fault_launcher import RankForkServer
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[RankForkServer]:
-    folder = tmp_path_factory.mktemp("nursery")
+def fork_server(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[RankForkServer]:
+    folder = tmp_path_factory.mktemp("fork_server")
     (folder / "native").symlink_to(compiled)
-    nursery = RankForkServer(folder)
-    yield nursery
-    nursery.close()
+    fork_server = RankForkServer(folder)
+    yield fork_server
+    fork_server.close()

@@ -1,4 +1,4 @@
-"""Ranks for the tests of faults and errors, started and listened to: see faults_ranks.py."""
+"""Starts ranks for the tests of faults and errors, and collects their output: see fault_workers.py."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-NO_RANK_ENVIRONMENT = dict.fromkeys(RANK_VARIABLES, "")  # the environment of a process that is no rank
+NO_RANK_ENVIRONMENT = dict.fromkeys(RANK_VARIABLES, "")  # the environment of a process without torchrun
 
 
 class ExitResults(NamedTuple):
-    """What became of the ranks, each by its number: exit code (of a signal n, -n), standard output, standard error."""
+    """For each rank: exit code (-n after signal n), standard output, standard error."""
 
     codes: list[int]
     out: list[str]
@@ -25,12 +25,12 @@ class ExitResults(NamedTuple):
 
     @property
     def messages(self) -> list[str]:
-        """What we say on standard error, on whatever rank; not what torch does."""
+        """The lines of gpt2 on standard error, of all ranks; without those of torch."""
         return [line.removeprefix("gpt2: ") for err in self.err for line in err.splitlines() if line[:6] == "gpt2: "]
 
 
 class RankForkServer:
-    """Runs ranks, those of one run at a time, as torchrun would."""
+    """Runs the ranks of one run at a time, as torchrun would."""
 
     def __init__(self, folder: Path) -> None:
         script = Path(__file__).with_name("fault_workers.py")
@@ -38,7 +38,7 @@ class RankForkServer:
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._output_prefix = folder / "said"
+        self._output_prefix = folder / "rank"
         self.pids: list[int] = []
 
     def start(
@@ -49,9 +49,9 @@ class RankForkServer:
         port: int | None = None,
         overrides: dict[int, Any] | None = None,
     ) -> None:
-        """Start as many ranks in `folder`.
+        """Start `size` ranks in `folder`.
 
-        odd: what is different, by rank: `argv`, `folder`, `change` (what of faults_ranks.CHANGES), `environment`.
+        overrides: by rank, other values of `argv`, `folder`, `change` (of fault_workers.CHANGES), `environment`.
         """
         there = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
         there["MASTER_PORT"] = free_port() if port is None else port
@@ -61,14 +61,14 @@ class RankForkServer:
             environment = {**there, "RANK": number, "LOCAL_RANK": number, **own.get("environment", {})}
             words = {name: str(value) for name, value in environment.items()}
             rank = {"argv": list(argv), "change": "", **own, "environment": words}
-            ranks.append({"folder": str(folder), **rank, "said": f"{self._output_prefix}-{number}"})
+            ranks.append({"folder": str(folder), **rank, "output_prefix": f"{self._output_prefix}-{number}"})
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"ranks": ranks}) + "\n")
         self._process.stdin.flush()
         self.pids = self._read_reply(60)
 
     def wait(self, seconds: float = 120) -> ExitResults:
-        """Wait for all of them; who takes longer is killed, which its code tells."""
+        """Wait for all ranks; those that take longer are killed."""
         codes = self._read_reply(seconds)
         texts = [
             [Path(f"{self._output_prefix}-{n}.{name}").read_text() for n in range(len(codes))]
@@ -78,7 +78,7 @@ class RankForkServer:
         return ExitResults(codes, *texts)
 
     def run(self, argv: Sequence[str], folder: Path, **given: Any) -> ExitResults:
-        """Start ranks, and wait for them."""
+        """Start ranks and wait for them."""
         self.start(argv, folder, **given)
         return self.wait()
 

@@ -1,8 +1,8 @@
-"""A nursery of ranks: one process that has imported torch, and forks those of a run when it is told to.
+"""A fork server for ranks: one process that has imported torch, and forks the ranks of a run on request.
 
-Each is what torchrun would have started, an environment and a command line of `gpt2`, in a second less than six. Read
-from standard input, one JSON object a line: {"ranks": [{"argv", "environment", "folder", "said", "change"}]}. Written
-to standard output: the process ids, and when all of them have ended, their exit codes; of a signal n, -n.
+Each rank has the environment and command line that torchrun would give it, but starts without importing torch.
+Standard input has one JSON object per line: {"ranks": [{"argv", "environment", "folder", "output_prefix", "change"}]}.
+Standard output has the process ids, and when all ranks have exited, their exit codes; -n after signal n.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import gpt2.commands.train  # noqa: F401 (so that no rank has to)
+import gpt2.commands.train  # noqa: F401 (imported before the forks)
 from gpt2.cli import main
 from gpt2.distributed import process_group
-from gpt2.train import run, trainer
+from gpt2.train import run_report, trainer
 
 
 def serve_forks() -> list[str]:
@@ -35,15 +35,17 @@ def serve_forks() -> list[str]:
     sys.exit()
 
 
-def become_rank(argv: list[str], environment: dict[str, str], folder: str, said: str, change: str) -> list[str]:
-    """Make this process a rank: its environment, its folder, where it talks to, and what is odd about it."""
-    out = os.open(f"{said}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    err = os.open(f"{said}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def become_rank(
+    argv: list[str], environment: dict[str, str], folder: str, output_prefix: str, change: str
+) -> list[str]:
+    """Make this process a rank: set its environment, folder, output files and change."""
+    out = os.open(f"{output_prefix}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    err = os.open(f"{output_prefix}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, err)):
         os.dup2(file, number)
     os.environ.update(environment)
     os.chdir(folder)
-    run.measure_matmul = lambda *_: 1e9  # which takes a second
+    run_report.measure_matmul = lambda *_: 1e9  # the measurement takes a second
     if change:
         CHANGES[change]()
     return argv
@@ -55,24 +57,24 @@ def other_torch() -> None:
 
 
 def impatient() -> None:
-    """The others have three seconds to come."""
+    """The rendezvous times out after three seconds."""
     process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=3)
 
 
 def no_nccl() -> None:
-    """There are GPUs, of which this torch cannot make use together."""
+    """There are two GPUs, but no NCCL."""
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     dist.is_nccl_available = lambda: False
 
 
 def other_host() -> None:
-    """Another machine, by its name."""
+    """Another host name."""
     socket.gethostname = lambda: "elsewhere"
 
 
 def at_step(number: int, action: Callable[[Any], None]) -> None:
-    """Do something to the run before the update of a step."""
+    """Call `action` with the run before the update of a step."""
     update = trainer.update
 
     def changed(now: Any, *rest: Any) -> Any:
@@ -84,16 +86,16 @@ def at_step(number: int, action: Callable[[Any], None]) -> None:
 
 
 def clumsy() -> None:
-    """A bug, at step 4."""
+    """An exception at step 4."""
 
     def stumble(now: Any) -> None:
-        raise KeyError("nobody has thought of this")
+        raise KeyError("a bug")
 
     at_step(4, stumble)
 
 
 def spoilt() -> None:
-    """Weights that overflow, at step 4."""
+    """Weights that overflow at step 4."""
 
     def spoil(now: Any) -> None:
         with torch.no_grad():

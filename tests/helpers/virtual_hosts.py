@@ -1,7 +1,7 @@
-"""Several hosts on one machine: namespaces of Linux, each with a name, an address and processes of its own.
+"""Several hosts on one machine: Linux namespaces, each with its own name, address and processes.
 
-A host lives as long as the process that holds it, which reads from a pipe of ours. So all of it (links, mounts,
-whatever still runs there) ends with this process, however that ends; nothing of it has a name outside.
+Each host exists as long as its holder process, which reads from a pipe of the test. So links, mounts and processes of
+the host end with the test process.
 """
 
 import os
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-IS_ROOT = os.geteuid() == 0  # who is not makes a namespace of users first, where that is permitted, and is root there
+IS_ROOT = os.geteuid() == 0  # others need a user namespace, in which they are root
 HOLD_COMMAND = "echo held; read -r _"
-NSENTER_FLAGS = {"mnt": "mount"}  # of nsenter, where it is not the name that the namespace has under /proc
-NAMESPACE_FILES = {"pid": "pid_for_children"}  # under /proc, where it is not the one that the holder is in itself
+NSENTER_FLAGS = {"mnt": "mount"}  # nsenter's name, where it differs from that under /proc
+NAMESPACE_FILES = {"pid": "pid_for_children"}  # under /proc, where it is not the holder's own namespace
 
 Process = subprocess.Popen[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """A machine as the others see it: on all of them its `name` stands for its `address`."""
+    """A host; on all hosts its `name` resolves to its `address`."""
 
     name: str
     address: str
@@ -46,15 +46,15 @@ class Host:
         return process
 
     def disconnect(self) -> None:
-        """Pull the cable out at the switch: what is sent is lost, and nobody is told."""
+        """Disconnect the host at the switch: packets are lost without an error."""
         _ip(self.switch, f"link set {self.name} down")
 
     def connect(self) -> None:
-        """Put it in again."""
+        """Reconnect the host."""
         _ip(self.switch, f"link set {self.name} up")
 
     def crash(self) -> None:
-        """End all that runs on it, at once; others learn of it unless its cable was out."""
+        """Kill all processes on the host; the others notice unless it is disconnected."""
         subprocess.run([*_nsenter(self.holder, "mnt", "pid"), "sh", "-c", "kill -9 -1"], check=True)
         for process in self.processes:
             process.wait()
@@ -62,9 +62,9 @@ class Host:
 
 @contextmanager
 def virtual_hosts(count: int, folder: Path) -> Iterator[list[Host]]:
-    """So many hosts, plugged into one switch, called host1, host2 ...; they are gone after the block.
+    """This many hosts, host1, host2 ..., connected to one switch; removed after the block.
 
-    folder: where the table of their names is written.
+    folder: for the hosts file.
 
     Raises OSError, with the reason, where the system does not permit it.
     """
@@ -92,9 +92,9 @@ def virtual_hosts(count: int, folder: Path) -> Iterator[list[Host]]:
 
 @contextmanager
 def _namespace_holder(kinds: list[str], begin: str, where: Sequence[str] = ()) -> Iterator[Process]:
-    """Namespaces of these kinds, and one of processes, in which the shell did `begin`.
+    """New namespaces of these kinds and a process namespace, in which a shell has run `begin`.
 
-    where: the beginning of a command that makes them in other namespaces.
+    where: a command prefix that creates them inside other namespaces.
     """
     own = ["--pid", "--fork", "--kill-child", "--mount-proc"]
     command = [*where, "unshare", *kinds, *own, "sh", "-c", begin]
@@ -106,11 +106,11 @@ def _namespace_holder(kinds: list[str], begin: str, where: Sequence[str] = ()) -
                 raise OSError(" ".join(holder.stderr.read().split()))
             yield holder
         finally:
-            holder.kill()  # with it the first process of its namespace, and with that all the others
+            holder.kill()  # kills the first process of its namespace, and so all others
 
 
 def _nsenter(holder: Process, *kinds: str) -> list[str]:
-    """The beginning of a command that is to run in these namespaces of a holder."""
+    """The command prefix that runs a command in these namespaces of a holder."""
     files = {
         kind: f"/proc/{holder.pid}/ns/{NAMESPACE_FILES.get(kind, kind)}"
         for kind in (*kinds, *([] if IS_ROOT else ["user"]))
@@ -123,7 +123,7 @@ def _nsenter(holder: Process, *kinds: str) -> list[str]:
 
 
 def _ip(holder: Process, *commands: str) -> None:
-    """`ip` in the network of a holder. Raises OSError with what it has against a command."""
+    """Run `ip` in the network namespace of a holder. Raises OSError with its error output."""
     done = subprocess.run(
         [*_nsenter(holder, "net"), "ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True
     )

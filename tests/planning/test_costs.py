@@ -182,16 +182,16 @@ LARGE_VOCAB = 8192  # with CHUNK_BYTES reduced to 16 MiB: logits in several chun
         (LARGE_VOCAB, {"dtype": torch.bfloat16}),
         (2000, {"micro_batches": 2}),
         (LARGE_VOCAB, {"micro_batches": 2, "dtype": torch.bfloat16}),
-        (2000, {"recompute": True}),
-        (2000, {"recompute": True, "dtype": torch.bfloat16}),
+        (2000, {"activation_checkpointing": True}),
+        (2000, {"activation_checkpointing": True, "dtype": torch.bfloat16}),
         (2000, {"optimizer": "muon"}),
         (2000, {"optimizer": "sgd"}),
         *((2000, tuned) for tuned in PARTIAL_TRAINING),
         (2000, {"lora": LoRAConfig(), "dtype": torch.bfloat16}),
         (LARGE_VOCAB, {"lora": LoRAConfig()}),
         (LARGE_VOCAB, {"lora": LoRAConfig(), "micro_batches": 2, "dtype": torch.bfloat16}),
-        (2000, {"lora": LoRAConfig(), "recompute": True}),
-        (2000, {"lora": LoRAConfig(), "recompute": True, "dtype": torch.bfloat16}),
+        (2000, {"lora": LoRAConfig(), "activation_checkpointing": True}),
+        (2000, {"lora": LoRAConfig(), "activation_checkpointing": True, "dtype": torch.bfloat16}),
         (2000, {"lora": LoRAConfig(rank=16), "optimizer": "muon"}),
         (LARGE_VOCAB, {"freeze": 1, "dtype": torch.bfloat16}),
         (2000, {"freeze": 2, "optimizer": "muon"}),
@@ -205,7 +205,7 @@ def test_peak_memory_matches_the_tensors_of_real_steps(
     config = GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=3, n_head=4, n_embd=64)
     setup = replace(StepSetup(rows=16, length=64), **change)
     model = with_partial_training(GPT(config), setup.lora, setup.freeze).train()
-    if setup.recompute:
+    if setup.activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     optimizers = build_optimizers(model, TrainConfig(optimizer=setup.optimizer))
     tokens = torch.zeros(setup.rows, setup.length, dtype=torch.int64)
@@ -293,6 +293,6 @@ def test_optimizer_bytes_equal_the_optimizer_state() -> None:
 def test_activation_checkpointing_saves_memory() -> None:
     setup = StepSetup(rows=16, length=1024, dtype=torch.bfloat16, device="cuda")
     kept = training_memory(OPENAI_CONFIGS["gpt2"], setup)
-    again = training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, recompute=True))
+    again = training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, activation_checkpointing=True))
     assert again.activations < 0.2 * kept.activations
     assert kept.peak > again.peak > again.weights + again.gradients + again.optimizer

@@ -62,9 +62,9 @@ def test_activation_checkpointing_is_suggested_only_if_needed() -> None:
     shape = replace(OPENAI_CONFIGS["gpt2"], block_size=8192)
     without = training_memory(shape, setup)
     small = TargetDevice("a GPU", "cuda", None, None, without.peak, 0)
-    assert suggest_micro_batch(shape, setup, small, 1) == {"micro_batch_size": 1, "recompute": True}
+    assert suggest_micro_batch(shape, setup, small, 1) == {"micro_batch_size": 1, "activation_checkpointing": True}
     large = replace(small, memory=2 * without.peak)
-    assert suggest_micro_batch(shape, setup, large, 1) == {"micro_batch_size": 1, "recompute": False}
+    assert suggest_micro_batch(shape, setup, large, 1) == {"micro_batch_size": 1, "activation_checkpointing": False}
 
 
 def test_largest_batch_size_fits_and_twice_as_many_rows_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_local_plan_as_json_creates_no_file(
     assert set(result) == {
         *("nodes", "parallel", "network", "ways"),
         *("device", "devices", "measured", "dtype", "compile", "parameters", "trainable", "vocab_size"),
-        *("batch_size", "micro_batch_size", "recompute", "flops_per_token", "flops_per_step", "flops"),
+        *("batch_size", "micro_batch_size", "activation_checkpointing", "flops_per_token", "flops_per_step", "flops"),
         *("memory", "device_memory"),
         *("fits", "suggestion", "tokens_per_step", "steps", "tokens", "seconds_per_step", "seconds"),
         *("tokens_per_second", "matmul_rate", "utilization", "cost"),

@@ -45,11 +45,11 @@ def test_lora_of_gpt2_fits_in_two_gigabytes() -> None:
 
 
 def test_activation_checkpointing_costs_another_forward_pass() -> None:
-    config = replace(load_recipe("gpt2-124m"), micro_batch_size=8, recompute=True)
-    result, once = plan(config, on="h100"), plan(replace(config, recompute=False), on="h100")
+    config = replace(load_recipe("gpt2-124m"), micro_batch_size=8, activation_checkpointing=True)
+    result, once = plan(config, on="h100"), plan(replace(config, activation_checkpointing=False), on="h100")
     assert passes(result) == pytest.approx(4 / 3 * passes(once))
     changes = replace(config, init_from="gpt2", lora_rank=8)
-    result, once = plan(changes, on="h100"), plan(replace(changes, recompute=False), on="h100")
+    result, once = plan(changes, on="h100"), plan(replace(changes, activation_checkpointing=False), on="h100")
     assert result.seconds_per_step == pytest.approx(3 / 2 * once.seconds_per_step, rel=0.05)
 
 

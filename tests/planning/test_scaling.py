@@ -72,7 +72,9 @@ def test_block_tensor_sizes_equal_the_model(tie: bool) -> None:
     assert work.weight_bytes == work.gradient_bytes == FLOAT32_BYTES * num_parameters(shape)
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation_checkpointing": True}, {"freeze": 5}, {"lora": LoRAConfig()}, {"freeze": 12}]
+)
 def test_layer_times_add_up_to_the_step(changes: dict[str, Any]) -> None:
     work = work_of("gpt2", micro_batches=3, **changes)
     assert 3 * work.micro_batch_seconds == pytest.approx(

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever happens while they are written."""
+"""Checkpoints: atomic, whatever happens while they are written."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from tests.helpers.tiny_trainer import SHAPE, TinyTrainer, assert_equal, file_co
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_the_writer_writes_what_a_plain_save_does_and_all_of_it_comes_back(tmp_path: Path, optimizer: str) -> None:
+def test_background_writer_equals_plain_save_and_restores_all_state(tmp_path: Path, optimizer: str) -> None:
     learner = TinyTrainer(optimizer)
     with CheckpointWriter(tmp_path / "run", learner.artifact, keep=2, metadata={"data": "x"}) as writer:
         for step in (1, 2, 3):
@@ -57,7 +57,7 @@ def test_the_writer_writes_what_a_plain_save_does_and_all_of_it_comes_back(tmp_p
 
 @pytest.fixture
 def held_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing in the thread begins only when this is set."""
+    """The thread starts writing when this is set."""
     go, write = threading.Event(), gpt2.train.checkpoint.write_checkpoint
     monkeypatch.setattr(gpt2.train.checkpoint, "write_checkpoint", lambda *args: go.wait(20) and write(*args))
     return go
@@ -91,7 +91,7 @@ def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_save_holds_the_training_up_for_less_than_it_takes(tmp_path: Path) -> None:
+def test_a_save_blocks_training_for_less_than_the_write_takes(tmp_path: Path) -> None:
     learner = TinyTrainer(shape=replace(SHAPE, n_layer=4, n_embd=256))  # 3 million parameters, 40 MB with AdamW's state
     learner.step()
     with CheckpointWriter(tmp_path, learner.artifact, keep=1) as writer:
@@ -104,7 +104,7 @@ def test_a_save_holds_the_training_up_for_less_than_it_takes(tmp_path: Path) -> 
 
 
 def save_and_ask(run: Path, learner: TinyTrainer, asked_by: str) -> None:
-    """Save as step 2, and do what should raise what went wrong."""
+    """Save step 2, and call what should raise the error."""
     with CheckpointWriter(run, learner.artifact, keep=1) as writer:
         writer.save(2, learner.model, learner.optimizers)
         end = time.monotonic() + 20
@@ -121,7 +121,7 @@ def save_and_ask(run: Path, learner: TinyTrainer, asked_by: str) -> None:
 
 
 @pytest.mark.parametrize("asked_by", ["save", "check", "wait", "exit"])
-def test_what_goes_wrong_in_the_thread_is_raised_in_the_trainers(tmp_path: Path, asked_by: str) -> None:
+def test_errors_of_the_writer_thread_are_raised_in_the_training_thread(tmp_path: Path, asked_by: str) -> None:
     learner = TinyTrainer()
     learner.step()
     state = learner.state()
@@ -134,7 +134,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_in_the_trainers(tmp_path: Path,
     assert_equal(load_state(tmp_path / "checkpoints" / "step-1"), state)
 
 
-def test_another_error_is_not_hidden_by_that_of_a_write_and_waits_for_it(
+def test_a_write_error_does_not_hide_another_error(
     tmp_path: Path, held_up: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "blocked" / "checkpoints").mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_another_error_is_not_hidden_by_that_of_a_write_and_waits_for_it(
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "weights"])
-def test_what_reads_back_otherwise_than_it_was_meant_is_no_checkpoint(
+def test_data_that_reads_back_differently_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     learner = TinyTrainer()
@@ -163,7 +163,7 @@ def test_what_reads_back_otherwise_than_it_was_meant_is_no_checkpoint(
         write({**tensors, name: tensors[name] ^ 1 if name == "cpu" else tensors[name] * -1.0}, path, **kwargs)
 
     monkeypatch.setattr(module, "save_file", careless)
-    with pytest.raises(UserError, match=r"step-2: .* reads back from .* otherwise than it was written"):
+    with pytest.raises(UserError, match=r"step-2: .* .*model.* differs from what was written"):
         learner.save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         load_optimizers(path, learner.model, build_optimizers(learner.model, TrainConfig(optimizer="muon"))[:1])
 
 
-def test_the_length_of_the_samples_is_that_at_the_save(tmp_path: Path, held_up: threading.Event) -> None:
+def test_metadata_has_the_size_of_samples_at_the_save(tmp_path: Path, held_up: threading.Event) -> None:
     learner = TinyTrainer()
     (tmp_path / "samples.txt").write_bytes(b"--- step 1\nabc\n\n")
     with CheckpointWriter(tmp_path, learner.artifact, keep=1) as writer:
@@ -211,12 +211,12 @@ OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
 
 
 class Killed(BaseException):
-    """The process is no more."""
+    """Stands for the end of the process."""
 
 
 @contextmanager
 def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """Within, operation `number` on files, counted from 1, and all later ones fail. Yields a count of the calls."""
+    """Inside, file operation `number`, counted from 1, and all later ones fail. Yields the count of calls."""
     calls = 0
 
     def deadly(operation: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,19 +1,19 @@
-"""Which validation was the best, and how long ago."""
+"""Early stopping: the best validation, and the number of validations since then."""
 
 import math
 
 from gpt2.train.early_stopping import BestValidation
 
 
-def test_the_first_of_equals_is_the_best_and_steps_without_a_validation_count_for_nothing() -> None:
+def test_ties_keep_the_first_best_and_steps_without_validation_are_ignored() -> None:
     best = BestValidation()
     assert (best.step, best.loss, best.evals_since_best) == (None, None, 0)
     losses = [(1, 3.0), (2, None), (3, 2.0), (4, 2.0), (5, math.nan), (6, 2.5), (7, None), (8, 1.9)]
-    told = []
+    result = []
     for step, loss in losses:
         record = {"step": step, "loss": 9.0} | ({} if loss is None else {"val_loss": loss})
-        told.append((best.update(record), best.step, best.evals_since_best))
-    assert told == [
+        result.append((best.update(record), best.step, best.evals_since_best))
+    assert result == [
         (True, 1, 0),
         (False, 1, 0),
         (True, 3, 0),

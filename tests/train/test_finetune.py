@@ -1,4 +1,4 @@
-"""Fine-tuning: a model that exists learns a text, or prompts and answers, whole or through adapters."""
+"""Fine-tuning on text or on prompts and answers, with all weights or with LoRA."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from gpt2.lora import LoRAConfig, adapter_state_dict, add_adapter, base_fingerpr
 from gpt2.loss import IGNORE_INDEX
 from gpt2.reporting.metrics import read_metrics, without_timings
 from gpt2.train.comparison import MAX_TOKENS, compare
-from gpt2.train.run import setup_run
+from gpt2.train.setup import setup_run
 from gpt2.train.trainer import train
 from tests.helpers.tiny_trainer import file_contents
 from tests.helpers.training_helpers import NUMBERS_TEXT, fixed_seed_sampler
@@ -28,7 +28,7 @@ DOUBLES = [{"prompt": f"double {i}", "answer": str(2 * i)} for i in range(60)]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned a little of numbers; it speaks bytes."""
+    """A byte-level model, trained briefly on numbers."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "numbers.txt").write_text(NUMBERS_TEXT)
     shape: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 48}
@@ -53,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tuning(base: Path, tmp_path: Path) -> TrainConfig:
-    """A run of a second or so on prompts and answers."""
+    """A run of about a second on prompts and answers."""
     (tmp_path / "doubles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOUBLES))
     given: dict[str, Any] = {
         "data": str(tmp_path / "doubles.jsonl"),
@@ -69,18 +69,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in gpt2.load(folder)[0].named_parameters()}
 
 
-def test_answers_are_learned_and_prompts_only_read(tuning: TrainConfig) -> None:
+def test_loss_is_computed_on_answers_only(tuning: TrainConfig) -> None:
     run = setup_run(tuning, Path(tuning.out_dir) / "none")
     batch = run.loader.batch(0)
     assert batch.documents is not None
     ids = batch.targets[batch.targets != IGNORE_INDEX].tolist()
-    said = run.data.tokenizer.decode(ids).split("<|endoftext|>")
-    assert {text.strip() for text in said} - {""} <= {row["answer"] for row in DOUBLES}
+    output = run.data.tokenizer.decode(ids).split("<|endoftext|>")
+    assert {text.strip() for text in output} - {""} <= {row["answer"] for row in DOUBLES}
     everything = setup_run(replace(tuning, mask_prompt=False), Path(tuning.out_dir) / "none").loader.batch(0).targets
     assert "ser: double" in run.data.tokenizer.decode(everything[everything != IGNORE_INDEX].tolist())
 
 
-def test_it_gets_better_at_it_and_the_run_folder_is_as_any(tuning: TrainConfig, base: Path) -> None:
+def test_finetuning_lowers_the_loss_and_writes_a_complete_run_folder(tuning: TrainConfig, base: Path) -> None:
     folder = train(replace(tuning, max_steps=40), fixed_seed_sampler)
     losses = [line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
     assert min(losses) < 0.6 * losses[0]
@@ -97,7 +97,7 @@ def test_it_gets_better_at_it_and_the_run_folder_is_as_any(tuning: TrainConfig, 
 
 
 @pytest.mark.parametrize("how", [{}, {"lora_rank": 2, "lora_dropout": 0.1}, {"freeze": 2}, {"template": "chatml"}])
-def test_a_tuning_that_was_killed_ends_as_one_that_was_not(tuning: TrainConfig, how: dict[str, Any]) -> None:
+def test_a_resumed_finetuning_equals_an_uninterrupted_one(tuning: TrainConfig, how: dict[str, Any]) -> None:
     whole = train(replace(tuning, name="whole", **how), fixed_seed_sampler)
     folder = train(replace(tuning, name="parts", keep_checkpoints=9, **how), fixed_seed_sampler)
     for step in (12, 8):  # as if killed after step 8 was recorded and before it was saved
@@ -117,7 +117,7 @@ def test_a_tuning_that_was_killed_ends_as_one_that_was_not(tuning: TrainConfig, 
         )
 
 
-def test_adapters_are_all_that_is_learned_and_saved(tuning: TrainConfig, base: Path) -> None:
+def test_lora_trains_and_saves_only_the_adapters(tuning: TrainConfig, base: Path) -> None:
     folder = train(replace(tuning, lora_rank=2, lora_targets="c_attn", max_steps=24, lr=1e-2))
     assert sorted(p.name for p in (folder / "checkpoints" / "step-24").iterdir()) == [
         "adapter",
@@ -143,7 +143,7 @@ def weights_with_adapter(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in gpt2.load(base, adapter=adapter)[0].named_parameters()}
 
 
-def test_a_model_with_adapters_speaks_as_the_merged_one(base: Path) -> None:
+def test_a_model_with_adapters_generates_the_same_text_as_the_merged_one(base: Path) -> None:
     model, tokenizer = gpt2.load(base)
     add_adapter(model, LoRAConfig(rank=2))
     for tensor in adapter_state_dict(model).values():
@@ -163,7 +163,7 @@ def test_frozen_blocks_and_embeddings_stay_as_they_are(tuning: TrainConfig, base
 
 
 def test_the_best_is_kept_and_patience_ends_the_run(tuning: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """At a rate that spoils what was learned, the first validations are the best."""
+    """With a learning rate that is too high, the first validations are the best."""
     config = replace(tuning, lr=0.3, max_steps=60, eval_every=2, save_every=0, patience=3, warmup_steps=12)
     folder = train(config)
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
@@ -197,7 +197,7 @@ def test_the_best_of_a_resumed_run_is_the_best_of_all(tuning: TrainConfig) -> No
     assert file_contents(whole / "model") == file_contents(folder / "model")
 
 
-def test_special_tokens_of_a_template_are_learned_and_written(tuning: TrainConfig) -> None:
+def test_special_tokens_of_a_template_are_added_and_trained(tuning: TrainConfig) -> None:
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
     folder = train(replace(tuning, template="chatml", add_tokens="<calm>,<storm>"))
@@ -222,7 +222,7 @@ def test_epochs_become_steps(tuning: TrainConfig) -> None:
     assert len(read_metrics(folder / "metrics.jsonl")) == steps + 2
 
 
-def test_plain_text_is_learned_without_a_look_at_the_neighbours(tuning: TrainConfig, tmp_path: Path) -> None:
+def test_documents_of_plain_text_do_not_attend_to_each_other(tuning: TrainConfig, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(20):
@@ -237,7 +237,7 @@ def test_plain_text_is_learned_without_a_look_at_the_neighbours(tuning: TrainCon
     train(config)
 
 
-def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base: Path) -> None:
+def test_the_comparison_equals_evaluating_both_models(tuning: TrainConfig, base: Path) -> None:
     folder = train(replace(tuning, max_steps=40, sample_tokens=8))
     found = compare(read_toml(folder / "config.toml"), folder, fixed_seed_sampler)
     own, general = found.losses
@@ -256,17 +256,17 @@ def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base:
         assert answer.reference == str(2 * number)
         model, tokenizer = gpt2.load(base)
         assert answer.prompt + answer.before == fixed_seed_sampler(model, tokenizer, answer.prompt, 8)
-    told = found.markdown()
-    assert "| doubles, held out |" in told
-    assert "better |" in told
+    result = found.markdown()
+    assert "| doubles, held out |" in result
+    assert "better |" in result
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "result"),
     [
         ({"freeze": 4}, "--freeze 4 is more than the model's 3 blocks"),
-        ({"freeze": 1, "lora_rank": 2}, "--freeze and --lora-rank do not go together"),
-        ({"add_tokens": "<a>", "lora_rank": 2}, "--add-tokens and --lora-rank do not go together"),
+        ({"freeze": 1, "lora_rank": 2}, "--freeze and --lora-rank cannot be combined"),
+        ({"add_tokens": "<a>", "lora_rank": 2}, "--add-tokens and --lora-rank cannot be combined"),
         ({"template": "chatml", "lora_rank": 2}, r"the template's <\|im_start\|> is no token of the model"),
         (
             {"lora_rank": 2, "lora_targets": "c_atn"},
@@ -274,18 +274,18 @@ def test_before_and_after_are_what_the_two_models_say(tuning: TrainConfig, base:
         ),
         ({"lora_rank": -1}, "--lora-rank must be at least 0"),
         ({"lora_rank": 1, "lora_alpha": 0.0}, "--lora-alpha must be over 0"),
-        ({"init_from": None, "lora_rank": 1}, "--lora-rank needs a model to begin with"),
+        ({"init_from": None, "lora_rank": 1}, "--lora-rank needs a model to start from"),
         ({"data": "nothing.jsonl"}, "nothing.jsonl"),
     ],
 )
-def test_what_does_not_go_is_one_line(tuning: TrainConfig, given: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_unsupported_combinations_are_one_line_errors(tuning: TrainConfig, given: dict[str, Any], result: str) -> None:
+    with pytest.raises(UserError, match=result) as error:
         train(replace(tuning, **given))
     assert "\n" not in str(error.value)
     assert not (Path(tuning.out_dir) / "tuned").exists()
 
 
-def test_a_base_that_changed_is_noticed(tuning: TrainConfig, base: Path, tmp_path: Path) -> None:
+def test_a_changed_base_model_is_an_error(tuning: TrainConfig, base: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     gpt2.save(*gpt2.load(base), own)
     folder = train(replace(tuning, init_from=str(own), lora_rank=2, max_steps=4, name="first"))

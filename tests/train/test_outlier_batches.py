@@ -1,4 +1,4 @@
-"""Batches that stand out are left out, and what is only the end of a fall, or a new level, is not."""
+"""Outlier batches are skipped; the end of a decline or a new level of the loss is not."""
 
 import math
 import random
@@ -20,7 +20,7 @@ from gpt2.train.outlier_batches import (
 
 
 def falling(count: int, noise: float = 0.05) -> list[float]:
-    """A loss that falls as losses do, steeply at first, with noise."""
+    """A typical loss curve: steep at first, with noise."""
     generator = random.Random(5)
     return [3 + 4 * math.exp(-i / 100) + generator.gauss(0, noise) for i in range(count)]
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_leaves_out_what_the_whole_one_did() -> None:
 
 
 def test_the_worst_row_is_the_one_that_surprises() -> None:
-    """By the losses of the rows one by one, whatever the dropout; the random state is not drawn from."""
+    """Equal to the losses row by row, without dropout; the random state is unchanged."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.5)).train()
     tokens, targets = torch.randint(257, (2, 8, 16)).unbind(0)
@@ -91,5 +91,5 @@ def test_the_worst_row_is_the_one_that_surprises() -> None:
     sums = [model.loss(tokens[i : i + 1], targets[i : i + 1], 1.0).item() for i in range(8)]
     assert row == sums.index(max(sums))
     assert skipped_batch_message(1200, 9.5, 6.04, row, "'a b'") == (
-        f"step 1,200: left out, for its loss of 9.5000 is 6.0 deviations too high (row {row}: 'a b')"
+        f"step 1,200: batch left out: loss 9.5000 is 6.0 standard deviations high (row {row}: 'a b')"
     )

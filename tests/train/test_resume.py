@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged, and goes on: as the one that never was, and nothing lost."""
+"""A run that was stopped, killed or damaged resumes as if it had not been interrupted."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(tiny: TrainConfig, caplog: py
     newest = latest_checkpoint(checkpoints)
     assert newest is not None
     assert newest.name == "step-20"
-    assert "step-30 is broken (optimizer.safetensors)" in caplog.text
+    assert "step-30 is corrupt (optimizer.safetensors)" in caplog.text
     train(config_for_resume(folder, {}))
     assert_same_run(whole, folder)
 
@@ -72,7 +72,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_over_its_model(tiny:
     folder = train(replace(tiny, max_steps=10))
     (folder / "checkpoints" / "step-10" / "state.json").unlink()
     before = file_contents(folder)
-    with pytest.raises(UserError, match="has no whole checkpoint to go on from: --init-from"):
+    with pytest.raises(UserError, match="has no whole checkpoint to resume: --init-from"):
         train(config_for_resume(folder, {"max_steps": 30}))
     assert file_contents(folder) == before
 
@@ -85,9 +85,9 @@ def test_fewer_steps_than_are_done_and_folders_that_are_no_run(tiny: TrainConfig
     assert (folder / "config.toml").read_text() == stored
     (tmp_path / "runs" / "mine").mkdir()
     (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("my own")
-    with pytest.raises(UserError, match="has something else in it"):
+    with pytest.raises(UserError, match="is not a run folder: choose another --name"):
         train(replace(tiny, name="mine", resume="auto"))
-    with pytest.raises(UserError, match="a run needs a --name"):
+    with pytest.raises(UserError, match="--name must be a valid folder name"):
         train(replace(tiny, name="..", resume="auto"))
     assert (tmp_path / "runs" / "mine" / "metrics.jsonl").read_text() == "my own"
 
@@ -115,7 +115,7 @@ def test_broken_metrics_and_samples_do_not_stop_a_resumed_run(
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -> None:
-    """In a process of its own, through the real command, with the real signal."""
+    """With the real command and signal, in another process."""
     whole = train(replace(tiny, name="whole", max_steps=30))
     config = replace(tiny, name="cut")
     toml = tmp_path / "cut.toml"
@@ -127,10 +127,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert f"go on with: gpt2 train --resume {config.out_dir}/cut" in said
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"resume with: gpt2 train --resume {config.out_dir}/cut" in output
+    assert "Traceback" not in output
     done = len(read_metrics(metrics))
     assert 3 <= done < 30
     again = subprocess.run([*command, "--resume", f"{config.out_dir}/cut"], capture_output=True, text=True, timeout=60)
@@ -142,9 +142,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: TrainConfig, tmp_path: Path) -
 def test_a_finished_or_foreign_folder_is_not_written_over(tiny: TrainConfig) -> None:
     folder = train(replace(tiny, max_steps=5))
     before = file_contents(folder)
-    with pytest.raises(UserError, match="exists: --resume auto goes on with it"):
+    with pytest.raises(UserError, match="exists: --resume auto resumes it"):
         train(tiny)
-    with pytest.raises(UserError, match="was begun with --n-embd 32: it cannot go on with 64"):
+    with pytest.raises(UserError, match="was started with --n-embd 32: it cannot be resumed with 64"):
         train(config_for_resume(folder, {"n_embd": 64}))
     assert file_contents(folder) == before
     longer = train(config_for_resume(folder, {"max_steps": 8}))

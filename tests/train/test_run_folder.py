@@ -1,4 +1,4 @@
-"""The run folder: one run's, one process's, and as it was before when something goes wrong."""
+"""The run folder: locked by one process, and unchanged when something fails."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def test_home_is_written_out(tiny: TrainConfig, tmp_path: Path, monkeypatch: pyt
         RunFolder(replace(tiny, out_dir="~nobody-of-that-name/here"))
 
 
-def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
-    ready, said, won = threading.Barrier(8), [], []
+def test_only_one_of_several_simultaneous_starts_succeeds(tiny: TrainConfig) -> None:
+    ready, output, won = threading.Barrier(8), [], []
     over = threading.Barrier(8)
 
     def start() -> None:
@@ -55,7 +55,7 @@ def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
                 finally:
                     over.wait(20)
         except UserError as error:
-            said.append(str(error))
+            output.append(str(error))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
@@ -63,11 +63,11 @@ def test_of_many_that_start_at_once_one_wins(tiny: TrainConfig) -> None:
     for thread in threads:
         thread.join(30)
     assert len(won) == 1
-    assert said == [f"{won[0].path} exists: --resume auto goes on with it, another --name starts beside it"] * 7
+    assert output == [f"{won[0].path} exists: --resume auto resumes it, another --name starts a new run"] * 7
     assert [p.name for p in won[0].path.parent.iterdir()] == ["tiny"]
 
 
-def test_a_run_that_another_process_is_in_is_refused_in_one_line(tiny: TrainConfig) -> None:
+def test_a_locked_run_is_a_one_line_error(tiny: TrainConfig) -> None:
     again = replace(tiny, resume="auto")
     with RunFolder(tiny) as first:
         first.initialize(tiny, None)
@@ -76,14 +76,14 @@ def test_a_run_that_another_process_is_in_is_refused_in_one_line(tiny: TrainConf
         assert (
             str(error.value) == f"{first.path} is in use by process {os.getpid()}: wait until it has ended, or stop it"
         )
-    (first.path / ".lock").write_text("process 1")  # left by a kill: nobody holds it
+    (first.path / ".lock").write_text("process 1")  # left by a killed process: not locked
     with RunFolder(again), pytest.raises(UserError, match="is in use"), RunFolder(again):
         pass
     with RunFolder(again):
         pass
 
 
-def test_never_two_hold_a_folder_however_they_come_and_go(tiny: TrainConfig) -> None:
+def test_a_folder_is_never_locked_twice(tiny: TrainConfig) -> None:
     with RunFolder(tiny) as folder:
         folder.initialize(tiny, None)
     inside, most, entered = 0, 0, 0
@@ -137,10 +137,10 @@ def test_a_start_that_failed_leaves_the_name_free_unless_there_is_something_to_k
     write_config(run, tiny)
     with pytest.raises(ZeroDivisionError), RunFolder(replace(tiny, resume="auto")):
         raise ZeroDivisionError
-    assert run.exists()  # what was there before is never taken away
+    assert run.exists()  # an existing folder is never removed
 
 
-def test_what_kills_left_behind_is_swept_when_the_run_goes_on(tiny: TrainConfig) -> None:
+def test_leftovers_of_killed_processes_are_removed_on_resume(tiny: TrainConfig) -> None:
     with RunFolder(tiny) as folder:
         folder.initialize(tiny, None)
     run = folder.path
@@ -150,9 +150,9 @@ def test_what_kills_left_behind_is_swept_when_the_run_goes_on(tiny: TrainConfig)
     for name in (".config.toml.partial", "metrics.tmp", ".lock", "notes.txt"):
         (run / name).write_text("mine")
     again = replace(tiny, resume="auto")
-    with pytest.raises(UserError, match="was begun with"):
+    with pytest.raises(UserError, match="was started with"):
         RunFolder(replace(again, seed=2))
-    assert (run / "metrics.tmp").exists()  # nothing is touched before the run is known to go on
+    assert (run / "metrics.tmp").exists()  # nothing is changed before the checks have passed
     with RunFolder(again) as folder:
         folder.initialize(again, None)
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "notes.txt"]
@@ -175,7 +175,9 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(tiny: TrainConfig, m
 @pytest.mark.parametrize("after", [b"", b"-", b"--- step 2", b"--- step 20\nnew\n\n", b"--- step 4\nas if old\n\n"])
 def test_samples_are_cut_back_to_the_byte(tmp_path: Path, after: bytes) -> None:
     path = tmp_path / "samples.txt"
-    saved = b"--- step 10\nline\r\nline\r--- step 99\n--- step 99\r\n\xf0\x9f\x99\x82\n\n"  # a sample may say anything
+    saved = (
+        b"--- step 10\nline\r\nline\r--- step 99\n--- step 99\r\n\xf0\x9f\x99\x82\n\n"  # a sample may contain anything
+    )
     path.write_bytes(saved + after)
     truncate_samples(path, 10, len(saved))
     assert path.read_bytes() == saved
@@ -191,7 +193,7 @@ def test_samples_of_unknown_length_are_cut_by_their_headers(tmp_path: Path) -> N
     truncate_samples(tmp_path / "none.txt", 5)
 
 
-# The data, and what else makes a run this run.
+# The data and the settings that must not change.
 
 
 def test_the_fingerprint_follows_the_tokens_and_not_the_place(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ def test_changed_data_or_settings_are_refused_in_one_line(tiny: TrainConfig, tmp
     with pytest.raises(UserError) as error:
         check_run_metadata(path, run_metadata(tiny, open_data(tiny.data, "bytes")))
     assert str(error.value) == (
-        f"the data changed since {run} was begun ({tiny.data}): "
+        f"the data changed since {run} was started ({tiny.data}): "
         f"--init-from {run}, with another --name, starts a new run from its weights"
     )
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
@@ -246,7 +248,7 @@ def no_sample(*args: object) -> str:
     return ""
 
 
-def test_a_run_is_not_gone_on_with_on_other_data_and_not_changed_either(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_resuming_with_other_data_is_an_error_and_changes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     run = train(tiny, no_sample)
     before = file_contents(run)
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT.replace("comes", "goes"))
@@ -262,25 +264,25 @@ def test_a_run_is_not_gone_on_with_on_other_data_and_not_changed_either(tiny: Tr
 
 
 def test_a_second_training_of_the_same_run_is_refused(tiny: TrainConfig) -> None:
-    said: list[str] = []
+    output: list[str] = []
 
     def second(*args: object) -> str:
         for again in (tiny, replace(tiny, resume="auto")):
             with pytest.raises(UserError) as error:
                 train(again, no_sample)
-            said.append(str(error.value))
+            output.append(str(error.value))
         return "a sample"
 
     run = train(tiny, second)
-    assert said == [
-        f"{run} exists: --resume auto goes on with it, another --name starts beside it",
+    assert output == [
+        f"{run} exists: --resume auto resumes it, another --name starts a new run",
         f"{run} is in use by process {os.getpid()}: wait until it has ended, or stop it",
     ]
     assert train(replace(tiny, resume="auto"), no_sample) == run
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_as_it_began(tiny: TrainConfig) -> None:
-    """Also where the first start measured what dtype is faster, and the second finds it in the config."""
+    """Also where the first start measures the faster dtype, and the second reads it from the config."""
     whole = train(replace(tiny, dtype="auto"), no_sample)
     again = whole.with_name("again")
     again.mkdir()

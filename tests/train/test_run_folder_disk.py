@@ -1,4 +1,4 @@
-"""Disks and folders that will not take a run: one line each, and nothing is lost."""
+"""Full disks and unwritable folders: one-line errors, and nothing is lost."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(tiny: TrainConfig, small_disk: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_and_loses_nothing(tiny: TrainConfig, small_disk: Path) -> None:
     def sampler(*args: object) -> str:
         return "a sample"
 
@@ -69,7 +69,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tiny: TrainConfig, small_disk
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_a_disk_that_is_full_for_anything_else_is_one_line_too(tiny: TrainConfig, small_disk: Path) -> None:
+def test_a_disk_full_for_other_files_is_a_one_line_error(tiny: TrainConfig, small_disk: Path) -> None:
     config = replace(tiny, out_dir=str(small_disk))
 
     def too_many_metrics() -> None:
@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_for_anything_else_is_one_line_too(tiny: TrainConfig
         too_many_metrics()
     run = small_disk / "tiny"
     assert str(error.value) == (
-        f"cannot write the run folder {run}: No space left on device: make room, and go on with --resume {run}"
+        f"cannot write the run folder {run}: No space left on device: free some space, and continue with --resume {run}"
     )
     with pytest.raises(FileNotFoundError), RunFolder(replace(config, name="other")):
         (small_disk / "none").read_text()  # is no such thing

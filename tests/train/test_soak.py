@@ -1,4 +1,4 @@
-"""The soak with a few kills; `make soak` has many. See benchmarks/soak.py."""
+"""The soak test with a few kills; `make soak` has many. See benchmarks/soak.py."""
 
 import importlib
 import random
@@ -18,15 +18,15 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_a_run_killed_at_random_moments_ends_as_the_one_that_never_was(
+def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(
     soak: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    output: list[str] = []
     monkeypatch.setattr(soak, "MOMENTS", ("saving",))
-    found = soak.soak(2, 1, tmp_path, said.append)
+    found = soak.soak(2, 1, tmp_path, output.append)
     assert found["differences"] == []
     assert found["kills"] == 2
-    assert len(said) == found["runs"]
+    assert len(output) == found["runs"]
     # and what a difference looks like
     whole, other = tmp_path / "uninterrupted" / "runs" / "soak", tmp_path / "other"
     shutil.copytree(whole, other)

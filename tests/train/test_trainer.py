@@ -1,4 +1,4 @@
-"""The loop around the updates: time budgets, outliers left out, trackers, batch sizes found, batches read ahead."""
+"""The training loop: time limits, outlier batches, trackers, automatic batch size, prefetching."""
 
 import math
 import signal
@@ -16,20 +16,20 @@ from gpt2.data.loader import Batch, TokenLoader, prefetch_batches
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
 from gpt2.reporting.metrics import read_metrics
-from gpt2.train import trainer
-from gpt2.train.run import setup_run
-from gpt2.train.trainer import Interrupted, StopCondition, train
+from gpt2.train.setup import setup_run
+from gpt2.train.stopping import TIME_LIMIT_EXIT_CODE, Interrupted, StopCondition
+from gpt2.train.trainer import train
 from tests.helpers.cli_helpers import run_cli
 
 
 @pytest.fixture
 def tiny(tiny: TrainConfig) -> TrainConfig:
-    """A run of a second, without dropout, validation, samples or checkpoints on the way."""
+    """A run of a second, without dropout, and without validation, samples or checkpoints before its end."""
     small = replace(tiny, n_layer=1, n_embd=16, block_size=16, dropout=0.0, batch_size=4)
     return replace(small, max_steps=60, eval_every=0, save_every=0)
 
 
-def test_a_time_budget_stops_the_run_with_all_saved(tiny: TrainConfig) -> None:
+def test_a_time_limit_stops_and_saves_the_run(tiny: TrainConfig) -> None:
     config = replace(tiny, max_steps=100_000, max_minutes=0.5 / 60)
     began = time.monotonic()
     with pytest.raises(Interrupted, match=r"stopped by --max-minutes after step .*: gpt2 train --resume") as stopped:
@@ -46,16 +46,14 @@ def test_a_time_budget_stops_the_run_with_all_saved(tiny: TrainConfig) -> None:
     assert (whole / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
 
 
-def test_a_signal_comes_before_the_time_and_each_has_its_own_code() -> None:
+def test_a_signal_takes_precedence_over_the_time_limit() -> None:
     assert not StopCondition([], None).should_stop()
     assert not StopCondition([], time.monotonic() + 60).should_stop()
     assert StopCondition([], time.monotonic() - 1).reason() == "--max-minutes"
     assert StopCondition([signal.SIGTERM], time.monotonic() - 1).reason() == "SIGTERM"
 
 
-def test_the_command_s_exit_code_for_a_time_budget(
-    tiny: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_exit_code_for_a_time_limit(tiny: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = [
         "--data",
         tiny.data,
@@ -74,10 +72,10 @@ def test_the_command_s_exit_code_for_a_time_budget(
     assert "everything saved" in err
 
 
-def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
+def test_outlier_batches_are_skipped_also_by_a_resumed_run(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two batches of noise, among batches that are all alike."""
+    """Two batches of noise among identical batches."""
     plain = TokenLoader.rows
 
     def rows(self: TokenLoader, step: int, start: int, stop: int) -> Batch:
@@ -91,7 +89,7 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     whole = train(config)
     skipped = [line["step"] for line in read_metrics(whole / "metrics.jsonl") if line.get("skipped")]
     assert skipped == [46, 53]
-    assert "step 46: left out, for its loss of" in capsys.readouterr().err
+    assert "step 46: batch left out: loss" in capsys.readouterr().err
     assert "skipped as outlier batches" in (whole / "report.md").read_text()
 
     cut = train(replace(config, name="cut", keep_checkpoints=9))
@@ -104,15 +102,15 @@ def test_outliers_are_left_out_and_a_resumed_run_leaves_out_the_same(
     ).read_bytes()
 
 
-def test_a_run_that_blows_up_names_the_module_and_can_be_replayed(
+def test_a_diverging_run_names_the_module_and_can_be_replayed(
     tiny: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="first bad: ") as blown:
+    with pytest.raises(UserError, match="origin: ") as blown:
         train(replace(tiny, lr=1e18, warmup_steps=0, optimizer="sgd", grad_clip=0.0))
     (dump,) = (Path(tiny.out_dir) / "tiny" / "dumps").iterdir()
     code, out, _ = run_cli(capsys, "train", "--replay", str(dump))
     assert code == 0
-    named = str(blown.value).split("first bad: ")[1].split(" is ")[0]
+    named = str(blown.value).split("origin: ")[1].split(" is ")[0]
     assert named in out
     code, _, err = run_cli(capsys, "train", "--replay", str(dump.parent))
     assert code == 2
@@ -135,15 +133,15 @@ def test_a_batch_size_that_fits_is_found_and_kept(tiny: TrainConfig, monkeypatch
     monkeypatch.setattr("gpt2.planning.plan.MAX_AUTO_BATCH_TOKENS", 512)
     folder = train(replace(tiny, batch_size=AUTO_BATCH_SIZE, max_steps=5))
     found = read_toml(folder / "config.toml").batch_size
-    assert found == 512 // tiny.block_size  # there is memory for so much
+    assert found == 512 // tiny.block_size  # there is enough memory for it
     assert read_metrics(folder / "metrics.jsonl")[0]["tokens"] == 512
     train(
         config_for_resume(folder, {"batch_size": AUTO_BATCH_SIZE, "max_steps": 6})
-    )  # auto again: what was found stays
+    )  # auto again: the size found is kept
     assert read_toml(folder / "config.toml").batch_size == found
 
 
-def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
+def test_prefetched_batches_equal_the_loader_s(tiny: TrainConfig) -> None:
     data = open_data(tiny.data, "bytes")
     loader = TokenLoader(data.train, 4, 16, seed=3)
     threads: set[int] = set()
@@ -159,15 +157,15 @@ def test_batches_are_read_ahead_and_the_same(tiny: TrainConfig) -> None:
     for step, batch in enumerate(seen, start=5):
         assert torch.equal(batch.tokens, plain(step, 0, 4).tokens)
         assert torch.equal(batch.targets, plain(step, 0, 4).targets)
-    for part in range(2):
-        shared = list(prefetch_batches(loader, 5, 9, torch.device("cpu"), part=part, parts=2))
-        assert all(torch.equal(one.tokens, all_.tokens[2 * part :][:2]) for one, all_ in zip(shared, seen, strict=True))
+    for rank in range(2):
+        shared = list(prefetch_batches(loader, 5, 9, torch.device("cpu"), rank=rank, world_size=2))
+        assert all(torch.equal(one.tokens, all_.tokens[2 * rank :][:2]) for one, all_ in zip(shared, seen, strict=True))
     assert threads
     assert threading.get_ident() not in threads
     assert list(prefetch_batches(loader, 5, 5, torch.device("cpu"))) == []
 
 
-def test_an_error_while_reading_ahead_is_the_run_s(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_prefetching_is_raised_by_the_run(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = TokenLoader.rows
 
     def rows(self: TokenLoader, step: int, start: int, stop: int) -> Any:
@@ -181,9 +179,9 @@ def test_an_error_while_reading_ahead_is_the_run_s(tiny: TrainConfig, monkeypatc
     assert len(read_metrics(Path(tiny.out_dir) / "tiny" / "metrics.jsonl")) == 7
 
 
-def test_recomputation_gives_the_same_run_byte_for_byte(tiny: TrainConfig) -> None:
+def test_activation_checkpointing_gives_the_same_run_byte_for_byte(tiny: TrainConfig) -> None:
     plain = train(replace(tiny, dropout=0.1, max_steps=10))
-    again = train(replace(tiny, dropout=0.1, max_steps=10, recompute=True, name="recomputed"))
+    again = train(replace(tiny, dropout=0.1, max_steps=10, activation_checkpointing=True, name="recomputed"))
     assert (plain / "model/model.safetensors").read_bytes() == (again / "model/model.safetensors").read_bytes()
 
 
@@ -195,16 +193,16 @@ def test_muon_is_resumed_bit_for_bit(tiny: TrainConfig) -> None:
     train(config_for_resume(cut, {}))
     for name in ("model/model.safetensors", "checkpoints/step-20/optimizer.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    with pytest.raises(UserError, match="was begun with --optimizer muon"):
+    with pytest.raises(UserError, match="was started with --optimizer muon"):
         train(config_for_resume(cut, {"optimizer": "adamw"}))
 
 
-def test_settings_that_need_more_are_refused_in_one_line(
+def test_invalid_settings_are_one_line_errors(
     tiny: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = train(replace(tiny, max_steps=5))
     capsys.readouterr()
-    for arguments, said in (
+    for arguments, output in (
         (("train", "gpt2-124m"), "--data is missing"),
         (("train", "--init-from", str(folder), "--n-layer", "3"), "--init-from keeps that model's own shape"),
         (("train", "--n-layer", "100000000"), "more than any machine can hold"),
@@ -215,7 +213,7 @@ def test_settings_that_need_more_are_refused_in_one_line(
     ):
         code, _, err = run_cli(capsys, *arguments, "--out-dir", str(tmp_path / "none"))
         assert (code, err.count("\n")) == (2, 1), err
-        assert said in err
+        assert output in err
     assert not (tmp_path / "none").exists()
 
 
@@ -228,7 +226,7 @@ def test_the_first_step_s_rate_is_not_zero_and_seconds_add_up(tiny: TrainConfig)
         assert all(part >= 0 for part in parts)
         assert sum(parts) <= line["seconds"] + 1e-6
         assert math.isfinite(line["tokens_per_second"])
-    assert sum(line["save_seconds"] > 0 for line in lines) == 5  # the sixth save is after the last line
+    assert sum(line["save_seconds"] > 0 for line in lines) == 5  # the sixth save comes after the last line
 
 
 def test_setting_up_writes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -236,4 +234,4 @@ def test_setting_up_writes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     setup_run(tiny, Path(tiny.out_dir) / "tiny")
     assert sorted(tmp_path.rglob("*")) == before
-    assert trainer.TIME_LIMIT_EXIT_CODE == 75
+    assert TIME_LIMIT_EXIT_CODE == 75

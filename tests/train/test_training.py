@@ -1,4 +1,4 @@
-"""Training: equal to a plain loop, exact when cut up, and leaving a folder that tells its story."""
+"""Training: equal to a plain loop, with gradient accumulation too, and with a complete run folder."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.optimizers import build_optimizers, learning_rate
 from gpt2.reporting.metrics import read_metrics
 from gpt2.train.artifact import ModelArtifact
-from gpt2.train.run import Run
+from gpt2.train.setup import Run
 from gpt2.train.trainer import train, update, validate
 from tests.helpers.training_helpers import NUMBERS_TEXT, fixed_seed_sampler
 from tests.helpers.transformers_reference import as_conv1d, to_transformers
@@ -85,8 +85,8 @@ def test_ten_steps_equal_a_plain_transformers_loop(tiny: TrainConfig, optimizer:
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_micro_batches_add_up_to_the_batch(tiny: TrainConfig, micro: int) -> None:
-    """With uneven numbers of counted targets in the parts, which a mean of means would get wrong."""
+def test_gradient_accumulation_equals_the_whole_batch(tiny: TrainConfig, micro: int) -> None:
+    """With different numbers of targets per micro-batch: a mean of means would be wrong."""
     config = replace(tiny, dropout=0.0)
     (batch,) = random_batches(1, (8, 32), 257)
     batch.targets[0] = IGNORE_INDEX
@@ -118,7 +118,7 @@ def test_validation_is_the_mean_over_every_held_out_token(tiny: TrainConfig) -> 
     assert validate(run) == pytest.approx(total / (len(held_out) - 1), abs=1e-5)
 
 
-def test_a_run_folder_tells_its_story(tiny: TrainConfig) -> None:
+def test_a_run_folder_is_complete(tiny: TrainConfig) -> None:
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
     def sampler(model: GPT, tokenizer: Any, prompt: str, length: int) -> str:
@@ -201,7 +201,7 @@ def test_bfloat16_learns_as_float32_does(tiny: TrainConfig) -> None:
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
 
 
-def test_a_run_without_matplotlib_says_what_brings_it(
+def test_a_run_without_matplotlib_names_the_extra(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -154,7 +154,8 @@ def _memory_rows(result: Plan) -> list[tuple[str, str, str]]:
         rows.append(("suggestion", "none", "not even one row fits, recomputed or not: a smaller model, or more memory"))
     else:
         flags = f"--micro-batch-size {result.suggestion['micro_batch_size']}"
-        rows.append(("largest that fits", flags, "with --recompute" if result.suggestion["recompute"] else ""))
+        remark = "with --activation-checkpointing" if result.suggestion["activation_checkpointing"] else ""
+        rows.append(("largest that fits", flags, remark))
     return rows
 
 

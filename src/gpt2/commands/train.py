@@ -150,7 +150,7 @@ def add_training_flags(
                 kwargs["help"] = f"{text} [{default}]"
         if f.name in hidden:
             kwargs["help"] = argparse.SUPPRESS
-        parser.add_flag(f.name.replace("_", "-"), **kwargs)
+        parser.add_flag(*(name.replace("_", "-") for name in (f.name, *f.metadata["aliases"])), **kwargs)
 
 
 def _number_or_word(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:

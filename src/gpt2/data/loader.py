@@ -187,16 +187,17 @@ def evaluation_batches(
 
 
 def prefetch_batches(
-    loader: BatchLoader, start: int, stop: int, device: torch.device, *, part: int = 0, parts: int = 1
+    loader: BatchLoader, start: int, stop: int, device: torch.device, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """The batches of steps [start, stop), each read by a thread while the device computes the one before.
 
-    On the CPU; in pinned memory if `device` is a GPU. Yields the rows of `part` (the rank) of `parts` equal ones.
+    On the CPU; in pinned memory if `device` is a GPU. Yields the rows of `rank`: each of the `world_size` ranks has an
+    equal share of a batch.
     """
-    part_size = loader.batch_size // parts
+    share = loader.batch_size // world_size
 
     def read(step: int) -> Batch:
-        batch = loader.rows(step, part * part_size, (part + 1) * part_size)
+        batch = loader.rows(step, rank * share, (rank + 1) * share)
         return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:

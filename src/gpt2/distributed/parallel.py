@@ -1,10 +1,10 @@
-"""A model over the ranks of a run, from outside the model: DDP where each holds a whole copy, FSDP2 where it does not.
+"""Data parallelism, applied from outside the model: DDP (a whole copy on each rank) or FSDP2 (sharded parameters).
 
-Gradients are added up, not averaged: each rank's loss is divided by the number of targets in the whole global batch.
-They travel once a step, whatever the number of micro-batches, in float32, as do FSDP's parameters, so that any number
-of ranks computes what one would.
+Gradients are summed, not averaged: each rank's loss is divided by the number of targets in the global batch. They are
+all-reduced once per step, whatever the number of micro-batches, in float32, as are FSDP's parameters. So any number of
+ranks computes the same step.
 
-What FSDP needs of torch is imported where it is used: it takes half a second, and most runs do without.
+FSDP is imported where it is used, because the import takes half a second.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.config import TrainConfig
 from gpt2.distributed.process_group import ProcessGroup
-from gpt2.errors import UserError
+from gpt2.errors import ConfigError
 from gpt2.model import GPT
 from gpt2.weights import model_from_state_dict
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class DistributedModel:
-    """A model as it lies on the ranks, and how a step is done with it.
+    """A model distributed over the ranks, and the operations of a training step on it.
 
     kind:  "none" without torchrun, else "ddp" or "fsdp".
-    model: the same GPT, whose parameters are whole ones, or of FSDP, DTensors of which each rank has a part.
+    model: the GPT; with FSDP its parameters are DTensors, of which each rank holds a shard.
     """
 
     def __init__(self, kind: str, model: GPT, ranks: ProcessGroup, device: torch.device) -> None:
-        """Lays the model out on the `device` of each rank; rank 0's weights are what all begin with."""
+        """Move the model to the `device` of each rank, all with the weights of rank 0."""
         self.kind, self.model, self.ranks = kind, model, ranks
         self._loss_module: nn.Module = _LossModule(model)
         if kind == "fsdp":
@@ -50,12 +50,12 @@ class DistributedModel:
             self._loss_module = ddp
 
     def loss(self, tokens: Tensor, targets: Tensor, divisor: float, documents: Tensor | None) -> Tensor:
-        """`GPT.loss` of this rank's rows; the gradients of all ranks are added up in the backward pass."""
+        """`GPT.loss` of this rank's rows; the backward pass sums the gradients over the ranks."""
         return self._loss_module(tokens, targets, divisor, documents)
 
     @contextmanager
     def gradient_accumulation(self, *, last: bool) -> Iterator[None]:
-        """A micro-batch, forward and backward; only at the last one of a step do the gradients travel."""
+        """For forward and backward of one micro-batch: gradients are all-reduced only in the `last` of a step."""
         if isinstance(self._loss_module, DistributedDataParallel) and not last:
             with self._loss_module.no_sync():
                 yield
@@ -65,19 +65,16 @@ class DistributedModel:
         yield
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to the norm `most`, if theirs is more; returns theirs, over all ranks' parts."""
+        """Clip the gradients to `max_norm`; returns their norm before, over all parameters and ranks."""
         return full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
     def reshard(self) -> None:
-        """Let go of what a forward pass without a backward one has gathered."""
+        """Free the parameters that FSDP gathered in a forward pass without a backward pass."""
         if self.kind == "fsdp":
             cast("FSDPModule", self.model).reshard()
 
     def full_model(self) -> GPT:
-        """The model as one process would have it: itself, or of FSDP, on rank 0 a copy with all parts gathered.
-
-        All ranks must ask; the others are given what they have.
-        """
+        """The whole model: with FSDP, a copy with all parameters gathered, on rank 0 only. All ranks must call this."""
         if self.kind != "fsdp":
             return self.model
         gathered = {}
@@ -89,7 +86,7 @@ class DistributedModel:
 
 
 class _LossModule(nn.Module):
-    """`GPT.loss` as a module's forward pass, which is what DDP can watch."""
+    """`GPT.loss` as the forward pass of a module, which DDP needs."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -100,12 +97,12 @@ class _LossModule(nn.Module):
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this rank may have a part; then all ranks must ask."""
+    """The whole tensor of which this rank may hold a shard; all ranks must call this for a DTensor."""
     return cast("Any", tensor).full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, cut and placed as `other` is."""
+    """Shard a whole tensor, which every rank has, as `other` is."""
     if not _is_dtensor(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -115,20 +112,19 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    """Is it a DTensor, one of FSDP's?"""
+    """Return whether it is a DTensor, as FSDP's parameters are."""
     return hasattr(tensor, "device_mesh")
 
 
 def pick_parallel_kind(config: TrainConfig, ranks: ProcessGroup, *, fits: bool) -> str:
-    """How the ranks share a run: "none", "ddp" or "fsdp"; for `--parallel auto`, ddp where a whole copy `fits`.
+    """The kind of parallelism: "none", "ddp" or "fsdp". `--parallel auto` is ddp where the whole model `fits`.
 
-    Raises UserError where there is nobody to share with.
+    Raises ConfigError when one is requested without torchrun.
     """
     if ranks.is_single_process:
         if config.parallel != "auto":
-            raise UserError(
-                f"--parallel {config.parallel} is for several processes: torchrun --nproc-per-node=N -m gpt2 ..."
-            )
+            how = "torchrun --nproc-per-node=N -m gpt2 ..."
+            raise ConfigError(f"--parallel {config.parallel} needs several processes: {how}", field="parallel")
         return "none"
     if config.parallel != "auto":
         return config.parallel
@@ -136,14 +132,14 @@ def pick_parallel_kind(config: TrainConfig, ranks: ProcessGroup, *, fits: bool) 
 
 
 def _all_reduce_sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's hook: the sum of a bucket of gradients over the ranks, where its own would take the mean."""
+    """DDP communication hook: all-reduce a bucket of gradients with a sum, where DDP's default is the mean."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
 
 
 def _apply_fsdp(model: GPT, ranks: ProcessGroup, device: torch.device) -> None:
-    """Cut the model up: every block is gathered when it is its turn, and all outside the blocks with the whole."""
+    """Shard the model: each block is gathered when it is needed, everything outside the blocks together."""
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     for parameter in model.parameters():
@@ -160,7 +156,7 @@ def _apply_fsdp(model: GPT, ranks: ProcessGroup, device: torch.device) -> None:
 
 
 def _device_mesh(ranks: ProcessGroup, device: torch.device) -> "DeviceMesh":
-    """Sharded over the ranks of a host and copied from host to host, where each has the same number; else over all."""
+    """Shard within a host and replicate over hosts, if all hosts have equally many ranks; else shard over all ranks."""
     from torch.distributed.device_mesh import DeviceMesh
 
     assert ranks.step_group is not None
@@ -174,7 +170,7 @@ def _device_mesh(ranks: ProcessGroup, device: torch.device) -> "DeviceMesh":
 
 
 def _group_of_this_rank(all_groups: list[list[int]], ranks: ProcessGroup) -> dist.ProcessGroup:
-    """Make all of the groups, as every rank must, and give the one that this rank is in."""
+    """Create all groups, which every rank must do, and return the one with this rank."""
     assert ranks.timeout is not None
     made = [(members, dist.new_group(members, timeout=ranks.timeout)) for members in all_groups]
     return next(group for members, group in made if ranks.rank in members and isinstance(group, dist.ProcessGroup))

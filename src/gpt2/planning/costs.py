@@ -97,7 +97,7 @@ class StepSetup:
     length: int  # tokens in a sequence
     micro_batches: int = 1  # gradient accumulation steps
     dtype: torch.dtype = torch.float32  # of matrix products; weights are always float32
-    recompute: bool = False  # activation checkpointing
+    activation_checkpointing: bool = False  # activation checkpointing
     optimizer: str = "adamw"
     device: str = "cpu"  # the kind: "cpu", "cuda" or "mps"
     saves_midway: bool = True  # whether training continues while a checkpoint is written
@@ -168,11 +168,12 @@ def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Me
     casts = e * (layers * _num_matrix_weights(config) + adapters) if e < FLOAT32_BYTES else 0
     block = block_activations(config, setup)
     stream = FLOAT32_BYTES * x * C  # one state of the residual stream
-    kept = stream if setup.recompute else sum(block.values())
+    kept = stream if setup.activation_checkpointing else sum(block.values())
     outside = 2 * stream + 16 * x + 8 * x  # ln_f's input and output, its statistics, tokens and targets
     activations = layers * kept + outside
     logits, from_loss = _loss_bytes(config, setup)
-    recomputed = sum(block.values()) - stream if setup.recompute else 0  # activations of the block in backward
+    # activations of the block that is in its backward pass
+    recomputed = sum(block.values()) - stream if setup.activation_checkpointing else 0
     working = recomputed + 2 * stream + _workspace_bytes(config, setup)
     if setup.device != "cpu":
         working += from_loss  # the loss's gradients scaled by the incoming gradient; on a CPU it is known to be 1
@@ -181,7 +182,7 @@ def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Me
     own_weights, own_gradients, own_optimizer = (-(-size // setup.shards) for size in (weights, gradients, optimizer))
     fsdp = _fsdp_buffers(config, setup)
     always = own_weights + own_optimizer + fsdp.root
-    one_cast = casts // config.n_layer if setup.recompute else casts
+    one_cast = casts // config.n_layer if setup.activation_checkpointing else casts
     moments = (
         always + accumulated + fsdp.block + (casts if setup.lora is None else one_cast) + activations + logits,
         always + accumulated + fsdp.backward + one_cast + activations + working + from_loss,
@@ -189,7 +190,7 @@ def training_memory(config: GPTConfig, setup: StepSetup, program: int = 0) -> Me
         always + own_gradients + _update_workspace_bytes(config, setup),
     )
     allocator = 0
-    if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.recompute:
+    if setup.device == "cpu" and platform.libc_ver()[0] == "glibc" and not setup.activation_checkpointing:
         transient = activations + own_gradients + fsdp.backward + logits + working
         allocator = int(HEAP_FRAGMENTATION * transient)  # see runtime.configure_malloc
     step = program + max(moments) + allocator

@@ -70,7 +70,7 @@ class Plan:
     vocab_size: int
     batch_size: int
     micro_batch_size: int
-    recompute: bool
+    activation_checkpointing: bool
     flops_per_token: float
     flops_per_step: float
     flops: float
@@ -137,7 +137,7 @@ def plan(
         vocab_size=shape.vocab_size,
         batch_size=batch_size,
         micro_batch_size=setup.rows,
-        recompute=setup.recompute,
+        activation_checkpointing=setup.activation_checkpointing,
         flops_per_token=_flops_per_token(shape, setup),
         flops_per_step=flops,
         flops=flops * steps,
@@ -245,11 +245,16 @@ def suggest_micro_batch(
 
     Activation checkpointing is suggested only where nothing fits without it.
     """
-    for recompute in (True,) if setup.recompute else (False, True):
+    for activation_checkpointing in (True,) if setup.activation_checkpointing else (False, True):
         for rows in (rows for rows in range(rows_per_device, 0, -1) if rows_per_device % rows == 0):
-            settings = replace(setup, rows=rows, micro_batches=rows_per_device // rows, recompute=recompute)
+            settings = replace(
+                setup,
+                rows=rows,
+                micro_batches=rows_per_device // rows,
+                activation_checkpointing=activation_checkpointing,
+            )
             if target.fits(shape, settings):
-                return {"micro_batch_size": rows, "recompute": recompute}
+                return {"micro_batch_size": rows, "activation_checkpointing": activation_checkpointing}
     return None
 
 
@@ -324,7 +329,7 @@ def _matmul_rate_and_step_time(
         return rate, StepTime(_flops_per_token(shape, setup) * tokens / (ASSUMED_MFU * rate), 0.0)
     assert target.datasheet is not None
     rate = target.datasheet.flops(setup.dtype, config.matmul_precision)
-    second_forward = flops_per_token(shape, setup.length, backward=False) if setup.recompute else 0
+    second_forward = flops_per_token(shape, setup.length, backward=False) if setup.activation_checkpointing else 0
     passes = (_flops_per_token(shape, setup) + second_forward) * tokens / (ASSUMED_MFU * rate)
     return rate, StepTime(passes, update_seconds(shape, setup, target.datasheet))
 
@@ -339,7 +344,7 @@ def _step_setup(config: TrainConfig, shape: GPTConfig, kind: str, dtype: torch.d
         rows=1,
         length=min(config.block_size, shape.block_size),
         dtype=dtype,
-        recompute=config.recompute,
+        activation_checkpointing=config.activation_checkpointing,
         optimizer=config.optimizer,
         device=kind,
         saves_midway=0 < config.save_every < config.max_steps,

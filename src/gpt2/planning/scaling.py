@@ -83,7 +83,7 @@ def split_step_work(shape: GPTConfig, setup: StepSetup, passes: float, update: f
     head_backward = (2 if learns and setup.lora is None else 1) * head
     trained = L - setup.freeze  # blocks with a backward pass
     backward = (total - forward - head_backward) / max(1, trained)
-    if setup.recompute:
+    if setup.activation_checkpointing:
         backward, total = backward + block, total + trained * block
     flop_seconds = passes / setup.micro_batches / total
     tensors = tuple(FLOAT32_BYTES * size for size in block_tensor_sizes(shape))

@@ -89,7 +89,7 @@ class _TimedModel:
         self.model = GPT(shape).to(device).train()
         if setup.lora is not None:
             add_adapter(self.model, setup.lora)
-        if setup.recompute:
+        if setup.activation_checkpointing:
             apply_activation_checkpointing(self.model.transformer.h)
         if compiled:
             compile_blocks(self.model.transformer.h)

@@ -45,7 +45,7 @@ def setup_device(config: TrainConfig) -> torch.device:
     """The device to train on, after setting this process's allocator or matmul precision for it."""
     device = pick_device(config.device)
     if device.type == "cpu":
-        configure_malloc(keep_freed=not config.recompute)
+        configure_malloc(keep_freed=not config.activation_checkpointing)
     else:
         torch.set_float32_matmul_precision(config.matmul_precision)
     return device

@@ -1,4 +1,4 @@
-"""What a run makes: a model folder, or an adapter for the model it began with."""
+"""The result of a run: a model folder, or an adapter for the model that the run started from."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from gpt2.weights import CONV1D_WEIGHTS, model_from_state_dict, save
 
 @dataclass(frozen=True)
 class ModelArtifact:
-    """What a run makes of its weights: a model folder `model/`, or an `adapter/` for the model it began with.
+    """How the weights of a run are saved: as a model folder `model/`, or as an `adapter/` for a base model.
 
-    base, base_fingerprint: of an adapter, what that model is called and which it is.
+    base, base_fingerprint: name and fingerprint of an adapter's base model.
     """
 
     config: GPTConfig
@@ -36,11 +36,10 @@ class ModelArtifact:
 
     @property
     def folder_name(self) -> str:
-        """Of its folder."""
         return "model" if self.lora is None else "adapter"
 
     def weights(self, model: GPT) -> dict[str, Tensor]:
-        """What of a model is written, by name, where it is."""
+        """The weights of `model` that are saved, by name; not copied."""
         if self.lora is not None:
             return adapter_state_dict(model)
         return {name: p.detach() for name, p in model.named_parameters()}
@@ -60,14 +59,14 @@ class ModelArtifact:
             )
 
     def saved_tensors(self, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-        """The safetensors files that `save` writes, as a pattern, and the tensors that are in them."""
+        """A glob pattern of the safetensors files that `save` writes, and the tensors in them."""
         weights = {name: weight.cpu() for name, weight in weights.items()}
         if self.lora is not None:
             return "adapter/*.safetensors", {peft_name(name): weight for name, weight in weights.items()}
         return "model/*.safetensors", {n: w.t() if n.endswith(CONV1D_WEIGHTS) else w for n, w in weights.items()}
 
     def save_merged(self, model: GPT, run_folder: Path) -> None:
-        """Where it is an adapter: write the whole model that it makes of `model`, too, whose own weights are lost."""
+        """For an adapter: also write the merged model as `model/`. The weights of `model` are overwritten."""
         if self.lora is not None:
             load_adapter_weights(model, read_adapter(run_folder))
             save(merge_and_unload(model, copy=False), self.tokenizer, run_folder / "model", template=self.template)

@@ -1,4 +1,4 @@
-"""Before and after: what fine-tuning changed, for better and for worse."""
+"""Comparison of a fine-tuned model with its base model: perplexities and generated samples."""
 
 import math
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from gpt2.train.setup import load_model_and_data
 from gpt2.train.trainer import Sampler, mean_loss
 from gpt2.weights import load
 
-GENERAL_CORPUS = "python-docs"  # a text that everybody has, and hardly anybody fine-tunes for
-MAX_TOKENS = 16_384  # that are read of each text
+GENERAL_CORPUS = "python-docs"  # always available, and rarely the fine-tuning data
+MAX_TOKENS = 16_384  # evaluated per text
 NUM_PROMPTS = 3
 
 
 @dataclass(frozen=True)
 class LossComparison:
-    """Mean loss of one text in nats per token, before and after."""
+    """Mean loss of one text in nats per token, before and after fine-tuning."""
 
     text: str
     before: float
@@ -31,7 +31,7 @@ class LossComparison:
 
 @dataclass(frozen=True)
 class SampleComparison:
-    """What both said to one prompt, and what the data has there."""
+    """The continuations of both models for one prompt, and the reference from the data."""
 
     prompt: str
     reference: str
@@ -41,7 +41,7 @@ class SampleComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The base model and the tuned one, side by side."""
+    """The base model and the fine-tuned model."""
 
     losses: list[LossComparison]
     answers: list[SampleComparison]
@@ -58,19 +58,19 @@ class Comparison:
 
 
 def compare(config: TrainConfig, folder: Path, sampler: Sampler) -> Comparison:
-    """Read the validation data and a general text with both models, and let both answer the same prompts.
+    """Evaluate both models on the validation data and a general text, and sample from both for the same prompts.
 
-    config: of a run that is over. folder: its run folder. sampler: as for `trainer.train`.
+    config: of a finished run. folder: its run folder. sampler: as for `trainer.train`.
     """
     base, data, _ = load_model_and_data(config, None)
     device, dtype = torch.device(config.device), parse_dtype(config.dtype)
     general = open_data(GENERAL_CORPUS, data.tokenizer)
     texts: dict[str, Dataset] = {f"{data.name}, held out": data} if data.val_tokens else {}
     if general.name != data.name:
-        texts[f"{general.name}, which it was not tuned for"] = general
+        texts[f"{general.name}, not fine-tuned for"] = general
     prompts = [(config.sample_prompt, "")] if config.sample_prompt else data.prompts(NUM_PROMPTS)
 
-    def read(model: GPT) -> tuple[list[float], list[str]]:
+    def evaluate(model: GPT) -> tuple[list[float], list[str]]:
         model = model.to(device).eval()
         losses = []
         for text in texts.values():
@@ -78,13 +78,13 @@ def compare(config: TrainConfig, folder: Path, sampler: Sampler) -> Comparison:
             losses.append(mean_loss(model, text.validation_batches(config.batch_size, block, MAX_TOKENS), dtype))
         answers = []
         for prompt, _ in prompts:
-            said = sampler(model, data.tokenizer, prompt, config.sample_tokens) if config.sample_tokens else prompt
-            answers.append(said.removeprefix(prompt))
+            text = sampler(model, data.tokenizer, prompt, config.sample_tokens) if config.sample_tokens else prompt
+            answers.append(text.removeprefix(prompt))
         return losses, answers
 
-    losses, answers = read(base)
-    del base  # two of them need not be there at once
-    losses_after, answers_after = read(load(folder / "model")[0])
+    losses, answers = evaluate(base)
+    del base  # frees its memory before the other model is loaded
+    losses_after, answers_after = evaluate(load(folder / "model")[0])
     return Comparison(
         [LossComparison(*values) for values in zip(texts, losses, losses_after, strict=True)],
         [SampleComparison(*p, before, after) for p, before, after in zip(prompts, answers, answers_after, strict=True)],
@@ -101,7 +101,7 @@ def _loss_change(losses: LossComparison) -> str:
 
 
 def _fenced_block(name: str, text: str) -> list[str]:
-    """A text that may hold anything, under its name, as a block of its own."""
+    """Any text as a fenced Markdown block under its name."""
     text = text.strip("\n")
     fence = "```"
     while fence in text:

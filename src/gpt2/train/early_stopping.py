@@ -1,4 +1,4 @@
-"""The best validation of a run, and how long ago it was."""
+"""Early stopping: the best validation of a run, and the number of validations since then."""
 
 import math
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class BestValidation:
-    """The best validation loss so far, the first of equals.
+    """The lowest validation loss so far; of equal ones the first.
 
-    step, loss: when it was, and what; None before there was any.
-    since:      how many validations came after it.
+    step, loss:       its step and value; None before the first validation.
+    evals_since_best: number of validations after it.
 
-    It follows from the records of the steps alone, so a resumed run knows what one that never stopped would.
+    It is computed from the metrics alone, so a resumed run has the same state as an uninterrupted one.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
@@ -22,11 +22,11 @@ class BestValidation:
             self.update(record)
 
     def update(self, record: dict[str, Any]) -> bool:
-        """A step is done; is its validation the best? A step without one changes nothing."""
+        """Add the record of a step, and return whether its validation loss is the best so far."""
         loss = record.get("val_loss")
         if loss is None:
             return False
-        if not loss < (math.inf if self.loss is None else self.loss):  # nor is a NaN
+        if not loss < (math.inf if self.loss is None else self.loss):  # or NaN
             self.evals_since_best += 1
             return False
         self.step, self.loss, self.evals_since_best = record["step"], loss, 0

@@ -1,8 +1,8 @@
-"""When numbers go bad: the step that is stopped names its culprit, and can be computed again.
+"""Non-finite losses and gradients: a diagnosis of the step, and a dump from which it can be recomputed.
 
-`diagnose` is asked when a loss or a gradient is not finite, before the update that it would spoil. It computes the
-batch once more with every module watched, keeps all that the step was computed from in `RUN/dumps/step-N`, and
-gives the one line that the run ends with. `replay` does the same from such a folder, as often as you like.
+`diagnose_non_finite` is called before an update whose loss or gradient is not finite. It recomputes the batch with
+hooks on every module, writes all inputs of the step to `RUN/dumps/step-N`, and returns the one-line error that ends the
+run. `replay_dump` recomputes the step from such a folder.
 """
 
 import json
@@ -34,30 +34,30 @@ MAX_ROWS_SHOWN = 4
 
 
 def diagnose_non_finite(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepInputs) -> UserError:
-    """The error to raise for an `attempt` whose loss or gradient is not finite; its dump is written.
+    """The error for a step whose loss or gradient is not finite; writes its dump.
 
-    The model's weights and torch's random state are left as they are, its gradients are dropped.
+    The model's weights and torch's random state are unchanged, its gradients are cleared.
     """
     try:
-        culprit, helps = find_non_finite_origin(model, inputs), is_finite_in_float32(model, inputs)
+        origin, finite_in_float32 = find_non_finite_origin(model, inputs), is_finite_in_float32(model, inputs)
     except torch.OutOfMemoryError:
-        culprit, helps = NonFiniteOrigin("unknown"), None
+        origin, finite_in_float32 = NonFiniteOrigin("unknown"), None
     loss, norm = inputs.loss, inputs.grad_norm
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-    found = f"step {inputs.step:,}: {what}; first bad: {culprit}{_describe_rows(culprit, inputs, tokenizer)}"
+    diagnosis = f"step {inputs.step:,}: {what}; origin: {origin}{_describe_rows(origin, inputs, tokenizer)}"
     try:
-        folder = write_dump(run_folder, model, tokenizer, inputs, culprit)
-        kept = f"all of it is in {folder} (gpt2 train --replay {folder})"
+        folder = write_dump(run_folder, model, tokenizer, inputs, origin)
+        dump = f"dumped to {folder} (gpt2 train --replay {folder})"
     except UserError as error:
-        kept = str(error)
-    return UserError(f"{found}; {kept}: {_advice(culprit, inputs, helps)}")
+        dump = str(error)
+    return UserError(f"{diagnosis}; {dump}: {_advice(origin, inputs, finite_in_float32)}")
 
 
 def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepInputs, origin: NonFiniteOrigin) -> Path:
-    """Write `RUN/dumps/step-N`, from which `replay` computes the attempt again, whole or not; returns that folder.
+    """Write `RUN/dumps/step-N`, from which `replay_dump` recomputes the step, atomically; returns that folder.
 
     It holds `model/` (a model folder like any other, with the weights before the update), `batch.safetensors`,
-    `batch.txt` (the rows as text), `random.safetensors`, and `dump.json`, the numbers. One of the same step goes.
+    `batch.txt` (the rows as text), `random.safetensors`, and `dump.json`. It replaces a dump of the same step.
     Raises UserError when it cannot be written.
     """
     folder = run_folder / "dumps" / f"step-{inputs.step}"
@@ -68,7 +68,7 @@ def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepI
         "lr": inputs.lr,
         "micro_batch_size": inputs.micro_batch_size,
         "divisor": inputs.divisor,
-        "recompute": inputs.recompute,
+        "activation_checkpointing": inputs.activation_checkpointing,
         "dropout": model.config.dropout,
         "dtype": DTYPE_NAMES[inputs.dtype],
         "matmul_precision": torch.get_float32_matmul_precision(),
@@ -94,35 +94,37 @@ def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepI
 
 
 def replay_dump(folder: Path) -> str:
-    """Compute the step in a dump again, on the device it was computed on, and say what is found, in a few lines.
+    """Recompute the step of a dump on its device, and return the diagnosis in a few lines.
 
-    The same machine and torch give the same bits, as long as the step was not computed through torch.compile.
-    Raises UserError for what is no dump.
+    The same machine and torch give the same bits, unless the step used torch.compile.
+    Raises UserError for a folder that is not a dump.
     """
-    model, tokenizer, attempt, numbers = _read_dump(folder)
+    model, tokenizer, inputs, numbers = _read_dump(folder)
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(numbers["matmul_precision"])
-        culprit = find_non_finite_origin(model, attempt)
-        helps = is_finite_in_float32(model, attempt)
+        origin = find_non_finite_origin(model, inputs)
+        finite_in_float32 = is_finite_in_float32(model, inputs)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{folder} cannot be computed again: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder} cannot be recomputed: {' '.join(str(error).split())}") from error
     finally:
         torch.set_float32_matmul_precision(precision)
-    lines = [f"step {attempt.step:,} on {model.device} in {DTYPE_NAMES[attempt.dtype]}, computed again from {folder}"]
-    pairs = (("loss", culprit.loss, attempt.loss), ("norm of the gradient", culprit.grad_norm, attempt.grad_norm))
-    for what, now, then in pairs:
-        lines.append(f"the {what} is {now}{', as it was' if str(now) == str(then) else f'; it was {then}'}")
-    lines.append(f"first bad: {culprit}{_describe_rows(culprit, attempt, tokenizer)}")
-    if culprit.bad_gradients:
-        lines.append(f"gradients that are not finite: {_abbreviated(culprit.bad_gradients)}")
-    if helps is not None:
-        lines.append(f"in float32 {'all is finite' if helps else 'it is bad too'}")
+    lines = [f"step {inputs.step:,} on {model.device} in {DTYPE_NAMES[inputs.dtype]}, recomputed from {folder}"]
+    pairs = (("loss", origin.loss, inputs.loss), ("norm of the gradient", origin.grad_norm, inputs.grad_norm))
+    for what, now, before in pairs:
+        lines.append(f"the {what} is {now}{', as before' if str(now) == str(before) else f'; before: {before}'}")
+    lines.append(f"origin: {origin}{_describe_rows(origin, inputs, tokenizer)}")
+    if origin.bad_gradients:
+        lines.append(f"non-finite gradients: {_abbreviated(origin.bad_gradients)}")
+    if finite_in_float32 is not None:
+        lines.append(
+            f"in float32 {'all values are finite' if finite_in_float32 else 'there are non-finite values too'}"
+        )
     return "\n".join(lines)
 
 
 def excerpt(tokenizer: Tokenizer | None, row: Tensor, position: int | None = None) -> str:
-    """A piece of one row of a batch, (T,), as quoted text on one line: its beginning, or what leads to `position`."""
+    """An excerpt of one row of a batch, (T,), quoted on one line: its beginning, or the text before `position`."""
     stop = EXCERPT_TOKENS if position is None else position + 1
     ids = row[max(0, stop - EXCERPT_TOKENS) : stop].tolist()
     text = " ".join(tokenizer.decode(ids).split()) if tokenizer is not None else " ".join(map(str, ids))
@@ -132,7 +134,7 @@ def excerpt(tokenizer: Tokenizer | None, row: Tensor, position: int | None = Non
 
 
 def _describe_rows(origin: NonFiniteOrigin, inputs: StepInputs, tokenizer: Tokenizer | None) -> str:
-    """In which rows, and with what text the first of them begins or goes bad; nothing where that is not known."""
+    """The rows with non-finite values, and an excerpt of the first; empty when they are unknown."""
     if not origin.rows:
         return ""
     number, first = len(origin.rows), inputs.batch.tokens[origin.rows[0]]
@@ -150,32 +152,33 @@ def _abbreviated(names: tuple[Any, ...]) -> str:
 
 def _advice(origin: NonFiniteOrigin, inputs: StepInputs, finite_in_float32: bool | None) -> str:
     if origin.kind == "weight" and inputs.step == 1:
-        return "the run began with them: give --init-from a whole model"
+        return "the run started with them: use another model for --init-from"
     if origin.kind == "weight":
-        return "they were spoilt before this step: go on from an older checkpoint with a lower --lr"
+        return "they were damaged before this step: resume from an older checkpoint with a lower --lr"
     if origin.kind == "nothing":
-        return "torch.compile or the machine may be at fault: go on with --resume auto, or try --no-compile"
+        return "torch.compile or the hardware may be at fault: continue with --resume auto, or try --no-compile"
     if finite_in_float32:
-        return f"it is {DTYPE_NAMES[inputs.dtype]} that cannot hold it: --dtype float32 can"
-    mend = "lower --lr, or lengthen --warmup-steps"
+        return f"the values overflow in {DTYPE_NAMES[inputs.dtype]}: use --dtype float32"
+    fix = "lower --lr, or raise --warmup-steps"
     if origin.kind in ("backward", "gradient", "norm"):
-        return f"{mend}; --grad-clip comes too late for a gradient that is not finite"
-    return mend
+        return f"{fix}; --grad-clip cannot repair a gradient that is not finite"
+    return fix
 
 
 def _json_value(value: Any) -> Any:
-    """`value` as JSON can hold it: a number that is not finite becomes its name."""
+    """`value` as valid JSON: a non-finite number becomes a string."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, StepInputs, dict[str, Any]]:
-    """Everything `write_dump` wrote but the text. Raises UserError for what is no dump."""
+    """The content of a dump, without the text. Raises UserError for a folder that is not a dump."""
     if not (folder / "dump.json").is_file():
-        raise UserError(f"{folder} is no dump: it has no dump.json (a run keeps its dumps in RUN/dumps/step-N)")
+        raise UserError(f"{folder} is not a dump: it has no dump.json (dumps are in RUN/dumps/step-N)")
     try:
         numbers = json.loads((folder / "dump.json").read_text(encoding="utf-8"))
         batch, random = load_file(folder / "batch.safetensors"), load_file(folder / "random.safetensors")
-        attempt = StepInputs(
+        recompute = numbers.get("recompute", False)  # the key's older name
+        inputs = StepInputs(
             step=int(numbers["step"]),
             batch=Batch(batch["tokens"], batch["targets"], batch.get("documents")),
             micro_batch_size=int(numbers["micro_batch_size"]),
@@ -185,25 +188,25 @@ def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, StepInputs, dict[st
             rng_state={"cpu": random["cpu"], **random},
             loss=float(numbers["loss"]),
             grad_norm=float(numbers["grad_norm"]),
-            recompute=bool(numbers["recompute"]),
+            activation_checkpointing=bool(numbers.get("activation_checkpointing", recompute)),
         )
         device = pick_device(numbers["device"])
-        if attempt.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size {attempt.micro_batch_size}")
+        if inputs.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size {inputs.micro_batch_size}")
         if numbers["matmul_precision"] not in CHOICES["matmul_precision"]:
             raise ValueError(f"matmul_precision {numbers['matmul_precision']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
-        raise UserError(f"{folder} is no whole dump: {error!r}") from error
+        raise UserError(f"{folder} is not a valid dump: {error!r}") from error
     model, tokenizer = load(folder / "model", device=device, dtype=None)
-    if not _is_batch_for(attempt.batch, model.config):
-        raise UserError(f"{folder} is no whole dump: its batch does not fit its model")
-    if attempt.recompute:
+    if not _is_batch_for(inputs.batch, model.config):
+        raise UserError(f"{folder} is not a valid dump: its batch does not fit its model")
+    if inputs.activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
-    return model, tokenizer, attempt, numbers
+    return model, tokenizer, inputs, numbers
 
 
 def _is_batch_for(batch: Batch, config: GPTConfig) -> bool:
-    """Could this be a batch for a model of this config: (B, T) ids each, and -100 among the targets?"""
+    """Return whether the batch is valid for the model: (B, T) token ids, and targets that may be -100."""
     tokens, targets, documents = batch
     for other in (targets, tokens if documents is None else documents):
         if not (tokens.dtype == other.dtype == torch.int64 and tokens.shape == other.shape and tokens.dim() == 2):

@@ -1,4 +1,4 @@
-"""Which module went bad first: a batch is computed once more, with every module watched."""
+"""The module of origin of a non-finite value: the batch is recomputed with hooks on every module."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from gpt2.runtime import autocast, set_rng_state
 
 @dataclass(frozen=True)
 class StepInputs:
-    """All that one update is computed from, next to the weights, and what came of it."""
+    """Everything that one update is computed from besides the weights, and its loss and gradient norm."""
 
     step: int
     """The number of the update, counted from 1."""
@@ -27,39 +27,39 @@ class StepInputs:
     micro_batch_size: int
     """Rows of a micro-batch."""
     divisor: float
-    """What the sum of the losses is divided by."""
+    """Number of targets in the global batch."""
     dtype: torch.dtype
     """Of matrix products."""
     lr: float
     """The learning rate that the update would have used."""
     rng_state: dict[str, Tensor] = field(repr=False)
-    """`runtime.random_state` from before the first micro-batch."""
+    """`runtime.get_rng_state` before the first micro-batch."""
     loss: float = math.nan
     grad_norm: float = math.nan
-    recompute: bool = False
-    """Are the model's activations computed twice (`runtime.recompute_blocks`)? It changes no number."""
+    activation_checkpointing: bool = False
+    """Whether `runtime.apply_activation_checkpointing` was used; it changes no value."""
 
 
 @dataclass(frozen=True)
 class NonFiniteOrigin:
-    """The first thing that went bad when a batch was computed again."""
+    """The first non-finite value when a batch is recomputed."""
 
     kind: str
-    """weight, output, loss, backward (a gradient on its way through a module), gradient (a parameter's), norm;
-    nothing when all was finite the second time, unknown when there was no memory for a second time."""
+    """weight, output, loss, backward (gradient of a module's input), gradient (of a parameter), norm;
+    nothing if all values are finite when recomputed, unknown if there was no memory to recompute."""
     name: str = ""
-    """The module or the parameter, by its full name; empty where there is none to name."""
+    """The full name of the module or parameter; may be empty."""
     value: str = ""
     """nan or inf; empty for nothing."""
     rows: tuple[int, ...] = ()
-    """The rows of the batch, from 0, in which it is bad; empty where rows cannot be told apart."""
+    """The rows of the batch with non-finite values; empty where they are unknown."""
     position: int | None = None
-    """In an output, the first bad position of the first of those rows."""
+    """In an output, the first non-finite position of the first of those rows."""
     largest: float | None = None
-    """The largest magnitude that a module was given when it made something bad of it; None where no module did."""
+    """The largest magnitude among the module's inputs; None where no module is at fault."""
     loss: float = math.nan
     grad_norm: float = math.nan
-    """What the second computation gave."""
+    """Loss and gradient norm when recomputed."""
     bad_gradients: tuple[str, ...] = ()
     """The parameters whose gradient is not finite."""
 
@@ -69,26 +69,25 @@ class NonFiniteOrigin:
             "weight": f"the weights themselves: {self.name} is {self.value}",
             "output": f"the output of {self.name} is {self.value}{given and f', of inputs{given}'}",
             "loss": f"the loss is {self.value}, of a finite output of the last layer",
-            "backward": f"the gradient behind {self.name or 'the loss'} is {self.value}"
+            "backward": f"the input gradient of {self.name or 'the loss'} is {self.value}"
             f"{given and f', of gradients{given}'}",
             "gradient": f"the gradient of {self.name} is {self.value}",
             "norm": f"all gradients are finite, but their norm is {self.value} (the largest is that of {self.name})",
-            "nothing": "nothing: computed again, all is finite",
-            "unknown": "unknown, for want of memory to compute it again",
+            "nothing": "nothing: recomputed, all values are finite",
+            "unknown": "unknown, as there is not enough memory to recompute it",
         }
         return inside[self.kind]
 
 
 def find_non_finite_origin(model: GPT, inputs: StepInputs) -> NonFiniteOrigin:
-    """Compute the batch again, without torch.compile, and name the first thing that is not finite.
+    """Recompute the batch, without torch.compile, and return the first non-finite value.
 
-    Bad weights come before all else. Then, in the order of the computation: the first module whose output is bad
-    while its inputs are not (the innermost, for a module's parts are done before it is), the loss, and on the way
-    back the first module that is given a finite gradient and passes on, or leaves in its parameters, one that is not.
+    Non-finite weights come first. Then, in the order of computation: the first (innermost) module whose output is
+    non-finite while its inputs are finite, the loss, and in the backward pass the first module that gets a finite
+    gradient and returns, or accumulates in its parameters, a non-finite one.
 
-    The random state is that of the attempt, so dropout drops what it dropped (torch.compile draws otherwise: what it
-    computed is computed again but for dropout and rounding). Afterwards the weights, the mode and torch's random
-    state are what they were; gradients are None.
+    The random state is that of the step, so dropout is the same (with torch.compile, dropout and rounding differ).
+    Afterwards the weights, the mode and torch's random state are as before; gradients are None.
     """
     bad_weight = next((pair for pair in model.named_parameters() if not _is_finite(pair[1])), None)
     watch, mode = _NonFiniteWatcher(), model.training
@@ -124,7 +123,7 @@ def find_non_finite_origin(model: GPT, inputs: StepInputs) -> NonFiniteOrigin:
 
 
 def is_finite_in_float32(model: GPT, inputs: StepInputs) -> bool | None:
-    """Is all finite when the batch is computed in float32? None where it was, or where there is no memory to try."""
+    """Return whether all values are finite in float32; None if the step was in float32 or memory is insufficient."""
     if inputs.dtype == torch.float32:
         return None
     try:
@@ -134,7 +133,7 @@ def is_finite_in_float32(model: GPT, inputs: StepInputs) -> bool | None:
 
 
 def _forward_backward(model: GPT, inputs: StepInputs, watcher: "_NonFiniteWatcher") -> Tensor:
-    """Loss and gradients of the batch, as `trainer.update` computes them; the gradients stay in the parameters."""
+    """Loss and gradients of the batch, computed as in `trainer.update`; gradients are accumulated in the parameters."""
     total = torch.zeros((), device=model.device)
     for number, part in enumerate(inputs.batch.split(inputs.micro_batch_size)):
         part = part.to(model.device)
@@ -149,7 +148,7 @@ def _forward_backward(model: GPT, inputs: StepInputs, watcher: "_NonFiniteWatche
 
 @dataclass
 class _NonFiniteEvent:
-    """Something that is bad though all before it was good; see Culprit for what the fields mean."""
+    """A non-finite result of finite inputs; see NonFiniteOrigin for the fields."""
 
     value: str
     largest: float | None
@@ -158,7 +157,7 @@ class _NonFiniteEvent:
 
 
 class _NonFiniteWatcher:
-    """Looks on while a model computes, and notes what is bad though all before it was good, in order."""
+    """Records, in order, where a model computes non-finite results from finite inputs."""
 
     def __init__(self) -> None:
         self.events: dict[tuple[str, str], _NonFiniteEvent] = {}  # by kind and name
@@ -166,7 +165,7 @@ class _NonFiniteWatcher:
 
     @property
     def first_event(self) -> tuple[str, str] | None:
-        """The kind and name of the first event. A module stands for its parameter: the two go bad together."""
+        """The kind and name of the first event; a module takes precedence over its parameter."""
         first = next(iter(self.events), None)
         if first is not None and first[0] == "gradient":
             module = ("backward", first[1].rpartition(".")[0])
@@ -175,12 +174,14 @@ class _NonFiniteWatcher:
 
     @contextmanager
     def hooks_attached(self, model: GPT) -> Iterator[None]:
-        """Every module and parameter is watched inside, none afterwards."""
+        """Attach hooks to all modules and parameters inside the block."""
         handles = [model.transformer.register_forward_hook(self._after_last_layer)]
         try:
             for name, module in model.named_modules():
                 handles.append(module.register_forward_hook(partial(self._after_forward, name)))
-                if not isinstance(module, nn.Embedding) and module is not model.transformer:  # these are given integers
+                if (
+                    not isinstance(module, nn.Embedding) and module is not model.transformer
+                ):  # their inputs are integers
                     handles.append(module.register_full_backward_hook(partial(self._after_backward, name)))
             for name, p in model.named_parameters():
                 if p.requires_grad:
@@ -191,11 +192,11 @@ class _NonFiniteWatcher:
                 handle.remove()
 
     def start_micro_batch(self, first_row: int) -> None:
-        """A micro-batch begins, with this row of the batch."""
+        """Start a micro-batch whose first row is this row of the batch."""
         self._first_row, self._in_forward = first_row, True
 
     def check_loss(self, model: GPT, targets: Tensor, loss: Tensor) -> None:
-        """The forward pass is done; the hidden states were seen on their way to the loss."""
+        """End the forward pass: check the loss against the recorded hidden states."""
         self._in_forward = False
         if _is_finite(self._hidden_states) and not _is_finite(loss):
             with torch.no_grad():
@@ -206,9 +207,9 @@ class _NonFiniteWatcher:
     def _record(
         self, kind: str, name: str, bad: Tensor, inputs: tuple[Any, ...] = (), mask: Tensor | None = None
     ) -> None:
-        """Write down that `bad` was made of `given`; in a later micro-batch the rows of a known event.
+        """Record that `bad` was computed from `inputs`; for a known event, add the rows of a later micro-batch.
 
-        `places` is True where it is bad, (B, T); left out, it is looked up in a tensor of (B, T, C).
+        mask: (B, T), True where `bad` is non-finite; by default computed from `bad` of shape (B, T, C).
         """
         event = self.events.setdefault((kind, name), _NonFiniteEvent(_nan_or_inf(bad), _max_abs(inputs)))
         if mask is None and bad.dim() == 3:
@@ -233,7 +234,7 @@ class _NonFiniteWatcher:
             self._record("backward", "", grad)
 
     def _after_backward(self, name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """The hook of a module, with the gradients of its inputs and outputs."""
+        """Backward hook of a module, with the gradients of its inputs and outputs."""
         if _is_finite(*outputs) and not _is_finite(*inputs):
             self._record("backward", name, next(x for x in inputs if not _is_finite(x)), outputs)
 
@@ -244,14 +245,14 @@ class _NonFiniteWatcher:
 
 @contextmanager
 def _forked_rng(state: dict[str, Tensor], device: torch.device) -> Iterator[None]:
-    """torch's random state is `state` inside, and afterwards what it was."""
+    """Set torch's random state to `state` inside the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         set_rng_state(state, device)
         yield
 
 
 def _is_finite(*values: Any) -> bool:
-    """Are all floating-point tensors among `values` finite? A few extra bytes of memory are all it takes."""
+    """Return whether all floating-point tensors among `values` are finite; needs almost no extra memory."""
     return all(math.isfinite(end) for end in _min_max(values))
 
 
@@ -261,7 +262,7 @@ def _max_abs(values: tuple[Any, ...]) -> float | None:
 
 
 def _min_max(values: tuple[Any, ...]) -> list[float]:
-    """The least and the largest number of each floating-point tensor among `values`; a NaN is both."""
+    """The minimum and maximum of each floating-point tensor among `values`; NaN if it contains one."""
     tensors = [x.detach() for x in values if isinstance(x, Tensor) and x.is_floating_point()]
     return [end for x in tensors for end in torch.stack(x.aminmax()).tolist()]
 

@@ -1,6 +1,6 @@
-"""The run folder: whose it is, how it begins, and what of it a resumed run keeps.
+"""The run folder: how it is created, locked by one process, and cleaned up when a run resumes.
 
-A fresh folder appears whole, with its config and its lock in it, or not at all; one process holds it to the end.
+A new folder appears whole, with its config and its lock file in it, or not at all.
 """
 
 import errno
@@ -12,44 +12,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from gpt2.config import FIXED_ON_RESUME, TrainConfig, check_same_run, to_toml
 from gpt2.data.dataset import Dataset
-from gpt2.errors import UserError
-from gpt2.files import expand_path, staging_folder
+from gpt2.errors import ConfigError, DataError, UserError
+from gpt2.files import LockFile, expand_path, staging_folder
 from gpt2.train.checkpoint import checkpoint_metadata, fsync_paths, publish, remove_partial_checkpoints
-
-try:
-    import fcntl
-except ImportError:  # Windows: there nothing keeps a second process away
-    fcntl = None
 
 log = logging.getLogger("gpt2")
 
 LOCK_NAME, CONFIG_NAME = ".lock", "config.toml"
 PARTIAL_CONFIG_NAME = f".{CONFIG_NAME}.partial"
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SAMPLE_HEADER = b"--- step "  # what a sample in samples.txt begins with
+_SAMPLE_HEADER = b"--- step "  # the first bytes of each sample in samples.txt
 
 
 class RunFolder:
-    """The folder of one run, held by this process until the `with` block ends.
+    """The folder of one run, locked by this process until the `with` block ends.
 
-        with RunFolder(config) as folder:  # refused where it is another run's, or another process works in it
+        with RunFolder(config) as folder:  # raises if it is another run's, or another process uses it
             ...                            # whatever can fail before the first step
-            folder.begin(config, checkpoint)
+            folder.initialize(config, checkpoint)
             ...                            # train
 
-    A fresh run's folder appears at `begin`. Where the block ends with an error before anything was learned, it goes
-    away again, and its name is free. A disk that is full, wherever in the block, becomes one line that names it.
-    Raises UserError for all that.
+    The folder of a new run is created by `initialize`. If the block ends with an error before the first step, it is
+    removed again. A full disk, anywhere in the block, becomes a one-line error. Raises UserError for all of these.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = run_folder_path(config)
         self._is_new = not self.path.exists()
-        self._lock: IO[bytes] | None = None
+        self._lock: LockFile | None = None
 
     def __enter__(self) -> Self:
         if not self._is_new:
@@ -62,18 +56,16 @@ class RunFolder:
             with suppress(OSError):
                 if error is not None and self._is_new and _is_unused(self.path):
                     shutil.rmtree(self.path)
-                elif _is_open_file(self.path / LOCK_NAME, self._lock):
-                    (self.path / LOCK_NAME).unlink()  # while it is held: see _lock
-            self._lock.close()
+            self._lock.release(self.path / LOCK_NAME)
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            why = f"{error.strerror}: make room, and go on with --resume {self.path}"
+            why = f"{error.strerror}: free some space, and continue with --resume {self.path}"
             raise UserError(f"cannot write the run folder {self.path}: {why}") from error
 
     def initialize(self, config: TrainConfig, checkpoint: Path | None, *, published: bool = True) -> None:
-        """The run is about to take its next step: write its config, and put right what a kill left behind.
+        """Prepare the folder for the next step: write the config, and repair what a killed process left.
 
-        checkpoint: the one that the run goes on from; None for step 0.
-        published:  are its weights the run's own?
+        checkpoint: the one the run resumes from; None at step 0.
+        published:  whether the weights of the checkpoint are those of the run's `model/`.
         """
         with _user_error_on_os_error(self.path):
             if self._lock is None:
@@ -92,22 +84,22 @@ class RunFolder:
 
 
 def run_folder_path(config: TrainConfig) -> Path:
-    """Where the run lives. Raises UserError for a folder that holds another run, or not the one to resume."""
+    """The folder of the run. Raises ConfigError if it holds another run, or not the run to resume."""
     name = config.name or ""
     if name in ("", ".", "..") or Path(name).name != name or len(name.encode()) > 200:
-        raise UserError(f"a run needs a --name that can be a folder's, not '{name}'")
+        raise ConfigError(f"--name must be a valid folder name, not '{name}'", field="name")
     folder = expand_path(config.out_dir) / name
     if config.resume == "never" and folder.exists():
-        raise UserError(_exists_message(folder))
+        raise _exists_error(folder)
     if (folder / CONFIG_NAME).is_file():
         check_same_run(folder, config)
     elif folder.exists() and any(path.name not in (LOCK_NAME, PARTIAL_CONFIG_NAME) for path in folder.iterdir()):
-        raise UserError(f"{folder} has something else in it: no run can be gone on with there")
+        raise ConfigError(f"{folder} is not a run folder: choose another --name", field="name")
     return folder
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Make the run folder if it is not there, and write the config with all that was chosen for it, whole."""
+    """Write the resolved config atomically; the folder is created if it does not exist."""
     with _user_error_on_os_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / PARTIAL_CONFIG_NAME
@@ -118,10 +110,10 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def truncate_samples(path: Path, step: int, saved_bytes: int | None = None) -> None:
-    """Take away what an interrupted run wrote after the checkpoint of `step`: it will be written again.
+    """Remove the samples that an interrupted run wrote after the checkpoint of `step`; they are written again.
 
-    kept: the length of the file in bytes when the checkpoint was saved. What comes after it goes, if it begins as a
-    sample does. Else, as where the length is not known, it is somebody's own words up to the first later sample.
+    saved_bytes: size of the file when the checkpoint was saved. The bytes after it are removed if they begin as a
+    sample does. If not, or if the size is unknown, the user has edited the file: it is cut at the first later sample.
     """
     if not path.exists():
         return
@@ -132,62 +124,62 @@ def truncate_samples(path: Path, step: int, saved_bytes: int | None = None) -> N
         return
     for header in re.finditer(rb"^--- step ([0-9]+)\r?$", added, re.MULTILINE):
         if int(header[1]) > step:
-            path.write_bytes(
-                text[: (saved_bytes or 0) + header.start()].decode(errors="replace").encode()
-            )  # text again
+            kept = text[: (saved_bytes or 0) + header.start()]
+            path.write_bytes(kept.decode(errors="replace").encode())  # valid UTF-8 again
             return
 
 
 def run_metadata(config: TrainConfig, data: Dataset) -> dict[str, Any]:
-    """What every checkpoint of a run carries, so that a resumed run can be seen to be the same one."""
+    """The metadata of every checkpoint of a run: a resumed run must have the same."""
     return {"data": data.fingerprint, "config": {name: getattr(config, name) for name in FIXED_ON_RESUME}}
 
 
 def check_run_metadata(checkpoint: Path, metadata: dict[str, Any]) -> None:
-    """Raises UserError when the facts of the run that is to go on from `checkpoint` are not those it was saved with."""
+    """Raises DataError or ConfigError when a run that resumes from `checkpoint` has other metadata than it."""
     saved, folder = checkpoint_metadata(checkpoint), checkpoint.parents[1]
     if saved.get("data", metadata["data"]) != metadata["data"]:
-        raise UserError(
-            f"the data changed since {folder} was begun ({metadata['config']['data']}): "
+        raise DataError(
+            f"the data changed since {folder} was started ({metadata['config']['data']}): "
             f"--init-from {folder}, with another --name, starts a new run from its weights"
         )
     for name, value in metadata["config"].items():
         was = saved.get("config", {}).get(name, value)
         if was != value:
-            raise UserError(
-                f"{checkpoint} was saved with {name} {was}: {folder / CONFIG_NAME}, with {value}, was changed"
+            raise ConfigError(
+                f"{checkpoint} was saved with {name} {was}: {folder / CONFIG_NAME}, with {value}, was changed",
+                field=name,
             )
 
 
-def _exists_message(folder: Path) -> str:
-    return f"{folder} exists: --resume auto goes on with it, another --name starts beside it"
+def _exists_error(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder} exists: --resume auto resumes it, another --name starts a new run", field="name")
 
 
-def _create_run_folder(folder: Path, config: TrainConfig) -> IO[bytes]:
-    """Make a fresh run folder, of which there is nothing to be seen before it is whole; returns its lock, held."""
+def _create_run_folder(folder: Path, config: TrainConfig) -> LockFile:
+    """Create a new run folder atomically; returns its lock, held."""
     with staging_folder(folder) as partial:
         write_config(partial, config)
         lock = _acquire_lock(partial)
         try:
-            partial.rename(folder)  # fails where there is a folder with anything in it
+            partial.rename(folder)  # fails if the folder exists and is not empty
         except OSError as error:
-            lock.close()
-            raise (UserError(_exists_message(folder)) if folder.exists() else error) from error
+            lock.release(partial / LOCK_NAME)
+            raise (_exists_error(folder) if folder.exists() else error) from error
     return lock
 
 
 def _remove_partial_files(folder: Path) -> None:
-    """Take away what kills left of files that were being written."""
+    """Remove partially written files that killed processes left, those of `files.staging_folder` among them."""
     remove_partial_checkpoints(folder / "checkpoints")
-    for left in [*folder.glob(".*.partial"), folder / "metrics.tmp"]:  # the first: see gpt2.files.work_folder
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    for path in [*folder.glob(".*.partial"), *folder.glob(".*.partial.lock"), folder / "metrics.tmp"]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _is_unused(folder: Path) -> bool:
-    """Is there nothing in a run folder but what it began with?"""
+    """Return whether a run folder is as `initialize` created it, without any results."""
     for path in folder.iterdir():
         empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
         if path.name not in (LOCK_NAME, CONFIG_NAME) and not (path.name in ("metrics.jsonl", "checkpoints") and empty):
@@ -195,44 +187,25 @@ def _is_unused(folder: Path) -> bool:
     return True
 
 
-def _acquire_lock(folder: Path) -> IO[bytes]:
-    """The folder's lock file, held by this process while it is open. Raises UserError when another one holds it.
-
-    Whoever holds it takes the file away before letting go. So a lock counts only on the file that still bears the
-    name: one that was got on a file just taken away is no lock, and is tried again.
-    """
+def _acquire_lock(folder: Path) -> LockFile:
+    """Lock a run folder for this process. Raises UserError when another process holds the lock."""
     path = folder / LOCK_NAME
-    while True:
-        file = path.open("ab+")
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                who = file.read(20).decode(errors="replace") or "another process"
-                file.close()
-                raise UserError(f"{folder} is in use by {who}: wait until it has ended, or stop it") from error
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): see to it that no other process works in it", path, error)
-        if _is_open_file(path, file):
-            break
-        file.close()
-    file.truncate(0)
-    file.write(f"process {os.getpid()}".encode())
-    file.flush()
-    return file
-
-
-def _is_open_file(path: Path, file: IO[bytes]) -> bool:
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        lock = LockFile(path)
+    except BlockingIOError as error:
+        owner = path.read_text(errors="replace")[:20] if path.exists() else ""
+        raise UserError(
+            f"{folder} is in use by {owner or 'another process'}: wait until it has ended, or stop it"
+        ) from error
+    if not lock.is_held:
+        log.warning("%s cannot be locked on this drive: make sure that no other process uses it", folder)
+    path.write_text(f"process {os.getpid()}")
+    return lock
 
 
 @contextmanager
 def _user_error_on_os_error(folder: Path) -> Iterator[None]:
-    """What the system has against writing in the run folder becomes one line."""
+    """Turn an OSError of the block into a UserError that names the run folder."""
     try:
         yield
     except OSError as error:
