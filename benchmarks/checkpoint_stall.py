@@ -1,8 +1,8 @@
-"""What a checkpoint costs the training: GPT-2 124M with AdamW, 1.5 GB, saved while the steps go on.
+"""Cost of asynchronous checkpoints: GPT-2 124M with AdamW, 1.5 GB, saved while training continues.
 
     python benchmarks/checkpoint_stall.py
 
-Writes results/checkpoint_stall.json. The stall is what `save` takes; the write goes on beside the steps that follow.
+Writes results/checkpoint_stall.json. The stall is the time of `save`; the write runs in parallel with later steps.
 """
 
 import json
@@ -32,28 +32,28 @@ def main() -> None:
     tokens = torch.randint(50257, (1, 256), device=device)
 
     def step() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         model.loss(tokens, tokens).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     step()
-    alone, beside, stalls, writes = [step() for _ in range(5)], [], [], []
-    product = ModelArtifact(model.config, None)
-    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), product, keep=1) as writer:
+    alone, during_write, stalls, writes = [step() for _ in range(5)], [], [], []
+    artifact = ModelArtifact(model.config, None)
+    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), artifact, keep=1) as writer:
         for number in range(NUM_SAVES):
             writer.save(number, model, optimizers)
             stalls.append(writer.stall_seconds)
-            beside.append(step())
+            during_write.append(step())
             writer.wait()
             writes.append(writer.write_seconds)
     found = {
         "device": str(device),
         "stall_seconds": {"first": stalls[0], "later": statistics.median(stalls[1:])},
         "write_seconds": statistics.median(writes),
-        "step_seconds": {"alone": statistics.median(alone), "beside_a_write": statistics.median(beside)},
+        "step_seconds": {"alone": statistics.median(alone), "beside_a_write": statistics.median(during_write)},
     }
     result = write_result("checkpoint_stall", "python benchmarks/checkpoint_stall.py", found)
     print(json.dumps(result, indent=2))

@@ -1,11 +1,10 @@
-"""A cold start of the server: seconds from the command `gpt2 serve MODEL` until it answers, and to the first token.
+"""Cold start of the server: seconds from `gpt2 serve MODEL` until it responds, and to the first token.
 
     python benchmarks/cold_start.py
 
-Starts the server five times as usual, with the CPU kernel compiled before, and five times as on a machine that never
-ran it, compiling included; in turns. MODEL is GPT-2 124M with random weights in a temporary folder, unless another is
-named. Its files were read before: this is not the disk's speed. Writes results/cold_start.json; the times are medians,
-and all of them are there too.
+Starts the server five times with the CPU kernel already compiled, and five times with an empty cache, which includes
+compilation; alternating. MODEL is GPT-2 124M with random weights in a temporary folder by default. Its files are in the
+page cache, so disk speed is not measured. Writes results/cold_start.json: the medians and all times.
 """
 
 import argparse
@@ -33,7 +32,7 @@ PROMPT_TOKENS = 64
 
 
 def measure(work: DecodeWorkload, dtype: str, times: int) -> dict[str, Any]:
-    """Both kinds of start, in turns; one more comes first, so that the kernel is there."""
+    """Both kinds of start, alternating, after one that compiles the kernel."""
     starts: dict[str, list[dict[str, float]]] = {"kernel_compiled_before": [], "first_time_ever": []}
     cold_start(work, dtype)
     for number in range(1, times + 1):
@@ -45,7 +44,7 @@ def measure(work: DecodeWorkload, dtype: str, times: int) -> dict[str, Any]:
 
 
 def _medians(found: list[dict[str, float]]) -> dict[str, Any]:
-    """Seconds, by what they lead to: the median, and each."""
+    """The seconds by name: the median, and all."""
     seconds = {name: [round(start[name], 3) for start in found] for name in found[0]}
     return {name: {"median_seconds": statistics.median(each), "seconds": each} for name, each in seconds.items()}
 

@@ -25,7 +25,7 @@ with staging_folder(Path(sys.argv[1])) as folder:
 """
 
 
-def test_a_staging_folder_is_gone_afterwards_and_may_be_moved_away(tmp_path: Path) -> None:
+def test_a_staging_folder_is_removed_unless_it_was_renamed(tmp_path: Path) -> None:
     target = tmp_path / "new" / "thing"
     with staging_folder(target) as folder:
         (folder / "file").write_text("x")
@@ -36,7 +36,7 @@ def test_a_staging_folder_is_gone_afterwards_and_may_be_moved_away(tmp_path: Pat
     assert [path.name for path in target.parent.rglob("*")] == ["thing", "file"]
 
 
-def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -> None:
+def test_the_staging_folder_of_another_process_is_kept_until_it_is_killed(tmp_path: Path) -> None:
     target = tmp_path / "a[b]*"
     process = subprocess.Popen([sys.executable, "-c", HOLDS, str(target)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -57,7 +57,7 @@ def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_many_at_once_never_lose_a_file(tmp_path: Path) -> None:
+def test_concurrent_staging_folders_lose_no_file(tmp_path: Path) -> None:
     lost: list[int] = []
 
     def work(number: int) -> None:
@@ -102,7 +102,7 @@ def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatc
     assert not list(tmp_path.glob(".thing*"))
 
 
-def test_paths_as_people_type_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand_path("~/x") == tmp_path / "x"
     assert expand_path("a/~") == Path("a/~")
@@ -110,7 +110,7 @@ def test_paths_as_people_type_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         expand_path("~nobody-of-this-name/x")
 
 
-def test_only_regular_files_are_regular(tmp_path: Path) -> None:
+def test_folders_and_pipes_are_not_regular_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     check_regular_file(tmp_path / "file")
     check_regular_file(tmp_path / "not there, which is another error")
@@ -133,5 +133,5 @@ def test_only_regular_files_are_regular(tmp_path: Path) -> None:
         ("", None),
     ],
 )
-def test_what_programs_make_is_known_by_its_files(names: str, kind: str | None) -> None:
+def test_known_folders_are_recognized_by_their_files(names: str, kind: str | None) -> None:
     assert known_folder_kind(names.split()) == kind

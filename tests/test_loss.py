@@ -53,7 +53,7 @@ def test_divisor_makes_parts_add_up_to_the_whole() -> None:
     torch.testing.assert_close(torch.autograd.grad(parts[0] + parts[1], weight)[0], whole)
 
 
-def test_any_leading_shape_and_no_gradient_without_need() -> None:
+def test_any_leading_shape_and_gradients_only_where_needed() -> None:
     hidden, weight, targets = inputs(n=36)
     flat = next_token_loss(hidden, weight, targets)
     assert torch.equal(next_token_loss(hidden.view(4, 9, 12), weight, targets.view(4, 9)), flat)
@@ -63,7 +63,7 @@ def test_any_leading_shape_and_no_gradient_without_need() -> None:
         assert not next_token_loss(hidden, weight, targets).requires_grad
 
 
-def test_under_autocast_only_the_products_are_rounded() -> None:
+def test_under_autocast_only_the_matrix_products_are_rounded() -> None:
     hidden, weight, targets = inputs(n=200, c=64, v=300, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = next_token_loss(hidden, weight, targets)
@@ -85,7 +85,7 @@ def test_a_retained_graph_gives_the_same_gradients_again() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation inside makes."""
+    """Records the size of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_the_padded_vocabulary_of_a_gpu_does_not_show() -> None:
 
 
 def test_padding_rows_take_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU's path, on the CPU: the padded head gives the loss and gradients of the plain one."""
+    """The GPU path on a CPU: the padded head gives the loss and gradients of the plain one."""
 
     def padded_anywhere(weight: Tensor, dtype: torch.dtype) -> Tensor:
         rows = weight.new_zeros(-weight.size(0) % loss_module.VOCAB_PAD_MULTIPLE, weight.size(1))

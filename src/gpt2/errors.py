@@ -70,6 +70,27 @@ class RankFailure(UserError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h, "try again"
 
 
+OUT_OF_MEMORY_ADVICE = (
+    "this needs more memory than there is: for training, lower --micro-batch-size or add --activation-checkpointing "
+    "(gpt2 plan estimates what a run needs); for sampling, lower --num-samples"
+)
+OUT_OF_MEMORY_MARKS = (  # how torch, cuBLAS and the CPU allocator report it, where the exception type does not
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+
+
+def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
+    """Return an InsufficientMemoryError for an error of Python or torch that reports too little memory, else None.
+
+    Most of torch's allocators raise a plain RuntimeError, so this is the one place that reads error messages.
+    """
+    is_marked = isinstance(error, RuntimeError) and any(mark in str(error) for mark in OUT_OF_MEMORY_MARKS)
+    return InsufficientMemoryError(OUT_OF_MEMORY_ADVICE) if isinstance(error, MemoryError) or is_marked else None
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The tail of an error message: `` (did you mean 'adamw'?)``, or the empty string when nothing is close."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""What all that reads or writes files has to know: paths as people type them, and folders that appear whole."""
+"""Files and folders: user-typed paths, the cache, downloads, and folders that are written completely or not at all."""
 
 import errno
 import hashlib
@@ -10,17 +10,18 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from gpt2.errors import UserError
+from gpt2.errors import DataError, UserError
 
-RUN_FOLDER_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # by the first and one more a run folder is known
+RUN_FOLDER_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # a run folder has the first and one more
 
 _PARTIAL_SUFFIX, _LOCK_SUFFIX = ".partial", ".lock"
 NO_LOCKS_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a drive without locks
 
 
 def expand_path(text: str | Path) -> Path:
-    """The path that a person typed, `~` and `~name` written out. Raises `UserError` when there is no such home."""
+    """The path that a user typed, with `~` and `~name` expanded. Raises UserError for an unknown home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -28,14 +29,14 @@ def expand_path(text: str | Path) -> Path:
 
 
 def cache_home() -> Path:
-    """Where downloads, prepared data and compiled code are kept: $GPT2_HOME, or ~/.cache/gpt2."""
+    """The folder of downloads, prepared data and compiled code: $GPT2_HOME, or ~/.cache/gpt2."""
     return expand_path(os.environ.get("GPT2_HOME") or "~/.cache/gpt2")
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise `UserError` for a pipe, socket or device, which could be waited for without end, and for a folder.
+    """Raise UserError for a folder, and for a pipe, socket or device, which could block forever.
 
-    A path that cannot be looked at passes: opening it gives the better message.
+    A path without a readable status passes: opening it gives the better message.
     """
     try:
         mode = path.stat().st_mode
@@ -45,14 +46,98 @@ def check_regular_file(path: Path) -> None:
         raise UserError(f"{path} is not a regular file")
 
 
+def read_error(path: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be read."""
+    return DataError(f"cannot read {path} ({error.strerror or error})")
+
+
+def write_error(path: Path, error: OSError) -> DataError:
+    """The error for a path that cannot be written. For a path in the cache it names GPT2_HOME."""
+    fix = ": set GPT2_HOME to a writable folder" if path.is_relative_to(cache_home()) else ""
+    return DataError(f"cannot write {path} ({error.strerror or error}){fix}")
+
+
 def file_sha256(path: Path) -> str:
-    """The checksum of a file, in hex."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
+    """Fetch `url` to `path`, unless the file is there already; returns `path`.
+
+    The file is complete and has this checksum (hex), or is not there. An existing file is never overwritten.
+    timeout: seconds without a byte from the server.
+
+    Raises DataError that names the file, the address and where to put the file by hand.
+    """
+    import requests
+
+    if path.exists():
+        _check_sha256(path, sha256, url)
+        return path
+    try:
+        with staging_folder(path) as folder:
+            partial = folder / path.name
+            with partial.open("wb") as file:
+                _fetch(url, file, timeout)
+            found = file_sha256(partial)
+            if found != sha256:
+                raise _download_error(url, path, f"its sha256 is {found[:12]}…, not {sha256[:12]}…")
+            partial.replace(path)
+    except requests.RequestException as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:  # "Connection refused", under three layers of wrappers
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        raise _download_error(url, path, reason) from error
+    except OSError as error:
+        raise write_error(path, error) from None
+    return path
+
+
+def _fetch(url: str, out: BinaryIO, timeout: float) -> None:
+    """Stream `url` into `out`, with a progress bar on a terminal."""
+    import requests
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    with (
+        requests.get(url, stream=True, timeout=timeout, headers={"Accept-Encoding": "identity"}) as response,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        if not response.ok:
+            raise requests.HTTPError(f"HTTP {response.status_code} {response.reason}")
+        length = int(response.headers.get("Content-Length") or 0)
+        task = progress.add_task(_url_filename(url), total=length or None)
+        for block in response.iter_content(1 << 16):
+            out.write(block)
+            progress.update(task, advance=len(block))
+
+
+def _url_filename(url: str) -> str:
+    return url.rsplit("/", 1)[-1]
+
+
+def _download_error(url: str, path: Path, reason: str) -> DataError:
+    return DataError(f"cannot download {_url_filename(url)} from {url} ({reason}): put it at {path} by hand")
+
+
+def _check_sha256(path: Path, sha256: str, url: str) -> None:
+    check_regular_file(path)
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise read_error(path, error) from None
+    if found != sha256:
+        difference = f"its sha256 is {found[:12]}…, not {sha256[:12]}…"
+        raise DataError(f"{path} is not the file from {url} ({difference}): remove it to download that file")
+
+
 def known_folder_kind(names: Collection[str]) -> str | None:
-    """What a folder with files of these names is, if this program (or its like) made it; else None."""
+    """The kind of a folder that contains these names, for folders that training programs write; None for any other."""
     if RUN_FOLDER_FILES[0] in names and any(name in names for name in RUN_FOLDER_FILES[1:]):
         return "a run folder"
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):

@@ -1,8 +1,8 @@
-"""The model folder, the one currency: weights in and out in Hugging Face's form.
+"""Model folders: load and save weights in the Hugging Face format.
 
-A model folder holds `config.json`, `model.safetensors` (or shards with an index), tokenizer files and
-`generation_config.json`, as `transformers` writes and reads them. There the attention and MLP matrices are kept
-(in, out), a habit of OpenAI's TensorFlow code ("Conv1D"); in memory ours are `nn.Linear`'s (out, in).
+A model folder has `config.json`, `model.safetensors` (or shards with an index), tokenizer files and
+`generation_config.json`, as `transformers` writes and reads them. Its attention and MLP matrices are (in, out), as in
+OpenAI's TensorFlow code ("Conv1D"); in memory they are `nn.Linear`'s (out, in).
 """
 
 import json
@@ -30,7 +30,7 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 _log = logging.getLogger("gpt2")
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-TOKENIZER_FILES = [  # how text becomes tokens
+TOKENIZER_FILES = [  # the tokenizer and the chat template
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,7 +38,7 @@ TOKENIZER_FILES = [  # how text becomes tokens
     "merges.txt",
     "chat_template.jinja",
 ]
-HUB_ALLOW_PATTERNS = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled copies, which nobody here needs
+HUB_ALLOW_PATTERNS = [  # without the TensorFlow, Flax, ONNX and pickled copies
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -48,7 +48,7 @@ HUB_ALLOW_PATTERNS = [  # the repositories also hold TensorFlow, Flax, ONNX and 
 ]
 GPT2_VOCAB_SIZE = 50257
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry along
+LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in old files
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -62,8 +62,8 @@ def load(
     """Load a model, in evaluation mode, and its tokenizer.
 
     ref:     a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
-    device:  a name that `pick_device` knows, so one that this machine lacks becomes the CPU, with a warning.
-    dtype:   what the weights become; None keeps what the file has.
+    device:  a device or a name for `pick_device`, which replaces a missing device by the CPU, with a warning.
+    dtype:   the dtype of the weights; None keeps that of the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
     The tokenizer is the folder's own; without tokenizer files it is GPT-2's for a vocabulary of 50,257, else None.
@@ -72,7 +72,7 @@ def load(
     """
     if isinstance(device, str) or device.type == "cuda":
         device = pick_device(str(device))
-    added = None if adapter is None else read_adapter(adapter)  # a wrong name is known before gigabytes are read
+    added = None if adapter is None else read_adapter(adapter)  # so a wrong name fails before gigabytes are read
     folder = find_model_folder(ref)
     config = read_config(folder)
     tensors = _read_tensors(folder, dtype if added is None or dtype is None else torch.float32)
@@ -91,11 +91,11 @@ def load(
     if added is not None:
         merge_adapter(model, added)
         model = model.to(dtype or model.transformer.wte.weight.dtype)
-    return model.to(device).eval(), _load_model_tokenizer(folder, config)
+    return model.to(device).eval(), load_model_tokenizer(folder, config)
 
 
 def model_from_state_dict(config: GPTConfig, state_dict: dict[str, Tensor]) -> GPT:
-    """A model whose parameters are these very tensors, by name; what else there is by name is left out.
+    """A model whose parameters are these tensors, by name. Other tensors are ignored.
 
     Nothing is copied, and no random numbers are drawn.
     """
@@ -111,7 +111,7 @@ def _meta_model(config: GPTConfig) -> GPT:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Parameters without memory are not initialized; merely to try it, torch would import its compiler for a second."""
+    """Skips parameter initialization, for which torch would import its compiler on the meta device (one second)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,11 +130,11 @@ def save(
 ) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
-    dtype:    what the weights become on disk; None keeps theirs.
-    template: how the model was taught to write a conversation, if it was.
+    dtype:    the dtype of the weights on disk; None keeps theirs.
+    template: the chat template that the model was fine-tuned with, if any.
 
-    The files are written beside `folder` first and moved in when they are whole.
-    Raises UserError when the folder cannot be written.
+    The files are written beside `folder` first and moved when complete.
+    Raises UserError if the folder cannot be written.
     """
     folder = expand_path(folder)
     dtype = dtype or model.transformer.wte.weight.dtype
@@ -156,7 +156,7 @@ def save(
 
 
 def find_model_folder(ref: str | Path) -> Path:
-    """The model folder `ref` stands for; a hub name is fetched into Hugging Face's cache if it is not there."""
+    """The model folder that `ref` names; a hub name is downloaded to the Hugging Face cache if it is not there."""
     path = expand_path(ref)
     for folder in (path, path / "model"):  # a model folder, a run folder
         if (folder / "config.json").is_file():
@@ -170,7 +170,7 @@ def find_model_folder(ref: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The GPTConfig of a folder's `config.json`. Raises UserError for what is not a GPT-2."""
+    """The GPTConfig of a folder's `config.json`. Raises UserError if it is not a GPT-2."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -213,7 +213,7 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` for `transformers`, and `n_ctx` for llama.cpp's converter."""
+    """`config.json` for `transformers`, with `n_ctx` for llama.cpp's converter."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -232,7 +232,7 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": DTYPE_NAMES[dtype],
-        "torch_dtype": DTYPE_NAMES[dtype],  # what transformers before 5 called it
+        "torch_dtype": DTYPE_NAMES[dtype],  # its name in transformers before 5
         **_bos_eos_token_ids(tokenizer),
     }
 
@@ -281,7 +281,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All weights under this program's names and layouts, copied out of the files."""
+    """All weights with the names and layouts of `GPT`, copied from the files."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
@@ -302,13 +302,13 @@ def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _has_untied_head(tensors: dict[str, Tensor]) -> bool:
-    """Is there an output head that is not the token embedding?"""
+    """Return whether there is an output head that differs from the token embedding."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
     return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
 def _size_defining_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes from which all numbers of a config can be told."""
+    """Shapes that determine all sizes of a config."""
     return {
         "transformer.wte.weight": (config.vocab_size, config.n_embd),
         "transformer.wpe.weight": (config.block_size, config.n_embd),
@@ -324,7 +324,8 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tenso
             raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)} in the weights, {shape} by config.json")
 
 
-def _load_model_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
+def load_model_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
+    """The tokenizer of a model folder: its own, GPT-2's for a vocabulary of 50,257, else None."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None and config.vocab_size == GPT2_VOCAB_SIZE:
         return get_tokenizer("gpt2")
@@ -351,10 +352,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _replace_files(staging: Path, folder: Path) -> None:
-    """Move whole files into place, config.json last, and take away an older model's files that no longer belong."""
+    """Move complete files into place, config.json last, and remove files of an older model."""
     folder.mkdir(exist_ok=True)
     names = sorted((file.name for file in staging.iterdir()), key=lambda name: (name == "config.json", name))
-    mode = (staging / "config.json").stat().st_mode  # safetensors lets nobody else read what it writes
+    mode = (staging / "config.json").stat().st_mode  # safetensors makes its files private
     for name in names:
         (staging / name).chmod(mode)
         (staging / name).replace(folder / name)

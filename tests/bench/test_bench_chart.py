@@ -1,4 +1,4 @@
-"""The chart: it says what was measured."""
+"""The chart of the speed ladder shows the measurements."""
 
 import functools
 from pathlib import Path
@@ -12,21 +12,21 @@ from gpt2.errors import UserError
 
 
 def result_of(devices: dict[str, float]) -> dict[str, Any]:
-    """A made-up result: two rungs and a race on each device, `ms` for the first rung."""
+    """A synthetic result: two ladder steps and a comparison on each device, with `ms` for the first step."""
     verdict = {"wrong": False, "reason": None, "mfu": 0.5, "tokens_per_second": 1000.0}
     found = []
     for name, ms in devices.items():
-        rungs = [
+        steps = [
             {"name": "float32", "ms": {"median": ms, "low": 0.9 * ms, "high": 1.1 * ms}, **verdict},
             {"name": "tf32", "reason": "not applicable: no such thing"},
         ]
-        lane = {"ms": {"median": ms, "low": ms, "high": ms}, "best": "eager", "mfu": 0.5}
-        race = {"contestants": {"gpt2": lane, "nanogpt": lane | {"speed_ratio": 1.5, "memory_ratio": 0.5}}}
+        record = {"ms": {"median": ms, "low": ms, "high": ms}, "best": "eager", "mfu": 0.5}
+        peers = {"contestants": {"gpt2": record, "nanogpt": record | {"speed_ratio": 1.5, "memory_ratio": 0.5}}}
         device = {
             "device": name,
             "name": f"A {name}",
-            "rungs": rungs,
-            "peers": race,
+            "rungs": steps,
+            "peers": peers,
             "workload": ladder_chart.A40_SHAPE,
         }
         found.append(device)
@@ -34,7 +34,7 @@ def result_of(devices: dict[str, float]) -> dict[str, Any]:
     return {"kind": "bench train", "devices": found, **about}
 
 
-def test_the_chart_says_what_was_measured(tmp_path: Path) -> None:
+def test_the_chart_shows_all_measurements(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     draw = functools.partial(ladder_chart.draw, path=path)
     draw(result_of({"cpu": 4000.0}))
@@ -50,9 +50,9 @@ def test_the_chart_says_what_was_measured(tmp_path: Path) -> None:
     assert "A40" not in path.read_text()
 
 
-def test_a_chart_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_an_empty_result_has_no_chart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing was measured"):
         ladder_chart.draw({"devices": [{"rungs": [], "peers": None}]}, tmp_path / "a.png")
     (tmp_path / "other.json").write_text('{"kind": "bench generate"}')
-    with pytest.raises(UserError, match="is no result of gpt2 bench train"):
+    with pytest.raises(UserError, match="is not a result of gpt2 bench train"):
         read_result(tmp_path / "other.json", "bench train")

@@ -1,4 +1,4 @@
-"""The speed ladder: every rung does the same work, and one that does not is flagged."""
+"""The speed ladder: all steps have the same loss, and one that does not is flagged."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD, nan_loss, sc
 
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 
-EAGER_RUNGS = tuple(rung for rung in LADDER_STEPS if rung.name != "compile")
+EAGER_STEPS = tuple(step for step in LADDER_STEPS if step.name != "compile")
 
 
 def by_name(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -39,7 +39,7 @@ def raw(seconds: list[float], losses: list[float | None], matmul: float = 1e9) -
 
 
 @pytest.mark.parametrize("loss", [padded_vocab_loss, chunked_loss])
-def test_every_loss_of_the_ladder_is_the_plain_one_with_its_gradient(loss: Any) -> None:
+def test_all_losses_and_gradients_equal_the_plain_loss(loss: Any) -> None:
     torch.manual_seed(0)
     model = GPT(TINY_CONFIG).double()
     tokens, targets = TINY_WORKLOAD.batches()[0]
@@ -56,10 +56,10 @@ def test_every_loss_of_the_ladder_is_the_plain_one_with_its_gradient(loss: Any) 
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
-def test_all_rungs_give_the_same_loss() -> None:
-    records = run_ladder(TINY_WORKLOAD, steps=EAGER_RUNGS, run=run_in_process)
+def test_all_steps_have_the_same_loss() -> None:
+    records = run_ladder(TINY_WORKLOAD, steps=EAGER_STEPS, run=run_in_process)
     found = by_name(records)
-    assert list(found) == [rung.name for rung in EAGER_RUNGS]
+    assert list(found) == [step.name for step in EAGER_STEPS]
     assert found["tf32"]["reason"].startswith("not applicable")
     assert found["tf32"]["runs"] == []
     ran = [record for record in records if record["runs"]]
@@ -74,8 +74,8 @@ def test_all_rungs_give_the_same_loss() -> None:
     assert [record["arithmetic"] for record in ran] == ["float32"] + 6 * ["bfloat16"]
 
 
-def test_the_foot_of_the_ladder_is_plain_training() -> None:
-    """Beside a loop written out here: torch's own AdamW and clipping, on plain attention."""
+def test_the_first_step_is_plain_training() -> None:
+    """Compared with a loop written here: torch's AdamW and clipping, plain attention."""
     found = run_ladder(TINY_WORKLOAD, ["float32"], run=run_in_process)[0]
     torch.manual_seed(TINY_WORKLOAD.seed)
     model = GPT(GPTConfig(**{**TINY_CONFIG.__dict__, "attention": "plain"}))
@@ -95,7 +95,7 @@ def test_the_foot_of_the_ladder_is_plain_training() -> None:
 
 
 def wrong_gradient(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(model.hidden_states(tokens), model.lm_head.weight.detach())  # the head does not learn
+    logits = F.linear(model.hidden_states(tokens), model.lm_head.weight.detach())  # the head gets no gradient
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -108,44 +108,44 @@ def no_kernel(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [scaled_loss, wrong_gradient, nan_loss])
-def test_a_rung_that_changes_the_loss_is_flagged(loss: Any) -> None:
-    rungs = (LADDER_STEPS[0], LadderStep("wrong", "", {"loss": loss}), LadderStep("right", "", {"loss": chunked_loss}))
-    found = by_name(run_ladder(TINY_WORKLOAD, steps=rungs, run=run_in_process))
+def test_a_step_that_changes_the_loss_is_flagged(loss: Any) -> None:
+    steps = (LADDER_STEPS[0], LadderStep("wrong", "", {"loss": loss}), LadderStep("right", "", {"loss": chunked_loss}))
+    found = by_name(run_ladder(TINY_WORKLOAD, steps=steps, run=run_in_process))
     assert not found["float32"]["wrong"]
     assert found["wrong"]["wrong"]
     assert found["wrong"]["drift"] is None or found["wrong"]["drift"] > LOSS_TOLERANCE["float32"]
     assert not found["right"]["wrong"]
 
 
-def test_a_rung_that_cannot_run_is_listed_and_the_others_go_on() -> None:
-    rungs = (
+def test_a_step_that_cannot_run_is_listed_and_the_others_run() -> None:
+    steps = (
         LadderStep("too big", "", {"loss": no_memory}),
-        LadderStep("still too big", "", {"attention": "sdpa"}),  # on top of what had too little memory
+        LadderStep("still too big", "", {"attention": "sdpa"}),  # on top of the step that ran out of memory
         LadderStep("broken", "", {"loss": no_kernel}),
         LadderStep("small", "", {"loss": full_logits_loss}),
     )
-    found = by_name(run_ladder(TINY_WORKLOAD, steps=rungs, run=run_in_process))
+    found = by_name(run_ladder(TINY_WORKLOAD, steps=steps, run=run_in_process))
     assert found["too big"]["reason"] == "out of memory: CUDA out of memory. Tried to allocate 3.07 GiB."
     assert found["still too big"]["reason"].startswith("out of memory")
     assert found["broken"]["reason"] == "no kernel image is available"
     assert found["small"]["reason"] is None
-    rungs = (
+    steps = (
         LADDER_STEPS[0],
         LadderStep("broken", "", {"loss": no_kernel}),
-        LadderStep("above", "", {"attention": "sdpa"}),
+        LadderStep("after", "", {"attention": "sdpa"}),
     )
-    found = by_name(run_ladder(TINY_WORKLOAD, steps=rungs, run=run_in_process))
-    assert found["above"]["reason"] is None  # went on without the broken one
-    assert not found["above"]["wrong"]
+    found = by_name(run_ladder(TINY_WORKLOAD, steps=steps, run=run_in_process))
+    assert found["after"]["reason"] is None  # measured without the broken step
+    assert not found["after"]["wrong"]
 
 
-def test_without_a_compiler_the_rung_says_so(no_compiler: None) -> None:
+def test_the_compile_step_needs_a_compiler(no_compiler: None) -> None:
     found = by_name(run_ladder(TINY_WORKLOAD, ["float32", "compile", "chunked-loss"], run=run_in_process))
     assert "needs a C++ compiler" in found["compile"]["reason"]
     assert not found["chunked-loss"]["wrong"]
 
 
-def test_chosen_rungs_stand_on_all_below_them(no_compiler: None) -> None:
+def test_chosen_steps_include_all_before_them(no_compiler: None) -> None:
     seen = []
 
     def watch(work: Any, settings: Any, workload: Workload) -> Any:
@@ -161,7 +161,7 @@ def test_chosen_rungs_stand_on_all_below_them(no_compiler: None) -> None:
     assert record["compared_with"] == "fused-adamw"
 
 
-def test_what_follows_from_the_raw_times_is_right() -> None:
+def test_metrics_follow_from_raw_times() -> None:
     records: list[dict[str, Any]] = [
         {"name": "a", "arithmetic": "float32", "runs": [raw([0.2, 0.4], [5.0, 4.0], 1e9), raw([0.3], [5.0, 4.0], 3e9)]},
         {"name": "b", "arithmetic": "bfloat16", "runs": [raw([0.1, 0.1], [5.01, 4.02], 4e9)]},

@@ -1,4 +1,4 @@
-"""Peers: they begin with our weights, give our loss, and are compared in their best modes."""
+"""Peers in training: they start from our weights, have our loss, and are compared in their best modes."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 
 
-def test_peers_begin_with_our_weights_and_give_our_loss(nanogpt: str) -> None:
+def test_peers_start_from_our_weights_and_have_our_loss(nanogpt: str) -> None:
     tokens, targets = TINY_WORKLOAD.batches()[0]
-    expected = build_model("gpt2", None, TINY_WORKLOAD).modes["eager"](tokens, targets)
+    expected = build_model("gpt2", None, TINY_WORKLOAD, compiled=False).modes["eager"](tokens, targets)
     for name, path in (("nanogpt", nanogpt), ("transformers", None)):
-        contestant = build_model(name, path, TINY_WORKLOAD)
+        contestant = build_model(name, path, TINY_WORKLOAD, compiled=False)
         assert contestant.version
         loss = contestant.modes["eager"](tokens, targets)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
@@ -26,7 +26,9 @@ def test_peers_begin_with_our_weights_and_give_our_loss(nanogpt: str) -> None:
         assert all(p.grad is not None for p in contestant.model.parameters())
 
 
-def test_a_race_in_turns(nanogpt: str, no_compiler: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_contestants_are_timed_in_turns(
+    nanogpt: str, no_compiler: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     peers = {"nanogpt": nanogpt, "transformers": None}
     result = compare_with_peers(TINY_WORKLOAD, peers, runner_class=InProcessRunner, progress=no_progress)
     found = result["contestants"]
@@ -43,10 +45,10 @@ def test_a_race_in_turns(nanogpt: str, no_compiler: None, capsys: pytest.Capture
         assert found[name]["speed_ratio"] == pytest.approx(ratio)
         ratio = found["gpt2"]["peak_memory"] / found[name]["peak_memory"]
         assert found[name]["memory_ratio"] == pytest.approx(ratio)
-    assert capsys.readouterr().out == ""  # a peer that prints does not speak into our result
+    assert capsys.readouterr().out == ""  # what peers print is not part of our output
 
 
-def test_ratios_are_of_the_best_modes() -> None:
+def test_ratios_compare_the_best_modes() -> None:
     def contestant(eager: list[float], compiled: list[float], loss: float | None, peak: int) -> dict[str, Any]:
         modes: dict[str, Any] = {"eager": {"seconds": eager}, "compiled": {"seconds": compiled}}
         return {"reason": None, "modes": modes, "first_loss": loss, "peak_memory": peak}

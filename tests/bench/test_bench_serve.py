@@ -1,4 +1,4 @@
-"""`gpt2 bench serve`: what clients count is what the server did."""
+"""`gpt2 bench serve`: the clients count what the server generated."""
 
 import json
 import shutil
@@ -28,12 +28,12 @@ WORK = DecodeWorkload("cpu", CONFIG, prompt_tokens=5, new_tokens=9, batch_sizes=
 
 @pytest.fixture(autouse=True)
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch runs the model: compiling takes longer than all of this."""
+    """Run the model in torch, because compiling the kernel would take longer than the tests."""
     monkeypatch.setattr("gpt2.bench.serving.prepare_for_inference", lambda model, precision: model)
 
 
-class Counting(InProcessRunner):
-    """A host that keeps what its objects gave."""
+class Recording(InProcessRunner):
+    """A runner that keeps all results."""
 
     answers: list[tuple[str, Any]] = []  # noqa: RUF012
 
@@ -43,18 +43,18 @@ class Counting(InProcessRunner):
         return answer
 
 
-def test_every_text_is_counted_and_the_engine_makes_the_same() -> None:
+def test_all_tokens_are_counted_and_compared_with_the_engine() -> None:
     kept: list[int] = []
-    found = measure_serving(WORK, "float32", Counting, save_partial=lambda so_far: kept.append(len(so_far)))
+    found = measure_serving(WORK, "float32", Recording, save_partial=lambda so_far: kept.append(len(so_far)))
     assert [row["clients"] for row in found] == [1, 3]
     assert kept == [1, 2]
-    runs = [answer for name, answer in Counting.answers if name == "run"][1:]
+    runs = [answer for name, answer in Recording.answers if name == "run"][1:]
     assert [len(texts) for _, texts in runs] == [2, 2, 6, 6]
     for seconds, texts in runs:
-        for told in texts:
-            assert told.tokens == 9
-            assert 1 <= len(told.times) <= 9
-            assert 0 < told.times[0] <= told.times[-1] <= seconds
+        for timing in texts:
+            assert timing.tokens == 9
+            assert 1 <= len(timing.event_times) <= 9
+            assert 0 < timing.event_times[0] <= timing.event_times[-1] <= seconds
     for row in found:
         between = row["between_tokens_ms"]
         assert row["between_tokens_p99_of_median"] == between["p99"] / between["median"] >= 1
@@ -63,8 +63,8 @@ def test_every_text_is_counted_and_the_engine_makes_the_same() -> None:
             assert row[name]["p99"] >= row[name]["median"] >= 0
 
 
-def test_a_text_of_one_token_without_words_counts_when_it_ended() -> None:
-    """As where a model ends its text at once."""
+def test_a_response_without_text_is_timed_at_its_end() -> None:
+    """As when the first token is the end of text."""
 
     class Ended(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -72,8 +72,8 @@ def test_a_text_of_one_token_without_words_counts_when_it_ended() -> None:
                 if line == b"\r\n":
                     break
             time.sleep(0.01)
-            told = b'data: {"choices":[{"text":""}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":1}}\n\n'
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + told)
+            events = b'data: {"choices":[{"text":""}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":1}}\n\n'
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + events)
 
     with socketserver.TCPServer(("127.0.0.1", 0), Ended) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
@@ -81,19 +81,19 @@ def test_a_text_of_one_token_without_words_counts_when_it_ended() -> None:
             seconds, texts = ClientWorker(server.server_address[1], WORK).run(0, 2, 1)
         finally:
             server.shutdown()
-    assert [told.tokens for told in texts] == [1, 1]
-    for told in texts:
-        (at,) = told.event_times
+    assert [timing.tokens for timing in texts] == [1, 1]
+    for timing in texts:
+        (at,) = timing.event_times
         assert 0.01 <= at <= seconds
 
 
-def test_the_tokens_of_numbers_are_numbers() -> None:
+def test_the_token_id_tokenizer_round_trips() -> None:
     tokenizer = TokenIdTokenizer(99)
     assert tokenizer.encode(tokenizer.decode([1, 98, 5])) == [1, 98, 5]
     assert b"".join(map(tokenizer.token_bytes, [1, 98])).decode() == tokenizer.decode([1, 98])
 
 
-def test_the_command_writes_what_it_shows(
+def test_the_command_prints_and_writes_the_same_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -116,24 +116,24 @@ def test_the_command_writes_what_it_shows(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [(["--clients", "0"], "--clients"), (["--clients", "a"], "--clients"), (["--shape", "gpt3"], "--shape gpt3"),
      (["--dtype", "int5"], "did you mean 'int"), (["--clients", ""], "at least 1")],
 )  # fmt: skip
-def test_what_cannot_be_is_a_user_error(flags: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_flags_are_user_errors(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         bench_serve.main(flags)
 
 
 @pytest.mark.slow
-def test_the_server_runs_in_a_process_of_its_own() -> None:
+def test_the_server_runs_in_a_subprocess() -> None:
     with SubprocessRunner(ServerWorker, WORK, "float32") as server:
         assert server.call("port") > 0
         assert server.call("engine_seconds", 1, 2) > 0
 
 
 @pytest.mark.slow
-def test_a_cold_start_ends_with_a_first_token(tmp_path: Path) -> None:
+def test_cold_start_is_timed(tmp_path: Path) -> None:
     config = replace(CONFIG, vocab_size=ByteTokenizer().vocab_size)
     torch.manual_seed(0)
     save(GPT(config), ByteTokenizer(), tmp_path / "model")

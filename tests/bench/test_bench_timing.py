@@ -1,4 +1,4 @@
-"""What every benchmark shares: the work that is timed, the clock, and a process of its own."""
+"""What all benchmarks share: the workload, timing, and subprocesses."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ from gpt2.bench.common import BenchmarkError, Workload, quartiles_ms, run_in_pro
 from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD
 
 
-def test_the_batches_are_the_same_for_the_same_seed_and_have_something_to_learn() -> None:
+def test_batches_are_deterministic_and_follow_zipfs_law() -> None:
     batches = TINY_WORKLOAD.batches()
     assert len(batches) == TINY_WORKLOAD.warmup + TINY_WORKLOAD.steps
     for (tokens, targets), (again, _) in zip(batches, TINY_WORKLOAD.batches(), strict=True):
@@ -29,12 +29,12 @@ def test_milliseconds_are_median_and_quartiles() -> None:
     assert quartiles_ms([0.002]) == pytest.approx({"median": 2, "low": 2, "high": 2})
 
 
-def test_a_fresh_process_answers_and_its_death_is_told() -> None:
+def test_a_subprocess_returns_results_and_its_death_is_an_error() -> None:
     assert run_in_subprocess(os.getpid) != os.getpid()
     with pytest.raises(BenchmarkError, match="SIGKILL") as death:
         run_in_subprocess(signal.raise_signal, signal.SIGKILL)
     assert death.value.out_of_memory
     with pytest.raises(BenchmarkError, match="block_size must be at least 1") as failure:
         run_in_process(Workload, "cpu", TINY_CONFIG, 1, 0)
-    sent = pickle.loads(pickle.dumps(failure.value))  # what comes out of a process
+    sent = pickle.loads(pickle.dumps(failure.value))  # as it is sent between processes
     assert (sent.reason, sent.out_of_memory) == (failure.value.reason, False)

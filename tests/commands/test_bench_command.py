@@ -1,4 +1,4 @@
-"""`gpt2 bench`: what it prints and writes, and what it says when it cannot be."""
+"""`gpt2 bench train`: its output, result file, charts and error messages."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.helpers.cli_helpers import run_cli
 pytestmark = pytest.mark.usefixtures("matmul_precision", "quick_matmul")
 
 
-def test_a_race_that_breaks_off_keeps_what_the_ladder_found(
+def test_a_failed_comparison_keeps_the_ladder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, nanogpt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(InProcessRunner):
@@ -28,7 +28,7 @@ def test_a_race_that_breaks_off_keeps_what_the_ladder_found(
             return super().call(method, *arguments)
 
     monkeypatch.setattr(bench_train, "SubprocessRunner", Killed)
-    flags = ["--rungs", "float32", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
+    flags = ["--ladder-steps", "float32", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
     code, out, _ = run_cli(capsys, *BENCH_TRAIN_ARGS, *flags)
     assert code == 1
     assert "the peers could not be timed: out of memory" in out
@@ -40,8 +40,8 @@ def test_a_race_that_breaks_off_keeps_what_the_ladder_found(
 def test_train_prints_a_table_and_writes_json_and_chart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, nanogpt: str
 ) -> None:
-    file, picture, again = tmp_path / "a.json", tmp_path / "a.png", tmp_path / "again.png"
-    outputs = ["--json", str(file), "--chart", str(picture), "--peer", f"nanogpt={nanogpt}"]
+    file, chart, again = tmp_path / "a.json", tmp_path / "a.png", tmp_path / "again.png"
+    outputs = ["--json", str(file), "--chart", str(chart), "--peer", f"nanogpt={nanogpt}"]
     code, out, err = run_cli(capsys, *BENCH_TRAIN_ARGS, "--rungs", "float32,tf32,chunked-loss", *outputs)
     assert code == 0
     assert "chunked-loss" in out
@@ -64,16 +64,16 @@ def test_train_prints_a_table_and_writes_json_and_chart(
     assert len(ran["runs"][0]["seconds"]) == 2
     assert set(device["peers"]["contestants"]) == {"gpt2", "nanogpt"}
 
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert chart.read_bytes().startswith(b"\x89PNG")
     code, out, err = run_cli(capsys, "bench", "chart", str(file), str(again))
     assert (code, out, err) == (0, "", "")
-    assert again.read_bytes() == picture.read_bytes()
+    assert again.read_bytes() == chart.read_bytes()
 
 
-def test_a_wrong_rung_is_marked_and_the_exit_code_is_1(
+def test_a_wrong_loss_is_marked_and_the_exit_code_is_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rungs = (
+    steps = (
         LADDER_STEPS[0],
         LadderStep("too-good", "a smaller loss", {"loss": scaled_loss}),
         LadderStep("nan", "", {"loss": nan_loss}),
@@ -81,7 +81,7 @@ def test_a_wrong_rung_is_marked_and_the_exit_code_is_1(
     monkeypatch.setattr(
         bench_train,
         "run_ladder",
-        lambda workload, chosen, *rest, **kw: run_ladder(workload, None, *rest, steps=rungs, **kw),
+        lambda workload, names, *rest, **kw: run_ladder(workload, None, *rest, steps=steps, **kw),
     )
     code, out, _ = run_cli(
         capsys, *BENCH_TRAIN_ARGS, "--json", str(tmp_path / "a.json"), "--chart", str(tmp_path / "a.svg")
@@ -91,13 +91,13 @@ def test_a_wrong_rung_is_marked_and_the_exit_code_is_1(
     assert "WRONG: off by 0.0057, 1e-03 allowed" in lines["too-good"]
     assert "WRONG: not finite" in lines["nan"]
     assert "WRONG" not in lines["float32"]
-    assert [rung["wrong"] for rung in read_result(tmp_path / "a.json", "bench train")["devices"][0]["rungs"]] == [
+    assert [step["wrong"] for step in read_result(tmp_path / "a.json", "bench train")["devices"][0]["rungs"]] == [
         *(False, True, True)
     ]
     assert "WRONG LOSS" in (tmp_path / "a.svg").read_text()
 
 
-def test_peers_only_leaves_the_ladder_out(
+def test_peers_only_skips_the_ladder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None, nanogpt: str
 ) -> None:
     flags = ["--peers-only", "--peer", f"nanogpt={nanogpt}", "--json", str(tmp_path / "a.json")]
@@ -113,12 +113,15 @@ def test_peers_only_leaves_the_ladder_out(
     ("arguments", "message"),
     [
         (["bench", "trian"], "there is no benchmark 'trian' (did you mean 'train'?)"),
-        ([*BENCH_TRAIN_ARGS, "--rungs", "float32,compil"], "there is no rung 'compil' (did you mean 'compile'?)"),
-        ([*BENCH_TRAIN_ARGS, "--rungs", ","], "--rungs names none"),
+        (
+            [*BENCH_TRAIN_ARGS, "--ladder-steps", "float32,compil"],
+            "there is no ladder step 'compil' (did you mean 'compile'?)",
+        ),
+        ([*BENCH_TRAIN_ARGS, "--ladder-steps", ","], "--ladder-steps is empty"),
         ([*BENCH_TRAIN_ARGS, "--peer", "nanogpt"], "--peer nanogpt needs a checkout: --peer nanogpt=PATH"),
         (
             [*BENCH_TRAIN_ARGS, "--peer", "nanogpt=nowhere"],
-            "nowhere: that is no checkout of nanoGPT, it has no model.py",
+            "nowhere is not a checkout of nanoGPT: it has no model.py",
         ),
         (
             [*BENCH_TRAIN_ARGS, "--peer", "transfromers"],
@@ -146,7 +149,7 @@ def test_mistakes_get_one_line(arguments: list[str], message: str, capsys: pytes
     assert err.count("\n") == 1
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="transformers, which is not installed"):
         parse_peers(["transformers"])
@@ -161,7 +164,7 @@ def test_help_names_the_benchmarks_and_the_flags(capsys: pytest.CaptureFixture[s
     assert all(name in out for name in bench.BENCHMARKS)
     code, out, _ = run_cli(capsys, "bench", "train", "--help")
     assert code == 0
-    assert all(flag in out for flag in ("--devices", "--rungs", "--peer", "--json", "--chart"))
+    assert all(flag in out for flag in ("--devices", "--ladder-steps", "--peer", "--json", "--chart"))
 
 
 @pytest.mark.slow
@@ -172,9 +175,9 @@ def test_the_whole_ladder_and_compiled_peers_in_their_own_processes(
     code = bench.main([*BENCH_TRAIN_ARGS[1:], *flags])
     assert code == 0, capfd.readouterr().err
     device = read_result(tmp_path / "a.json", "bench train")["devices"][0]
-    assert [rung["name"] for rung in device["rungs"]] == parse_step_names("all")
-    assert [rung["name"] for rung in device["rungs"] if not rung["runs"]] == ["tf32"]
-    for one in device["peers"]["contestants"].values():
-        assert all(len(mode["seconds"]) == 2 for mode in one["modes"].values())
-        assert list(one["modes"]) == ["eager", "compiled"]
-        assert one["peak_memory"] > 2**20
+    assert [step["name"] for step in device["rungs"]] == parse_step_names("all")
+    assert [step["name"] for step in device["rungs"] if not step["runs"]] == ["tf32"]
+    for record in device["peers"]["contestants"].values():
+        assert all(len(mode["seconds"]) == 2 for mode in record["modes"].values())
+        assert list(record["modes"]) == ["eager", "compiled"]
+        assert record["peak_memory"] > 2**20

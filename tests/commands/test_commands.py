@@ -1,4 +1,4 @@
-"""The commands, as a person types them: what they do, and what they say when it cannot be."""
+"""The commands as they are typed: results, and error messages."""
 
 import subprocess
 import sys
@@ -15,10 +15,10 @@ from tests.helpers.transformers_reference import random_model
 
 
 @pytest.fixture
-def talker(tmp_path: Path) -> str:
-    """A folder with a small model that speaks bytes."""
+def model_folder(tmp_path: Path) -> str:
+    """A model folder: a small random model with a byte tokenizer."""
     model = random_model(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16))
-    return str(gpt2.save(model, get_tokenizer("bytes"), tmp_path / "talker"))
+    return str(gpt2.save(model, get_tokenizer("bytes"), tmp_path / "model_folder"))
 
 
 def test_train_then_sample_then_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +65,7 @@ def test_print_config_can_be_fed_back(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "runs").exists()
 
 
-def test_shards_bring_their_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_uses_the_tokenizer_of_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
     flags = f"--data {tmp_path}/docs --max-steps 2 --warmup-steps 1 --n-embd 16 --n-layer 1 --out-dir {tmp_path}/runs"
     code, out, err = run_cli(capsys, "train", "quickstart", *flags.split())  # whose own tokenizer is bpe:1024
@@ -83,7 +83,7 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
     code, out, _ = run_cli(capsys, "data", "inspect", str(tmp_path / "docs"))
     assert code == 0
     assert "bytes, 257 ids" in out
-    assert "checksums hold" in out
+    assert "checksums match" in out
     shard = next((tmp_path / "docs").glob("train*.bin"))
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
@@ -117,38 +117,38 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("sample", "the following arguments are required: MODEL"),
         ("sample ./nowhere", "there is no model folder nowhere"),
         ("sample {tmp}", "it has no config.json"),
-        ("sample {talker} --temperature -1", "temperature must be 0 or more"),
-        ("sample {talker} --top-p 0", "top-p must be over 0"),
-        ("sample {talker} --num-samples 0", "num_samples must be at least 1"),
-        ("sample {talker} --num-samples 1000000000", "num_samples must be at least 1 and at most 10,000"),
-        ("sample {talker} --prompt \udcff", "the prompt is not UTF-8 text"),
+        ("sample {model_folder} --temperature -1", "temperature must be 0 or more"),
+        ("sample {model_folder} --top-p 0", "top-p must be over 0"),
+        ("sample {model_folder} --num-samples 0", "num_samples must be at least 1"),
+        ("sample {model_folder} --num-samples 1000000000", "num_samples must be at least 1 and at most 10,000"),
+        ("sample {model_folder} --prompt \udcff", "the prompt is not UTF-8 text"),
         ("sample {endless}", "File name too long"),
         ("train --name {endless}", "--name must be a valid folder name"),
         ("train --tokenizer x\ny", "no tokenizer 'x y'"),
-        ("data prepare python-docs / --tokenizer bytes", "has something else in it"),
-        ("sample {talker} --dtype int3", "dtype 'int3' is not one of"),
-        ("sample {talker} --prompt {long}", "70 tokens do not fit the model's context of 64"),
-        ("export {talker} {file}/x", "cannot write the model folder"),
-        ("export {talker} {tmp}", "has something else in it"),
-        ("export {talker} {tmp}/app", "has something else in it"),
-        ("export {talker} {talker}", "talker is the model itself: name another folder"),
-        ("export {talker} {tmp}/talker/../talker", "is the model itself: name another folder"),
-        ("export {talker} {tmp}/run/model", "is in the run folder"),
-        ("export {talker} {tmp}/run/checkpoints/step-9/model", "is in the run folder"),
-        ("export {talker} {tmp}/run", "is in the run folder"),
-        ("export {talker} ~nobody-of-this-name/x", "~nobody-of-this-name/x cannot be found"),
+        ("data prepare python-docs / --tokenizer bytes", "contains other files"),
+        ("sample {model_folder} --dtype int3", "dtype 'int3' is not one of"),
+        ("sample {model_folder} --prompt {long}", "70 tokens do not fit the model's context of 64"),
+        ("export {model_folder} {file}/x", "cannot write the model folder"),
+        ("export {model_folder} {tmp}", "is not empty and holds no exported model"),
+        ("export {model_folder} {tmp}/app", "is not empty and holds no exported model"),
+        ("export {model_folder} {model_folder}", "model_folder is the model itself: name another folder"),
+        ("export {model_folder} {tmp}/model_folder/../model_folder", "is the model itself: name another folder"),
+        ("export {model_folder} {tmp}/run/model", "is in the run folder"),
+        ("export {model_folder} {tmp}/run/checkpoints/step-9/model", "is in the run folder"),
+        ("export {model_folder} {tmp}/run", "is in the run folder"),
+        ("export {model_folder} ~nobody-of-this-name/x", "~nobody-of-this-name/x cannot be found"),
         ("data prepare python-docs ~nobody-of-this-name/x --tokenizer bytes", "~nobody-of-this-name/x cannot be found"),
-        ("data prepare {tmp}/run {tmp}/shards --tokenizer bytes", "is a run folder, and no text to train on"),
+        ("data prepare {tmp}/run {tmp}/shards --tokenizer bytes", "is a run folder, not text to train on"),
         ("data prepare /dev/zero {tmp}/shards --tokenizer bytes", "/dev/zero is not a regular file"),
         ("data inspect {empty}", "is empty"),
         ("train --data {tmp}/\x1b[31m", "/\\x1b[31m'"),
-        ("export {talker} {tmp}/new --format onnx", "--format 'onnx' is not one of hf"),
+        ("export {model_folder} {tmp}/new --format onnx", "--format 'onnx' is not one of hf"),
         ("data", "the following arguments are required"),
         ("data inspect {tmp} --tokenizer bytes", "is not UTF-8"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(
-    argv: str, message: str, tmp_path: Path, talker: str, capsys: pytest.CaptureFixture[str]
+def test_bad_input_is_one_line_and_exit_code_2(
+    argv: str, message: str, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
@@ -161,7 +161,7 @@ def test_bad_input_is_one_line_and_code_2(
         run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "shards"), "--tokenizer", "bytes")
     places = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "short", "latin")}
     places |= {"shards": str(tmp_path / "shards"), "file": str(tmp_path / "file"), "tmp": str(tmp_path)}
-    arguments = argv.format(**places, talker=talker, long="x" * 70, endless="x" * 300).split(" ")
+    arguments = argv.format(**places, model_folder=model_folder, long="x" * 70, endless="x" * 300).split(" ")
     if arguments[0] == "train" and "--out-dir" not in arguments:
         arguments += ["--out-dir", str(tmp_path / "runs")]
     before = sorted(tmp_path.rglob("*"))
@@ -171,38 +171,40 @@ def test_bad_input_is_one_line_and_code_2(
     assert err.count("\n") == 1
     assert err.startswith("gpt2: ")
     assert out == ""
-    made = [p for p in tmp_path.rglob("*") if p not in before and "gpt2-home" not in p.parts]
-    assert not made, "a command that was refused left something behind"
+    created = [p for p in tmp_path.rglob("*") if p not in before and "gpt2-home" not in p.parts]
+    assert not created, "a refused command left files behind"
 
 
-def test_a_cuda_device_that_is_not_there_is_said_and_the_cpu_used(
-    talker: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_a_missing_cuda_device_is_a_warning_and_the_cpu_is_used(
+    model_folder: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    code, out, _ = run_cli(capsys, "sample", talker, "--device", "cuda", "--prompt", "x", "--max-new-tokens", "2")
+    code, out, _ = run_cli(capsys, "sample", model_folder, "--device", "cuda", "--prompt", "x", "--max-new-tokens", "2")
     assert code == 0
     assert out.startswith("x")
     assert "there is no cuda device on this machine: running on the CPU" in caplog.text
 
 
-def test_a_reader_that_leaves_early_is_no_error(talker: str) -> None:
-    command = f"{sys.executable} -m gpt2 sample {talker} --num-samples 40 --max-new-tokens 300 | head -c 1 > /dev/null"
+def test_a_closed_pipe_is_not_an_error(model_folder: str) -> None:
+    command = (
+        f"{sys.executable} -m gpt2 sample {model_folder} --num-samples 40 --max-new-tokens 300 | head -c 1 > /dev/null"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
 
 
-def test_an_earlier_export_is_written_over_and_home_is_written_out(
-    talker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_earlier_export_is_overwritten_and_home_is_expanded(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for dtype in ("float32", "float16"):
-        assert run_cli(capsys, "export", talker, "~/out", "--dtype", dtype)[:2] == (0, f"{tmp_path}/out\n")
+        assert run_cli(capsys, "export", model_folder, "~/out", "--dtype", dtype)[:2] == (0, f"{tmp_path}/out\n")
     assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {"torch.float16"}
     assert run_cli(capsys, "data", "prepare", "python-docs", "~/docs", "--tokenizer", "bytes")[0] == 0
     code, out, _ = run_cli(capsys, "data", "inspect", "~/docs/train_000000.bin")
     assert code == 0
-    assert "checksums hold" in out
+    assert "checksums match" in out

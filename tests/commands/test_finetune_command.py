@@ -26,7 +26,7 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_command_leaves_a_run_and_tells_what_it_changed(
+def test_finetune_writes_a_run_folder_and_a_comparison(
     base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", rows, "--out-dir", str(tmp_path / "runs"), "--batch-size", "4", "--sample-tokens", "4"]
@@ -37,18 +37,16 @@ def test_the_command_leaves_a_run_and_tells_what_it_changed(
     config = read_toml(folder / "config.toml")
     assert (config.lr, config.epochs, config.keep_best, config.init_from) == (5e-4, 2.0, True, base)
     assert "of them trainable" in err
-    told = err[err.index("## Before and after") :].strip()
-    assert told in (folder / "report.md").read_text()
-    assert "| rows, held out |" in told
-    assert "User: 9?\nAssistant:" in told
+    comparison = err[err.index("## Before and after") :].strip()
+    assert comparison in (folder / "report.md").read_text()
+    assert "| rows, held out |" in comparison
+    assert "User: 9?\nAssistant:" in comparison
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["adapter", "checkpoints", "model"]
     assert main(["--resume", str(folder), "--max-steps", str(config.max_steps + 1)]) == 0
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == config.max_steps + 1
 
 
-def test_settings_are_printed_and_do_nothing(
-    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_print_config_trains_nothing(base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([base, "--data", rows, "--out-dir", str(tmp_path / "runs"), "--print-config"]) == 0
     (tmp_path / "printed.toml").write_text(capsys.readouterr().out)
     config = read_toml(tmp_path / "printed.toml")
@@ -56,13 +54,13 @@ def test_settings_are_printed_and_do_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_missing_or_too_much_is_told(base: str, rows: str, tmp_path: Path) -> None:
-    for argv, told in (
+def test_missing_and_conflicting_arguments(base: str, rows: str, tmp_path: Path) -> None:
+    for argv, message in (
         ([], "needs a MODEL"),
         ([base], "needs --data"),
         ([base, "--resume", str(tmp_path)], "leave MODEL out"),
         ([base, "--data", rows, "--n-layer", "3"], "there is no --n-layer"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             main(argv)
     assert finetune_settings(base, {"data": rows, "max_steps": 7, "name": "x"})["epochs"] == 0.0

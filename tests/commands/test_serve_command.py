@@ -49,7 +49,7 @@ def process(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             server.kill()
 
 
-def test_sigterm_finishes_what_runs_and_refuses_what_is_new(folder: str) -> None:
+def test_sigterm_finishes_running_requests_and_refuses_new_ones(folder: str) -> None:
     with process(folder, "--grace", "60", "--log-requests") as (server, url), httpx.Client(base_url=url) as client:
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
         with client.stream("POST", "/v1/completions", json=STREAM | {"max_tokens": 1500}, timeout=60) as stream:
@@ -79,7 +79,7 @@ def until_draining(url: str) -> None:
     raise AssertionError("the signal has no effect")
 
 
-def test_what_is_not_finished_in_time_is_told(folder: str) -> None:
+def test_requests_after_the_grace_period_are_cancelled(folder: str) -> None:
     with process(folder, "--grace", "0.2", "--max-tokens", "1000000") as (server, url):
         asked = STREAM | {"max_tokens": 1000000}
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as stream:
@@ -92,8 +92,8 @@ def test_what_is_not_finished_in_time_is_told(folder: str) -> None:
         assert server.wait(15) == 0
 
 
-def test_a_second_signal_does_not_wait(folder: str) -> None:
-    """While a text is on its way: its client is told, and the log has no traceback."""
+def test_a_second_signal_cancels_requests(folder: str) -> None:
+    """A streaming client gets an error event, and the log has no traceback."""
     with process(folder, "--grace", "600", "--max-tokens", "1000000") as (server, url):
         asked = STREAM | {"max_tokens": 1000000}
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as stream:
@@ -111,7 +111,7 @@ def test_a_second_signal_does_not_wait(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_client_that_reads_nothing_does_not_keep_the_server(folder: str) -> None:
+def test_a_client_that_reads_nothing_does_not_block_shutdown(folder: str) -> None:
     with process(folder, "--grace", "0.1", "--max-tokens", "1000000") as (server, url):
         host, port = url.removeprefix("http://").split(":")
         body = json.dumps(STREAM | {"max_tokens": 1000000, "logprobs": 20, "n": 4}).encode()
@@ -123,7 +123,7 @@ def test_a_client_that_reads_nothing_does_not_keep_the_server(folder: str) -> No
             read, before = 0, -1
             while not read == before > 0:  # until no token more goes into what the two sockets hold
                 time.sleep(0.5)
-                read, before = _tokens_told(url), read
+                read, before = _generated_tokens(url), read
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0
         assert server.stderr is not None
@@ -132,7 +132,7 @@ def test_a_client_that_reads_nothing_does_not_keep_the_server(folder: str) -> No
         assert log.count("\n") <= 3
 
 
-def _tokens_told(url: str) -> int:
+def _generated_tokens(url: str) -> int:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     return sum(int(float(line.split()[1])) for line in lines if line.startswith("gpt2_between_tokens_seconds_count"))
 
@@ -179,13 +179,13 @@ def test_a_port_in_use_is_one_line(folder: str, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--host", "0.0.0.0"], r"--host 0.0.0.0 lets other machines in: set \$GPT2_API_KEY or give --api-key"),
-        (["--host", "::"], r"--host :: lets other machines in"),
+        (["--host", "0.0.0.0"], r"--host 0.0.0.0 is open to other machines: set \$GPT2_API_KEY, or give --api-key"),
+        (["--host", "::"], r"--host :: is open to other machines"),
         (["--api-key", ""], r"--api-key is empty"),
-        (["--api-key", "ä"], r"an API key has only printable ASCII"),
-        (["--api-key", "a", "--no-api-key"], r"do not go together"),
+        (["--api-key", "ä"], r"an API key must have only printable ASCII"),
+        (["--api-key", "a", "--no-api-key"], r"exclude each other"),
         (["--port", "70000"], r"--port must be 0 to 65535, not 70000"),
         (["--host", "no.such.host.invalid", "--no-api-key"], r"--host no.such.host.invalid .*there is no such address"),
         (["--slots", "0"], r"slots must be at least 1, not 0"),
@@ -195,18 +195,18 @@ def test_a_port_in_use_is_one_line(folder: str, capsys: pytest.CaptureFixture[st
         (["--slot", "1"], r"there is no --slot \(did you mean '--slots'\?\)"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
-    folder: str, flags: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_invalid_flags_are_one_line(
+    folder: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GPT2_API_KEY", raising=False)
     code, out, err = run_cli(capsys, "serve", folder, "--port", "0", *flags)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert re.search(said, err)
+    assert re.search(message, err)
 
 
-def test_two_models_of_one_name_are_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_models_with_one_name_are_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run_cli(capsys, "serve", folder, folder, "--port", "0")
-    assert (code, err) == (2, "gpt2: two models are called tiny: clients could not tell them apart\n")
+    assert (code, err) == (2, "gpt2: two models have the name tiny: names must be different\n")
 
 
 def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +215,7 @@ def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert err.startswith(f"gpt2: {tmp_path} is no model folder")
 
 
-def test_a_missing_extra_says_what_brings_it(
+def test_a_missing_extra_names_the_pip_install(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
@@ -239,7 +239,7 @@ def test_names_of_models_and_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert bound.getsockname()[1] > 0
 
 
-def test_a_model_is_called_by_its_folder_or_its_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_named_after_its_folder_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     assert served_model_name(str(tmp_path / "run" / "model")) == served_model_name(str(tmp_path / "run")) == "run"
     assert served_model_name("openai-community/gpt2") == "openai-community/gpt2"

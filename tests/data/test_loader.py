@@ -11,7 +11,7 @@ from gpt2.errors import UserError
 
 
 class Counting:
-    """Token i of the data is i, so a batch says where it comes from."""
+    """Token i of the data is i, so a batch shows its position."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -32,14 +32,14 @@ def loaders(draw: st.DrawFn) -> TokenLoader:
 
 
 def starts(loader: TokenLoader, first: int, last: int) -> list[int]:
-    """The first tokens of rows [first, last), counted over all steps."""
+    """The first tokens of rows [first, last), numbered over all steps."""
     size = loader.batch_size
     rows = torch.cat([loader.batch(step)[0][:, 0] for step in range(first // size, -(-last // size))])
     return rows[first % size :][: last - first].tolist()
 
 
 @given(loader=loaders(), epoch=st.integers(0, 5))
-def test_each_window_comes_once_in_an_epoch(loader: TokenLoader, epoch: int) -> None:
+def test_an_epoch_visits_each_window_once(loader: TokenLoader, epoch: int) -> None:
     count, block_size, length = loader.windows_per_epoch, loader.block_size, len(loader.tokens)
     assert count == max(1, (length - block_size) // block_size)
     found = sorted(starts(loader, epoch * count, (epoch + 1) * count))
@@ -61,7 +61,7 @@ def test_targets_are_the_tokens_that_follow(loader: TokenLoader, step: int) -> N
 
 
 @given(loader=loaders(), steps=st.lists(st.integers(0, 60), min_size=1, max_size=8))
-def test_no_call_depends_on_the_calls_before(loader: TokenLoader, steps: list[int]) -> None:
+def test_a_batch_does_not_depend_on_earlier_calls(loader: TokenLoader, steps: list[int]) -> None:
     for step in steps:
         fresh = TokenLoader(loader.tokens, loader.batch_size, loader.block_size, loader.seed)
         for found, expected in zip(loader.batch(step)[:2], fresh.batch(step)[:2], strict=True):
@@ -81,19 +81,19 @@ def test_the_rows_do_not_depend_on_the_batch_size() -> None:
     assert starts(one, 0, 700) == starts(many, 0, 700)
 
 
-def test_seeds_and_epochs_have_orders_and_offsets_of_their_own() -> None:
+def test_seeds_and_epochs_have_different_orders_and_offsets() -> None:
     loader = TokenLoader(Counting(10_000), 4, 32, seed=1)
     count = loader.windows_per_epoch
     epochs = [starts(loader, epoch * count, (epoch + 1) * count) for epoch in range(40)]
     assert len({epoch[0] for epoch in epochs}) > 30
     offsets = {min(epoch) for epoch in epochs}
-    assert len(offsets) > 20  # so that the windows are cut elsewhere each time
+    assert len(offsets) > 20  # each epoch has other windows
     other = TokenLoader(Counting(10_000), 4, 32, seed=2)
     assert starts(other, 0, count) != epochs[0]
     assert sorted(epochs[0]) != epochs[0]
 
 
-def test_every_place_of_the_data_begins_a_window_some_day() -> None:
+def test_every_offset_starts_a_window_in_some_epoch() -> None:
     loader = TokenLoader(Counting(61), 1, 4, seed=0)
     assert set(starts(loader, 0, 14 * 200)) == set(range(61 - 4))
 
@@ -104,11 +104,11 @@ def test_neighbouring_seeds_of_any_size_differ() -> None:
     assert len(orders) == len(seeds)
 
 
-def test_data_shorter_than_a_block_is_refused_with_both_numbers() -> None:
+def test_data_shorter_than_a_block_is_refused() -> None:
     assert TokenLoader(Counting(1025), 1, 1024, 0).batch(3)[0].tolist() == [list(range(1024))]
     with pytest.raises(UserError, match=r"the data has 1,024 tokens, and a block size of 1,024 needs 1,025: use more"):
         TokenLoader(Counting(1024), 1, 1024, 0)
-    with pytest.raises(ValueError, match="of a batch of 4"):
+    with pytest.raises(ValueError, match="outside a batch of 4"):
         TokenLoader(Counting(100), 4, 8, 0).rows(0, 2, 5)
 
 
@@ -143,6 +143,6 @@ def test_a_split_shorter_than_a_block_shortens_the_block() -> None:
 
 
 @pytest.mark.parametrize(("length", "max_tokens"), [(0, None), (1, None), (10, 0)])
-def test_nothing_to_evaluate_on_is_said(length: int, max_tokens: int | None) -> None:
-    with pytest.raises(UserError, match=rf"nothing to evaluate on: {length} token\(s\)"):
+def test_a_split_without_targets_is_refused(length: int, max_tokens: int | None) -> None:
+    with pytest.raises(UserError, match=rf"nothing to evaluate on: the split has {length} token\(s\)"):
         next(evaluation_batches(Counting(length), 1, 8, max_tokens))

@@ -1,4 +1,4 @@
-"""Token files are llm.c's to the byte, and say so when they are damaged."""
+"""Token shards have llm.c's format to the byte; damaged ones are refused."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt2.data.prepare import prepare
 from gpt2.data.shards import ShardWriter, TokenShards, open_shards, verify_shards
-from gpt2.data.sources import Document, Source
+from gpt2.data.sources import Document, Texts
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer
 
@@ -21,7 +21,7 @@ BYTES = ByteTokenizer()
 
 
 def llmc_file(path: Path, tokens: list[int], version: int = 1) -> Path:
-    """As llm.c's dev/data/data_common.py lays a shard out."""
+    """Write a shard in the layout of llm.c's dev/data/data_common.py."""
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240520, version, len(tokens)
     path.parent.mkdir(exist_ok=True)
@@ -29,8 +29,8 @@ def llmc_file(path: Path, tokens: list[int], version: int = 1) -> Path:
     return path
 
 
-def corpus(*texts: str) -> Source:
-    return Source("corpus", tuple(Document(str(i), text.encode()) for i, text in enumerate(texts)))
+def corpus(*texts: str) -> Texts:
+    return Texts("corpus", tuple(Document(str(i), text.encode()) for i, text in enumerate(texts)))
 
 
 def everything(shards: TokenShards) -> list[int]:
@@ -78,7 +78,7 @@ def test_any_range_reads_the_same_across_files(
     assert found.dtype == np.uint16
     assert found.tolist() == tokens[start:stop]
     for bad in ((-1, 1), (0, len(tokens) + 1), (1, 0)):
-        with pytest.raises(ValueError, match="asked of"):
+        with pytest.raises(ValueError, match="are outside the"):
             shards.read(*bad)
 
 
@@ -86,7 +86,7 @@ def test_any_range_reads_the_same_across_files(
 def test_only_sixteen_bit_ids_are_written(bad: list[int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="16 bits"), ShardWriter(tmp_path, "train") as writer:
         writer.write(bad)
-    with pytest.raises(UserError, match="a shard holds between 1 and 2,147,483,647 tokens, not 0"):
+    with pytest.raises(UserError, match="a shard has 1 to 2,147,483,647 tokens, not 0"):
         ShardWriter(tmp_path, "train", 0)
 
 
@@ -98,7 +98,7 @@ def test_an_interrupted_shard_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with pytest.raises(UserError, match=r"train_000000\.bin is cut short or damaged"):
+    with pytest.raises(UserError, match=r"train_000000\.bin is truncated or damaged"):
         open_shards(tmp_path, "train")
 
 
@@ -124,24 +124,24 @@ def test_nanogpts_files_without_a_header_are_read(tmp_path: Path) -> None:
     [
         (
             lambda path: path.write_bytes(path.read_bytes()[:-1]),
-            "cut short or damaged: 1,029 bytes.* 3 tokens.* 1,030",
+            "truncated or damaged: 1,029 bytes.* 1,030 for the 3 tokens",
         ),
-        (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "cut short or damaged"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "truncated or damaged"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:1000]),
-            "cut short: 1,000 bytes, less than its header",
+            "truncated: 1,000 bytes, less than its header",
         ),
         (lambda path: path.write_bytes(b""), "is empty$"),
         (
             lambda path: path.write_bytes(b"\1\2\3\4"),
-            r"not a token shard: .* nanoGPT's train\.bin and val\.bin are read",
+            r"not a token shard: .* not nanoGPT's train\.bin or val\.bin",
         ),
-        (lambda path: path.rename(path.with_name("train.bin")).write_bytes(b"abc"), "cut short: 3 bytes"),
+        (lambda path: path.rename(path.with_name("train.bin")).write_bytes(b"abc"), "truncated: 3 bytes"),
         (
             lambda path: llmc_file(path, [1, 2], version=7),
-            "has version 7 of the token format; only 1 is read",
+            "has version 7 of the shard format; only version 1 is supported",
         ),
-        (lambda path: llmc_file(path, []), "holds no tokens"),
+        (lambda path: llmc_file(path, []), "has no tokens"),
         (lambda path: path.unlink(), r"no train shards in .*: their names match \*train\*\.bin"),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_damaged_shard_is_named(damage: Callable[[Path], object], message: str
         (lambda folder: (folder / "val_000000.bin").unlink(), r"cannot read .*val_000000\.bin"),
         (
             lambda folder: llmc_file(folder / "train_000000.bin", [1] * 18),
-            r"train_000000\.bin is not what meta\.json",
+            r"train_000000\.bin does not match meta\.json",
         ),
         (lambda folder: (folder / "meta.json").unlink(), r"no meta\.json in"),
         (lambda folder: (folder / "meta.json").write_text("{"), r"cannot read .*meta\.json"),
@@ -174,7 +174,10 @@ def test_a_damaged_shard_is_named(damage: Callable[[Path], object], message: str
             lambda folder: (folder / "meta.json").write_text("[]"),
             r"meta\.json does not describe token shards",
         ),
-        (lambda folder: (folder / "meta.json").write_text('{"version": 2}'), "has version 2; only 1 is read"),
+        (
+            lambda folder: (folder / "meta.json").write_text('{"version": 2}'),
+            "has version 2; only version 1 is supported",
+        ),
     ],
 )
 def test_changed_shards_are_found(change: Callable[[Path], object], message: str, tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_changed_shards_are_found(change: Callable[[Path], object], message: str
         verify_shards(folder)
 
 
-def test_meta_json_reads_as_promised(tmp_path: Path) -> None:
+def test_meta_json_has_the_documented_fields(tmp_path: Path) -> None:
     meta = prepare(corpus("0123456789"), BYTES, tmp_path / "shards")
     raw = json.loads((tmp_path / "shards" / "meta.json").read_text())
     assert list(raw) == ["version", "source", "tokenizer", "splits"]
@@ -202,7 +205,7 @@ def test_meta_json_reads_as_promised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["meta.json", "x_train_1.bin"])
-def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_blocking(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=f"{name} is not a regular file"):
         open_shards(tmp_path, "train")
@@ -218,7 +221,7 @@ def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None
         '{"version": 1, "source": "x", "splits": {"train": {"files": [{"name": 5}]}}, "tokenizer": {}}',
     ],
 )
-def test_a_meta_json_of_any_kind_is_one_line(text: str, tmp_path: Path) -> None:
+def test_an_invalid_meta_json_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(UserError, match=r"meta\.json") as caught:
         open_shards(tmp_path, "train")
@@ -226,7 +229,7 @@ def test_a_meta_json_of_any_kind_is_one_line(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b", "", ".", "\ud800", "x" * 300])
-def test_a_meta_json_with_a_name_that_no_file_can_have_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_meta_json_with_an_invalid_file_name_is_refused(name: str, tmp_path: Path) -> None:
     meta = prepare(corpus("some text"), BYTES, tmp_path / "made")
     raw = json.loads((tmp_path / "made" / "meta.json").read_text())
     raw["splits"]["train"]["files"][0]["name"] = name

@@ -48,7 +48,7 @@ def until_it_goes_on(soak: Any, home: Any, torchrun: subprocess.Popen[bytes] | N
     """Wait until another step is recorded."""
     before = home.steps_recorded()
     soak.wait_until(torchrun or Living(), lambda: home.steps_recorded() > before)
-    assert home.steps_recorded() > before, (home.folder / "said.txt").read_text()
+    assert home.steps_recorded() > before, home.log_path.read_text()
 
 
 class Living:
@@ -59,9 +59,9 @@ class Living:
 
 
 def lines(home: Any) -> list[str]:
-    """The lines of gpt2 under torchrun."""
-    output = (home.folder / "said.txt").read_text(errors="replace").splitlines()
-    return [line.removeprefix("gpt2: ") for line in output if line.startswith("gpt2: ")]
+    """What gpt2 has said under torchrun."""
+    said = home.log_path.read_text(errors="replace").splitlines()
+    return [line.removeprefix("gpt2: ") for line in said if line.startswith("gpt2: ")]
 
 
 def test_a_killed_rank_is_started_anew_and_nothing_is_lost(soak: Any, undisturbed: Any, tmp_path: Path) -> None:

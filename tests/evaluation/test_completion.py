@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from reference import transformers_twin
-from task_rows import EVAL_DATA
 
 from gpt2.evaluation.choices import prepare_completion
 from gpt2.evaluation.formats import hellaswag_completion
 from gpt2.evaluation.scorer import score
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import Tokenizer
+from tests.evaluation.task_rows import EVAL_DATA
+from tests.helpers.transformers_reference import to_transformers
 
 ROWS = [
     {"ctx": "the man went to", "endings": ["the market", "sea", "the dog sleeps", "a question"], "label": 0},
@@ -21,7 +21,7 @@ ROWS = [
 ]
 
 
-def reference(twin: Any, tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[list[float], list[float]]:
+def reference(reference_model: Any, tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[list[float], list[float]]:
     """llm.c's definition: context and " " + ending tokenized apart, summed and mean loss of the ending."""
     context = tokenizer.encode(row["ctx"])
     sums, means = [], []
@@ -29,7 +29,7 @@ def reference(twin: Any, tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[lis
         end = tokenizer.encode(" " + ending)
         tokens = torch.tensor([context + end])
         with torch.inference_mode():
-            logits = twin(tokens).logits[0, :-1]
+            logits = reference_model(tokens).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")[-len(end) :]
         sums.append(float(losses.sum()))
         means.append(float(losses.mean()))
@@ -37,12 +37,12 @@ def reference(twin: Any, tokenizer: Tokenizer, row: dict[str, Any]) -> tuple[lis
 
 
 def compare(model: GPT, tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> None:
-    twin = transformers_twin(model)
+    reference_model = to_transformers(model)
     made = [hellaswag_completion((f"row {i}", row)) for i, row in enumerate(rows)]
     prepared = prepare_completion(made, tokenizer, model.config)
     found = {i: prepared.record(i, scored) for batch in score(model, prepared.groups) for i, scored in batch}
     for i, row in enumerate(rows):
-        sums, means = reference(twin, tokenizer, row)
+        sums, means = reference(reference_model, tokenizer, row)
         acc, acc_norm, loss, *ours = found[i]
         assert acc == float(sums.index(min(sums)) == int(row["label"]))
         assert acc_norm == float(means.index(min(means)) == int(row["label"]))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from task_rows import EVAL_DATA
 
 from gpt2.evaluation.detokenize import (
     Detokenized,
@@ -16,6 +15,7 @@ from gpt2.evaluation.detokenize import (
     detokenize_wikitext,
     restore,
 )
+from tests.evaluation.task_rows import EVAL_DATA
 
 ALL = [detokenize_wikitext, detokenize_ptb, detokenize_1bw, detokenize_lambada, detokenize_cbt]
 pieces = st.sampled_from(

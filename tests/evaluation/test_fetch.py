@@ -179,7 +179,7 @@ def test_the_published_childrens_book_test(model: GPT, words: BPETokenizer, tmp_
     [
         (b'{"a": 1}\nno', "rows line 2 is not JSON"),
         (b"[1, 2]", "rows row 1 is a number, not an object with fields"),
-        (b"PAR1 broken", "rows is not a Parquet file that can be read"),
+        (b"PAR1 broken", "rows is not a readable Parquet file"),
         (b"\xff\xfe", "rows is not UTF-8 text: bad byte at offset 0"),
     ],
 )

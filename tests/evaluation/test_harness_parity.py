@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from task_rows import EVAL_DATA, HARNESS_NAMES, write_rows
 
 from gpt2.evaluation.evaluate import evaluate_tasks, prepare_task
 from gpt2.evaluation.scorer import score
@@ -13,6 +12,7 @@ from gpt2.evaluation.tasks import TASKS
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer, train_bpe
 from gpt2.weights import load, save
+from tests.evaluation.task_rows import EVAL_DATA, HARNESS_NAMES, write_rows
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'gpt2[eval]'")
 

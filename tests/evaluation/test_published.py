@@ -5,28 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-from task_rows import EVAL_DATA
 
 from gpt2.evaluation import published as module
 from gpt2.evaluation.evaluate import TaskResult
 from gpt2.evaluation.published import openai_size, published, published_scores, run_checks
 from gpt2.evaluation.report import ModelReport, checks_table, table, to_json
 from gpt2.evaluation.tasks import TASKS
-from gpt2.model import GPT, OPENAI_SIZES, GPTConfig
+from gpt2.model import GPT, OPENAI_CONFIGS, GPTConfig
 from gpt2.tokenizer import BPETokenizer
+from tests.evaluation.task_rows import EVAL_DATA
 
 
 def test_the_data_file_fits_the_tasks() -> None:
     for entry in published()["scores"]:
         assert entry["task"] in TASKS
-        assert entry["values"].keys() <= OPENAI_SIZES.keys()
+        assert entry["values"].keys() <= OPENAI_CONFIGS.keys()
         assert entry["protocol"]
         assert entry["source"]
     for check in published()["checks"]:
-        assert check["model"] in OPENAI_SIZES
+        assert check["model"] in OPENAI_CONFIGS
         assert check["kind"] in module._KINDS
         assert check["source"]
-    assert {check["model"] for check in published()["checks"]} == OPENAI_SIZES.keys()
+    assert {check["model"] for check in published()["checks"]} == OPENAI_CONFIGS.keys()
 
 
 def test_the_logits_are_those_that_were_collected() -> None:
@@ -45,7 +45,7 @@ def test_the_logits_are_those_that_were_collected() -> None:
 def test_a_size_is_known_by_its_shape() -> None:
     assert openai_size(GPTConfig(dropout=0.1)) == "gpt2"
     assert openai_size(GPTConfig(n_inner=3072)) == "gpt2"
-    assert openai_size(OPENAI_SIZES["gpt2-xl"]) == "gpt2-xl"
+    assert openai_size(OPENAI_CONFIGS["gpt2-xl"]) == "gpt2-xl"
     assert openai_size(GPTConfig(n_layer=2)) is None
 
 
@@ -53,7 +53,7 @@ def test_published_scores_follow_the_stride() -> None:
     assert [value for value, _ in published_scores("gpt2", "wikitext2", "token_perplexity")] == [29.94]
     assert [value for value, _ in published_scores("gpt2", "wikitext2", "token_perplexity", 512)] == [25.17]
     assert published_scores(None, "lambada", "acc") == []
-    values = [published_scores(size, "lambada", "acc_last_token")[0][0] for size in OPENAI_SIZES]
+    values = [published_scores(size, "lambada", "acc_last_token")[0][0] for size in OPENAI_CONFIGS]
     assert values == [0.4599, 0.5548, 0.6012, 0.6324]
 
 

@@ -107,7 +107,7 @@ def test_the_order_of_the_rows_changes_nothing() -> None:
 
 @pytest.mark.slow  # compiles the kernel
 def test_a_model_without_tree_attention_gives_the_same() -> None:
-    kernel: ctypes.CDLL | None = build.library()
+    kernel: ctypes.CDLL | None = build.load_library()
     if kernel is None:
         pytest.skip("the kernel cannot be compiled here")
     groups = [[Query([1, 2, 3, 4, 5], 2), Query([1, 2, 6, 4, 5], 3), Query([1, 2, 6], 1)], [Query([3, 4], 1)]]

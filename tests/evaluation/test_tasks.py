@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from task_rows import EVAL_DATA, publisher_rows, write_rows
 
 from gpt2.errors import UserError
 from gpt2.evaluation import formats
@@ -24,6 +23,7 @@ from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS
 from gpt2.model import GPT
 from gpt2.tokenizer import BPETokenizer
+from tests.evaluation.task_rows import EVAL_DATA, publisher_rows, write_rows
 
 ROW: dict[str, dict[str, Any]] = {
     "hellaswag": {

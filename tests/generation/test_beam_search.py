@@ -1,4 +1,4 @@
-"""Beam search says what transformers says; groups, what their paper says, written out."""
+"""Beam search equals transformers; diverse groups equal the algorithm of their paper."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ from tests.helpers.search_helpers import (
 )
 from tests.helpers.transformers_reference import random_model, to_transformers
 
-# Beam search beside transformers
+# Beam search equals transformers
 
 PENALTIES = [
     ({}, {}),
@@ -62,31 +62,34 @@ def test_beam_search_equals_transformers_in_tokens_and_scores(
     early_stopping: Any,
     penalties: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
-    model, twin = model_pair(which, seed)
+    model, reference = model_pair(which, seed)
     common: dict[str, Any] = {
         "num_beams": num_beams,
         "max_new_tokens": max_new_tokens,
         "length_penalty": length_penalty,
         "early_stopping": early_stopping,
     }
-    sampling = Sampling(temperature=0.3, top_k=1, **penalties[0])  # the first two have no say
+    sampling = Sampling(temperature=0.3, top_k=1, **penalties[0])  # the first two are ignored
     ours = beam_search(model, prompt, **common, num_return=num_beams, sampling=sampling, end_tokens=ends)
     assert_same_hypotheses(
-        ours, transformers_beam_search(twin, prompt, ends, **common, **penalties[1], num_return_sequences=num_beams)
+        ours,
+        transformers_beam_search(reference, prompt, ends, **common, **penalties[1], num_return_sequences=num_beams),
     )
     few = beam_search(model, prompt, **common, num_return=1, sampling=sampling, end_tokens=ends)
     assert few == ours[:1]
 
 
 @pytest.mark.parametrize(("seed", "ends", "power"), [(3, [*range(10, 18)], 1.0), (0, [11, 25], 2.0)])
-def test_the_three_kinds_of_early_stopping_find_three_things(seed: int, ends: list[int], power: float) -> None:
-    """What the test above could not show if no search were decided before its last token."""
-    model, twin = model_pair(0, seed)
+def test_the_three_early_stopping_modes_differ_and_equal_transformers(seed: int, ends: list[int], power: float) -> None:
+    """Shows that searches of the test above do end before the last token."""
+    model, reference = model_pair(0, seed)
     lengths = set()
     for early_stopping in (False, True, "never"):
         rules: dict[str, Any] = {"early_stopping": early_stopping, "length_penalty": power, "num_beams": 4}
         ours = beam_search(model, [1, 2], max_new_tokens=20, num_return=4, end_tokens=ends, **rules)
-        assert_same_hypotheses(ours, transformers_beam_search(twin, [1, 2], ends, 20, num_return_sequences=4, **rules))
+        assert_same_hypotheses(
+            ours, transformers_beam_search(reference, [1, 2], ends, 20, num_return_sequences=4, **rules)
+        )
         lengths.add(tuple(len(hypothesis.tokens) for hypothesis in ours))
     assert len(lengths) == 3
 
@@ -100,7 +103,7 @@ def test_beam_search_in_float32_at_odd_sizes_equals_transformers() -> None:
     )
 
 
-def test_with_a_beam_for_every_token_two_tokens_are_searched_exhaustively() -> None:
+def test_with_a_beam_for_every_token_the_search_is_exhaustive() -> None:
     model = peaked_model(replace(CONFIGS[0], vocab_size=11))
     texts = list(product(range(11), repeat=2))
     with torch.no_grad():
@@ -120,28 +123,28 @@ def test_one_beam_is_greedy_decoding() -> None:
 # Diverse groups
 
 
-def diverse_by_the_paper(
+def reference_diverse_beam_search(
     model: GPT, prompt: list[int], beams: int, groups: int, strength: float, length: int, ends: Sequence[int]
 ) -> list[Hypothesis]:
-    """Algorithm 1 of Vijayakumar et al. 2016 with Hamming diversity; every text is read from its beginning.
+    """Algorithm 1 of Vijayakumar et al. 2016 with Hamming diversity, without a KV cache.
 
-    A group that has as many finished texts as beams is done.
+    A group with as many finished hypotheses as beams is done.
     """
     size = beams // groups
     kept = [[(0.0, list[int]())] for _ in range(groups)]
     finished: list[list[Hypothesis]] = [[] for _ in range(groups)]
     for step in range(1, length + 1):
-        spoken: list[int] = []  # by the groups before, at this step
+        chosen: list[int] = []  # by earlier groups, at this step
         for g in range(groups):
             extended = []
             for score, text in kept[g]:
                 with torch.no_grad():
                     logprobs = model(torch.tensor([prompt + text]))[0, -1].log_softmax(-1).tolist()
                 for token, logprob in enumerate(logprobs):
-                    extended.append((score + logprob - strength * spoken.count(token), [*text, token]))
+                    extended.append((score + logprob - strength * chosen.count(token), [*text, token]))
             extended.sort(reverse=True)
             kept[g] = [found for found in extended if found[1][-1] not in ends][:size]
-            spoken += [text[-1] for _, text in kept[g]]
+            chosen += [text[-1] for _, text in kept[g]]
             for score, text in extended[:size]:
                 if step == length or text[-1] in ends:
                     finished[g].append(Hypothesis(text, score / step))
@@ -153,7 +156,7 @@ def diverse_by_the_paper(
 
 @pytest.mark.parametrize(("beams", "groups", "strength"), [(4, 2, 1.0), (3, 3, 0.3), (6, 2, 5.0), (6, 3, 0.7)])
 @pytest.mark.parametrize(("length", "ends"), [(1, []), (9, []), (12, [0, 1, 2, 3, 4]), (12, [20, 21, 22, 23])])
-def test_groups_equal_the_algorithm_of_the_paper(
+def test_diverse_groups_equal_the_algorithm_of_the_paper(
     beams: int, groups: int, strength: float, length: int, ends: list[int]
 ) -> None:
     model, _ = model_pair(0, 2)
@@ -168,12 +171,14 @@ def test_groups_equal_the_algorithm_of_the_paper(
         end_tokens=ends,
         early_stopping=True,
     )
-    assert_same_hypotheses(found, diverse_by_the_paper(model, [9, 4, 1], beams, groups, strength, length, ends))
+    assert_same_hypotheses(
+        found, reference_diverse_beam_search(model, [9, 4, 1], beams, groups, strength, length, ends)
+    )
     if ends:
         assert len({len(hypothesis.tokens) for hypothesis in found}) > 1
 
 
-def test_groups_without_a_penalty_all_find_what_one_of_their_size_finds() -> None:
+def test_groups_without_a_penalty_find_the_same_hypotheses() -> None:
     model, _ = model_pair(1, 0)
     rules: dict[str, Any] = {"max_new_tokens": 12, "end_tokens": [12, 13]}
     alone = beam_search(model, [9], num_beams=2, num_return=2, **rules)
@@ -184,8 +189,8 @@ def test_groups_without_a_penalty_all_find_what_one_of_their_size_finds() -> Non
 @pytest.mark.parametrize(
     ("seed", "ends", "lasts_longer"), [(0, [21], 1), (1, [15], 1), (2, [30], 1), (0, [0, 1, 2], 0), (3, [0, 1, 2], 0)]
 )
-def test_one_group_may_be_done_long_before_the_other(seed: int, ends: list[int], lasts_longer: int) -> None:
-    """Its rows of the cache go to the other then, whichever it is."""
+def test_one_group_may_finish_long_before_the_other(seed: int, ends: list[int], lasts_longer: int) -> None:
+    """Its cache rows are then used by the other group."""
     model, _ = model_pair(0, seed)
     found = beam_search(
         model,
@@ -198,10 +203,10 @@ def test_one_group_may_be_done_long_before_the_other(seed: int, ends: list[int],
         early_stopping=True,
         end_tokens=ends,
     )
-    assert_same_hypotheses(found, diverse_by_the_paper(model, [1], 4, 2, 2.0, 20, ends))
+    assert_same_hypotheses(found, reference_diverse_beam_search(model, [1], 4, 2, 2.0, 20, ends))
     first = beam_search(
         model, [1], num_beams=2, num_return=2, max_new_tokens=20, early_stopping=True, end_tokens=ends
-    )  # nothing comes before it
+    )  # the first group has no penalty
     second = list(found)
     for hypothesis in first:
         second.remove(hypothesis)
@@ -212,7 +217,7 @@ def test_one_group_may_be_done_long_before_the_other(seed: int, ends: list[int],
 # Dead ends and the end of the context
 
 
-def test_a_beam_for_which_every_token_is_ruled_out_ends_and_the_others_go_on() -> None:
+def test_a_beam_with_every_token_banned_ends_and_the_others_continue() -> None:
     model, _ = model_pair(0, 0)
     first = beam_search(model, [1], num_beams=1, max_new_tokens=1)[0].tokens[0]
     after_first = Sampling(temperature=0, bad_words=[(first, token) for token in range(31)])
@@ -221,7 +226,7 @@ def test_a_beam_for_which_every_token_is_ruled_out_ends_and_the_others_go_on() -
     assert all(first not in hypothesis.tokens[:-1] and len(hypothesis.tokens) == 8 for hypothesis in found)
 
 
-def test_there_may_be_fewer_beams_for_a_while() -> None:
+def test_the_number_of_beams_may_drop_and_recover() -> None:
     model, _ = model_pair(0, 0)
     rules: dict[str, Any] = {
         "num_beams": 4,
@@ -238,7 +243,7 @@ def test_there_may_be_fewer_beams_for_a_while() -> None:
     )
 
 
-def test_when_every_beam_is_at_a_dead_end_what_has_finished_is_returned_or_it_is_an_error() -> None:
+def test_when_every_beam_is_at_a_dead_end_finished_hypotheses_are_returned_or_an_error_is_raised() -> None:
     model = peaked_model(replace(CONFIGS[0], vocab_size=9))
     once_each = Sampling(temperature=0, no_repeat_ngram_size=1)
     with pytest.raises(UserError, match="rule out every token"):
@@ -248,12 +253,12 @@ def test_when_every_beam_is_at_a_dead_end_what_has_finished_is_returned_or_it_is
     assert all(found.tokens[-1] == 4 and len(set(found.tokens)) == len(found.tokens) for found in found)
 
 
-def test_a_search_ends_where_the_context_is_full() -> None:
-    model, twin = model_pair(0, 0)
+def test_a_search_ends_when_the_context_is_full() -> None:
+    model, reference = model_pair(0, 0)
     prompt = [3] * 25
     ours = beam_search(model, prompt, num_beams=3, max_new_tokens=100, num_return=3)
     assert_same_hypotheses(
-        ours, transformers_beam_search(twin, prompt, [], num_beams=3, max_new_tokens=6, num_return_sequences=3)
+        ours, transformers_beam_search(reference, prompt, [], num_beams=3, max_new_tokens=6, num_return_sequences=3)
     )
     assert len(list(contrastive_search(model, prompt, top_k=3, penalty_alpha=0.5, max_new_tokens=100))) == 5
     full = [3] * 30
@@ -261,7 +266,7 @@ def test_a_search_ends_where_the_context_is_full() -> None:
     assert list(contrastive_search(model, full, top_k=3, penalty_alpha=0.5, max_new_tokens=100)) == []
 
 
-def test_no_new_tokens_are_no_tokens() -> None:
+def test_max_new_tokens_of_zero() -> None:
     model, _ = model_pair(0, 0)
     assert beam_search(model, [1], num_beams=3, max_new_tokens=0) == [Hypothesis([], 0.0)]
     assert list(contrastive_search(model, [1], top_k=3, penalty_alpha=0.5, max_new_tokens=0)) == []

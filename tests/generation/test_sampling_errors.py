@@ -1,4 +1,4 @@
-"""What a user can ask of sampling that makes no sense, each in one line."""
+"""Sampling settings that are not supported raise RequestError with the field, in one line."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2.errors import UserError
+from gpt2.errors import RequestError
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling, logits_to_probs, make_generator, sample_tokens
 
@@ -42,23 +42,24 @@ INF = math.inf
         ({"bad_words": [5]}, "bad-words must be sequences"),
     ],
 )
-def test_invalid_settings(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
+def test_unsupported_settings_are_refused_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as error:
         Sampling(**values)
     assert "\n" not in str(error.value)
+    assert error.value.field == next(iter(values))
 
 
 FLOATS = ["temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
 
 
 @pytest.mark.parametrize("name", [*FLOATS, "repetition_penalty", "presence_penalty", "frequency_penalty", "top_k"])
-def test_nan_is_no_setting(name: str) -> None:
+def test_nan_is_refused(name: str) -> None:
     values: dict[str, Any] = {name: math.nan}
-    with pytest.raises(UserError, match=r"must be .*, not nan"):
+    with pytest.raises(RequestError, match=r"must be .*, not nan"):
         Sampling(**values)
 
 
-def test_a_sampling_is_hashable_and_keeps_what_it_was_given() -> None:
+def test_sampling_is_hashable_and_normalizes_its_fields() -> None:
     one = Sampling(logit_bias={"5": 2, 3: -1.5}, bad_words=[[1, 2], [3]])  # type: ignore[dict-item]
     assert one.logit_bias == ((3, -1.5), (5, 2.0))
     assert one.bad_words == ((1, 2), (3,))
@@ -66,12 +67,12 @@ def test_a_sampling_is_hashable_and_keeps_what_it_was_given() -> None:
     assert replace(one, top_k=3).logit_bias == one.logit_bias
 
 
-def test_ids_outside_the_vocabulary() -> None:
+def test_ids_outside_the_vocabulary_are_refused() -> None:
     sampling = Sampling(logit_bias={99: 1.0}, bad_words=[[1, 120]])
     sampling.check_token_ids(121)
-    with pytest.raises(UserError, match="bad-words: token 120 is not in the model's vocabulary of 120"):
+    with pytest.raises(RequestError, match="bad-words: token 120 is not in the model's vocabulary of 120"):
         sampling.check_token_ids(120)
-    with pytest.raises(UserError, match="logit-bias: token 99 is not"):
+    with pytest.raises(RequestError, match="logit-bias: token 99 is not"):
         sampling.check_token_ids(99)
 
 
@@ -84,24 +85,24 @@ def test_ids_outside_the_vocabulary() -> None:
         Sampling(0, min_new_tokens=9),
     ],
 )
-def test_nothing_left_to_say_is_one_line(sampling: Sampling) -> None:
+def test_settings_that_ban_every_token_are_one_line(sampling: Sampling) -> None:
     past = [History([0, 1], 1, end_tokens=(0, 1))]
-    with pytest.raises(UserError, match="together rule out every token"):
+    with pytest.raises(RequestError, match="together rule out every token"):
         logits_to_probs(torch.zeros(1, 2), sampling, past)
-    with pytest.raises(UserError, match="together rule out every token"):
+    with pytest.raises(RequestError, match="together rule out every token"):
         sample_tokens(torch.zeros(1, 2), sampling, past, [make_generator(0, 0)])
     assert sample_tokens(torch.zeros(1, 3), sampling, past, [make_generator(0, 0)]).tolist() == [2]
 
 
-def test_what_one_row_rules_out_takes_no_number_from_the_others() -> None:
+def test_an_error_in_one_row_takes_no_random_number() -> None:
     sampling = Sampling(no_repeat_ngram_size=1)
     past, streams = [History([0])] * 20, [make_generator(0, row) for row in range(21)]
-    with pytest.raises(UserError, match="rule out every token"):
+    with pytest.raises(RequestError, match="rule out every token"):
         sample_tokens(torch.zeros(21, 2), sampling, [*past, History([0, 1])], streams)
     assert torch.equal(streams[0].get_state(), make_generator(0, 0).get_state())
 
 
-def test_what_looks_back_needs_histories() -> None:
+def test_settings_that_depend_on_histories_require_them() -> None:
     assert not Sampling(top_k=3, logit_bias={1: 1.0}).needs_history
     for sampling in (Sampling(repetition_penalty=1.1), Sampling(min_new_tokens=1), Sampling(bad_words=[[1]])):
         with pytest.raises(ValueError, match="histories"):

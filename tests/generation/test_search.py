@@ -1,4 +1,4 @@
-"""What beam search and contrastive search have in common: their errors, and their texts."""
+"""Beam search and contrastive search: their errors, and their text functions."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from tests.helpers.search_helpers import BYTE_CONFIG, CONFIGS, assert_same_hypot
 from tests.helpers.transformers_reference import random_model
 
 
-def test_dropout_is_out_while_searching_and_the_model_stays_as_it_was() -> None:
+def test_dropout_is_off_during_search_and_the_mode_is_restored() -> None:
     model = peaked_model(replace(CONFIGS[0], dropout=0.5))
     beams = beam_search(model, [1], num_beams=3, max_new_tokens=10)
     words = list(contrastive_search(model, [1], top_k=3, penalty_alpha=0.5, max_new_tokens=10))
@@ -51,7 +51,7 @@ CONTRAST: dict[str, Any] = {"top_k": 4, "penalty_alpha": 0.6, "max_new_tokens": 
         ({"length_penalty": 1e9}, "length-penalty must be at most 100"),
         ({"early_stopping": "soon"}, "early-stopping must be True, False or 'never', not 'soon'"),
         ({"diversity_penalty": -1.0, "num_beam_groups": 2}, "diversity-penalty must be 0 or more"),
-        ({"diversity_penalty": 1.0}, "needs num-beam-groups of 2 or more"),
+        ({"diversity_penalty": 1.0}, "diversity-penalty needs num-beam-groups of 2 or more"),
         ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, not -1"),
         ({"sampling": Sampling(logit_bias={99: 1.0})}, "token 99 is not in the model's vocabulary"),
         ({"prompt_ids": []}, "the prompt has no tokens"),
@@ -59,7 +59,7 @@ CONTRAST: dict[str, Any] = {"top_k": 4, "penalty_alpha": 0.6, "max_new_tokens": 
         ({"prompt_ids": [31]}, "outside the model's vocabulary of 31"),
     ],
 )
-def test_what_beam_search_cannot_do_is_one_line(wrong: dict[str, Any], message: str) -> None:
+def test_unsupported_beam_search_settings_are_one_line(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         beam_search(model_pair(0, 0)[0], **{"prompt_ids": [1, 2], **BEAMS, **wrong})
     assert "\n" not in str(error.value)
@@ -77,13 +77,15 @@ def test_what_beam_search_cannot_do_is_one_line(wrong: dict[str, Any], message: 
         ({"sampling": Sampling(bad_words=[(99,)])}, "token 99 is not in the model's vocabulary"),
     ],
 )
-def test_what_contrastive_search_cannot_do_is_one_line_at_once(wrong: dict[str, Any], message: str) -> None:
+def test_unsupported_contrastive_search_settings_are_one_line_before_iteration(
+    wrong: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message) as error:
         contrastive_search(model_pair(0, 0)[0], **{"prompt_ids": [1, 2], **CONTRAST, **wrong})
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_gives_nan_is_an_error() -> None:
+def test_non_finite_logits_raise() -> None:
     model = random_model(CONFIGS[0])
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(torch.nan)
@@ -93,7 +95,7 @@ def test_a_model_that_gives_nan_is_an_error() -> None:
         list(contrastive_search(model, [1], **CONTRAST))
 
 
-def test_bans_that_leave_nothing_to_say_are_an_error() -> None:
+def test_bans_of_every_token_raise() -> None:
     model, nothing = model_pair(0, 0)[0], Sampling(bad_words=[(token,) for token in range(31)])
     with pytest.raises(UserError, match="rule out every token"):
         beam_search(model, [1], **BEAMS, sampling=nothing)
@@ -103,7 +105,7 @@ def test_bans_that_leave_nothing_to_say_are_an_error() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_what_a_cpu_finds() -> None:
+def test_gpu_results_equal_cpu_results() -> None:
     model, _ = model_pair(0, 0)
     there = peaked_model(CONFIGS[0], 0).cuda()
     groups: dict[str, Any] = {"num_beam_groups": 2, "diversity_penalty": 1.0, "num_return": 4, "end_tokens": range(4)}
@@ -115,11 +117,11 @@ def test_a_gpu_finds_what_a_cpu_finds() -> None:
     assert list(contrastive_search(there, [1, 2], **CONTRAST)) == list(contrastive_search(model, [1, 2], **CONTRAST))
 
 
-# As text
+# Text
 
 
-def letters(text: str) -> GPT:
-    """A model that speaks in the letters of `text` only."""
+def model_of_letters(text: str) -> GPT:
+    """A model that generates only the letters of `text`."""
     model, allowed = peaked_model(BYTE_CONFIG), list(text.encode())
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = 50
@@ -127,8 +129,8 @@ def letters(text: str) -> GPT:
     return model
 
 
-def test_texts_hold_the_prompt_and_come_best_first() -> None:
-    model, tokenizer = letters("abcdefgh"), get_tokenizer("bytes")
+def test_texts_contain_the_prompt_and_are_sorted_best_first() -> None:
+    model, tokenizer = model_of_letters("abcdefgh"), get_tokenizer("bytes")
     texts = beam_search_texts(model, tokenizer, "Hello", num_beams=4, num_return=3, max_new_tokens=10)
     found = beam_search(
         model, list(b"Hello"), num_beams=4, num_return=3, max_new_tokens=10, end_tokens=[tokenizer.end_of_text]
@@ -139,15 +141,15 @@ def test_texts_hold_the_prompt_and_come_best_first() -> None:
     assert "".join(contrastive_stream(model, tokenizer, "Hello", max_new_tokens=10)) == tokenizer.decode(tokens)
 
 
-def test_an_empty_prompt_begins_a_text() -> None:
+def test_an_empty_prompt_is_the_end_of_text_token() -> None:
     model, tokenizer = peaked_model(BYTE_CONFIG), get_tokenizer("bytes")
     (text,) = beam_search_texts(model, tokenizer, "", num_beams=2, max_new_tokens=5)
     assert text == beam_search_texts(model, tokenizer, "<|endoftext|>", num_beams=2, max_new_tokens=5)[0][13:]
     assert "".join(contrastive_stream(model, tokenizer, "", max_new_tokens=5))
 
 
-def test_a_stop_string_ends_a_beam_as_an_end_token_does_and_is_not_shown() -> None:
-    model, tokenizer = letters("abcdefgh"), get_tokenizer("bytes")
+def test_a_stop_string_ends_a_beam_like_an_end_token_and_is_removed() -> None:
+    model, tokenizer = model_of_letters("abcdefgh"), get_tokenizer("bytes")
     rules: dict[str, Any] = {"num_beams": 4, "num_return": 4, "max_new_tokens": 20, "length_penalty": 0.5}
     found = beam_search(model, list(b"abc"), **rules, end_tokens=[ord("e")])
     texts = beam_search_texts(model, tokenizer, "abc", **rules, stop=["e"])
@@ -156,7 +158,7 @@ def test_a_stop_string_ends_a_beam_as_an_end_token_does_and_is_not_shown() -> No
 
 
 def test_a_stop_string_over_several_tokens() -> None:
-    model, tokenizer = letters("abcdefgh"), get_tokenizer("bytes")
+    model, tokenizer = model_of_letters("abcdefgh"), get_tokenizer("bytes")
     rules: dict[str, Any] = {"num_beams": 4, "num_return": 4, "max_new_tokens": 20, "length_penalty": 0.5}
     (free,) = (text[3:] for text in beam_search_texts(model, tokenizer, "abc", **{**rules, "num_return": 1}))
     stop = free[4:7]
@@ -171,7 +173,7 @@ def test_a_stop_string_over_several_tokens() -> None:
 
 
 def test_a_token_without_text_ends_a_text() -> None:
-    """A vocabulary may be padded beyond the tokenizer's."""
+    """The vocabulary of the model may be padded beyond that of the tokenizer."""
     model, tokenizer = peaked_model(replace(BYTE_CONFIG, vocab_size=300)), get_tokenizer("bytes")
     favoured = Sampling(temperature=0, logit_bias={290: 1000.0})
     assert beam_search_texts(model, tokenizer, "abc", num_beams=1, sampling=favoured, stop=["x"]) == ["abc"]
@@ -179,7 +181,7 @@ def test_a_token_without_text_ends_a_text() -> None:
 
 
 @pytest.mark.parametrize("stop", [[""], "text"])
-def test_texts_without_a_tokenizer_or_with_an_impossible_stop_are_one_line(stop: Any) -> None:
+def test_a_missing_tokenizer_or_an_empty_stop_string_is_one_line(stop: Any) -> None:
     model, tokenizer = model_pair(0, 0)[0], get_tokenizer("bytes")
     for search in (beam_search_texts, contrastive_stream):
         with pytest.raises(UserError, match="has no tokenizer"):

@@ -1,4 +1,4 @@
-"""What a draft guesses changes how fast the text comes, and nothing else."""
+"""Speculative decoding equals plain decoding, whatever the draft."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.errors import UserError
+from gpt2.errors import NonFiniteLogitsError, UserError
 from gpt2.generation.engine import GenerationRequest
 from gpt2.generation.sampling import History, Sampling, make_generator
 from gpt2.generation.speculative import (
@@ -34,21 +34,21 @@ from tests.helpers.speculative_helpers import (
 from tests.helpers.transformers_reference import ODD_CONFIGS, random_model
 
 GREEDY = Sampling(temperature=0)
-TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
-FEW = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
+CONFIG = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
+SMALL_CONFIG = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
 
 
-# greedy: token for token
+# Greedy decoding
 
 
 @pytest.mark.parametrize("draft", DRAFTERS)
 @pytest.mark.parametrize("config", ODD_CONFIGS, ids=lambda c: f"{c.n_layer}x{c.n_embd}")
-def test_greedy_tokens_are_those_of_plain_decoding_beyond_the_context_too(config: GPTConfig, draft: str) -> None:
+def test_greedy_tokens_equal_plain_decoding_even_beyond_the_context(config: GPTConfig, draft: str) -> None:
     model = context_sensitive_model(config)
-    guesser = DRAFTERS[draft](model)
+    drafter = DRAFTERS[draft](model)
     for prompt, count in (([1, 2, 3], 40), (list(range(config.block_size)), 12)):
         request = GenerationRequest(prompt, GREEDY, count)
-        assert speculative_decode(model, guesser, request) == decode_without_draft(model, request)
+        assert speculative_decode(model, drafter, request) == decode_without_draft(model, request)
 
 
 @settings(deadline=None, max_examples=25)
@@ -71,7 +71,7 @@ def test_greedy_tokens_are_those_of_plain_decoding_beyond_the_context_too(config
     ),
     end_tokens=st.sampled_from([(), (3,), (2, 3, 6)]),
 )
-def test_greedy_tokens_are_the_same_for_any_settings(
+def test_greedy_tokens_equal_plain_decoding_for_any_settings(
     context: int,
     prompt: list[int],
     draft: str,
@@ -80,25 +80,25 @@ def test_greedy_tokens_are_the_same_for_any_settings(
     sampling: Sampling,
     end_tokens: tuple[int, ...],
 ) -> None:
-    model = context_sensitive_model(replace(FEW, vocab_size=11, block_size=context, n_embd=16))
+    model = context_sensitive_model(replace(SMALL_CONFIG, vocab_size=11, block_size=context, n_embd=16))
     request = GenerationRequest(prompt[:context], sampling, count, end_tokens=end_tokens)
     assert speculative_decode(model, DRAFTERS[draft](model), request, longest) == decode_without_draft(model, request)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_the_cpu_kernel_reads_guesses_as_it_reads_single_tokens(precision: str) -> None:
+def test_the_cpu_kernel_verifies_drafts_as_it_decodes_single_tokens(precision: str) -> None:
     kernel = load_library()
     if kernel is None:
         pytest.skip("the CPU kernel cannot be compiled here")
-    gpt = context_sensitive_model(replace(TALKER, n_embd=64, block_size=24))
+    gpt = context_sensitive_model(replace(CONFIG, n_embd=64, block_size=24))
     model = NativeGPT(gpt, precision, kernel)
     for draft in (DraftModel(model), DraftModel(gpt), PromptLookup()):
         request = GenerationRequest([1, 2, 3], GREEDY, 40)
         assert speculative_decode(model, draft, request) == decode_without_draft(model, request)
 
 
-def test_a_draft_serves_one_text_after_the_other() -> None:
-    model = context_sensitive_model(replace(TALKER, block_size=12))
+def test_a_drafter_serves_one_request_after_the_other() -> None:
+    model = context_sensitive_model(replace(CONFIG, block_size=12))
     for name in ("nearly", "lookup"):
         draft = DRAFTERS[name](model)
         for prompt in ([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9], [5], [1, 2, 3, 4]):
@@ -106,7 +106,7 @@ def test_a_draft_serves_one_text_after_the_other() -> None:
             assert speculative_decode(model, draft, request) == decode_without_draft(model, request)
 
 
-# the reader, the drafts and the numbers
+# Cached model, drafts and statistics
 
 
 @settings(deadline=None, max_examples=30)
@@ -115,41 +115,39 @@ def test_a_draft_serves_one_text_after_the_other() -> None:
     texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_size=1, max_size=6),
     data=st.data(),
 )
-def test_a_reader_reads_what_differs_and_says_what_the_model_says(
-    context: int, texts: list[list[int]], data: st.DataObject
-) -> None:
-    model = context_sensitive_model(replace(FEW, block_size=context))
-    reader = CachedModel(model)
+def test_cached_model_equals_the_model(context: int, texts: list[list[int]], data: st.DataObject) -> None:
+    model = context_sensitive_model(replace(SMALL_CONFIG, block_size=context))
+    cached_model = CachedModel(model)
     for text in texts:
         start = 0
-        while len(text) - start > context:  # as the engine does: the later half and the token that found no room
+        while len(text) - start > context:  # as in the engine: the later half, and the token that did not fit
             start += context + 1 - max(1, context // 2)
-        assert reader.remaining_context(len(text)) == context - (len(text) - start)
+        assert cached_model.remaining_context(len(text)) == context - (len(text) - start)
         count = data.draw(st.integers(1, len(text) - start))
         with torch.no_grad():
             expected = model(torch.tensor([text[start:]]))[0, -count:]
-            assert torch.allclose(reader.logits(text, count), expected, rtol=1e-4, atol=1e-4)
+            assert torch.allclose(cached_model.logits(text, count), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reader_reads_no_more_than_it_must() -> None:
-    model, read = random_model(TALKER), []
+def test_cached_model_computes_only_tokens_after_the_common_prefix() -> None:
+    model, read = random_model(CONFIG), []
     model.transformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].tolist()[0]))
-    reader = CachedModel(model)
-    reader.logits([1, 2, 3], 1)
-    reader.logits([1, 2, 3, 4, 5], 3)  # the last of the three lies before what is new, and is read again
-    reader.logits([1, 2, 3, 4, 9], 1)
-    reader.logits([1, 2, 3, 4, 9], 1)
+    cached_model = CachedModel(model)
+    cached_model.logits([1, 2, 3], 1)
+    cached_model.logits([1, 2, 3, 4, 5], 3)  # the first of the three is cached, but its logits are needed
+    cached_model.logits([1, 2, 3, 4, 9], 1)
+    cached_model.logits([1, 2, 3, 4, 9], 1)
     assert read == [[1, 2, 3], [3, 4, 5], [9], [9]]
 
 
-def test_the_model_reads_each_token_once_and_its_guesses() -> None:
-    model, read = context_sensitive_model(TALKER), []
-    speculation = SpeculativeDecoder(model, DRAFTERS["nearly"](model), GenerationRequest([1, 2, 3], Sampling(), 40))
+def test_the_model_runs_once_on_each_token_and_draft_token() -> None:
+    model, read = context_sensitive_model(CONFIG), []
+    decoder = SpeculativeDecoder(model, DRAFTERS["nearly"](model), GenerationRequest([1, 2, 3], Sampling(), 40))
     model.transformer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].size(1)))
-    list(speculation)
-    assert len(read) == speculation.calls
-    assert sum(read) == 3 + (speculation.calls - 1) + speculation.drafted
-    assert 0 < speculation.accepted < speculation.drafted
+    list(decoder)
+    assert len(read) == decoder.calls
+    assert sum(read) == 3 + (decoder.calls - 1) + decoder.drafted
+    assert 0 < decoder.accepted < decoder.drafted
 
 
 @pytest.mark.parametrize(
@@ -158,35 +156,35 @@ def test_the_model_reads_each_token_once_and_its_guesses() -> None:
     ids=["greedy", "all", "some", "back"],
 )
 @pytest.mark.parametrize("context", [64, 11])
-def test_a_model_that_drafts_for_itself_is_never_wrong(sampling: Sampling, context: int) -> None:
-    model = context_sensitive_model(replace(TALKER, block_size=context))
-    speculation = SpeculativeDecoder(model, DraftModel(model), GenerationRequest([1, 2, 3], sampling, 50))
-    lists = list(speculation)
-    assert speculation.acceptance_rate == 1.0
-    assert speculation.drafted == 50 - speculation.calls
-    assert speculation.tokens_per_call == 50 / len(lists) > (5 if context == 64 else 2)
+def test_a_model_that_drafts_for_itself_has_an_acceptance_rate_of_one(sampling: Sampling, context: int) -> None:
+    model = context_sensitive_model(replace(CONFIG, block_size=context))
+    decoder = SpeculativeDecoder(model, DraftModel(model), GenerationRequest([1, 2, 3], sampling, 50))
+    lists = list(decoder)
+    assert decoder.acceptance_rate == 1.0
+    assert decoder.drafted == 50 - decoder.calls
+    assert decoder.tokens_per_call == 50 / len(lists) > (5 if context == 64 else 2)
     assert [len(tokens) for tokens in lists[:2]] == [5, 6 if context == 64 else 4]
 
 
-def test_numbers_of_a_draft_that_is_always_wrong() -> None:
-    model = context_sensitive_model(TALKER)
+def test_statistics_of_a_draft_that_is_always_wrong() -> None:
+    model = context_sensitive_model(CONFIG)
     wrong = perturbed_model(model)
     with torch.no_grad():
         wrong.lm_head.weight.mul_(-1)
-    speculation = SpeculativeDecoder(model, DraftModel(wrong), GenerationRequest([1, 2, 3], GREEDY, 20))
-    assert (speculation.acceptance_rate, speculation.tokens_per_call) == (0.0, 0.0)
-    list(speculation)
-    assert (speculation.calls, speculation.accepted, speculation.acceptance_rate) == (20, 0, 0.0)
-    assert speculation.drafted == 4 + 3 + 2 + 16 * 1
-    assert speculation.tokens_per_call == 1.0
+    decoder = SpeculativeDecoder(model, DraftModel(wrong), GenerationRequest([1, 2, 3], GREEDY, 20))
+    assert (decoder.acceptance_rate, decoder.tokens_per_call) == (0.0, 0.0)
+    list(decoder)
+    assert (decoder.calls, decoder.accepted, decoder.acceptance_rate) == (20, 0, 0.0)
+    assert decoder.drafted == 4 + 3 + 2 + 16 * 1
+    assert decoder.tokens_per_call == 1.0
 
 
-def test_how_long_the_next_draft_is() -> None:
+def test_next_draft_length() -> None:
     assert [next_draft_length(4, accepted, 16) for accepted in range(5)] == [3, 3, 4, 4, 5]
     assert (next_draft_length(16, 16, 16), next_draft_length(1, 0, 16), next_draft_length(1, 1, 1)) == (16, 1, 1)
 
 
-def test_what_prompt_lookup_finds() -> None:
+def test_prompt_lookup_proposals() -> None:
     def found(tokens: list[int], count: int = 4, ngram: int = 3) -> list[int]:
         return PromptLookup(ngram).propose(History(tokens), count, Sampling(), make_generator(0, 0)).tokens
 
@@ -195,48 +193,46 @@ def test_what_prompt_lookup_finds() -> None:
     assert found([1, 2, 3, 7, 2, 3, 8, 9, 1, 2, 3], 2) == [7, 2]  # the longest
     assert found([1, 2, 3, 7, 2, 3, 8, 9, 1, 2, 3], 2, ngram=2) == [8, 9]
     assert found([5, 6, 7, 6], 2) == [7, 6]  # down to one token
-    assert found([1, 2, 1, 2]) == [1, 2, 1, 2]  # a copy goes on with itself
+    assert found([1, 2, 1, 2]) == [1, 2, 1, 2]  # a copy continues with its own tokens
     assert found([3, 3]) == [3, 3, 3, 3]
     assert found([1, 2, 3]) == found([1]) == []
 
 
-def test_settings_that_leave_nothing_after_a_guess_are_no_error_before_it_comes_to_that() -> None:
-    model = context_sensitive_model(FEW)
-    rule = Sampling(no_repeat_ngram_size=1)  # four tokens, then nothing
-    for draft in (DraftModel(model), DraftModel(context_sensitive_model(FEW, 1)), PromptLookup()):
-        assert sorted(speculative_decode(model, draft, GenerationRequest([2], rule, 3))) == [0, 1, 3]
+def test_settings_that_ban_every_token_after_a_draft_raise_only_when_reached() -> None:
+    model = context_sensitive_model(SMALL_CONFIG)
+    once_each = Sampling(no_repeat_ngram_size=1)  # at most four tokens
+    for draft in (DraftModel(model), DraftModel(context_sensitive_model(SMALL_CONFIG, 1)), PromptLookup()):
+        assert sorted(speculative_decode(model, draft, GenerationRequest([2], once_each, 3))) == [0, 1, 3]
         with pytest.raises(UserError, match="rule out every token"):
-            speculative_decode(model, draft, GenerationRequest([2], rule, 4))
+            speculative_decode(model, draft, GenerationRequest([2], once_each, 4))
 
 
-def test_an_end_token_ends_it_and_what_was_guessed_after_it_is_dropped() -> None:
-    model = random_model(TALKER)
+def test_an_end_token_finishes_the_sequence_and_later_draft_tokens_are_dropped() -> None:
+    model = random_model(CONFIG)
     whole = decode_without_draft(model, GenerationRequest([1, 2, 3], GREEDY, 30))
     end = whole[7]
-    speculation = SpeculativeDecoder(
-        model, DraftModel(model), GenerationRequest([1, 2, 3], GREEDY, 30, end_tokens=(end,))
-    )
-    tokens = [token for tokens in speculation for token in tokens]
+    decoder = SpeculativeDecoder(model, DraftModel(model), GenerationRequest([1, 2, 3], GREEDY, 30, end_tokens=(end,)))
+    tokens = [token for tokens in decoder for token in tokens]
     assert tokens == whole[: whole.index(end) + 1]
-    assert speculation.sequence.finish_reason == "stop"
-    assert list(speculation) == []
+    assert decoder.sequence.finish_reason == "stop"
+    assert list(decoder) == []
 
 
-def test_a_draft_and_a_model_are_asked_without_their_dropout_and_stay_as_they_were() -> None:
-    quiet, loud = random_model(TALKER), random_model(replace(TALKER, dropout=0.5)).train()
+def test_dropout_is_off_for_draft_and_target_and_the_mode_is_restored() -> None:
+    without, with_dropout = random_model(CONFIG), random_model(replace(CONFIG, dropout=0.5)).train()
     request = GenerationRequest([1, 2, 3], GREEDY, 30)
-    speculation = SpeculativeDecoder(loud, DraftModel(loud), request)
-    assert [token for tokens in speculation for token in tokens] == decode_without_draft(quiet, request)
-    assert speculation.acceptance_rate == 1.0
-    assert all(module.training for module in loud.modules())
+    decoder = SpeculativeDecoder(with_dropout, DraftModel(with_dropout), request)
+    assert [token for tokens in decoder for token in tokens] == decode_without_draft(without, request)
+    assert decoder.acceptance_rate == 1.0
+    assert all(module.training for module in with_dropout.modules())
 
 
-# text
+# Text
 
 
 @pytest.mark.parametrize("name", ["another", "nearly", "lookup"])
 def test_greedy_text_is_that_of_stream(name: str) -> None:
-    model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
+    model, tokenizer = random_model(CONFIG), get_tokenizer("bytes")
     draft = DRAFTERS[name](model)
     for prompt, count in (("Hello", 100), ("", 20), ("abcabcabc", 40), ("x" * 64, 5)):
         pieces = [piece for _, piece in stream(model, tokenizer, prompt, GREEDY, max_new_tokens=count)]
@@ -249,19 +245,19 @@ def test_greedy_text_is_that_of_stream(name: str) -> None:
         assert "".join(ended) == whole[: whole.index(middle)]
 
 
-def test_a_text_ends_at_the_end_of_text() -> None:
-    model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
-    sampling = Sampling(logit_bias={256: 1e6}, min_new_tokens=3)  # as soon as it may
+def test_a_text_ends_at_the_end_of_text_token() -> None:
+    model, tokenizer = random_model(CONFIG), get_tokenizer("bytes")
+    sampling = Sampling(logit_bias={256: 1e6}, min_new_tokens=3)  # as early as possible
     for draft in (DraftModel(model), PromptLookup()):
         text = speculate(model, tokenizer, "Hello", draft, sampling, seed=1)
-        shown, said = "".join(text), text.decoder.sequence
-        assert (said.finish_reason, len(said.new_tokens), said.tokens[-1]) == ("stop", 4, 256)
-        assert shown == tokenizer.decode(said.new_tokens[:3])
+        shown, sequence = "".join(text), text.decoder.sequence
+        assert (sequence.finish_reason, len(sequence.new_tokens), sequence.tokens[-1]) == ("stop", 4, 256)
+        assert shown == tokenizer.decode(sequence.new_tokens[:3])
 
 
-def test_a_seed_gives_its_text() -> None:
-    model, tokenizer = context_sensitive_model(TALKER), get_tokenizer("bytes")
-    draft = DraftModel(context_sensitive_model(TALKER, 1))
+def test_a_seed_determines_the_text() -> None:
+    model, tokenizer = context_sensitive_model(CONFIG), get_tokenizer("bytes")
+    draft = DraftModel(context_sensitive_model(CONFIG, 1))
 
     def text(seed: int | None, sample: int = 0) -> str:
         pieces = speculate(model, tokenizer, "Hello", draft, max_new_tokens=20, seed=seed, sample_index=sample)
@@ -271,32 +267,34 @@ def test_a_seed_gives_its_text() -> None:
     assert len({text(1), text(2), text(1, 1), text(None), text(None)}) == 5
 
 
-# what can go wrong
+# Errors
 
 
 def test_a_draft_of_another_vocabulary_or_tokenizer_is_refused(small_bpe: BPETokenizer) -> None:
-    model, tokenizer = random_model(TALKER), get_tokenizer("bytes")
-    larger = DraftModel(random_model(replace(TALKER, vocab_size=300)), small_bpe)
+    model, tokenizer = random_model(CONFIG), get_tokenizer("bytes")
+    larger = DraftModel(random_model(replace(CONFIG, vocab_size=300)), small_bpe)
     with pytest.raises(UserError, match=r"^the draft has a vocabulary of 300 tokens, the model one of 257$"):
         speculate(model, tokenizer, "x", larger)
     with pytest.raises(UserError, match="vocabulary of 300"):
         SpeculativeDecoder(model, larger, GenerationRequest([1]))
-    with pytest.raises(UserError, match=r"^the draft has another tokenizer than the model"):
-        speculate(model, tokenizer, "x", DraftModel(random_model(TALKER), small_bpe))
+    with pytest.raises(
+        UserError, match=r"^the draft has another tokenizer than the model: their token ids do not match"
+    ):
+        speculate(model, tokenizer, "x", DraftModel(random_model(CONFIG), small_bpe))
     assert list(speculate(model, tokenizer, "x", DraftModel(model, tokenizer), max_new_tokens=0)) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_model_or_a_draft_that_gives_nan_is_called_broken(value: float) -> None:
-    sound, broken = random_model(TALKER), random_model(TALKER)
+def test_non_finite_logits_of_model_or_draft_raise(value: float) -> None:
+    sound, broken = random_model(CONFIG), random_model(CONFIG)
     with torch.no_grad():
         dict(broken.named_parameters())["transformer.h.1.mlp.c_proj.bias"][3] = value
     for sampling in (GREEDY, Sampling(top_k=5)):
         request = GenerationRequest([1, 2, 1], sampling, 5)
         for draft in (DraftModel(sound), PromptLookup()):
-            with pytest.raises(UserError, match=r"^the model gives nan or inf"):
+            with pytest.raises(NonFiniteLogitsError, match=r"^the model gives nan or inf"):
                 speculative_decode(broken, draft, request)
-        with pytest.raises(UserError, match=r"^the draft is of no use: the model gives nan or inf"):
+        with pytest.raises(NonFiniteLogitsError, match=r"^the draft model cannot be used: the model gives nan or inf"):
             speculative_decode(sound, DraftModel(broken), request)
 
 
@@ -311,17 +309,17 @@ def test_a_model_or_a_draft_that_gives_nan_is_called_broken(value: float) -> Non
         (GenerationRequest([1], Sampling(logit_bias={257: 1})), "logit-bias: token 257"),
     ],
 )
-def test_a_request_that_cannot_be_served(request_: GenerationRequest, message: str) -> None:
+def test_requests_that_cannot_be_served_are_refused(request_: GenerationRequest, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SpeculativeDecoder(random_model(TALKER), PromptLookup(), request_)
+        SpeculativeDecoder(random_model(CONFIG), PromptLookup(), request_)
 
 
-def test_impossible_drafts() -> None:
+def test_unsupported_drafts_are_refused() -> None:
     with pytest.raises(UserError, match="at least 1 token to look for, not 0"):
         PromptLookup(0)
     with pytest.raises(UserError, match="a draft has at least 1 token, not 0"):
-        SpeculativeDecoder(random_model(TALKER), PromptLookup(), GenerationRequest([1]), max_draft_length=0)
+        SpeculativeDecoder(random_model(CONFIG), PromptLookup(), GenerationRequest([1]), max_draft_length=0)
     with pytest.raises(UserError, match="no tokenizer"):
-        speculate(random_model(TALKER), None, "x", PromptLookup())
+        speculate(random_model(CONFIG), None, "x", PromptLookup())
     with pytest.raises(UserError, match="stop string"):
-        speculate(random_model(TALKER), get_tokenizer("bytes"), "x", PromptLookup(), stop=[""])
+        speculate(random_model(CONFIG), get_tokenizer("bytes"), "x", PromptLookup(), stop=[""])

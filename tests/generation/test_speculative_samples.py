@@ -1,4 +1,4 @@
-"""What speculation says has the distribution of the model, whatever the draft: by chi-square, with fixed seeds."""
+"""Speculative samples have the distribution of the model, whatever the draft: chi-square tests with fixed seeds."""
 
 import math
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from gpt2.generation.speculative import Drafter, DraftModel, PromptLookup, accep
 from gpt2.model import GPTConfig
 from tests.helpers.speculative_helpers import TrigramModel, context_sensitive_model, speculative_decode
 
-TALKER = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
-FEW = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
+CONFIG = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
+SMALL_CONFIG = GPTConfig(vocab_size=4, block_size=16, n_layer=1, n_head=1, n_embd=8, tie_word_embeddings=False)
 
 
 def chi_square_p(counts: Tensor, probs: Tensor) -> float:
-    """How likely a sample as unlikely as `counts` (n,) is under `probs` (n,); rare outcomes count as one."""
+    """The p-value of `counts` (n,) under `probs` (n,); rare outcomes are merged."""
     expected = probs.double() * counts.sum()
     assert counts[probs == 0].sum() == 0
     rare = expected < 5
@@ -50,7 +50,7 @@ def distribution(model: LanguageModel, request: GenerationRequest) -> Tensor:
 
 
 def sampled_p(draft: Drafter, model: LanguageModel, sampling: Sampling, longest: int = 16, runs: int = 400) -> float:
-    """Three new tokens in each of `runs` runs against their exact distribution."""
+    """The p-value of three new tokens in each of `runs` runs under their exact distribution."""
     request, size = GenerationRequest([0, 1, 2, 0, 1], sampling, 3), model.config.vocab_size
     counts = torch.zeros(size**3)
     for sample in range(runs):
@@ -63,45 +63,47 @@ SETTINGS = {
     "plain": Sampling(),
     "top-k, cold": Sampling(0.7, top_k=3),
     "top-p, hot": Sampling(1.5, top_p=0.9),
-    "looking back": Sampling(repetition_penalty=1.4, frequency_penalty=0.5, bad_words=((1, 3),)),
+    "penalties": Sampling(repetition_penalty=1.4, frequency_penalty=0.5, bad_words=((1, 3),)),
 }
 
 
 @pytest.mark.parametrize(("sampling", "longest"), [("plain", 1), *((name, 16) for name in SETTINGS)])
 @pytest.mark.parametrize("draft", ["model", "lookup"])
 def test_samples_have_the_distribution_of_the_model(draft: str, sampling: str, longest: int) -> None:
-    guesser = DraftModel(TrigramModel(FEW, 1)) if draft == "model" else PromptLookup()
-    assert sampled_p(guesser, TrigramModel(FEW, 153), SETTINGS[sampling], longest) > 0.01
+    drafter = DraftModel(TrigramModel(SMALL_CONFIG, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(drafter, TrigramModel(SMALL_CONFIG, 153), SETTINGS[sampling], longest) > 0.01
 
 
 @pytest.mark.parametrize("draft", ["model", "lookup"])
 def test_samples_have_the_distribution_of_gpt2(draft: str) -> None:
-    guesser = DraftModel(context_sensitive_model(FEW, 1)) if draft == "model" else PromptLookup()
-    assert sampled_p(guesser, context_sensitive_model(FEW), Sampling(0.8, top_k=3)) > 0.01
+    drafter = DraftModel(context_sensitive_model(SMALL_CONFIG, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(drafter, context_sensitive_model(SMALL_CONFIG), Sampling(0.8, top_k=3)) > 0.01
 
 
-def always_kept(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
+def always_accepted(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
     return guess
 
 
-def redrawn_from_p(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
-    """Right but for the distribution that a rejected token is redrawn from."""
+def resampled_from_p(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
+    """Correct, except for the distribution that a rejected token is resampled from."""
     kept = accept_or_resample(guess, p, q, stream)
     return kept if kept == guess else int(torch.multinomial(p, 1, generator=stream))
 
 
-@pytest.mark.parametrize("wrong", [always_kept, redrawn_from_p])
+@pytest.mark.parametrize("wrong", [always_accepted, resampled_from_p])
 @pytest.mark.parametrize("draft", ["model", "lookup"])
-def test_the_test_finds_a_wrong_rule(draft: str, wrong: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distribution_test_detects_a_wrong_acceptance_rule(
+    draft: str, wrong: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(speculative, "accept_or_resample", wrong)
-    guesser = DraftModel(TrigramModel(FEW, 1)) if draft == "model" else PromptLookup()
-    assert sampled_p(guesser, TrigramModel(FEW, 153), Sampling()) < 1e-4
+    drafter = DraftModel(TrigramModel(SMALL_CONFIG, 1)) if draft == "model" else PromptLookup()
+    assert sampled_p(drafter, TrigramModel(SMALL_CONFIG, 153), Sampling()) < 1e-4
 
 
 @settings(deadline=None, max_examples=30)
 @given(data=st.data(), size=st.integers(2, 6))
-def test_one_token_exactly(data: st.DataObject, size: int) -> None:
-    """Sum over guesses of q(guess) times what the rule makes of it is p, for fine steps of the random numbers."""
+def test_accept_or_resample_of_one_token_is_exact(data: st.DataObject, size: int) -> None:
+    """The sum over draft tokens of q times the acceptance rule is p, and samples follow the rule."""
     weights = st.lists(st.integers(0, 5), min_size=size, max_size=size).filter(any)
     p, q = (torch.tensor(data.draw(weights), dtype=torch.float32) for _ in range(2))
     p, q = p / p.sum(), q / q.sum()
@@ -119,9 +121,9 @@ def test_one_token_exactly(data: st.DataObject, size: int) -> None:
         assert (rest[drawn[drawn != guess]] > 0).all()
 
 
-def test_the_random_numbers_are_the_requests_own() -> None:
-    model = context_sensitive_model(TALKER)
-    for draft in (DraftModel(context_sensitive_model(TALKER, 1)), PromptLookup()):
+def test_random_numbers_depend_on_the_request_alone() -> None:
+    model = context_sensitive_model(CONFIG)
+    for draft in (DraftModel(context_sensitive_model(CONFIG, 1)), PromptLookup()):
         request = GenerationRequest([1, 2, 1, 2], Sampling(), 40, seed=3)
         before = torch.get_rng_state()
         once = speculative_decode(model, draft, request)

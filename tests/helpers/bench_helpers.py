@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks measure: a model and a workload of next to nothing, a stand-in for nanoGPT."""
+"""For the tests of the benchmarks: a tiny model and workload, and a stand-in for nanoGPT."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The command line, typed into by the tests."""
+"""Run the command line in the tests."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from gpt2.cli import main
 
 
 def run_cli(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """`gpt2 ARGV` in this process: exit code, standard output, standard error."""
+    """Run `gpt2 ARGV` in this process; returns exit code, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:
         main(argv)
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback, for the real client to talk to."""
+"""A small Hugging Face hub on loopback, for the real client."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serve_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """Serve folders as model repositories. Yields the address and the list, growing, of files that were fetched."""
+    """Serve folders as model repositories. Yields the address and the (growing) list of downloaded files."""
     fetched: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -30,11 +30,13 @@ def serve_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
                 files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
                 if path.startswith((f"/api/models/{name}/", f"/api/models/{name}")):
                     return self.reply(200, repository_info(name, files, tree="/tree/" in path), body)
-                asked = path.removeprefix(f"/{name}/resolve/{COMMIT}/")
-                if asked in files:
+                name_in_repo = path.removeprefix(f"/{name}/resolve/{COMMIT}/")
+                if name_in_repo in files:
                     if body:
-                        fetched.append(asked)
-                    return self.reply(200, files[asked], body, ETag=f'"{sha256(files[asked]).hexdigest()}"')
+                        fetched.append(name_in_repo)
+                    return self.reply(
+                        200, files[name_in_repo], body, ETag=f'"{sha256(files[name_in_repo]).hexdigest()}"'
+                    )
             return self.reply(404, b"{}", body, **{"X-Error-Code": "RepoNotFound"})
 
         def reply(self, code: int, content: bytes, body: bool, **headers: str) -> None:
@@ -61,7 +63,7 @@ def serve_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
 
 
 def repository_info(name: str, files: dict[str, bytes], tree: bool) -> bytes:
-    """What the hub's API says of a repository: the list of its files, or who it is and the same."""
+    """The response of the hub's API for a repository: its file list, or its id, commit and file list."""
     if tree:
         entries = [
             {"type": "file", "path": path, "size": len(content), "oid": sha256(content).hexdigest()}

@@ -1,4 +1,4 @@
-"""A server for the tests: the real app under uvicorn, on a port of its own, over a tiny model that speaks bytes."""
+"""A server for tests: the application under uvicorn on a free port, with a tiny model of bytes."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ SMALL_LIMITS = Limits(slots=4)
 
 @dataclass(frozen=True)
 class LiveServer:
-    """A server that runs: where it is, and what it is made of."""
+    """A running server: its address, models and application."""
 
     url: str
     models: dict[str, ServedModel]
@@ -39,21 +39,21 @@ class LiveServer:
 
     @property
     def model(self) -> GPT:
-        """The plain model behind it."""
+        """The plain model."""
         return self.models["tiny"].model
 
     @property
     def scheduler(self) -> Scheduler:
-        """What runs it."""
+        """The scheduler of the model."""
         return self.models["tiny"].scheduler
 
     def client(self, key: str | None = None) -> httpx.Client:
-        """A plain HTTP client."""
+        """An HTTP client for this server."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
 
     def wait_until_idle(self) -> None:
-        """All slots are free, within a few seconds."""
+        """Wait until all slots are free. Fails after a few seconds."""
         until = time.monotonic() + 10
         while not (self.scheduler.idle and self.scheduler.engine.idle):
             assert time.monotonic() < until, f"{self.scheduler.running} running, {self.scheduler.waiting} waiting"
@@ -62,7 +62,7 @@ class LiveServer:
 
 @contextmanager
 def temporary_home(native_cache: Path, folder: Path) -> Iterator[None]:
-    """A home for a module's own fixtures, with the compiled kernel in it. folder: an empty one."""
+    """Set GPT2_HOME to an empty folder with a link to the compiled kernel, for fixtures of a module."""
     with pytest.MonkeyPatch.context() as patch:
         (folder / "native").symlink_to(native_cache)
         patch.setenv("GPT2_HOME", str(folder))
@@ -71,7 +71,7 @@ def temporary_home(native_cache: Path, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def run_app(app: FastAPI) -> Iterator[str]:
-    """The address at which the app answers, from a thread of its own."""
+    """Run the application in a thread; its address."""
     config = uvicorn.Config(
         app, http=HeaderTimeoutProtocol, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1
     )
@@ -92,7 +92,7 @@ def run_app(app: FastAPI) -> Iterator[str]:
 
 @contextmanager
 def run_server(limits: Limits = SMALL_LIMITS, access: AccessPolicy | None = None, **given: Any) -> Iterator[LiveServer]:
-    """A server of one model, "tiny". given: other arguments of `serve_model`."""
+    """Run a server with one model, "tiny". given: further arguments of `create_served_model`."""
     model = random_model(CONFIG)
     models = {"tiny": create_served_model("tiny", model, prepare_for_inference(model), BYTE_TOKENIZER, limits, **given)}
     app = create_app(models, limits, access)

@@ -1,4 +1,4 @@
-"""A server, a browser and somebody who uses it, for the tests of the playground."""
+"""A server, a browser and a page object for the tests of the playground."""
 
 import asyncio
 import shutil
@@ -44,7 +44,7 @@ BYTE_TOKENIZER = ByteTokenizer()
 
 
 def sharpen_logits(model: GPT) -> GPT:
-    """Surer of what it says than random weights are, and not likely to say a part of a character."""
+    """Give a random model a less uniform distribution, with a low probability for partial characters."""
     spelled = [TOKENIZER.token_bytes(i) for i in range(CONFIG.vocab_size)]
     parts = [i for i, word in enumerate(spelled) if not (word.isascii() and word.decode().isprintable())]
     model.transformer.wte.weight.data[parts] = 0
@@ -56,7 +56,7 @@ MODELS = {"one": sharpen_logits(random_model(CONFIG, 1)), "two": sharpen_logits(
 
 
 class SlowGPT(GPT):
-    """Takes its time for every step, so that somebody can be quicker."""
+    """A GPT with a delay in every forward pass, so that a test can act during generation."""
 
     delay_seconds = 0.1
 
@@ -66,7 +66,7 @@ class SlowGPT(GPT):
 
 
 def create_served_models(models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits) -> dict[str, ServedModel]:
-    """Models by name, run as they are."""
+    """Served models by name, without conversion for inference."""
     return {name: create_served_model(name, model, model, tokenizer, limits) for name, model in models.items()}
 
 
@@ -74,13 +74,13 @@ def create_served_models(models: dict[str, GPT], tokenizer: Tokenizer, limits: L
 def run_playground(
     models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits = LIMITS, access: AccessPolicy | None = None
 ) -> Iterator[str]:
-    """The address of a server of these models."""
+    """Run a server with these models; its address."""
     with run_app(create_app(create_served_models(models, tokenizer, limits), limits, access)) as address:
         yield f"{address}/"
 
 
 class BreakableProxy:
-    """A way to a server that can be cut and mended; it has an address of its own."""
+    """A TCP proxy to a server, whose connections can be cut and restored. It has its own address."""
 
     def __init__(self, address: str) -> None:
         self._upstream, self._writers, self._port = urlsplit(address), set(), 0
@@ -96,7 +96,7 @@ class BreakableProxy:
         self._run_in_loop(self._listen())
 
     def disconnect(self) -> None:
-        """Nobody answers any more, and who is being answered hears no end."""
+        """Refuse new connections, and abort the open ones."""
         self._run_in_loop(self._abort_connections())
 
     def close(self) -> None:
@@ -129,17 +129,17 @@ class BreakableProxy:
 
 
 def require_chromium() -> str:
-    """Where the browser is; skips, with the reason, where there is none."""
+    """The path of Chromium; skips the test if it is not installed."""
     path = shutil.which("chromium")
     if path is None:
-        pytest.skip("no chromium: apt-get install chromium")
+        pytest.skip("chromium is not installed: apt-get install chromium")
     return path
 
 
 @contextmanager
 def launch_browser() -> Iterator[Any]:
-    """A browser of playwright's."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    """Chromium, driven by playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     path = require_chromium()
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
@@ -150,31 +150,31 @@ def launch_browser() -> Iterator[Any]:
 
 
 class PlaygroundPage:
-    """Somebody with a browser, who writes down what goes wrong in it."""
+    """The playground in a browser tab. `errors` collects console errors and requests to other servers."""
 
-    def __init__(self, browser: Any, address: str, ready: str = "#next li", **how: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
+    def __init__(self, browser: Any, address: str, ready: str = "#next li", **context_options: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context_options})
         self.context.set_default_timeout(30_000)
         self.page, self.errors, self.expected_errors = self.context.new_page(), [], ()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
+        self.page.on("console", lambda entry: entry.type == "error" and self.errors.append(entry.text))
         self.page.on("request", lambda request: self._check_origin(request.url, address))
         self.page.goto(address)
         self.page.wait_for_selector(ready)
 
     def _check_origin(self, url: str, address: str) -> None:
         if not url.startswith((address, "blob:", "data:")):
-            self.errors.append(f"asked {url}")
+            self.errors.append(f"request to {url}")
 
     def fill_setting(self, name: str, value: Any) -> None:
-        """Type a setting."""
+        """Set a sampling parameter."""
         if not self.page.is_visible(f"#set-{name}"):
             self.page.click("summary:has-text('More')")
-            self.page.click("summary:has-text('How it ends')")
+            self.page.click("summary:has-text('Length, stop strings')")
         self.page.fill(f"#set-{name}", str(value))
 
     def generate(self, text: str, key: str | None = None) -> str:
-        """Type a text, let the model go on, and give all of it."""
+        """Replace the text, continue it, and return all of it."""
         self.page.fill("#text", text)
         return self.continue_text(key)
 
@@ -183,7 +183,7 @@ class PlaygroundPage:
         return self.wait_until_done()
 
     def wait_until_done(self) -> str:
-        """Until nothing is written any more."""
+        """Wait until generation has finished; the whole text."""
         self.page.wait_for_selector("body:not(.running) #status:has-text('a second')")
         return self.text
 
@@ -192,7 +192,7 @@ class PlaygroundPage:
         return self.page.input_value("#text")
 
     def click_token(self, number: int) -> str:
-        """Click on a token that was said; gives it."""
+        """Click a generated token; its text."""
         token = self.page.locator("#backdrop > span:has(> span)").nth(number)
         box = token.locator("span").bounding_box()
         self.page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
@@ -200,8 +200,8 @@ class PlaygroundPage:
         return token.text_content()
 
     def accessibility_violations(self) -> list[str]:
-        """What axe finds wrong for those who cannot see, point or hear."""
-        reason = "no axe: pip install axe-playwright-python"
+        """The violations that axe finds."""
+        reason = "axe is not installed: pip install axe-playwright-python"
         module = pytest.importorskip("axe_playwright_python.sync_playwright", reason=reason)
         found = module.Axe().run(self.page).response["violations"]
         return [f"{one['id']}: {node['html'][:120]} {node['any'][:1]}" for one in found for node in one["nodes"]]

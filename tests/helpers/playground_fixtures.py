@@ -1,4 +1,4 @@
-"""A browser and a server for each file of tests of the playground, and a reader for each test."""
+"""Fixtures for the tests of the playground: a browser and a server per module, and a page per test."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,4 +25,4 @@ def reader(browser: Any, address: str) -> Iterator[PlaygroundPage]:
     reader = PlaygroundPage(browser, address)
     yield reader
     reader.context.close()
-    assert [trouble for trouble in reader.errors if not trouble.startswith(tuple(reader.expected_errors))] == []
+    assert [error for error in reader.errors if not error.startswith(tuple(reader.expected_errors))] == []

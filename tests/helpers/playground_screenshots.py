@@ -1,4 +1,4 @@
-"""Pictures of the playground for the docs: python tests/playground_pictures.py MODEL [PROMPT] [FOLDER]"""
+"""Screenshots of the playground for docs/: python -m tests.helpers.playground_screenshots MODEL [PROMPT] [FOLDER]"""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.helpers.playground_browser import launch_browser, run_playground
 
 WIDE, PHONE = {"width": 1320, "height": 820}, {"width": 375, "height": 780}
 PROMPT = "The history of the city began when"
-SCREENSHOTS = {  # name: (which of the tokens is chosen, what is shown of it, the browser)
+SCREENSHOTS = {  # name: (index of the selected token, tab, options of the browser)
     "light": (6, "alternatives", {"viewport": WIDE, "color_scheme": "light"}),
     "dark": (24, "Attention", {"viewport": WIDE, "color_scheme": "dark"}),
     "phone": (6, "alternatives", {"viewport": PHONE, "color_scheme": "light", "device_scale_factor": 2}),
@@ -24,7 +24,7 @@ MAX_SCREENSHOT_BYTES = 250_000
 def take_screenshot(
     browser: Any, address: str, prompt: str, path: Path, token_index: int, tab: str, context_options: dict[str, Any]
 ) -> None:
-    """One picture: a text, one of its tokens chosen, and its alternatives or a tab of the inspector."""
+    """One screenshot: a text, a selected token, and its alternatives or a tab of the inspector."""
     context = browser.new_context(reduced_motion="reduce", **context_options)
     page = context.new_page()
     page.goto(address)
@@ -34,14 +34,14 @@ def take_screenshot(
     page.fill("#text", prompt)
     page.click("#go")
     page.wait_for_selector("body:not(.running) #status:has-text('a second')")
-    page.evaluate("document.getElementById('status').textContent = ''")  # the speed of a machine that draws pictures
-    said = page.locator("#backdrop > span > span").nth(token_index)
-    said.scroll_into_view_if_needed()
-    box = said.bounding_box()
+    page.evaluate("document.getElementById('status').textContent = ''")  # throughput of this machine
+    token = page.locator("#backdrop > span > span").nth(token_index)
+    token.scroll_into_view_if_needed()
+    box = token.bounding_box()
     page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#alternatives:not([hidden])")
     if tab == "alternatives":
-        page.wait_for_load_state("networkidle")  # the chances beside it are drawn
+        page.wait_for_load_state("networkidle")  # the probabilities are shown
     else:
         page.click(f"#alternatives button:has-text('{tab}')")
         page.wait_for_selector(f"#panel-{tab.lower()} .bars li, #panel-{tab.lower()} table")
@@ -49,7 +49,7 @@ def take_screenshot(
     context.close()
     if path.stat().st_size > MAX_SCREENSHOT_BYTES:
         sys.exit(
-            f"{path} has {path.stat().st_size:,} bytes: more than {MAX_SCREENSHOT_BYTES:,} are too many for the docs"
+            f"{path} has {path.stat().st_size:,} bytes: screenshots for docs/ have at most {MAX_SCREENSHOT_BYTES:,}"
         )
 
 

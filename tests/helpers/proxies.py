@@ -1,4 +1,4 @@
-"""nginx and Caddy for the tests, as our examples set them up, and clients from other addresses behind them."""
+"""nginx and Caddy with the configurations of examples/, and clients with other addresses."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ SITE = "gpt2.example"
 
 
 def free_port() -> int:
-    """A port that nobody has at this moment."""
+    """A port that is free at this moment."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return taken.getsockname()[1]
 
 
 def require_program(name: str) -> str:
-    """Where a program is; without it the test is skipped."""
+    """The path of a program; skips the test if it is not installed."""
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if found is None:
         pytest.skip(f"{name} is not installed")
@@ -32,7 +32,7 @@ def require_program(name: str) -> str:
 
 
 def replace_once(text: str, *pairs: tuple[str, str]) -> str:
-    """The text with others in the place of what stands in it once."""
+    """The text with each `old` replaced, which must occur exactly once."""
     for old, new in pairs:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -40,7 +40,7 @@ def replace_once(text: str, *pairs: tuple[str, str]) -> str:
 
 
 def nginx_command(folder: Path, port: int, upstreams: list[str]) -> list[str]:
-    """The command that runs our example on this port, with a certificate made for it."""
+    """The command that runs examples/nginx.conf on this port, with a new certificate."""
     certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
     make = [
         "req",
@@ -81,7 +81,7 @@ def nginx_command(folder: Path, port: int, upstreams: list[str]) -> list[str]:
 
 
 def caddy_command(folder: Path, port: int, upstreams: list[str]) -> list[str]:
-    """The same with Caddy, which makes its certificate itself."""
+    """The command that runs examples/Caddyfile on this port; Caddy creates the certificate."""
     text = replace_once(
         (EXAMPLES / "Caddyfile").read_text(encoding="utf-8"),
         ("{$GPT2_SITE:localhost} {", f"{SITE}:{port} {{\n\tbind 127.0.0.1\n\ttls internal"),
@@ -97,7 +97,7 @@ PROXIES: dict[str, Callable[[Path, int, list[str]], list[str]]] = {"nginx": ngin
 
 @contextmanager
 def run_proxy(name: str, folder: Path, *upstreams: str) -> Iterator[int]:
-    """A proxy in front of servers at these addresses, while the block runs; its port."""
+    """Run a proxy in front of servers at these addresses; its port."""
     port = free_port()
     command = PROXIES[name](folder, port, [address.removeprefix("http://") for address in upstreams])
     log, environment = folder / "log", {"HOME": str(folder), "PATH": "/usr/bin:/bin"}
@@ -111,7 +111,7 @@ def run_proxy(name: str, folder: Path, *upstreams: str) -> Iterator[int]:
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until something answers."""
+    """Wait until the proxy responds."""
     until = time.monotonic() + 15
     while True:
         assert process.poll() is None, log.read_text()
@@ -125,7 +125,7 @@ def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> 
 
 
 class _SNITransport(httpx.HTTPTransport):
-    """Tells the site's name when it begins to speak TLS, too."""
+    """Sends the name of the site in the TLS handshake (SNI) as well."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         request.extensions["sni_hostname"] = SITE
@@ -133,7 +133,7 @@ class _SNITransport(httpx.HTTPTransport):
 
 
 def https_client(port: int, address: str = "127.0.0.1", key: str = "") -> httpx.Client:
-    """One that comes from `address` and believes any certificate: both proxies make theirs for this."""
+    """A client with this local address that accepts any certificate, since those of the proxies are self-signed."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     headers = {"Host": f"{SITE}:{port}"} | ({"Authorization": f"Bearer {key}"} if key else {})

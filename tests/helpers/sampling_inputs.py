@@ -1,4 +1,4 @@
-"""Random logits and histories, for tests of what chooses a token."""
+"""Random logits and histories, for tests of sampling."""
 
 import math
 
@@ -16,7 +16,7 @@ histories = st.integers(1, 25).flatmap(
 
 
 def random_logits(seed: int, rows: int, size: int, scale: float = 3.0, masked_fraction: float = 0.0) -> Tensor:
-    """(rows, size); `ruled_out` of them at minus infinity, but never all of a row."""
+    """(rows, size), with `masked_fraction` of them at minus infinity, but never a whole row."""
     own = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, size, generator=own) * scale
     out = torch.rand(rows, size, generator=own) < masked_fraction

@@ -18,12 +18,12 @@ CONFIGS = [
     GPTConfig(vocab_size=31, block_size=30, n_layer=2, n_head=2, n_embd=16, tie_word_embeddings=False),
     GPTConfig(vocab_size=60, block_size=30, n_layer=1, n_head=5, n_embd=40, tie_word_embeddings=False),
 ]
-BYTE_CONFIG = replace(CONFIGS[0], vocab_size=257, block_size=64)  # speaks in bytes
+BYTE_CONFIG = replace(CONFIGS[0], vocab_size=257, block_size=64)  # for the byte tokenizer
 
 
 def peaked_model(config: GPTConfig, seed: int = 0) -> GPT:
-    """A random model that clearly prefers some tokens, others at each place; in float64, so that two roundings do
-    not swap two candidates."""
+    """A random model that clearly prefers some tokens, others at each position; float64, so that rounding does not
+    swap candidates."""
     model = random_model(config, seed)
     with torch.no_grad():
         for embedding in (model.transformer.wte, model.transformer.wpe):
@@ -35,16 +35,16 @@ def peaked_model(config: GPTConfig, seed: int = 0) -> GPT:
 
 @cache
 def model_pair(which: int, seed: int) -> tuple[GPT, Any]:
-    """A model and its twin in transformers."""
+    """A model and the same model in transformers."""
     model = peaked_model(CONFIGS[which], seed)
     return model, to_transformers(model).double()
 
 
 def transformers_beam_search(
-    twin: Any, prompt: list[int], ends: Sequence[int], max_new_tokens: int, **given: Any
+    reference: Any, prompt: list[int], ends: Sequence[int], max_new_tokens: int, **given: Any
 ) -> list[Hypothesis]:
     ids = torch.tensor([prompt])
-    found = twin.generate(
+    found = reference.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
@@ -68,7 +68,7 @@ def assert_same_hypotheses(ours: list[Hypothesis], others: list[Hypothesis]) -> 
 
 def greedy_decode(model: GPT, prompt: list[int], count: int, **given: Any) -> list[int]:
     engine = Engine(model, 1)
-    continuation = engine.submit(GenerationRequest(prompt, Sampling(temperature=0, **given), count))
+    sequence = engine.submit(GenerationRequest(prompt, Sampling(temperature=0, **given), count))
     while not engine.idle:
         engine.step()
-    return continuation.new_tokens
+    return sequence.new_tokens

@@ -14,19 +14,19 @@ from tests.helpers.transformers_reference import random_model
 
 
 def context_sensitive_model(config: GPTConfig, seed: int = 0) -> GPT:
-    """A random model that hears what was said before, and is far from thinking all tokens equally likely."""
+    """A random model with a strong dependence on earlier tokens and far from uniform distributions."""
     model = random_model(config, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                parameter.sub_(1)  # of mean 0, or a few tokens would be likely anywhere
+                parameter.sub_(1)  # of mean 0, or a few tokens would be likely everywhere
             elif parameter.dim() == 2:
                 parameter.mul_(12 if "attn" in name else 3)
     return model
 
 
 class TrigramModel:
-    """A language model in a table: what comes next depends on the last two tokens. Quick, and it needs its cache."""
+    """A trigram table as a language model: the next token depends on the last two. Fast, and it uses the cache."""
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         self.config, self.device = config, torch.device("cpu")
@@ -42,27 +42,27 @@ class TrigramModel:
         cache = self.make_cache(len(tokens)) if cache is None else cache
         keys, values = (tokens[:, None, :, None].float() for _ in range(2))
         kept, _ = cache.extend(tokens.size(1)).layer(0).append(keys, values)  # (B, 1, S, 1)
-        text = torch.cat((torch.zeros(len(tokens), 1), kept[:, 0, :, 0]), 1).long()  # as if a 0 came before
+        text = torch.cat((torch.zeros(len(tokens), 1), kept[:, 0, :, 0]), 1).long()  # token 0 before the first
         return torch.stack((text[:, :-1], text[:, 1:]), -1)[:, -tokens.size(1) :]
 
 
 def decode_without_draft(model: LanguageModel, request: GenerationRequest) -> list[int]:
     """The same request without a draft."""
     engine = Engine(model, 1)
-    continuation = engine.submit(request)
+    sequence = engine.submit(request)
     while not engine.idle:
         engine.step()
-    if continuation.error:
-        raise continuation.error
-    return continuation.new_tokens
+    if sequence.error:
+        raise sequence.error
+    return sequence.new_tokens
 
 
 def speculative_decode(
     model: LanguageModel, draft: Drafter, request: GenerationRequest, longest: int = 16
 ) -> list[int]:
-    speculation = SpeculativeDecoder(model, draft, request, longest)
-    tokens = [token for tokens in speculation for token in tokens]
-    assert tokens == speculation.sequence.new_tokens
+    decoder = SpeculativeDecoder(model, draft, request, longest)
+    tokens = [token for tokens in decoder for token in tokens]
+    assert tokens == decoder.sequence.new_tokens
     return tokens
 
 
@@ -77,7 +77,7 @@ DRAFTERS: dict[str, Callable[[GPT], Drafter]] = {
 
 
 def perturbed_model(model: GPT) -> GPT:
-    """Nearly the same model."""
+    """The model with 5% noise on its parameters."""
     other = GPT(model.config).eval()
     other.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Texts that are hard on tokenizers, and one tokenizer of each kind."""
+"""Texts that are hard to tokenize, and one tokenizer of each kind."""
 
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +27,7 @@ HARD_TEXTS = [
 
 @cache
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's tokenizer, made once; for tests that have asked for `gpt2_vocabulary`."""
+    """GPT-2's tokenizer, cached; for tests that use the fixture `gpt2_vocabulary`."""
     return GPT2Tokenizer()
 
 

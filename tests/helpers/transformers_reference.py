@@ -1,4 +1,4 @@
-"""Helpers that put this program beside `transformers`."""
+"""Models, batches and error measures for comparisons with `transformers`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gpt2.model import GPT, GPTConfig
 from gpt2.weights import CONV1D_WEIGHTS
 
-# a few shapes nobody would choose, where an off-by-one shows
+# unusual shapes, where an off-by-one error shows
 ODD_CONFIGS = [
     GPTConfig(vocab_size=101, block_size=17, n_layer=1, n_head=5, n_embd=40),
     GPTConfig(vocab_size=257, block_size=33, n_layer=3, n_head=1, n_embd=24, n_inner=50),
@@ -23,7 +23,7 @@ def to_transformers(model: GPT) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
-    twin = GPT2LMHeadModel(
+    reference = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=c.vocab_size,
             n_positions=c.block_size,
@@ -42,18 +42,18 @@ def to_transformers(model: GPT) -> Any:
         )
     )
     weights = {name: as_conv1d(name, tensor) for name, tensor in model.state_dict().items()}
-    twin.load_state_dict(weights)
-    twin.tie_weights()
-    return twin.eval()
+    reference.load_state_dict(weights)
+    reference.tie_weights()
+    return reference.eval()
 
 
 def as_conv1d(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of ours in the layout of `transformers`."""
+    """A tensor of this program in the layout of `transformers`."""
     return tensor.t().contiguous() if name.endswith(CONV1D_WEIGHTS) else tensor
 
 
 def random_model(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model whose every parameter is random, biases and layer norms too, so that none can be left out unseen."""
+    """A model whose every parameter is random, biases and layer norms too, so that leaving one out shows."""
     torch.manual_seed(seed)
     model = GPT(config)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""EleutherAI's lm-evaluation-harness against our server: `local-completions`, beside the same model under transformers.
+"""EleutherAI's lm-evaluation-harness on our server (`local-completions`) equals the same model in transformers.
 
-What it sends is sent here by hand too, so that this is checked where the harness is not installed.
+Its requests are also sent by hand, for where the harness is not installed.
 """
 
 import json
@@ -23,7 +23,7 @@ CHOICES = [
 ]
 TEXTS = [{"text": "A short text."}, {"text": "naïve 🙂, until the context is passed; " * 9}, {"text": "x"}]
 QUESTIONS = [{"question": "Once upon a time"}, {"question": "€ and ü"}]
-WINDOW = CONFIG.block_size - 1  # tokens of a prompt: the harness asks for one more
+WINDOW = CONFIG.block_size - 1  # prompt tokens: the harness requests one new token
 NEW_TOKENS = 20
 
 
@@ -40,7 +40,7 @@ def client(server: LiveServer) -> Iterator[httpx.Client]:
 
 
 def pairs() -> list[tuple[list[int], list[int]]]:
-    """Contexts and continuations, as the harness cuts them: the space goes with the choice, and the left end first."""
+    """Contexts and continuations as in the harness: the space is part of the choice; contexts are truncated left."""
     found = []
     for row in CHOICES:
         for choice in row["choices"]:
@@ -50,8 +50,8 @@ def pairs() -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def likelihood(server: LiveServer, context: list[int], more: list[int]) -> tuple[float, bool]:
-    """By the model itself: the log-probability of the continuation, and whether it is what the model would say."""
+def log_likelihood(server: LiveServer, context: list[int], more: list[int]) -> tuple[float, bool]:
+    """By the model: the log-likelihood of the continuation, and whether it is the greedy one."""
     with torch.inference_mode():
         rows = server.model(torch.tensor([context + more]))[0].log_softmax(-1)[len(context) - 1 : -1]
     tokens = torch.tensor(more)
@@ -59,7 +59,7 @@ def likelihood(server: LiveServer, context: list[int], more: list[int]) -> tuple
 
 
 def greedy(server: LiveServer, prompt: list[int], count: int) -> list[int]:
-    """What the model would say."""
+    """Greedy decoding without a KV cache."""
     tokens = torch.tensor([prompt])
     with torch.inference_mode():
         for _ in range(count):
@@ -67,18 +67,20 @@ def greedy(server: LiveServer, prompt: list[int], count: int) -> list[int]:
     return tokens[0, len(prompt) :].tolist()
 
 
-def as_the_harness_reads(choice: dict[str, Any], context_length: int) -> tuple[float, bool]:
-    """It takes what lies between the context and the one new token; a token is the likeliest if none beats it."""
-    told = choice["logprobs"]
-    own, top = (told[name][context_length:-1] for name in ("token_logprobs", "top_logprobs"))
+def parse_like_the_harness(choice: dict[str, Any], context_length: int) -> tuple[float, bool]:
+    """The log-likelihood of the tokens between the context and the new token, and whether each is the most likely."""
+    logprobs = choice["logprobs"]
+    own, top = (logprobs[name][context_length:-1] for name in ("token_logprobs", "top_logprobs"))
     return sum(own), all(logprob == max(likely.values()) for logprob, likely in zip(own, top, strict=True))
 
 
 @pytest.mark.parametrize("form", ["one by one", "batch", "text"])
-def test_the_likelihood_of_a_choice_is_the_models_own(server: LiveServer, client: httpx.Client, form: str) -> None:
+def test_the_log_likelihood_of_a_choice_is_that_of_the_model(
+    server: LiveServer, client: httpx.Client, form: str
+) -> None:
     asked = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
     every = pairs()
-    if form != "text":  # it may be none
+    if form != "text":  # its tokens may have no text
         every.append((every[0][0], greedy(server, every[0][0], 3)))
     prompts: list[Any] = [context + more for context, more in every]
     sent = {
@@ -88,14 +90,14 @@ def test_the_likelihood_of_a_choice_is_the_models_own(server: LiveServer, client
     }[form]
     replies = [client.post("/v1/completions", json=asked | {"prompt": prompt}).json() for prompt in sent]
     choices = [choice for reply in replies for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
-    found = [as_the_harness_reads(choice, len(context)) for choice, (context, _) in zip(choices, every, strict=True)]
-    wanted = [likelihood(server, context, more) for context, more in every]
+    found = [parse_like_the_harness(choice, len(context)) for choice, (context, _) in zip(choices, every, strict=True)]
+    wanted = [log_likelihood(server, context, more) for context, more in every]
     assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in wanted], abs=1e-3)
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in wanted]
     assert form == "text" or wanted[-1][1]
 
 
-def test_a_generation_ends_where_the_harness_says(server: LiveServer, client: httpx.Client) -> None:
+def test_generation_ends_at_the_stop_strings_of_the_harness(server: LiveServer, client: httpx.Client) -> None:
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": NEW_TOKENS, "temperature": 0, "seed": 1234}
     for row in QUESTIONS:
         prompt = BYTE_TOKENIZER.encode(row["question"])
@@ -141,10 +143,10 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_harness_finds_what_it_finds_with_transformers(
+def test_harness_results_equal_those_with_transformers(
     server: LiveServer, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accuracies and perplexity, and each answer: log-probabilities, whether it is the likeliest, text."""
+    """Accuracies and perplexity, and each answer: log-likelihood, whether it is greedy, text."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(tasks / "hf"))
@@ -171,7 +173,7 @@ def test_the_harness_finds_what_it_finds_with_transformers(
 
 
 def answers(evaluated: Any, task: str) -> list[float]:
-    """What the model said to each row, as numbers: log-probabilities, 1 for the likeliest, the characters of a text."""
+    """The results of all rows as numbers: log-likelihoods, 1 for greedy, the characters of a text."""
     samples = sorted(evaluated["samples"][task], key=lambda sample: sample["doc_id"])
     said = [answer for sample in samples for answer in sample["filtered_resps"]]
     if task == "questions":

@@ -1,4 +1,4 @@
-"""The original project's two commands, as its readers know them."""
+"""The two commands of the original project."""
 
 import os
 import runpy
@@ -23,7 +23,7 @@ def script(folder: str, *argv: str, **env: str) -> subprocess.CompletedProcess[s
 
 
 def test_the_original_generation_command(gpt2_vocabulary: None, tmp_path: Path) -> None:
-    """Through the hub's name `gpt2`, served on loopback with random weights; the texts are an independent loop's."""
+    """With the hub name `gpt2`, served on loopback with random weights; the texts equal an independent loop."""
     import torch
 
     from tests.helpers.fake_hub import serve_hub
@@ -39,12 +39,12 @@ def test_the_original_generation_command(gpt2_vocabulary: None, tmp_path: Path) 
         other = script("experiment", *command, "--seed", "7", "--num_return_sequences", "2", "--device", "cpu", **env)
     assert done.returncode == 0, done.stderr
 
-    twin = to_transformers(model)
+    reference = to_transformers(model)
     tokens = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * 5)
     torch.manual_seed(1337)
     with torch.no_grad():
         while tokens.size(1) < 30:
-            probs, ids = torch.softmax(twin(tokens).logits[:, -1, :], -1).topk(50, -1)
+            probs, ids = torch.softmax(reference(tokens).logits[:, -1, :], -1).topk(50, -1)
             tokens = torch.cat((tokens, torch.gather(ids, -1, torch.multinomial(probs, 1))), 1)
     assert done.stdout == "".join(f">>  {tokenizer.decode(row)}\n" for row in tokens.tolist())
     assert other.stdout.count(">>  Hello, I'm a language model,") == 2
@@ -68,9 +68,9 @@ def test_the_original_training_command_for_two_epochs(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("train/train_gpt2_test.py --epochs 0", "argument --epochs: must be a whole number of at least 1, not 0"),
-        ("train/train_gpt2_test.py --epochs=-3", "argument --epochs: must be a whole number of at least 1, not -3"),
-        ("train/train_gpt2_test.py --batch_size 0", "argument --batch-size: must be a whole number of at least 1"),
+        ("train/train_gpt2_test.py --epochs 0", "argument --epochs: must be an integer of at least 1, not 0"),
+        ("train/train_gpt2_test.py --epochs=-3", "argument --epochs: must be an integer of at least 1, not -3"),
+        ("train/train_gpt2_test.py --batch_size 0", "argument --batch-size: must be an integer of at least 1"),
         ("train/train_gpt2_test.py --token_size 1025", "--token-size 1,025 is more than the context of 1,024"),
         ("train/train_gpt2_test.py --lr nan", "--lr must be over 0, not nan"),
         ("train/train_gpt2_test.py --lr fast", "argument --lr: invalid float value: 'fast'"),
@@ -80,9 +80,9 @@ def test_the_original_training_command_for_two_epochs(
         ("train/train_gpt2_test.py --epoch 3", "there is no --epoch (did you mean '--epochs'?)"),
         (
             "experiment/generate_5_samples.py --num_return_sequences 0",
-            "argument --num-return-sequences: must be a whole",
+            "argument --num-return-sequences: must be an integer",
         ),
-        ("experiment/generate_5_samples.py --max_length -1", "argument --max-length: must be a whole number of at"),
+        ("experiment/generate_5_samples.py --max_length -1", "argument --max-length: must be an integer of at"),
         ("experiment/generate_5_samples.py --no_train --model_type ./nowhere", "there is no model folder nowhere"),
         (
             "experiment/generate_5_samples.py --no-train --hf_wait",
@@ -93,7 +93,7 @@ def test_the_original_training_command_for_two_epochs(
 def test_bad_flags_of_the_original_commands_are_one_line(
     argv: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, because importing torch takes longer than all of them together."""
+    """In this process: importing torch takes longer than all of them together."""
     path, *flags = argv.split()
     monkeypatch.setattr(sys, "argv", [path, *flags])
     with pytest.raises(SystemExit) as stop:
@@ -105,9 +105,7 @@ def test_bad_flags_of_the_original_commands_are_one_line(
 
 
 @pytest.mark.slow
-def test_fifty_epochs_on_one_batch_know_it_by_heart(
-    gpt2_vocabulary: None, shakespeare_file: Path, gpt2_home: Path
-) -> None:
+def test_fifty_epochs_overfit_one_batch(gpt2_vocabulary: None, shakespeare_file: Path, gpt2_home: Path) -> None:
     """The original ends at 0.0027; docs/lab-notes.md says why the paper's initialization ends at 0.0145."""
     (gpt2_home / "tinyshakespeare").mkdir(parents=True)
     (gpt2_home / "tinyshakespeare" / "input.txt").write_bytes(shakespeare_file.read_bytes())

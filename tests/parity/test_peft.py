@@ -1,4 +1,4 @@
-"""Adapters beside `peft` on `transformers`: what they compute and learn, and their files, both ways."""
+"""Adapters equal `peft` on `transformers`: outputs, gradients, and files in both directions."""
 
 import json
 import warnings
@@ -38,7 +38,7 @@ CONFIGS = [
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """peft warns of what it finds by itself: the layout of GPT-2's matrices, and a base that is not on the hub."""
+    """peft warns of the layout of GPT-2's matrices, and of a base that is not on the hub."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -58,7 +58,7 @@ def ours(config: LoRAConfig) -> GPT:
 
 
 def theirs(config: LoRAConfig, base: Any = None) -> Any:
-    """peft's adapter of the same kind, random, on the same base."""
+    """An adapter of peft with the same settings, random, on the same base."""
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM" if base is None else "FEATURE_EXTRACTION",
         r=config.rank,
@@ -87,7 +87,7 @@ def test_peft_reads_our_adapter(tmp_path: Path, config: LoRAConfig) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_we_read_pefts_adapter(tmp_path: Path, config: LoRAConfig) -> None:
+def test_we_read_the_adapter_of_peft(tmp_path: Path, config: LoRAConfig) -> None:
     reference, tokens = theirs(config), random_batch(SHAPE)[0]
     reference.save_pretrained(tmp_path / "adapter")
     read = read_adapter(tmp_path / "adapter")
@@ -102,7 +102,7 @@ def test_we_read_pefts_adapter(tmp_path: Path, config: LoRAConfig) -> None:
 @pytest.mark.parametrize(
     "more", [{"target_modules": r".*\.h\.1\..*c_(attn|proj)"}, {"layers_to_transform": [1], "layers_pattern": "h"}]
 )
-def test_we_read_pefts_patterns_and_pick_of_blocks(tmp_path: Path, more: dict[str, Any]) -> None:
+def test_we_read_patterns_and_selected_blocks_of_peft(tmp_path: Path, more: dict[str, Any]) -> None:
     base, tokens = to_transformers(random_model(SHAPE)), random_batch(SHAPE)[0]
     settings = {"target_modules": ["c_attn", "c_proj"], **more}
     reference = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
@@ -111,13 +111,13 @@ def test_we_read_pefts_patterns_and_pick_of_blocks(tmp_path: Path, more: dict[st
     save(random_model(SHAPE), None, tmp_path / "base")
     merged, _ = load(tmp_path / "base", adapter=tmp_path / "adapter")
     assert relative_error(merged(tokens), logits(reference, tokens)) < 1e-5
-    read = read_adapter(tmp_path / "adapter")  # and what we make of it, peft reads again
+    read = read_adapter(tmp_path / "adapter")  # peft reads what we write
     again = save_adapter(tmp_path / "again", read.config, read.tensors, read.base_model, "")
     rebuilt = peft.PeftModel.from_pretrained(to_transformers(random_model(SHAPE)), again)
     assert relative_error(merged(tokens), logits(rebuilt, tokens)) < 1e-5
 
 
-def test_we_read_an_adapter_that_peft_put_on_a_model_without_its_head(tmp_path: Path) -> None:
+def test_we_read_an_adapter_that_peft_saved_from_a_model_without_head(tmp_path: Path) -> None:
     config, tokens = CONFIGS[0], random_batch(SHAPE)[0]
     twin = to_transformers(random_model(SHAPE))
     reference = theirs(config, twin.transformer)
@@ -129,7 +129,7 @@ def test_we_read_an_adapter_that_peft_put_on_a_model_without_its_head(tmp_path: 
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_files_are_pefts_own(tmp_path: Path, config: LoRAConfig) -> None:
+def test_our_files_equal_those_of_peft(tmp_path: Path, config: LoRAConfig) -> None:
     model = ours(config)
     save_adapter(tmp_path / "ours", config, adapter_state_dict(model), "base", base_fingerprint(model))
     theirs(config).save_pretrained(tmp_path / "theirs")
@@ -143,7 +143,7 @@ def test_the_files_are_pefts_own(tmp_path: Path, config: LoRAConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3]])
-def test_a_step_of_training_teaches_what_it_teaches_with_peft(config: LoRAConfig) -> None:
+def test_gradients_equal_those_of_peft(config: LoRAConfig) -> None:
     model, reference = ours(config).train(), theirs(config).train()
     paired = {
         name: reference.get_parameter(f"base_model.model.{name}.default.weight") for name in adapter_state_dict(model)
@@ -153,8 +153,8 @@ def test_a_step_of_training_teaches_what_it_teaches_with_peft(config: LoRAConfig
     tokens, targets = random_batch(SHAPE)
     own = model.loss(tokens, targets)
     own.backward()
-    given = reference(tokens).logits
-    loss = nn.functional.cross_entropy(given.flatten(0, 1), targets.flatten())
+    their_logits = reference(tokens).logits
+    loss = nn.functional.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
     loss.backward()
     assert relative_error(own, loss) < 1e-6
     for name, p in paired.items():
@@ -163,7 +163,7 @@ def test_a_step_of_training_teaches_what_it_teaches_with_peft(config: LoRAConfig
     assert sum(p.numel() for p in learning) == reference.get_nb_trainable_parameters()[0]
 
 
-def test_both_begin_with_an_a_of_the_same_kind_and_no_b() -> None:
+def test_initialization_equals_that_of_peft() -> None:
     wide = GPTConfig(vocab_size=8, block_size=8, n_layer=1, n_head=1, n_embd=512)
     model = GPT(wide)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=["c_fc", "c_proj"])
@@ -180,7 +180,7 @@ def test_both_begin_with_an_a_of_the_same_kind_and_no_b() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS[:2])
-def test_transformers_reads_the_merged_folder_and_it_holds_what_peft_would_merge(
+def test_transformers_reads_the_merged_folder_and_it_equals_the_merge_of_peft(
     tmp_path: Path, config: LoRAConfig
 ) -> None:
     from transformers import GPT2LMHeadModel

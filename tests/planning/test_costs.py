@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes by arithmetic, beside those that torch counts and a process shows."""
+"""Parameters, FLOPs and memory: the predictions compared with torch's counts and with a real process."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ GPT2_PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", OPENAI_CONFIGS)
-def test_the_parameters_of_openais_models(name: str) -> None:
+def test_num_parameters_of_openai_models(name: str) -> None:
     assert num_parameters(OPENAI_CONFIGS[name]) == GPT2_PARAMETERS[name]
 
 
@@ -50,13 +50,13 @@ def test_the_parameters_of_openais_models(name: str) -> None:
     [OPENAI_CONFIGS["gpt2-xl"], TINY, replace(TINY, tie_word_embeddings=False), replace(TINY, n_inner=100)],
     ids=["xl", "tiny", "untied", "inner"],
 )
-def test_parameters_are_those_of_the_model(config: GPTConfig) -> None:
+def test_num_parameters_equals_the_model(config: GPTConfig) -> None:
     with torch.device("meta"):
         model = GPT(config)
     assert num_parameters(config) == model.num_parameters()
 
 
-TUNED: list[dict[str, Any]] = [
+PARTIAL_TRAINING: list[dict[str, Any]] = [
     {"lora": LoRAConfig(rank=3)},
     {"lora": LoRAConfig(rank=5, dropout=0.1, targets=("c_attn", "mlp.c_proj"))},
     {"freeze": 1},
@@ -64,8 +64,8 @@ TUNED: list[dict[str, Any]] = [
 ]
 
 
-def prepared(model: GPT, lora: LoRAConfig | None = None, freeze: int = 0) -> GPT:
-    """With an adapter, or with its embeddings and first blocks frozen, as a run does it."""
+def with_partial_training(model: GPT, lora: LoRAConfig | None = None, freeze: int = 0) -> GPT:
+    """Add an adapter, or freeze the embeddings and first blocks, as a run does."""
     if lora is not None:
         add_adapter(model, lora)
     if freeze:
@@ -74,26 +74,26 @@ def prepared(model: GPT, lora: LoRAConfig | None = None, freeze: int = 0) -> GPT
     return model
 
 
-@pytest.mark.parametrize("tuned", TUNED)
+@pytest.mark.parametrize("tuned", PARTIAL_TRAINING)
 @pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False}, {"n_inner": 100}])
-def test_what_learns_is_what_learns_in_the_model(tuned: dict[str, Any], change: dict[str, Any]) -> None:
+def test_num_trainable_parameters_equals_the_model(tuned: dict[str, Any], change: dict[str, Any]) -> None:
     config = replace(TINY, **change)
-    learning = trainable_parameters(prepared(GPT(config), **tuned))
-    assert num_trainable_parameters(config, **tuned) == sum(p.numel() for p in learning.values())
+    trainable = trainable_parameters(with_partial_training(GPT(config), **tuned))
+    assert num_trainable_parameters(config, **tuned) == sum(p.numel() for p in trainable.values())
 
 
-def test_what_cannot_learn_is_one_line() -> None:
+def test_invalid_lora_target_or_freeze_raises() -> None:
     with pytest.raises(UserError, match="the model has no 'c_atn' for an adapter"):
         num_trainable_parameters(TINY, LoRAConfig(targets=("c_atn",)))
     with pytest.raises(UserError, match="--freeze 4 is more than the model's 3 blocks"):
         num_trainable_parameters(TINY, freeze=4)
 
 
-@pytest.mark.parametrize("tuned", TUNED)
+@pytest.mark.parametrize("tuned", PARTIAL_TRAINING)
 @pytest.mark.parametrize("tie", [True, False])
-def test_flops_without_the_gradients_of_what_is_frozen(tuned: dict[str, Any], tie: bool) -> None:
+def test_flops_with_frozen_weights_equal_torchs_count(tuned: dict[str, Any], tie: bool) -> None:
     config = replace(TINY, attention="plain", tie_word_embeddings=tie)
-    model = prepared(GPT(config), **tuned).train()
+    model = with_partial_training(GPT(config), **tuned).train()
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens).backward()
@@ -101,7 +101,7 @@ def test_flops_without_the_gradients_of_what_is_frozen(tuned: dict[str, Any], ti
 
 
 @pytest.mark.parametrize("length", [8, 32])
-def test_flops_are_those_torch_counts_when_attention_does_the_whole_square(length: int) -> None:
+def test_flops_equal_torchs_count_without_causal_mask(length: int) -> None:
     model = GPT(replace(TINY, attention="plain"))
     tokens = torch.zeros(2, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -116,11 +116,11 @@ def test_flops_are_those_torch_counts_when_attention_does_the_whole_square(lengt
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, LoRAConfig(), LoRAConfig(rank=3, dropout=0.1), LoRAConfig(targets=("c_attn",))])
-def test_a_block_keeps_the_activations_it_is_said_to_keep(
+def test_block_activations_equal_the_saved_tensors(
     dtype: torch.dtype, dropout: float, attention: str, lora: LoRAConfig | None
 ) -> None:
     config = replace(TINY, dropout=dropout, attention=attention)
-    block = prepared(GPT(config), lora).train().transformer.h[1]
+    block = with_partial_training(GPT(config), lora).train().transformer.h[1]
     x = torch.randn(10, config.block_size, config.n_embd, requires_grad=True)
     kept: dict[int, Tensor] = {}
     with (
@@ -132,18 +132,18 @@ def test_a_block_keeps_the_activations_it_is_said_to_keep(
         block(x)
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     casts = {p.numel() * 2 for p in block.parameters() if p.dim() == 2} if dtype == torch.bfloat16 else set()
-    seen = sum(
+    measured = sum(
         tensor.untyped_storage().nbytes()
         for pointer, tensor in kept.items()
         if pointer not in weights and tensor.untyped_storage().nbytes() not in casts
     )
     setup = StepSetup(rows=10, length=config.block_size, dtype=dtype, lora=lora)
-    said = sum(block_activations(config, setup).values())
-    assert said == pytest.approx(seen, rel=0.03)
+    predicted = sum(block_activations(config, setup).values())
+    assert predicted == pytest.approx(measured, rel=0.03)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, and remembers the most."""
+    """Counts the bytes of all live tensors, and their peak."""
 
     def __init__(self, already: list[Tensor]) -> None:
         super().__init__()
@@ -170,34 +170,41 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+LARGE_VOCAB = 8192  # with CHUNK_BYTES reduced to 16 MiB: logits in several chunks in float32, in one in bfloat16
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "change"),
     [
         (2000, {}),
         (2000, {"dtype": torch.bfloat16}),
-        (50257, {}),
-        (50257, {"dtype": torch.bfloat16}),
+        (LARGE_VOCAB, {}),
+        (LARGE_VOCAB, {"dtype": torch.bfloat16}),
         (2000, {"micro_batches": 2}),
-        (50257, {"micro_batches": 2, "dtype": torch.bfloat16}),
+        (LARGE_VOCAB, {"micro_batches": 2, "dtype": torch.bfloat16}),
         (2000, {"activation_checkpointing": True}),
         (2000, {"activation_checkpointing": True, "dtype": torch.bfloat16}),
         (2000, {"optimizer": "muon"}),
         (2000, {"optimizer": "sgd"}),
-        *((2000, tuned) for tuned in TUNED),
+        *((2000, tuned) for tuned in PARTIAL_TRAINING),
         (2000, {"lora": LoRAConfig(), "dtype": torch.bfloat16}),
-        (50257, {"lora": LoRAConfig()}),
-        (50257, {"lora": LoRAConfig(), "micro_batches": 2, "dtype": torch.bfloat16}),
+        (LARGE_VOCAB, {"lora": LoRAConfig()}),
+        (LARGE_VOCAB, {"lora": LoRAConfig(), "micro_batches": 2, "dtype": torch.bfloat16}),
         (2000, {"lora": LoRAConfig(), "activation_checkpointing": True}),
         (2000, {"lora": LoRAConfig(), "activation_checkpointing": True, "dtype": torch.bfloat16}),
         (2000, {"lora": LoRAConfig(rank=16), "optimizer": "muon"}),
-        (50257, {"freeze": 1, "dtype": torch.bfloat16}),
+        (LARGE_VOCAB, {"freeze": 1, "dtype": torch.bfloat16}),
         (2000, {"freeze": 2, "optimizer": "muon"}),
     ],
 )
-def test_the_peak_is_that_of_the_tensors_of_real_steps(vocab_size: int, change: dict[str, Any]) -> None:
+def test_peak_memory_matches_the_tensors_of_real_steps(
+    vocab_size: int, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt2.loss.CHUNK_BYTES", 2**24)
+    monkeypatch.setattr("gpt2.planning.costs.CHUNK_BYTES", 2**24)
     config = GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=3, n_head=4, n_embd=64)
     setup = replace(StepSetup(rows=16, length=64), **change)
-    model = prepared(GPT(config), setup.lora, setup.freeze).train()
+    model = with_partial_training(GPT(config), setup.lora, setup.freeze).train()
     if setup.activation_checkpointing:
         apply_activation_checkpointing(model.transformer.h)
     optimizers = build_optimizers(model, TrainConfig(optimizer=setup.optimizer))
@@ -219,13 +226,13 @@ def _step(model: GPT, optimizers: list[Any], tokens: Tensor, setup: StepSetup) -
         optimizer.zero_grad(set_to_none=True)
 
 
-MEASURED = """
+MEASURE_SCRIPT = """
 import json
 import sys
 import torch
 from gpt2.planning.costs import StepSetup, training_memory
 from gpt2.hardware import peak_memory, reset_peak_memory
-from gpt2.lora import LoRAConfig, attach
+from gpt2.lora import LoRAConfig, add_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import configure_malloc
 from gpt2.config import TrainConfig
@@ -236,7 +243,7 @@ cpu = torch.device("cpu")
 block = torch.ones(2**25)
 before = peak_memory(cpu)
 del block
-forgot = reset_peak_memory(cpu) and before - peak_memory(cpu)
+dropped = reset_peak_memory(cpu) and before - peak_memory(cpu)
 configure_malloc(keep_freed=True)
 program = process_memory(TrainConfig())
 config = GPTConfig(vocab_size=1024, block_size=256, n_layer=5, n_head=4, n_embd=256)
@@ -244,30 +251,30 @@ setup = StepSetup(rows=8, length=256, lora=LoRAConfig() if sys.argv[1] == "lora"
 reset_peak_memory(cpu)
 model = GPT(config)
 if setup.lora:
-    attach(model, setup.lora)
+    add_adapter(model, setup.lora)
 (optimizer,) = build_optimizers(model, TrainConfig())
 tokens = torch.zeros(setup.rows, setup.length, dtype=torch.int64)
 for _ in range(2):
     model.loss(tokens, tokens).backward()
     optimizer.step()
     optimizer.zero_grad()
-print(json.dumps([forgot, program, training_memory(config, setup, program).step, peak_memory(cpu)]))
+print(json.dumps([dropped, program, training_memory(config, setup, program).step, peak_memory(cpu)]))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-@pytest.mark.parametrize("learns", ["all", "lora"])
-def test_the_peak_is_that_of_a_process(learns: str) -> None:
-    run = subprocess.run([sys.executable, "-c", MEASURED, learns], capture_output=True, text=True, check=True)
-    forgot, program, said, seen = json.loads(run.stdout)
-    if forgot is False:
-        pytest.skip("the system does not let a process forget its peak")
-    assert forgot >= 2**26  # of 128 MiB, as other things may have come since
-    assert said == pytest.approx(seen, rel=0.15)
-    assert said - program == pytest.approx(seen - program, rel=0.3)  # the heap's holes are not the same each time
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_peak_memory_matches_a_process(trained: str) -> None:
+    run = subprocess.run([sys.executable, "-c", MEASURE_SCRIPT, trained], capture_output=True, text=True, check=True)
+    dropped, program, predicted, measured = json.loads(run.stdout)
+    if dropped is False:
+        pytest.skip("this system cannot reset a process's peak memory")
+    assert dropped >= 2**26  # of the 128 MiB that were freed
+    assert predicted == pytest.approx(measured, rel=0.15)
+    assert predicted - program == pytest.approx(measured - program, rel=0.3)  # the fragmentation of the heap varies
 
 
-def test_muon_and_sgd_remember_less_than_adamw() -> None:
+def test_optimizer_bytes_equal_the_optimizer_state() -> None:
     for name in ("adamw", "muon", "sgd"):
         model = GPT(TINY)
         optimizers = build_optimizers(model, TrainConfig(optimizer=name))
@@ -283,7 +290,7 @@ def test_muon_and_sgd_remember_less_than_adamw() -> None:
         assert optimizer_bytes(TINY, name) == sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-def test_recomputing_leaves_the_blocks_inputs_and_one_block() -> None:
+def test_activation_checkpointing_saves_memory() -> None:
     setup = StepSetup(rows=16, length=1024, dtype=torch.bfloat16, device="cuda")
     kept = training_memory(OPENAI_CONFIGS["gpt2"], setup)
     again = training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, activation_checkpointing=True))

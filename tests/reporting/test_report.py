@@ -1,4 +1,4 @@
-"""report.md, what it judges by, and the profile: each finding on metrics made to show it, and on others that do not."""
+"""report.md, findings, and the profiler: each finding on metrics that show it, and on metrics that do not."""
 
 import gzip
 import json
@@ -47,11 +47,11 @@ def run(
     noise: float = 0.05,
     **more: Any,
 ) -> list[dict[str, Any]]:
-    """The records of a run with these losses; `more` is put into each."""
-    chance = random.Random(5)
+    """The records of a run with these losses; `more` is added to each."""
+    rng = random.Random(5)
     records = []
     for step in range(1, steps + 1):
-        record = {"step": step, "loss": loss(step) + chance.gauss(0, noise), "lr": 1e-3, "grad_norm": 0.5}
+        record = {"step": step, "loss": loss(step) + rng.gauss(0, noise), "lr": 1e-3, "grad_norm": 0.5}
         record |= {"tokens": step * 256, "seconds": 0.1, "tokens_per_second": 2560.0, **more}
         if val is not None and step % every == 0:
             record["val_loss"] = val(step)
@@ -73,11 +73,11 @@ def found(records: list[dict[str, Any]], config: TrainConfig = CONFIG, facts: Ru
 
 def test_overfitting_names_the_best_step() -> None:
     records = run(1000, falling, lambda step: 3 + abs(step - 400) / 1000)
-    seen = found(records)["overfitting"]
-    assert "best, 3.000, at step 400 and rose to 3.600" in seen.observation
-    assert "read 2.6 times" in seen.observation
-    assert "`--dropout 0.1`" in seen.advice
-    assert "`--max-steps 400`" in seen.advice
+    finding = found(records)["overfitting"]
+    assert "best, 3.000, at step 400 and rose to 3.600" in finding.observation
+    assert "did 2.6 epochs" in finding.observation
+    assert "`--dropout 0.1`" in finding.advice
+    assert "`--max-steps 400`" in finding.advice
     assert "`--dropout 0.3`" in found(records, replace(CONFIG, dropout=0.2))["overfitting"].advice
 
 
@@ -94,7 +94,7 @@ def test_no_overfitting_without_a_rise_beyond_noise(val: Callable[[int], float])
     assert "overfitting" not in found(run(1000, falling, val))
 
 
-def test_a_rise_with_the_training_loss_is_divergence_and_no_overfitting() -> None:
+def test_rise_of_both_losses_is_divergence() -> None:
     def breaks(step: int) -> float:
         return falling(step) if step < 600 else 5.0
 
@@ -106,31 +106,31 @@ def test_a_rise_with_the_training_loss_is_divergence_and_no_overfitting() -> Non
     assert "diverged" not in found(run(1000, level, noise=0.5))
 
 
-def test_still_falling_or_levelled_off_by_validation_and_by_training_loss() -> None:
+def test_still_falling_or_levelled_off() -> None:
     for val in (falling, None):
         longer = found(run(1000, falling, val))["still falling"]
         assert "`--max-steps 2000`" in longer.advice
         assert ("validation" if val else "training") in longer.observation
     for val in (level, None):
-        seen = found(run(1000, level, val))
-        assert "still falling" not in seen
-        assert "`--n-layer 3`" in seen["levelled off"].advice
-    by_heart = found(run(1000, level, lambda step: 3.6), facts=replace(FACTS, train_tokens=10_000))["levelled off"]
-    assert "by heart" in by_heart.advice
-    assert "above the training loss" in by_heart.observation
-    assert "`--dropout 0.1`" in by_heart.advice
+        finding = found(run(1000, level, val))
+        assert "still falling" not in finding
+        assert "`--n-layer 3`" in finding["levelled off"].advice
+    overfitting = found(run(1000, level, lambda step: 3.6), facts=replace(FACTS, train_tokens=10_000))["levelled off"]
+    assert "This is overfitting" in overfitting.advice
+    assert "above the training loss" in overfitting.observation
+    assert "`--dropout 0.1`" in overfitting.advice
     assert "short" in found(run(10))
 
 
-def test_the_budget_is_judged_by_tokens_per_parameter_and_repetition() -> None:
-    plenty = replace(FACTS, train_tokens=10**9)
+def test_token_budget_by_tokens_per_parameter_and_epochs() -> None:
+    large_corpus = replace(FACTS, train_tokens=10**9)
     records = run(1000, falling)  # 256,000 tokens
-    assert "smaller model" in found(records, facts=plenty)["budget"].advice
-    assert "larger model" in found(records, facts=replace(plenty, parameters=1000))["budget"].advice
+    assert "smaller model" in found(records, facts=large_corpus)["budget"].advice
+    assert "larger model" in found(records, facts=replace(large_corpus, parameters=1000))["budget"].advice
     assert "more text" in found(records, facts=replace(FACTS, train_tokens=50_000))["budget"].advice
 
 
-def test_spikes_that_were_taken() -> None:
+def test_outlier_steps() -> None:
     records = run(1000, level)
     assert "spikes" not in found(records)
     for step in (500, 777):
@@ -143,7 +143,7 @@ def test_spikes_that_were_taken() -> None:
     assert "spikes" not in found(records)
 
 
-def test_clipping_all_the_time() -> None:
+def test_constant_gradient_clipping() -> None:
     assert "clipping" not in found(run(100))
     clipped = found(run(100, grad_norm=3.0))["clipping"]
     assert "100%" in clipped.observation
@@ -151,19 +151,34 @@ def test_clipping_all_the_time() -> None:
     assert "clipping" not in found(run(100, grad_norm=3.0), replace(CONFIG, grad_clip=0.0))
 
 
-def test_nothing_held_out() -> None:
+def test_no_validation_split() -> None:
     assert "no validation" not in found(run(100))
     assert "gpt2 data prepare" in found(run(100), facts=replace(FACTS, val_tokens=None))["no validation"].advice
 
 
-def test_no_better_than_token_frequencies() -> None:
+def test_epochs_count_all_tokens_of_an_epoch(tmp_path: Path) -> None:
+    """A run on rows whose prompts are masked reads more tokens than it learns."""
+    facts = replace(FACTS, train_tokens=5_000, tokens_per_epoch=25_600)
+    text = write_markdown_report(write_run(tmp_path, run(1000, falling)), facts).read_text()
+    assert "256,000 tokens, 10.0 epochs." in text
+    assert "The run did 10.0 epochs." in text
+
+
+def test_advice_on_the_learning_rate_is_consistent() -> None:
+    records = run(100, lambda step: 5.5, grad_norm=3.0)
+    advice = [each.advice for each in found(records, facts=replace(FACTS, unigram_entropy=5.0)).values()]
+    assert any("lower the learning rate" in text for text in advice)
+    assert not any("higher" in text for text in advice)
+
+
+def test_loss_above_the_unigram_baseline() -> None:
     facts = replace(FACTS, unigram_entropy=5.0)
     assert "no context" in found(run(100, lambda step: 5.5), facts=facts)
     assert "no context" not in found(run(100, lambda step: 4.5), facts=facts)
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "mend"),
+    ("part", "name", "fix"),
     [
         ("eval_seconds", "slow validation", "`--eval-every 1000` or `--eval-tokens 2500`"),
         ("sample_seconds", "slow samples", "`--sample-tokens 50`"),
@@ -171,16 +186,16 @@ def test_no_better_than_token_frequencies() -> None:
         ("data_seconds", "waiting for data", "`--data`"),
     ],
 )
-def test_what_takes_more_than_its_share_of_the_time(part: str, name: str, mend: str) -> None:
+def test_slow_pauses(part: str, name: str, fix: str) -> None:
     much: dict[str, Any] = {part: 0.03}
     little: dict[str, Any] = {part: 0.001}
-    seen = found(run(50, **much))
-    assert mend in seen[name].advice
-    assert "30%" in seen[name].observation
+    finding = found(run(50, **much))
+    assert fix in finding[name].advice
+    assert "30%" in finding[name].observation
     assert name not in found(run(50, **little))
 
 
-def test_a_low_mfu_suggests_what_is_not_used_yet() -> None:
+def test_low_mfu_suggests_unused_options() -> None:
     facts = replace(FACTS, matmul_flops=1e10)  # 2,560 tokens of 0.4 MFLOP a second are 10% of it
     config = replace(CONFIG, dtype="float32", micro_batch_size=2)
     assert model_flops_utilization(run(50), facts) == pytest.approx(0.1024)
@@ -194,13 +209,13 @@ def test_a_low_mfu_suggests_what_is_not_used_yet() -> None:
     assert "low mfu" not in found(run(50), config)
 
 
-def test_a_stopped_run_is_gone_on_with_first() -> None:
+def test_stopped_run_suggests_resume_first() -> None:
     first, *_ = findings(run(100), CONFIG, replace(FACTS, finished=False, why_stopped="SIGTERM"))
     assert first.observation == "The run stopped (SIGTERM) after step 100 of 1,000."
     assert "`gpt2 train --resume runs/it`" in first.advice
 
 
-def test_time_is_accounted_for_whole_or_beside_the_parts() -> None:
+def test_time_spent_and_throughputs() -> None:
     records = run(10, seconds=0.5, update_seconds=0.3, data_seconds=0.1)
     records[4] |= {"eval_seconds": 0.2, "seconds": 0.7}  # inside the step's seconds
     records[9] |= {"save_seconds": 2.0}  # beside them
@@ -220,7 +235,7 @@ def write_run(folder: Path, records: list[dict[str, Any]], config: TrainConfig =
     return folder
 
 
-def test_the_report_tells_it_all(tmp_path: Path) -> None:
+def test_report_of_a_complete_run(tmp_path: Path) -> None:
     records = run(1000, falling, falling, update_seconds=0.08, data_seconds=0.001)
     facts = replace(
         FACTS, matmul_flops=5e9, peak_memory_bytes=3 * 2**29, unigram_entropy=5.432, bytes_per_token=2.5, finished=True
@@ -230,14 +245,15 @@ def test_the_report_tells_it_all(tmp_path: Path) -> None:
     text = write_markdown_report(folder, facts).read_text()
     loss = falling(1000)
     for part in (
-        "# it\n\nA GPT-2 of 50,000 parameters (2 layers of 32, context 32) learned from `words` for 1,000 steps",
+        "# it\n\nA GPT-2 with 50,000 parameters (2 layers of 32, context 32), trained on `words` for 1,000 steps",
         "in 1 min 40 s on cpu",
         f"**{loss:.3f} nats per token** (perplexity {math.exp(loss):.1f}, ",
         f", {loss / math.log(2) / 2.5:.3f} bits per byte)",
-        "![the losses, step by step](loss.png)",
-        "| a model that knows nothing | 6.931 | ln 1,024 |\n| only how frequent each token is | 5.432 |",
+        "The uniform baseline is 6.931, the unigram baseline 5.432: the model is 3.104 better.",
+        "![training and validation loss](loss.png)",
+        "| uniform baseline | 6.931 | ln 1,024: all tokens equally likely |\n| unigram baseline | 5.432 |",
         f"| **this run, validation** | {loss:.3f} | at step 1,000 |",
-        "- 2,560 tokens per second in the median step",
+        "- throughput: 2,560 tokens per second in the median step",
         "- MFU 20.5%: 1.0 GFLOP/s of the 5.0 GFLOP/s",
         "- peak memory 1.50 GiB",
         "| updates | 1 min 20 s | 80.0% |\n| waiting for data | 1.0 s | 1.0% |\n| other | 19.0 s | 19.0% |",
@@ -249,7 +265,7 @@ def test_the_report_tells_it_all(tmp_path: Path) -> None:
     assert 2 <= len(re.findall(r"^\d\. ", text, re.MULTILINE)) <= 4
 
 
-def test_the_report_of_one_step_without_anything_known(tmp_path: Path) -> None:
+def test_report_of_one_step_with_unknown_facts(tmp_path: Path) -> None:
     text = write_markdown_report(write_run(tmp_path, run(1)), replace(FACTS, val_tokens=None)).read_text()
     assert "for 1 step in 0.1 s on cpu" in text
     assert "training loss is **" in text
@@ -258,25 +274,26 @@ def test_the_report_of_one_step_without_anything_known(tmp_path: Path) -> None:
     assert "MFU" not in text
 
 
-def test_the_report_of_a_run_that_did_no_step(tmp_path: Path) -> None:
+def test_report_of_a_run_without_steps(tmp_path: Path) -> None:
     assert "no step was done" in write_markdown_report(write_run(tmp_path, []), FACTS).read_text()
 
 
-def test_the_report_of_a_stopped_run_with_skipped_steps(tmp_path: Path) -> None:
+def test_report_of_a_stopped_run_with_skipped_steps(tmp_path: Path) -> None:
     records = run(300, falling)
     for step in range(3, 300, 50):
         records[step] |= {"skipped": True, "loss": math.nan, "grad_norm": math.nan}
     facts = replace(FACTS, finished=False, why_stopped="--max-minutes")
     text = write_markdown_report(write_run(tmp_path, records), facts).read_text()
-    assert "**It was stopped (--max-minutes) after step 300 of 1,000**" in text
-    assert f"`gpt2 train --resume {tmp_path}` goes on with it." in text
-    assert "- 6 of 300 steps were left out as spikes: 4, 54, 104, 154, 204, ..." in text
+    assert "**The run was stopped (--max-minutes) after step 300 of 1,000**" in text
+    assert f"`gpt2 train --resume {tmp_path}` resumes it." in text
+    assert "- 6 of 300 steps were skipped as outlier batches: 4, 54, 104, 154, 204, ..." in text
     assert "nan" not in text
     everything = [{**record, "skipped": True} for record in records]
-    assert "No step of it could be taken." in write_markdown_report(write_run(tmp_path, everything), facts).read_text()
+    text = write_markdown_report(write_run(tmp_path, everything), facts).read_text()
+    assert "All steps were skipped or had a loss that is not finite." in text
 
 
-def test_published_losses_stand_only_where_they_apply(tmp_path: Path) -> None:
+def test_published_losses_only_where_comparable(tmp_path: Path) -> None:
     folder = write_run(tmp_path, run(10))
     theirs = replace(FACTS, tokenizer="gpt2", vocab_size=50257)
     text = write_markdown_report(folder, theirs).read_text()
@@ -288,7 +305,7 @@ def test_published_losses_stand_only_where_they_apply(tmp_path: Path) -> None:
     assert "1.4697" not in write_markdown_report(folder, FACTS).read_text()
 
 
-def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_report_is_a_one_line_error(tmp_path: Path) -> None:
     folder = write_run(tmp_path, run(10))
     (folder / "report.md").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*report\.md"):
@@ -306,18 +323,18 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         (86400 * 2 + 5 * 3600, "2 d 5 h"),
     ],
 )
-def test_durations_are_for_people(seconds: float, text: str) -> None:
+def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_counts_and_sizes_are_for_people() -> None:
+def test_format_count_and_bytes() -> None:
     counts = [format_count(number) for number in (50_000, 1e6, 124_439_808, 1.24e9, 3e12)]
     assert counts == ["50,000", "1.0M", "124.4M", "1.2B", "3.0T"]
     sizes = [format_bytes(number) for number in (12, 2**10, 2**20 - 2**10, 995_000_000, 3 * 2**29, 2000 * 2**30)]
     assert sizes == ["12 B", "1.0 KiB", "1,023.0 KiB", "948.9 MiB", "1.50 GiB", "2,000.00 GiB"]
 
 
-def data_of(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenDataset:
+def make_dataset(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenDataset:
     with ShardWriter(folder, "train", shard_tokens) as writer:
         writer.write(tokens)
     shards = TokenShards([folder / file.name for file in writer.files])
@@ -328,11 +345,11 @@ def test_unigram_entropy_equals_torchs(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).zipf(1.5, 5000) % 200
     counts = torch.tensor(np.bincount(tokens, minlength=257))
     expected = torch.distributions.Categorical(counts.double()).entropy().item()
-    assert unigram_entropy(data_of(tmp_path, tokens).token_counts(10**6)) == pytest.approx(expected, rel=1e-6)
+    assert unigram_entropy(make_dataset(tmp_path, tokens).token_counts(10**6)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_unigram_entropy_of_a_large_corpus_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = data_of(tmp_path, np.arange(1 << 23) % 64, shard_tokens=1 << 23)
+    data = make_dataset(tmp_path, np.arange(1 << 23) % 64, shard_tokens=1 << 23)
     read = []
     original = TokenShards.read
     monkeypatch.setattr(TokenShards, "read", lambda self, a, b: (read.append(b - a), original(self, a, b))[1])
@@ -340,7 +357,7 @@ def test_unigram_entropy_of_a_large_corpus_is_sampled(tmp_path: Path, monkeypatc
     assert sum(read) == 1 << 22
 
 
-def profiled(folder: Path, steps: int, *, planned: int | None = None, enabled: bool = True) -> StepProfiler:
+def run_profiler(folder: Path, steps: int, *, planned: int | None = None, enabled: bool = True) -> StepProfiler:
     model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16))
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with StepProfiler(folder, torch.device("cpu"), planned or steps, enabled=enabled) as profiler:
@@ -351,8 +368,8 @@ def profiled(folder: Path, steps: int, *, planned: int | None = None, enabled: b
 
 
 @pytest.mark.parametrize(("steps", "recorded"), [(8, {3, 4, 5}), (4, {3}), (2, {1})])
-def test_the_profile_shows_the_operators_of_the_recorded_steps(tmp_path: Path, steps: int, recorded: set[int]) -> None:
-    profiled(tmp_path, steps)
+def test_profile_shows_the_operators_of_the_recorded_steps(tmp_path: Path, steps: int, recorded: set[int]) -> None:
+    run_profiler(tmp_path, steps)
     names = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {"aten::addmm", "aten::mm"} <= names
     assert {name for name in names if name.startswith("ProfilerStep#")} == {f"ProfilerStep#{i}" for i in recorded}
@@ -361,37 +378,33 @@ def test_the_profile_shows_the_operators_of_the_recorded_steps(tmp_path: Path, s
     assert "aten::mm" in table
 
 
-def test_a_run_of_one_step_is_profiled_too(tmp_path: Path) -> None:
-    profiled(tmp_path, 1)
+def test_profile_of_a_run_of_one_step(tmp_path: Path) -> None:
+    run_profiler(tmp_path, 1)
     assert "aten::addmm" in (tmp_path / "trace.json").read_text()
 
 
-def test_a_run_that_stops_while_it_is_profiled_leaves_what_there_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    profiled(tmp_path, 5, planned=100)
+def test_run_that_stops_early_writes_a_partial_profile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_profiler(tmp_path, 5, planned=100)
     assert (tmp_path / "profile.txt").read_text().startswith("2 steps after the first 3, on cpu")
-    profiled(tmp_path / "none", 2, planned=100)
+    run_profiler(tmp_path / "none", 2, planned=100)
     assert not (tmp_path / "none").exists()
     assert "ended before" in caplog.text
 
 
-def test_no_profile_unless_asked_for(tmp_path: Path) -> None:
-    profiled(tmp_path, 8, enabled=False)
+def test_no_profile_unless_enabled(tmp_path: Path) -> None:
+    run_profiler(tmp_path, 8, enabled=False)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_big_trace_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_trace_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt2.reporting.profiler, "COMPRESS_MIN_BYTES", 1000)
-    profiled(tmp_path, 8)
+    run_profiler(tmp_path, 8)
     assert {path.name for path in tmp_path.iterdir()} == {"trace.json.gz", "profile.txt"}
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
         assert any(event["name"] == "aten::addmm" for event in json.load(file)["traceEvents"])
 
 
-def test_a_profile_that_cannot_be_written_does_not_end_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_profile_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "profile.txt").mkdir()
-    profiled(tmp_path, 8)
+    run_profiler(tmp_path, 8)
     assert "cannot write the profile" in caplog.text

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: what they hold is what the run recorded, once, also after a resume."""
+"""TensorBoard and Weights & Biases hold the records of the run, each step once, also after a resume."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reas
 
 @pytest.fixture
 def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B's helper process reads the environment when it starts, so each test has its own."""
+    """Offline mode. W&B's helper process reads the environment at its start, so each test starts its own."""
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -33,7 +33,7 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def records(first: int, last: int) -> list[dict[str, Any]]:
-    """Those of steps `first` to `last`, as the trainer writes them."""
+    """The records of steps `first` to `last`, as the trainer writes them."""
     made = []
     for step in range(first, last + 1):
         record = {"step": step, "loss": 5 / step, "lr": 1e-3 * step, "grad_norm": 0.1 * step, "tokens": 512 * step}
@@ -54,7 +54,7 @@ def track(config: TrainConfig, folder: Path, first_step: int, last_step: int) ->
 
 
 def scalars(recorded: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """By name, the steps and values of some records."""
+    """(step, value) pairs by name."""
     by_name: dict[str, list[tuple[int, float]]] = {}
     for record in recorded:
         for name, value in record.items():
@@ -72,16 +72,16 @@ def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def as_float32(by_name: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard's files can hold of it."""
+    """The values rounded to float32, as in TensorBoard's files."""
     return {k: [(s, struct.unpack("f", struct.pack("f", x))[0]) for s, x in v] for k, v in by_name.items()}
 
 
 def in_wandb(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, Any], set[str]]:
-    """From the files of offline runs, oldest first: the history, the config of the first, and the runs' ids."""
+    """The history, the config of the first run, and the ids of the runs, from the files of offline runs."""
     import wandb
 
-    wandb.teardown()  # its helper process writes behind our back
-    Record: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record  # made when imported
+    wandb.teardown()  # its helper process writes the files
+    Record: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record  # created at import
 
     history, configs, ids = [], [], set()
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime_ns):
@@ -114,18 +114,18 @@ def leveldb_records(data: bytes) -> list[bytes]:
 
 
 @needs_tensorboard
-def test_tensorboard_holds_what_was_recorded(tmp_path: Path) -> None:
+def test_tensorboard_holds_the_records(tmp_path: Path) -> None:
     track(TrainConfig(tensorboard=True), tmp_path, 0, 12)
     assert in_tensorboard(tmp_path / "tensorboard") == as_float32(scalars(records(1, 12)))
 
 
 @needs_tensorboard
-def test_a_killed_run_has_its_steps_in_tensorboard_and_a_resumed_one_has_each_once(tmp_path: Path) -> None:
+def test_resumed_run_has_each_step_once_in_tensorboard(tmp_path: Path) -> None:
     config = TrainConfig(tensorboard=True)
     (killed,) = open_trackers(config, tmp_path, 0)
     for record in records(1, 12):
-        killed.log({**record, "loss": 99.0} if record["step"] > 8 else record)  # of which the checkpoint knows nothing
-    assert len(in_tensorboard(tmp_path / "tensorboard")["loss"]) == 12  # though never closed
+        killed.log({**record, "loss": 99.0} if record["step"] > 8 else record)  # steps after the last checkpoint
+    assert len(in_tensorboard(tmp_path / "tensorboard")["loss"]) == 12  # without close()
     track(config, tmp_path, 8, 20)
     assert in_tensorboard(tmp_path / "tensorboard") == as_float32(scalars(records(1, 20)))
 
@@ -135,19 +135,19 @@ def test_a_killed_run_has_its_steps_in_tensorboard_and_a_resumed_one_has_each_on
 def test_an_offline_wandb_run_is_one_run_with_each_step_once(tmp_path: Path) -> None:
     config = TrainConfig(name="tiny", wandb="shakespeare", lr=3e-3)
     track(config, tmp_path, 0, 12)
-    note = json.loads((tmp_path / "wandb.json").read_text())
+    state = json.loads((tmp_path / "wandb.json").read_text())
     track(config, tmp_path, 8, 20)  # from the checkpoint of step 8
     history, logged_config, ids = in_wandb(tmp_path)
     assert history == scalars(records(1, 20))
     assert {k: v for k, v in logged_config.items() if k != "_wandb"} == asdict(config)
-    assert ids == {note["id"]}
-    assert note["step"] == 12
-    assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": note["id"], "step": 20}
+    assert ids == {state["id"]}
+    assert state["step"] == 12
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": state["id"], "step": 20}
 
 
 @needs_wandb
 @pytest.mark.usefixtures("wandb_offline")
-def test_wandb_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_key_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -159,7 +159,7 @@ def test_wandb_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @needs_wandb
-def test_a_broken_note_does_not_begin_another_wandb_run(tmp_path: Path) -> None:
+def test_broken_wandb_state_raises(tmp_path: Path) -> None:
     (tmp_path / "wandb.json").write_text('{"id": "a"')
     with pytest.raises(UserError, match=r"wandb\.json is broken"):
         open_trackers(TrainConfig(name="tiny", wandb="shakespeare"), tmp_path, 0)
@@ -172,7 +172,7 @@ def test_a_broken_note_does_not_begin_another_wandb_run(tmp_path: Path) -> None:
         (TrainConfig(wandb="p"), "wandb", "--wandb needs wandb"),
     ],
 )
-def test_a_missing_package_names_the_extra(
+def test_missing_package_names_the_extra(
     config: TrainConfig, module: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -181,12 +181,12 @@ def test_a_missing_package_names_the_extra(
 
 
 @needs_tensorboard
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_folder_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write"):
         open_trackers(TrainConfig(tensorboard=True), tmp_path, 0)
 
 
-def test_none_is_opened_unasked(tmp_path: Path) -> None:
+def test_no_tracker_by_default(tmp_path: Path) -> None:
     assert open_trackers(TrainConfig(), tmp_path, 0) == []
     assert list(tmp_path.iterdir()) == []

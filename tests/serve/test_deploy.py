@@ -1,4 +1,4 @@
-"""Dockerfile, compose file, proxies, unit and docs/serving.md: that what they say is so, with the real programs."""
+"""Dockerfile, compose file, proxies, systemd unit and docs/serving.md, checked with the real programs."""
 
 import json
 import os
@@ -49,10 +49,14 @@ LONG = {"prompt": "x", "max_tokens": 10**6, "logit_bias": {"256": -100}, "stream
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a `gpt2 serve`, started as docs/serving.md says to behind a proxy."""
+    """The address of a `gpt2 serve` process, started as docs/serving.md describes for use behind a proxy."""
     folder = gpt2.save(random_model(CONFIG), BYTE_TOKENIZER, tmp_path_factory.mktemp("runs") / "quickstart")
     home = tmp_path_factory.mktemp("home")
-    environment = os.environ | {"GPT2_HOME": str(home), "GPT2_API_KEY": KEY, "CXX": "none"}  # it need not be fast
+    environment = os.environ | {
+        "GPT2_HOME": str(home),
+        "GPT2_API_KEY": KEY,
+        "CXX": "none",
+    }  # without the compiled kernel, which takes time to build
     flags = ["--trusted-proxy", "127.0.0.1", "--allowed-host", SITE, "--per-client", "1"]
     command = [sys.executable, "-m", "gpt2", "serve", folder, *flags, "--max-tokens", "1000000", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -69,7 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=PROXIES)
 def port(request: pytest.FixtureRequest, server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Where each of the proxies in front of it listens."""
+    """The port of each proxy in front of the server."""
     with run_proxy(request.param, tmp_path_factory.mktemp(request.param), server) as found:
         yield found
 
@@ -85,32 +89,32 @@ def wait_until_idle(server: str) -> None:
         time.sleep(0.01)
 
 
-def test_a_stream_comes_as_it_is_written_and_ends_with_its_reader(port: int, server: str) -> None:
+def test_proxies_pass_on_streams_and_disconnects(port: int, server: str) -> None:
     with https_client(port, key=KEY) as one:
         with one.stream("POST", "/v1/completions", json=LONG) as reply:
             assert reply.status_code == 200
             lines = reply.iter_lines()
             assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"]
-            assert running(server) == 1, "the first piece came when all was written"
+            assert running(server) == 1, "the proxy buffered the stream"
         wait_until_idle(server)
 
 
-def test_limits_are_counted_by_the_clients_own_address(port: int, server: str) -> None:
+def test_limits_count_the_address_of_the_client(port: int, server: str) -> None:
     first, same, other = (https_client(port, address, KEY) for address in ("127.0.0.2", "127.0.0.2", "127.0.0.3"))
     with first, same, other:
         with first.stream("POST", "/v1/completions", json=LONG) as reply:
-            lines = reply.iter_lines()  # which closes the stream when it is thrown away
+            lines = reply.iter_lines()  # kept, because its deletion closes the stream
             next(lines)
             refused = same.post("/v1/completions", json=ONE_TOKEN)
             assert refused.status_code == 429
             assert int(refused.headers["Retry-After"]) >= 1
-            lying = {"X-Forwarded-For": "127.0.0.9"}
-            assert same.post("/v1/completions", json=ONE_TOKEN, headers=lying).status_code == 429
+            forged = {"X-Forwarded-For": "127.0.0.9"}
+            assert same.post("/v1/completions", json=ONE_TOKEN, headers=forged).status_code == 429
             assert other.post("/v1/completions", json=ONE_TOKEN).status_code == 200
         wait_until_idle(server)
 
 
-def test_names_keys_and_origins_pass_through(port: int) -> None:
+def test_proxies_pass_on_hosts_keys_and_origins(port: int) -> None:
     with https_client(port, key=KEY) as one:
         assert one.get("/v1/models").json()["data"][0]["id"] == "quickstart"
         mine, theirs = {"Origin": f"https://{SITE}:{port}"}, {"Origin": "https://evil.example"}
@@ -124,25 +128,25 @@ def test_names_keys_and_origins_pass_through(port: int) -> None:
         assert one.get("/v1/models").status_code == 401
 
 
-def test_the_name_has_to_be_allowed(server: str) -> None:
+def test_host_names_must_be_allowed(server: str) -> None:
     for host, status in ((SITE, 200), ("localhost", 200), ("evil.example", 403)):
         headers = {"Host": host, "Authorization": f"Bearer {KEY}"}
         assert httpx.get(f"{server}/v1/models", headers=headers).status_code == status
 
 
-def test_a_body_too_large_is_refused_by_the_server_or_before_it(port: int) -> None:
+def test_large_bodies_are_refused_by_the_server_or_the_proxy(port: int) -> None:
     for size in (4 * 2**20 + 1, *[6_000_000] * 6):
         with https_client(port, key=KEY) as one:
             refused = one.post("/v1/completions", content=b" " * size)
         assert refused.status_code == 413
         assert refused.json()["error"]["code"] == "request_too_large"
     with https_client(port, key=KEY) as one:
-        assert one.get("/health").status_code == 200, "one large request takes the server away from all"
+        assert one.get("/health").status_code == 200, "the proxy has marked the server as down"
 
 
 @contextmanager
-def plain(limits: Limits) -> Iterator[LiveServer]:
-    """A server in this process that is run by torch alone, so that nothing has to be compiled."""
+def torch_server(limits: Limits) -> Iterator[LiveServer]:
+    """A server in this process that runs the model with torch, so no kernel is compiled."""
     model = random_model(CONFIG)
     models = {"tiny": create_served_model("tiny", model, model, BYTE_TOKENIZER, limits)}
     app = create_app(models, limits)
@@ -151,25 +155,29 @@ def plain(limits: Limits) -> Iterator[LiveServer]:
 
 
 @contextmanager
-def two_behind(name: str, limits: Limits, folder: Path) -> Iterator[tuple[LiveServer, LiveServer, int]]:
-    with plain(limits) as first, plain(limits) as second, run_proxy(name, folder, first.url, second.url) as found:
+def two_servers_behind(name: str, limits: Limits, folder: Path) -> Iterator[tuple[LiveServer, LiveServer, int]]:
+    with (
+        torch_server(limits) as first,
+        torch_server(limits) as second,
+        run_proxy(name, folder, first.url, second.url) as found,
+    ):
         yield first, second, found
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_a_server_that_shuts_down_is_passed_over(name: str, tmp_path: Path) -> None:
-    with two_behind(name, Limits(slots=2), tmp_path) as (first, second, found), https_client(found) as one:
+def test_a_draining_server_gets_no_requests(name: str, tmp_path: Path) -> None:
+    with two_servers_behind(name, Limits(slots=2), tmp_path) as (first, second, found), https_client(found) as one:
         first.scheduler.drain()
-        time.sleep(2.5 if name == "caddy" else 0)  # until it has asked for the health again
+        time.sleep(2.5 if name == "caddy" else 0)  # until its next health check
         for _ in range(6):
             assert one.post("/v1/completions", json=ONE_TOKEN).status_code == 200
         second.scheduler.drain()
         assert one.post("/v1/completions", json=ONE_TOKEN).status_code == 503
 
 
-def test_nginx_passes_on_what_is_refused_by_a_full_server(tmp_path: Path) -> None:
+def test_nginx_retries_requests_that_a_full_server_refuses(tmp_path: Path) -> None:
     with (
-        two_behind("nginx", Limits(slots=1, per_client=1, max_tokens=10**6), tmp_path) as (_, _, found),
+        two_servers_behind("nginx", Limits(slots=1, per_client=1, max_tokens=10**6), tmp_path) as (_, _, found),
         https_client(found) as one,
         one.stream("POST", "/v1/completions", json=LONG) as reply,
     ):
@@ -180,52 +188,52 @@ def test_nginx_passes_on_what_is_refused_by_a_full_server(tmp_path: Path) -> Non
         next(lines)
 
 
-def test_nginx_says_in_openais_form_that_nobody_is_there(tmp_path: Path) -> None:
+def test_nginx_sends_the_error_body_when_no_server_is_up(tmp_path: Path) -> None:
     with run_proxy("nginx", tmp_path, f"127.0.0.1:{free_port()}") as found, https_client(found) as one:
         reply = one.post("/v1/completions", json=ONE_TOKEN)
     assert reply.status_code == 503
     assert reply.json()["error"]["code"] == "service_unavailable"
 
 
-# The guide
+# docs/serving.md
 
 
 def table(header: str) -> list[list[str]]:
-    """The cells of the rows under this header, without the marks of code."""
+    """The cells of the table with this header, without backquotes."""
     lines = GUIDE.split(f"\n{header}\n")[1].splitlines()[1:]
     rows = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
     return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
 
 
-def test_the_table_of_limits_is_the_codes() -> None:
-    rows = table("| flag | by default | |")
+def test_the_table_of_limits_equals_the_code() -> None:
+    rows = table("| flag | default | |")
     assert rows == [
         [f"--{limit.name.replace('_', '-')}", f"{limit.default:.10g}", limit.metadata["help"]]
         for limit in fields(Limits)
     ]
 
 
-def test_the_table_of_errors_is_the_codes() -> None:
+def test_the_table_of_errors_equals_the_code() -> None:
     rows = table("| status | | what to do |")
-    assert [(int(status), about) for status, about, _ in rows] == [
+    assert [(int(status), description) for status, description, _ in rows] == [
         (status, error["description"].replace("`", "")) for status, error in ERROR_RESPONSES.items()
     ]
 
 
-def test_the_table_of_metrics_is_what_prometheus_reads() -> None:
-    with plain(Limits(slots=2)) as served, served.client() as one:
+def test_the_table_of_metrics_equals_the_endpoint() -> None:
+    with torch_server(Limits(slots=2)) as served, served.client() as one:
         one.post("/v1/completions", json=ONE_TOKEN | {"max_tokens": 3})
-        told = one.get("/metrics").text
-    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", told, re.MULTILINE))
+        text = one.get("/metrics").text
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     rows = table("| metric | type | labels | |")
     assert {name: kind for name, kind, _, _ in rows} == {n: k for n, k in kinds.items() if not n.endswith("_created")}
     for name, _, labels, _ in rows:
-        found = re.search(rf"^{name}(?:_bucket)?{{(.*?)}} ", told, re.MULTILINE)
+        found = re.search(rf"^{name}(?:_bucket)?{{(.*?)}} ", text, re.MULTILINE)
         assert found, name
         assert labels.split(", ") == [label for label in re.findall(r'(\w+)="', found[1]) if label != "le"]
 
 
-def test_every_path_of_the_guide_exists_and_none_of_openais_is_missing() -> None:
+def test_every_path_of_the_guide_exists_and_every_route_is_documented() -> None:
     named = {(method, path) for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", GUIDE)}
     routes = {
         (method, route.path.replace(":path", ""))
@@ -259,21 +267,21 @@ def blocks(language: str, heading: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
-def test_the_examples_with_curl_work(server: str) -> None:
-    (script,) = blocks("sh", "Talk to it")
+def test_the_curl_examples_work(server: str) -> None:
+    (script,) = blocks("sh", "Send requests")
     environment = os.environ | {"GPT2_API_KEY": KEY}
     require_program("curl")
     shell = ["bash", "-euo", "pipefail", "-c", script.replace("http://127.0.0.1:8000", server)]
-    told = subprocess.run(shell, env=environment, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr + told.stdout
-    assert '"finish_reason":' in told.stdout
-    assert "data: [DONE]" in told.stdout
-    assert '"count":8' in told.stdout
+    result = subprocess.run(shell, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert '"finish_reason":' in result.stdout
+    assert "data: [DONE]" in result.stdout
+    assert '"count":8' in result.stdout
 
 
-def test_the_examples_with_openais_client_work(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_openai_examples_work(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="the openai client is not installed")
-    (script,) = blocks("python", "Talk to it")
+    (script,) = blocks("python", "Send requests")
     monkeypatch.setenv("GPT2_API_KEY", KEY)
     out = StringIO()
     with redirect_stdout(out):
@@ -289,7 +297,7 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
 
 
-def test_the_compose_file_gives_away_nothing() -> None:
+def test_the_compose_file_is_hardened() -> None:
     services = compose()["services"]
     for service in services.values():
         assert service["read_only"] is True
@@ -312,8 +320,8 @@ def test_the_compose_file_gives_away_nothing() -> None:
     assert ours["init"] is True
 
 
-def test_the_checks_of_health_tell_a_server_that_takes_requests(server: str) -> None:
-    """Of the image and of the compose file: the same, run here against a server that runs and then against none."""
+def test_health_checks_of_the_image(server: str) -> None:
+    """The image and the compose file have the same check. It passes for a running server, and fails without one."""
     (line,) = re.findall(r"^ +CMD (\[.*\])$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     program, *arguments = json.loads(line)
     assert compose()["services"]["gpt2"]["healthcheck"]["test"] == ["CMD", program, *arguments]
@@ -323,8 +331,8 @@ def test_the_checks_of_health_tell_a_server_that_takes_requests(server: str) -> 
         assert subprocess.run(command, capture_output=True, check=False).returncode == expected
 
 
-def test_the_image_is_made_of_what_it_is_sent() -> None:
-    """Every file that the Dockerfile copies from here passes .dockerignore, and exists."""
+def test_the_image_copies_files_that_exist_and_are_not_ignored() -> None:
+    """Every file that the Dockerfile copies exists and passes .dockerignore."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     copied = [name for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for name in line.split()[:-1]]
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -336,19 +344,19 @@ def test_the_image_is_made_of_what_it_is_sent() -> None:
     assert stages[-1].endswith('\nENTRYPOINT ["gpt2", "serve", "--host", "0.0.0.0"]\n')
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_has_no_complaints() -> None:
     lint = require_program("hadolint")
-    told = subprocess.run([lint, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stdout
+    result = subprocess.run([lint, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
 
 
-def test_the_unit_is_one_that_systemd_reads(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     verify = require_program("systemd-analyze")
     text = (EXAMPLES / "gpt2.service").read_text(encoding="utf-8")
     unit = tmp_path / "gpt2.service"
     unit.write_text(replace_once(text, ("ExecStart=/opt/gpt2/bin/gpt2", f"ExecStart={sys.executable} -m gpt2")))
-    told = subprocess.run([verify, "verify", str(unit)], capture_output=True, text=True, check=False)
-    assert (told.returncode, told.stderr) == (0, "")
+    result = subprocess.run([verify, "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
     settings = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"[A-Z]\w+=", line))
     assert int(settings["TimeoutStopSec"]) >= 30 + 10
     assert settings["RestartPreventExitStatus"] == "2"

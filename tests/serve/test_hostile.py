@@ -1,4 +1,4 @@
-"""Clients that mean harm, or know no better: half requests, no reading, nonsense. The server answers the next one."""
+"""Hostile and broken clients: incomplete requests, unread streams, invalid HTTP. The next client is served."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def plain(server: LiveServer) -> Iterator[socket.socket]:
-    """A connection without manners."""
+    """A raw connection to the server."""
     with socket.create_connection(address_of(server), timeout=20) as one:
         yield one
 
@@ -44,8 +44,8 @@ def address_of(server: LiveServer) -> tuple[str, int]:
 
 
 @pytest.fixture(autouse=True)
-def calm(server: LiveServer, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """After each of them all slots are free, the next client is answered, and no line of the log is a traceback."""
+def server_still_works(server: LiveServer, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """After each test all slots are free, a request succeeds, and the log has no traceback."""
     with caplog.at_level(logging.INFO):
         yield
         server.wait_until_idle()
@@ -54,22 +54,22 @@ def calm(server: LiveServer, caplog: pytest.LogCaptureFixture) -> Iterator[None]
     assert not [record for record in caplog.records if record.exc_info or "\n" in record.getMessage()]
 
 
-def everything(plain: socket.socket) -> bytes:
-    """What comes until the server closes the connection."""
+def read_to_end(plain: socket.socket) -> bytes:
+    """Read until the server closes the connection."""
     parts = []
     while part := plain.recv(2**16):
         parts.append(part)
     return b"".join(parts)
 
 
-def one_error(plain: socket.socket) -> bytes:
-    """What comes up to the end of an error; the connection may stay open."""
-    said = b""
-    while not said.endswith(b"}}"):
+def read_error(plain: socket.socket) -> bytes:
+    """Read to the end of an error body; the connection may stay open."""
+    data = b""
+    while not data.endswith(b"}}"):
         part = plain.recv(2**16)
-        assert part, said
-        said += part
-    return said
+        assert part, data
+        data += part
+    return data
 
 
 def request(asked: Any, more: str = "") -> bytes:
@@ -77,18 +77,18 @@ def request(asked: Any, more: str = "") -> bytes:
     return f"{HEAD}{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def error_in(said: bytes, status: int) -> str:
-    """The message of the one answer, which has OpenAI's form."""
-    head, _, body = said.partition(b"\r\n\r\n")
-    assert head.startswith(f"HTTP/1.1 {status} ".encode()), said
+def error_in(data: bytes, status: int) -> str:
+    """The message of the only response, checked against the schema."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), data
     error = ErrorBody.model_validate(json.loads(body), strict=True).error
     assert "\n" not in error.message
     return error.message
 
 
 @pytest.mark.parametrize("sent", [b"P", b"POST /v1", HEAD.encode()[:-2]])
-def test_half_a_head_has_its_time(server: LiveServer, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slowly it comes; and again after an answer."""
+def test_an_incomplete_header_times_out(server: LiveServer, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it arrives byte by byte, and after a response."""
     monkeypatch.setattr(uvicorn_server, "HEADER_TIMEOUT_SECONDS", 0.3)
     for before in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"):
         with socket.create_connection(address_of(server), timeout=20) as plain:
@@ -99,41 +99,41 @@ def test_half_a_head_has_its_time(server: LiveServer, sent: bytes, monkeypatch: 
             began = time.monotonic()
             for byte in sent:
                 plain.sendall(bytes([byte]))
-            assert b"200 OK" not in everything(plain)
+            assert b"200 OK" not in read_to_end(plain)
             assert 0.2 < time.monotonic() - began < 4
 
 
-def test_half_a_body_has_its_time(plain: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_body_times_out(plain: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "BODY_TIMEOUT_SECONDS", 0.1)
     plain.sendall(request(ENDLESS)[:-3])
-    assert "did not arrive" in error_in(one_error(plain), 408)
+    assert "did not arrive" in error_in(read_error(plain), 408)
 
 
-def test_a_stream_that_nobody_reads_is_left(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fills what the two sockets hold, and then waits, until the patience of the server is over."""
+def test_an_unread_stream_is_closed(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream fills the buffers of both sockets, and then waits until the send timeout."""
     monkeypatch.setattr(sse, "SEND_TIMEOUT_SECONDS", 0.2)
-    tell, ends = sse.SSEResponse._send_events, []
+    send_events, timeouts = sse.SSEResponse._send_events, []
 
-    async def told(*given: Any) -> None:
+    async def recorded(*given: Any) -> None:
         try:
-            await tell(*given)
+            await send_events(*given)
         except TimeoutError as error:
-            ends.append(error)
+            timeouts.append(error)
             raise
 
-    monkeypatch.setattr(sse.SSEResponse, "_send_events", told)
+    monkeypatch.setattr(sse.SSEResponse, "_send_events", recorded)
     with socket.socket() as plain:
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         plain.connect(address_of(server))
         plain.sendall(request(ENDLESS | {"stream": True, "n": 4, "logprobs": 20}))
         until = time.monotonic() + 60
-        while not ends:
+        while not timeouts:
             assert time.monotonic() < until
             time.sleep(0.01)
         server.wait_until_idle()
 
 
-def test_the_kernel_ends_what_nobody_reads() -> None:
+def test_the_socket_has_a_user_timeout() -> None:
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         pytest.skip("this system has no TCP_USER_TIMEOUT")
     with bind_socket("127.0.0.1", 0) as bound:
@@ -157,38 +157,38 @@ def test_the_kernel_ends_what_nobody_reads() -> None:
     ],
     ids=["tls", "words", "0.9", "no host", "two hosts", "long header", "long path", "minus", "two lengths", "no chunk"],
 )
-def test_what_is_no_http_is_told_so(plain: socket.socket, sent: bytes) -> None:
+def test_invalid_http_gets_an_error_body(plain: socket.socket, sent: bytes) -> None:
     try:
         plain.sendall(sent)
-        said = everything(plain)
-    except ConnectionError:  # it was closed before all of it was sent
+        data = read_to_end(plain)
+    except ConnectionError:  # closed before everything was sent
         return
-    assert error_in(said, 400) == "this is not HTTP/1.1"
+    assert error_in(data, 400) == "this is not HTTP/1.1"
 
 
-def test_nonsense_after_an_answer_is_not_answered(plain: socket.socket) -> None:
-    """The request is refused before its body is read; what comes of that is no chunk."""
+def test_invalid_data_after_a_response_gets_no_second_one(plain: socket.socket) -> None:
+    """The request is refused before its body is read, and its body is not a valid chunk."""
     plain.sendall(f"{HEAD}Transfer-Encoding: chunked\r\nOrigin: http://evil.example\r\n\r\n".encode())
-    said = one_error(plain)
+    data = read_error(plain)
     plain.sendall(b"nonsense\r\n")
-    assert "other sites" in error_in(said + everything(plain), 403)
+    assert "other sites" in error_in(data + read_to_end(plain), 403)
 
 
-def test_requests_in_a_row_are_answered_in_a_row(server: LiveServer, plain: socket.socket) -> None:
-    """Pipelining: all are sent before the first answer is read."""
+def test_pipelined_requests_are_answered_in_order(server: LiveServer, plain: socket.socket) -> None:
+    """All are sent before the first response is read."""
     asked = [{"prompt": "x", "seed": seed, "max_tokens": 5, "logit_bias": {"256": -100}} for seed in range(4)]
     plain.sendall(b"".join(map(request, asked)) + request({"prompt": 1}, "Connection: close\r\n"))
-    said = everything(plain)
+    data = read_to_end(plain)
     with server.client() as client:
         wanted = [client.post(COMPLETIONS, json=one).json()["choices"][0]["text"] for one in asked]
-    bodies = [json.loads(part.partition(b"\r\n\r\n")[2]) for part in said.split(b"HTTP/1.1 ")[1:]]
+    bodies = [json.loads(part.partition(b"\r\n\r\n")[2]) for part in data.split(b"HTTP/1.1 ")[1:]]
     assert [body["choices"][0]["text"] for body in bodies[:4]] == wanted
     assert bodies[4]["error"]["param"] == "prompt"
 
 
-def test_an_upgrade_that_is_not_to_be_had_is_a_plain_request(plain: socket.socket) -> None:
+def test_an_unsupported_upgrade_is_a_plain_request(plain: socket.socket) -> None:
     plain.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n")
-    assert everything(plain).startswith(b"HTTP/1.1 200 OK")
+    assert read_to_end(plain).startswith(b"HTTP/1.1 200 OK")
 
 
 @pytest.mark.parametrize(
@@ -252,13 +252,13 @@ def test_other_methods_are_refused(server: LiveServer, method: str, path: str) -
     with server.client() as client:
         reply = client.request(method, path)
     assert reply.status_code == 405
-    assert method == "HEAD" or "does not answer" in reply.json()["error"]["message"]
+    assert method == "HEAD" or "does not support" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "x" * 9999]
 )
-def test_other_kinds_of_content_are_refused(server: LiveServer, kind: str) -> None:
+def test_other_content_types_are_refused(server: LiveServer, kind: str) -> None:
     with server.client() as client:
         reply = client.post(COMPLETIONS, content=b'{"prompt": "x"}', headers={"Content-Type": kind})
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")

@@ -1,4 +1,4 @@
-"""The server as any HTTP client sees it: events as curl prints them, errors in OpenAI's form, and who may ask."""
+"""The server over plain HTTP: server-sent events, error bodies, access control, limits and disconnects."""
 
 import asyncio
 import gc
@@ -52,8 +52,8 @@ def client(server: LiveServer) -> Iterator[httpx.Client]:
         yield one
 
 
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error, which has OpenAI's form."""
+def error_in(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a response, checked against the schema."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     body = ErrorBody.model_validate(response.json(), extra="forbid", strict=True)
@@ -61,14 +61,14 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     return body.error.model_dump()
 
 
-def test_curl_reads_the_events(server: LiveServer) -> None:
+def test_curl_reads_the_stream(server: LiveServer) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     asked = {"prompt": "curl", "max_tokens": 5, "seed": 1, "stream": True, "stream_options": {"include_usage": True}}
     asked["logit_bias"] = {"256": -100}
     command = ["curl", "-sN", "--noproxy", "*", "-i", server.url + COMPLETIONS, "--json", json.dumps(asked)]
-    said = subprocess.check_output(command, timeout=20).decode()
-    head, _, body = said.partition("\r\n\r\n")
+    output = subprocess.check_output(command, timeout=20).decode()
+    head, _, body = output.partition("\r\n\r\n")
     assert "200 OK" in head
     assert "content-type: text/event-stream; charset=utf-8" in head.lower()
     events = body.split("\n\n")
@@ -83,8 +83,8 @@ def test_curl_reads_the_events(server: LiveServer) -> None:
     assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
 
 
-def test_texts_do_not_depend_on_their_neighbours(server: LiveServer) -> None:
-    """Thirty-two at once, each the same as alone."""
+def test_texts_are_batch_invariant(server: LiveServer) -> None:
+    """Thirty-two requests at the same time, each with the text that it has alone."""
     asked = [
         {"prompt": "x" * (1 + i * 3 % 50), "seed": i, "max_tokens": 5 + i % 30, "temperature": 0.4 + i % 3, "top_k": i}
         for i in range(32)
@@ -95,15 +95,15 @@ def test_texts_do_not_depend_on_their_neighbours(server: LiveServer) -> None:
             replies = await asyncio.gather(*(client.post(COMPLETIONS, json=one) for one in asked))
         return [reply.json()["choices"][0]["text"] for reply in replies]
 
-    together = asyncio.run(go())
-    for one, text in zip(asked, together, strict=True):
+    texts = asyncio.run(go())
+    for one, text in zip(asked, texts, strict=True):
         names = ("seed", "temperature", "top_k")
         settings: dict[str, Any] = {name: one[name] for name in names} | {"max_new_tokens": one["max_tokens"]}
         prompt = str(one["prompt"])
         assert [prompt + text] == gpt2.generate(server.model, BYTE_TOKENIZER, prompt, **settings)
 
 
-def test_tokens_come_and_go(client: httpx.Client) -> None:
+def test_tokenize_and_detokenize(client: httpx.Client) -> None:
     reply = client.post("/tokenize", json={"text": "aÄ<|endoftext|>"}).json()
     assert reply == {
         "tokens": [97, 195, 132, 256],
@@ -111,8 +111,8 @@ def test_tokens_come_and_go(client: httpx.Client) -> None:
         "count": 4,
     }
     assert client.post("/detokenize", json={"tokens": reply["tokens"]}).json() == {"text": "aÄ<|endoftext|>"}
-    assert error_of(client.post("/detokenize", json={"tokens": [257]}), 400)["param"] == "tokens"
-    assert error_of(client.post("/tokenize", json={"text": 1}), 400)["param"] == "text"
+    assert error_in(client.post("/detokenize", json={"tokens": [257]}), 400)["param"] == "tokens"
+    assert error_in(client.post("/tokenize", json={"text": 1}), 400)["param"] == "text"
 
 
 def test_health_and_metrics(server: LiveServer, client: httpx.Client) -> None:
@@ -157,22 +157,22 @@ def test_health_and_metrics(server: LiveServer, client: httpx.Client) -> None:
         (lambda c: c.post(CHAT, json={"messages": [{"role": "user", "content": "x"}], "top_logprobs": 1}), 400),
     ],
 )  # fmt: skip
-def test_every_error_has_openais_form(
+def test_every_error_has_the_error_body(
     client: httpx.Client, send: Callable[[httpx.Client], httpx.Response], status: int
 ) -> None:
-    error_of(send(client), status)
+    error_in(send(client), status)
 
 
-def test_our_own_faults_have_it_too(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_faults_have_the_error_body(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt2.serve.app.find_model", lambda models, name: 1 / 0)
-    assert error_of(client.get("/v1/models/tiny"), 500)["type"] == "server_error"
+    assert error_in(client.get("/v1/models/tiny"), 500)["type"] == "server_error"
 
 
-def test_every_answer_protects_the_browser(client: httpx.Client) -> None:
-    for answer in client.get("/health"), client.get("/nothing"), client.post(COMPLETIONS, json={}):
-        assert {name: answer.headers.get(name) for name in SECURITY_HEADERS} == SECURITY_HEADERS
-        assert "access-control-allow-origin" not in answer.headers
-    page = client.get("/")  # which may have a stricter policy of its own
+def test_every_response_has_security_headers(client: httpx.Client) -> None:
+    for response in client.get("/health"), client.get("/nothing"), client.post(COMPLETIONS, json={}):
+        assert {name: response.headers.get(name) for name in SECURITY_HEADERS} == SECURITY_HEADERS
+        assert "access-control-allow-origin" not in response.headers
+    page = client.get("/")  # which has a stricter policy of its own
     assert all(name in page.headers for name in SECURITY_HEADERS)
     for policy in SECURITY_HEADERS["Content-Security-Policy"], page.headers["Content-Security-Policy"]:
         assert "default-src 'none'" in policy
@@ -181,7 +181,7 @@ def test_every_answer_protects_the_browser(client: httpx.Client) -> None:
     assert preflight.status_code == 403
 
 
-def test_a_client_that_goes_away_frees_its_slot(server: LiveServer, client: httpx.Client) -> None:
+def test_a_disconnect_frees_the_slots(server: LiveServer, client: httpx.Client) -> None:
     asked = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}}
     with client.stream("POST", COMPLETIONS, json=asked | {"stream": True, "n": 3}) as stream:
         lines = stream.iter_lines()
@@ -199,16 +199,16 @@ def test_a_client_that_goes_away_frees_its_slot(server: LiveServer, client: http
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_no_slot_is_lost_to_clients_that_come_and_go(server: LiveServer, count: int) -> None:
-    draw = random.Random(count)
+def test_random_disconnects_lose_no_slot_and_no_memory(server: LiveServer, count: int) -> None:
+    rng = random.Random(count)
 
     async def one(client: httpx.AsyncClient, i: int) -> None:
-        asked = {"prompt": "x" * draw.randrange(1, 100), "max_tokens": draw.randrange(0, 40), "seed": i}
-        asked |= {"stream": draw.random() < 0.5, "n": draw.randrange(1, 4)}
-        if draw.random() < 0.2:
+        asked = {"prompt": "x" * rng.randrange(1, 100), "max_tokens": rng.randrange(0, 40), "seed": i}
+        asked |= {"stream": rng.random() < 0.5, "n": rng.randrange(1, 4)}
+        if rng.random() < 0.2:
             asked |= {"echo": True, "logprobs": 1}
         try:
-            async with asyncio.timeout(draw.choice([None, 0.005, 0.02, 0.1])):
+            async with asyncio.timeout(rng.choice([None, 0.005, 0.02, 0.1])):
                 reply = await client.post(COMPLETIONS, json=asked)
                 assert reply.status_code in (200, 429), reply.text
         except TimeoutError:
@@ -216,13 +216,13 @@ def test_no_slot_is_lost_to_clients_that_come_and_go(server: LiveServer, count: 
 
     async def go() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
-            at_once = asyncio.Semaphore(24)
+            semaphore = asyncio.Semaphore(24)
 
-            async def in_turn(i: int) -> None:
-                async with at_once:
+            async def limited(i: int) -> None:
+                async with semaphore:
                     await one(client, i)
 
-            await asyncio.gather(*(in_turn(i) for i in range(count)))
+            await asyncio.gather(*(limited(i) for i in range(count)))
 
     asyncio.run(go())
     server.wait_until_idle()
@@ -231,47 +231,45 @@ def test_no_slot_is_lost_to_clients_that_come_and_go(server: LiveServer, count: 
     with server.client() as client:
         assert client.post(COMPLETIONS, json={"prompt": "x", "n": 4, "seed": 1}).status_code == 200
     gc.collect()
-    left = Counter(type(thing) for thing in gc.get_objects())
-    assert (
-        max(left[kind] for kind in (ResponseStream, RequestHandle, Sequence, SSEResponse)) < 10
-    )  # a local name holds one or two
+    alive = Counter(type(thing) for thing in gc.get_objects())  # local names hold one or two
+    assert max(alive[kind] for kind in (ResponseStream, RequestHandle, Sequence, SSEResponse)) < 10
 
 
-def test_a_full_server_says_when_to_come_again(home: None) -> None:
+def test_a_full_server_sends_retry_after(home: None) -> None:
     asked = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}, "stream": True}
     with run_server(Limits(slots=1, max_waiting=1, per_client=2)) as served, served.client() as client:
         with client.stream("POST", COMPLETIONS, json=asked) as first:
             lines = first.iter_lines()
             assert next(lines).startswith("data: {")
             reply = client.post(COMPLETIONS, json={"prompt": "x", "n": 2})
-            assert error_of(reply, 429)["code"] == "rate_limit_exceeded"
+            assert error_in(reply, 429)["code"] == "rate_limit_exceeded"
             assert 1 <= int(reply.headers["Retry-After"]) <= 60
-            assert error_of(client.post(COMPLETIONS, json={"prompt": "x", "n": 3}), 400)["param"] is None
+            assert error_in(client.post(COMPLETIONS, json={"prompt": "x", "n": 3}), 400)["param"] is None
             served.scheduler.drain()
-            assert error_of(client.post(COMPLETIONS, json={"prompt": "x"}), 503)["message"].endswith("shutting down")
+            assert error_in(client.post(COMPLETIONS, json={"prompt": "x"}), 503)["message"].endswith("shutting down")
             assert client.get("/health").status_code == 503
         served.wait_until_idle()
 
 
-def test_a_request_has_its_time(home: None) -> None:
+def test_a_request_times_out(home: None) -> None:
     asked = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}}
     with run_server(Limits(slots=1, timeout=1)) as served, served.client() as client:
-        assert error_of(client.post(COMPLETIONS, json=asked), 504)["type"] == "timeout_error"
+        assert error_in(client.post(COMPLETIONS, json=asked), 504)["type"] == "timeout_error"
         lines = [line for line in client.post(COMPLETIONS, json=asked | {"stream": True}).text.split("\n\n") if line]
         assert lines[-1] == "data: [DONE]"
         assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
         served.wait_until_idle()
 
 
-def test_a_key_is_asked_for(home: None) -> None:
+def test_api_keys(home: None) -> None:
     with run_server(SMALL_LIMITS, AccessPolicy(api_keys=["first", "second"])) as served:
         for key in (None, "wrong", "firs", "first second"):
             with served.client(key) as client:
                 for path in ("/v1/models", "/metrics", "/nothing"):
                     reply = client.get(path)
-                    assert error_of(reply, 401)["code"] == "invalid_api_key"
+                    assert error_in(reply, 401)["code"] == "invalid_api_key"
                     assert reply.headers["WWW-Authenticate"] == "Bearer"
-                assert error_of(client.post(COMPLETIONS, json={"prompt": "x"}), 401)
+                assert error_in(client.post(COMPLETIONS, json={"prompt": "x"}), 401)
                 assert client.post("/inspect/next", json={}).status_code == 401
                 assert client.get("/health").status_code == client.get("/").status_code == 200
         for key in ("first", "second"):
@@ -279,21 +277,21 @@ def test_a_key_is_asked_for(home: None) -> None:
                 assert client.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200
 
 
-def test_another_name_is_not_answered(home: None) -> None:
-    """A page whose name was made to point to this machine sends that name."""
+def test_other_host_names_are_refused(home: None) -> None:
+    """DNS rebinding: a page whose name was made to resolve to this machine sends that name."""
     with (
         run_server(SMALL_LIMITS, AccessPolicy(allowed_hosts=["127.0.0.1", "localhost"])) as served,
         served.client() as client,
     ):
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
-            error_of(client.get("/v1/models", headers={"Host": host}), 403)
+            error_in(client.get("/v1/models", headers={"Host": host}), 403)
         for host in ("localhost", "localhost:99", "LOCALHOST", "127.0.0.1"):
             assert client.get("/v1/models", headers={"Host": host}).status_code == 200
         mine = {"Host": "localhost:99", "Origin": "http://localhost:99"}
         assert client.get("/v1/models", headers=mine).status_code == 200
 
 
-def test_the_folders_own_template_is_used(home: None) -> None:
+def test_the_chat_template_of_the_model_is_used(home: None) -> None:
     source = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     source += "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
     source += "{% if messages[0]['content'] == 'out' %}{{ ''.__class__.__mro__ }}{% endif %}[assistant]"
@@ -306,12 +304,12 @@ def test_the_folders_own_template_is_used(home: None) -> None:
         assert reply["usage"] == same["usage"]
         for word in ("no", "out"):
             reply = client.post(CHAT, json=asked | {"messages": [{"role": "user", "content": word}]})
-            assert error_of(reply, 400)["param"] == "messages"
+            assert error_in(reply, 400)["param"] == "messages"
 
 
 @pytest.mark.parametrize("examples", [2, pytest.param(60, marks=pytest.mark.slow)])
-def test_schemathesis_finds_nothing(server: LiveServer, examples: int) -> None:
-    """Requests made from our own /openapi.json, some as it says and some not."""
+def test_schemathesis_finds_no_violation(server: LiveServer, examples: int) -> None:
+    """Valid and invalid requests generated from /openapi.json."""
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     from hypothesis import HealthCheck, given, settings
     from schemathesis.generation import GenerationMode

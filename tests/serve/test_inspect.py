@@ -1,4 +1,4 @@
-"""What the inspection shows is what the model computes: equal to `transformers`, and to the plain model run whole."""
+"""Inspection equals what the model computes: compared with `transformers` and with the plain model."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2.errors import UserError
+from gpt2.errors import RequestError
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling, logits_to_probs
 from gpt2.model import GPT, GPTConfig
@@ -34,23 +34,23 @@ def model() -> GPT:
     return random_model(CONFIG)
 
 
-def look(model: GPT, sampling: Sampling, top: int = 5, asked: int | None = None) -> NextTokenCandidates:
+def candidates(model: GPT, sampling: Sampling, top: int = 5, target: int | None = None) -> NextTokenCandidates:
     history = History(TEXT, 4, (256,))
-    return top_candidates(next_logits(model, TEXT), TOKENIZER, sampling, history, top, asked)
+    return top_candidates(next_logits(model, TEXT), TOKENIZER, sampling, history, top, target)
 
 
-def run_twin(model: GPT, tokens: Any, **asked: bool) -> Any:
-    twin = to_transformers(model)
-    twin.set_attn_implementation("eager")
+def run_transformers(model: GPT, tokens: Any, **outputs: bool) -> Any:
+    reference = to_transformers(model)
+    reference.set_attn_implementation("eager")
     with torch.no_grad():
-        return twin(tokens, **asked)
+        return reference(tokens, **outputs)
 
 
 @pytest.mark.parametrize("config", ODD_CONFIGS)
-def test_attention_is_that_of_transformers(config: GPTConfig) -> None:
+def test_attention_weights_equal_transformers(config: GPTConfig) -> None:
     model = random_model(config)
     tokens, _ = random_batch(config, rows=1)
-    theirs = run_twin(model, tokens, output_attentions=True).attentions
+    theirs = run_transformers(model, tokens, output_attentions=True).attentions
     for position in (0, 3, config.block_size - 1):
         ours = attention_weights(model, tokens[0].tolist(), position)
         expected = torch.stack([layer[0, :, position, : position + 1] for layer in theirs])
@@ -59,28 +59,30 @@ def test_attention_is_that_of_transformers(config: GPTConfig) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", ODD_CONFIGS)
-def test_lens_reads_the_hidden_states_of_transformers(config: GPTConfig) -> None:
+def test_logit_lens_equals_transformers(config: GPTConfig) -> None:
     model, tokenizer = random_model(config), ByteTokenizer()
     tokens, _ = random_batch(config, rows=1)
-    theirs = run_twin(model, tokens, output_hidden_states=True).hidden_states
+    theirs = run_transformers(model, tokens, output_hidden_states=True).hidden_states
     ours = logit_lens(model, tokenizer, tokens[0].tolist(), 5, top=3, target_token=7)
     assert [layer.layer for layer in ours] == list(range(config.n_layer + 1))
     for layer, hidden in zip(ours, theirs, strict=True):
-        normed = hidden if layer.layer == config.n_layer else model.transformer.ln_f(hidden)  # the last one is already
+        normed = (
+            hidden if layer.layer == config.n_layer else model.transformer.ln_f(hidden)
+        )  # the last one has the final norm already
         probs = model.lm_head(normed[0, 5]).softmax(-1)
-        assert [i for i, _, _ in layer.tokens] == probs.topk(3).indices.tolist()
-        assert layer.tokens[0][2] == pytest.approx(probs.max().item(), rel=1e-4)
+        assert [token.id for token in layer.tokens] == probs.topk(3).indices.tolist()
+        assert layer.tokens[0].probability == pytest.approx(probs.max().item(), rel=1e-4)
         assert layer.asked == pytest.approx(probs[7].item(), rel=1e-4)
 
 
-def test_the_last_layer_says_what_the_model_says(model: GPT) -> None:
+def test_the_last_layer_of_the_lens_is_the_prediction_of_the_model(model: GPT) -> None:
     last = logit_lens(model, TOKENIZER, TEXT, len(TEXT) - 1, top=5)[-1]
-    told = look(model, Sampling())
-    assert [(i, text) for i, text, _ in last.tokens] == [(token.id, token.text) for token in told.tokens]
-    assert [p for *_, p in last.tokens] == pytest.approx([token.raw for token in told.tokens], rel=1e-5)
+    expected = candidates(model, Sampling()).tokens
+    assert [(token.id, token.text) for token in last.tokens] == [(token.id, token.text) for token in expected]
+    assert [token.probability for token in last.tokens] == pytest.approx([token.raw for token in expected], rel=1e-5)
 
 
-def test_perplexity_is_that_of_transformers(model: GPT) -> None:
+def test_perplexity_equals_transformers(model: GPT) -> None:
     tokens = torch.tensor([TEXT])
     with torch.inference_mode():
         loss = to_transformers(model)(tokens, labels=tokens).loss.item()
@@ -95,7 +97,7 @@ def test_a_long_text_is_scored_in_windows(model: GPT, length: int) -> None:
     half = CONFIG.block_size // 2
     scored = score_tokens(model, TOKENIZER, text)
     assert [token.id for token in scored] == text[1:]
-    for i, token in enumerate(scored):  # text[i + 1], which is in the first window that reaches it
+    for i, token in enumerate(scored):  # text[i + 1], scored in the first window that contains it
         begin = 0 if i < CONFIG.block_size else half * math.ceil((i + 1 - CONFIG.block_size) / half)
         with torch.inference_mode():
             logprobs = model(torch.tensor([text[begin : i + 1]]))[0, -1].log_softmax(-1)
@@ -114,59 +116,59 @@ def test_a_long_text_is_scored_in_windows(model: GPT, length: int) -> None:
         Sampling(typical_p=0.5, epsilon_cutoff=0.003),
     ],
 )
-def test_the_candidates_have_the_chances_of_the_sampler(model: GPT, sampling: Sampling) -> None:
+def test_candidates_have_the_probabilities_of_the_sampler(model: GPT, sampling: Sampling) -> None:
     logits = next_logits(model, TEXT)
     probs = logits_to_probs(logits, sampling, [History(TEXT, 4, (256,))])[0]
-    told = look(model, sampling, top=300, asked=65)
-    assert {token.id for token in told.tokens} == set(range(257))
-    assert [token.probability for token in told.tokens] == sorted((float(p) for p in probs), reverse=True)
-    assert told.kept == int((probs > 0).sum())
-    for token in told.tokens:
+    result = candidates(model, sampling, top=300, target=65)
+    assert {token.id for token in result.tokens} == set(range(257))
+    assert [token.probability for token in result.tokens] == sorted((float(p) for p in probs), reverse=True)
+    assert result.kept == int((probs > 0).sum())
+    for token in result.tokens:
         assert token.probability == float(probs[token.id])
         assert token.raw == pytest.approx(logits.softmax(-1)[0, token.id].item(), rel=1e-6)
     entropy = -sum(p * math.log2(p) for p in probs.tolist() if p > 0)
-    assert told.entropy == pytest.approx(entropy, abs=1e-4)
-    assert told.asked in told.tokens
-    assert told.rank == int((logits > logits[0, 65]).sum()) + 1
+    assert result.entropy == pytest.approx(entropy, abs=1e-4)
+    assert result.asked in result.tokens
+    assert result.rank == int((logits > logits[0, 65]).sum()) + 1
 
 
-def test_what_the_settings_rule_out_comes_after_what_they_keep(model: GPT) -> None:
-    told = look(model, Sampling(top_k=2), top=6)
-    assert [token.probability > 0 for token in told.tokens] == [True, True, False, False, False, False]
-    assert len({token.id for token in told.tokens}) == 6
-    ruled_out = [token.raw for token in told.tokens[2:]]
+def test_tokens_that_are_ruled_out_come_last(model: GPT) -> None:
+    result = candidates(model, Sampling(top_k=2), top=6)
+    assert [token.probability > 0 for token in result.tokens] == [True, True, False, False, False, False]
+    assert len({token.id for token in result.tokens}) == 6
+    ruled_out = [token.raw for token in result.tokens[2:]]
     assert ruled_out == sorted(ruled_out, reverse=True)
 
 
-def test_the_end_of_a_text_beyond_the_context_is_read(model: GPT) -> None:
+def test_next_logits_use_the_end_of_a_text_longer_than_the_context(model: GPT) -> None:
     long = [*range(30), *TEXT]
     assert torch.equal(next_logits(model, long), next_logits(model, long[-CONFIG.block_size :]))
 
 
-def test_dropout_is_off_and_stays_as_it_was() -> None:
+def test_dropout_is_off_during_inspection_and_restored_afterwards() -> None:
     model = random_model(replace(CONFIG, dropout=0.5)).train()
     assert torch.equal(next_logits(model, TEXT), next_logits(model, TEXT))
     assert torch.equal(attention_weights(model, TEXT, 5), attention_weights(model, TEXT, 5))
     assert all(module.training for module in model.modules())
 
 
-def test_a_part_of_a_character_starts_where_that_does() -> None:
+def test_a_part_of_a_character_begins_where_the_character_begins() -> None:
     assert token_offsets(TOKENIZER, list("a€b".encode())) == [0, 1, 1, 1, 2]
     assert token_offsets(TOKENIZER, [97, 300, 98]) == [0, 1, 1]
 
 
-def test_an_id_without_text_has_a_number() -> None:
+def test_an_id_outside_the_tokenizer_is_shown_as_a_number() -> None:
     wide = random_model(replace(CONFIG, vocab_size=300))
-    told = logit_lens(wide, TOKENIZER, TEXT, 0, top=300)[0]
-    assert {i: text for i, text, _ in told.tokens}[299] == "<299>"
+    lens = logit_lens(wide, TOKENIZER, TEXT, 0, top=300)[0]
+    assert {token.id: token.text for token in lens.tokens}[299] == "<299>"
 
 
-def test_mistakes_are_told_in_one_line(model: GPT) -> None:
-    with pytest.raises(UserError, match="there is nothing to look at"):
+def test_invalid_tokens_and_positions_raise(model: GPT) -> None:
+    with pytest.raises(RequestError, match="the text has no tokens"):
         next_logits(model, [])
-    with pytest.raises(UserError, match="outside the model's vocabulary of 257"):
+    with pytest.raises(RequestError, match="outside the model's vocabulary of 257"):
         score_tokens(model, TOKENIZER, [257])
-    with pytest.raises(UserError, match="no position 16 in a text of 16 tokens"):
+    with pytest.raises(RequestError, match="no position 16 in a text of 16 tokens"):
         attention_weights(model, TEXT, 16)
-    with pytest.raises(UserError, match="position 24 is beyond the model's context of 24"):
+    with pytest.raises(RequestError, match="position 24 is beyond the model's context of 24"):
         logit_lens(model, TOKENIZER, [0] * 30, 24, top=1)

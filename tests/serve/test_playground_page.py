@@ -1,4 +1,4 @@
-"""The playground's page in a real browser. What it shows is compared with what the model says without it."""
+"""The page of the playground in a real browser. What it shows is compared with the model run directly."""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ from tests.helpers.transformers_reference import random_model
 pytest_plugins = "tests.helpers.playground_fixtures"
 
 
-def test_it_says_what_the_model_says(reader: PlaygroundPage) -> None:
+def test_the_text_and_its_colours_are_those_of_the_model(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 12)
     assert reader.generate(PROMPT) == generated_text()
     words = reader.page.locator("#backdrop > span:has(> span)").all_text_contents()
@@ -38,7 +38,7 @@ def test_it_says_what_the_model_says(reader: PlaygroundPage) -> None:
     assert shades == [f"p{min(5, int(each // 2))}" for each in bits]
 
 
-def test_it_goes_on_from_what_was_edited(reader: PlaygroundPage) -> None:
+def test_generation_continues_an_edited_text(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 5)
     first = reader.generate(PROMPT)
     reader.page.locator("#text").press("Control+End")
@@ -50,7 +50,7 @@ def test_it_goes_on_from_what_was_edited(reader: PlaygroundPage) -> None:
     assert reader.page.locator("#backdrop > span > span").count() == 0
 
 
-def test_a_text_that_the_model_begins(reader: PlaygroundPage) -> None:
+def test_generation_from_an_empty_text(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 8)
     reader.page.wait_for_selector("#next-note:has-text('50 tokens')")
     assert reader.generate("") == generated_text("", max_new_tokens=8)
@@ -59,20 +59,20 @@ def test_a_text_that_the_model_begins(reader: PlaygroundPage) -> None:
     reader.page.wait_for_selector(".tokens button")
     assert "".join(reader.page.locator(".tokens button").all_text_contents()).replace("␣", " ") == reader.text
     end = TOKENIZER.end_of_text
-    scored = score_tokens(MODELS["one"], TOKENIZER, [end, *said_ids([end])])
+    scored = score_tokens(MODELS["one"], TOKENIZER, [end, *generated_ids([end])])
     ranks = reader.page.locator(".tokens button").evaluate_all("all => all.map((one) => one.title.split('rank ')[1])")
     assert [token.rank for token in scored] == list(map(int, ranks))
 
 
-def test_sliders_redraw_the_chances(reader: PlaygroundPage) -> None:
+def test_sliders_update_the_probabilities(reader: PlaygroundPage) -> None:
     reader.page.fill("#text", PROMPT)
-    reader.page.wait_for_selector("#next-note:has-text('50 tokens have a chance')")
+    reader.page.wait_for_selector("#next-note:has-text('50 tokens have a probability above 0')")
     before = reader.page.locator("#next .number").all_text_contents()
     reader.page.locator("[aria-label='Temperature, slider']").fill("0.3")
     reader.page.wait_for_selector(f"#next li:first-child .number:not(:text-is('{before[0]}'))")
     assert reader.page.input_value("#set-temperature") == "0.3"
     reader.fill_setting("temperature", 0)
-    reader.page.wait_for_selector("#next-note:has-text('1 token has a chance')")
+    reader.page.wait_for_selector("#next-note:has-text('1 token has a probability above 0')")
     assert reader.page.locator("#next .number").all_text_contents() == ["100.0 %", *["0 %"] * 11]
     reader.fill_setting("seed", 7)
     for slider in reader.page.locator("input[type=range]").all():
@@ -80,10 +80,10 @@ def test_sliders_redraw_the_chances(reader: PlaygroundPage) -> None:
         slider.press("ArrowRight")
     assert reader.page.input_value("#set-top_k") == "51"
     reader.page.click("#reset")
-    reader.page.wait_for_selector("#next-note:has-text('50 tokens have a chance')")
+    reader.page.wait_for_selector("#next-note:has-text('50 tokens have a probability above 0')")
 
 
-def test_another_token_makes_a_branch_that_one_can_leave_again(reader: PlaygroundPage) -> None:
+def test_an_alternative_token_starts_a_branch(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 6)
     first = reader.generate(PROMPT)
     token = reader.click_token(2)
@@ -106,7 +106,7 @@ def test_another_token_makes_a_branch_that_one_can_leave_again(reader: Playgroun
     reader.page.wait_for_selector(".tree .tree li:first-child [aria-current]")
 
 
-def test_a_token_can_be_looked_into(reader: PlaygroundPage) -> None:
+def test_attention_and_layers_of_a_token(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 8)
     text = reader.generate(PROMPT)
     reader.click_token(4)
@@ -120,20 +120,22 @@ def test_a_token_can_be_looked_into(reader: PlaygroundPage) -> None:
     looked = reader.page.locator(".looked span").all_text_contents()
     assert text.startswith("".join(looked))
     prompt = TOKENIZER.encode(PROMPT)
-    ids = [*prompt, *said_ids(prompt)[:4]]
+    ids = [*prompt, *generated_ids(prompt)[:4]]
     assert "".join(looked) == TOKENIZER.decode(ids)
     strongest = max(attention_weights(MODELS["one"], ids, len(ids) - 1)[1, 0].tolist())
     assert reader.page.locator("#panel-attention .bars .number").first.text_content() == f"{100 * strongest:.1f} %"
     reader.page.click("#tab-layers")
     reader.page.wait_for_selector(".lens tbody tr")
     assert reader.page.locator(".lens tbody th").all_text_contents() == ["3", "2", "1", "in"]
-    best = [layer.tokens[0][1] for layer in logit_lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 1)][::-1]
+    best = [layer.tokens[0].text for layer in logit_lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 1)][::-1]
     shown = [cell.replace("␣", " ") for cell in reader.page.locator(".lens td:nth-child(2)").all_text_contents()]
     assert shown == best
 
 
-def said_ids(prompt: list[int], model: GPT = MODELS["one"], tokenizer: Tokenizer = TOKENIZER, **how: Any) -> list[int]:
-    """The eight tokens that follow a prompt, as the model says them."""
+def generated_ids(
+    prompt: list[int], model: GPT = MODELS["one"], tokenizer: Tokenizer = TOKENIZER, **how: Any
+) -> list[int]:
+    """The eight token ids that the model generates after a prompt."""
     engine = Engine(model, 1)
     sampling = Sampling(**{"top_k": 50, **how})
     new = engine.submit(GenerationRequest(prompt, sampling, 8, 42, 0, (tokenizer.end_of_text,)))
@@ -142,7 +144,7 @@ def said_ids(prompt: list[int], model: GPT = MODELS["one"], tokenizer: Tokenizer
     return new.new_tokens
 
 
-def test_every_token_of_a_text_with_its_perplexity(reader: PlaygroundPage) -> None:
+def test_tokens_and_perplexity_of_a_text(reader: PlaygroundPage) -> None:
     text = "the dog ran to\nthe barn, naïvely"
     reader.page.fill("#text", text)
     reader.page.click("#tab-tokens")
@@ -161,7 +163,7 @@ def test_every_token_of_a_text_with_its_perplexity(reader: PlaygroundPage) -> No
     assert reader.wait_until_done().startswith(TOKENIZER.decode(ids[:1]) + word)
 
 
-def test_two_models_and_two_settings_side_by_side(reader: PlaygroundPage) -> None:
+def test_two_models_and_two_settings_are_compared(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 12)
     reader.page.fill("#text", PROMPT)
     reader.page.click("#compare")
@@ -181,7 +183,7 @@ def test_two_models_and_two_settings_side_by_side(reader: PlaygroundPage) -> Non
     assert reader.text == generated_text(temperature=0)
 
 
-def test_it_can_be_used_from_the_keyboard(reader: PlaygroundPage) -> None:
+def test_the_page_can_be_used_with_the_keyboard(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 4)
     reader.page.focus("#text")
     reader.page.keyboard.type(PROMPT)
@@ -200,7 +202,7 @@ def test_it_can_be_used_from_the_keyboard(reader: PlaygroundPage) -> None:
         assert reader.page.locator("[role=tabpanel]:not([hidden])").get_attribute("id") == f"panel-{name}"
 
 
-def test_words_can_be_forbidden_and_favoured(reader: PlaygroundPage) -> None:
+def test_bad_words_and_logit_bias(reader: PlaygroundPage) -> None:
     reader.fill_setting("max_tokens", 8)
     usual = reader.generate(PROMPT)
     first = usual[len(PROMPT) :].split()[0]
@@ -211,8 +213,8 @@ def test_words_can_be_forbidden_and_favoured(reader: PlaygroundPage) -> None:
     assert reader.page.text_content("#set-logit_bias-about") == 'not id=bias or "text"=bias: foo'
     words = encode_bad_words(TOKENIZER, [first, "never"])
     biases = {7: 2.5} | dict.fromkeys(TOKENIZER.encode("the dog"), 3.0)
-    told = reader.continue_text()
-    assert told == generated_text(max_new_tokens=8, bad_words=words, logit_bias=biases) != usual
+    text = reader.continue_text()
+    assert text == generated_text(max_new_tokens=8, bad_words=words, logit_bias=biases) != usual
     sampling = Sampling(top_k=50, bad_words=words, logit_bias=biases)
     ids = TOKENIZER.encode(PROMPT)
     likely = top_candidates(next_logits(MODELS["one"], ids), TOKENIZER, sampling, History(ids, len(ids), ()), 12)
@@ -222,7 +224,7 @@ def test_words_can_be_forbidden_and_favoured(reader: PlaygroundPage) -> None:
     assert shown == [token.text for token in likely.tokens]
 
 
-def test_parts_of_characters_stay_as_the_model_said_them(browser: Any) -> None:
+def test_partial_characters_keep_their_token_ids(browser: Any) -> None:
     model = random_model(
         GPTConfig(vocab_size=BYTE_TOKENIZER.vocab_size, block_size=96, n_layer=2, n_head=2, n_embd=32), 1
     )
@@ -230,18 +232,18 @@ def test_parts_of_characters_stay_as_the_model_said_them(browser: Any) -> None:
         reader = PlaygroundPage(browser, address)
         reader.fill_setting("max_tokens", 8)
         reader.fill_setting("top_k", 0)
-        for bias in ({}, {0xE2: 100}):  # the second begins a new character with every byte, and ends none
+        for bias in ({}, {0xE2: 100}):  # with the second every token is the first byte of a character
             reader.fill_setting("logit_bias", "\n".join(f"{token}={bias[token]}" for token in bias))
-            for start in ("naïve", "naïve", "€"):  # taken back to what was typed, and another
+            for start in ("naïve", "naïve", "€"):  # the same text again, and another one
                 ids, text = BYTE_TOKENIZER.encode(start), start
                 reader.page.fill("#text", start)
-                for _ in range(2):  # what it said is the prompt of what it says next
-                    with reader.page.expect_request("**/v1/completions") as asked:
+                for _ in range(2):  # the generated tokens are part of the next prompt
+                    with reader.page.expect_request("**/v1/completions") as request:
                         reader.page.click("#go")
-                    new = said_ids(ids, model, BYTE_TOKENIZER, top_k=0, logit_bias=bias)
+                    new = generated_ids(ids, model, BYTE_TOKENIZER, top_k=0, logit_bias=bias)
                     text += BYTE_TOKENIZER.decode(new)
                     assert reader.wait_until_done() == text
-                    assert asked.value.post_data_json["prompt"] == ids
+                    assert request.value.post_data_json["prompt"] == ids
                     ids += new
         assert text == "€" + 16 * "\ufffd"
         assert reader.errors == []

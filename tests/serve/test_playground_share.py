@@ -1,4 +1,4 @@
-"""Texts are kept, shared and taken away; what is copied from the page gives the page's text elsewhere."""
+"""History, links and exports; the copied commands generate the text of the page."""
 
 import json
 import shutil
@@ -13,12 +13,10 @@ from gpt2.cli import main
 from tests.helpers.playground_browser import MODELS, PROMPT, TOKENIZER, PlaygroundPage
 
 pytest_plugins = "tests.helpers.playground_fixtures"
-AWKWARD = 'the cat\'s "mat"\n$HOME `sat` \\ on é 😀 '
+PROMPT_WITH_QUOTES = 'the cat\'s "mat"\n$HOME `sat` \\ on é 😀 '
 
 
-def test_texts_are_kept_shared_and_taken_away(
-    reader: PlaygroundPage, browser: Any, address: str, tmp_path: Path
-) -> None:
+def test_history_links_and_files(reader: PlaygroundPage, browser: Any, address: str, tmp_path: Path) -> None:
     reader.fill_setting("max_tokens", 6)
     reader.fill_setting("bad_words", "barn")
     reader.fill_setting("logit_bias", "3=-1")
@@ -54,7 +52,7 @@ def test_texts_are_kept_shared_and_taken_away(
     other.context.close()
 
 
-def test_a_broken_link_is_an_empty_page(reader: PlaygroundPage, address: str) -> None:
+def test_an_invalid_link_gives_an_empty_page(reader: PlaygroundPage, address: str) -> None:
     for fragment in ("#s=!", "#s=e30", "#s=bnVsbA", "#s=eyJwYXRoIjpbMSx7fSxbXSxudWxsXX0"):
         reader.page.goto("about:blank")
         reader.page.goto(address + fragment)
@@ -63,7 +61,7 @@ def test_a_broken_link_is_an_empty_page(reader: PlaygroundPage, address: str) ->
 
 
 def copied(reader: PlaygroundPage, name: str) -> str:
-    """What the page copies, as this or that."""
+    """The text that the page copies as `name`."""
     reader.page.click("#open-share")
     reader.page.click(f"text=Copy as {name}")
     reader.page.wait_for_selector("#copied:has-text('Copied')")
@@ -72,37 +70,37 @@ def copied(reader: PlaygroundPage, name: str) -> str:
     return snippet
 
 
-def in_bash(command: str) -> str:
-    """What it prints."""
+def run_bash(command: str) -> str:
+    """The output of a command."""
     return subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=True).stdout.decode()
 
 
-@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="no bash or curl to run what is copied")
-def test_what_is_copied_gives_the_same_text(
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="bash or curl is not installed")
+def test_copied_commands_generate_the_same_text(
     reader: PlaygroundPage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("openai", reason="no openai: pip install openai")
+    pytest.importorskip("openai", reason="the openai client is not installed")
     reader.context.grant_permissions(["clipboard-read", "clipboard-write"])
     settings = {"max_tokens": 12, "top_k": 0, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.1}
     settings |= {"presence_penalty": 0.2, "no_repeat_ngram_size": 3, "seed": 7, "stop": "zz\nit's $(never)"}
     settings |= {"bad_words": "bird's\ndog", "logit_bias": '7=1.5\n"mat"=-2'}
     for name, value in settings.items():
         reader.fill_setting(name, value)
-    text = reader.generate(AWKWARD)
+    text = reader.generate(PROMPT_WITH_QUOTES)
 
-    exec(copied(reader, "Python"), {})  # as somebody would who had copied it
-    assert AWKWARD + capsys.readouterr().out == f"{text}\n"
-    answer = json.loads(in_bash(f"{copied(reader, 'curl')} --silent"))
-    assert AWKWARD + answer["choices"][0]["text"] == text
+    exec(copied(reader, "Python"), {})
+    assert PROMPT_WITH_QUOTES + capsys.readouterr().out == f"{text}\n"
+    response = json.loads(run_bash(f"{copied(reader, 'curl')} --silent"))
+    assert PROMPT_WITH_QUOTES + response["choices"][0]["text"] == text
 
     command = copied(reader, "command line")
-    arguments = in_bash(f"gpt2() {{ printf '%s\\0' \"$@\"; }}\n{command}").split("\0")[:-1]
+    arguments = run_bash(f"gpt2() {{ printf '%s\\0' \"$@\"; }}\n{command}").split("\0")[:-1]
     gpt2.save(MODELS["one"], TOKENIZER, tmp_path / "one")
-    monkeypatch.chdir(tmp_path)  # where the folder has the name of the model
+    monkeypatch.chdir(tmp_path)  # so that the name of the model is the path of its folder
     with pytest.raises(SystemExit, match="0"):
         main(arguments)
     assert capsys.readouterr().out == f"{text}\n"
 
-    more = reader.continue_text()  # the prompt is now partly what the model said, token by token
-    answer = json.loads(in_bash(f"{copied(reader, 'curl')} --silent"))
-    assert text + answer["choices"][0]["text"] == more
+    more = reader.continue_text()  # the prompt now has generated token ids
+    response = json.loads(run_bash(f"{copied(reader, 'curl')} --silent"))
+    assert text + response["choices"][0]["text"] == more

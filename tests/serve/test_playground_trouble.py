@@ -1,4 +1,4 @@
-"""What can go wrong beside the page: keys, a full queue, a server that goes away. The page says so, and goes on."""
+"""Errors in the page: API keys, a full queue, lost connections. The page reports each and can be used afterwards."""
 
 import base64
 from collections.abc import Iterator
@@ -27,28 +27,28 @@ KEY = "open sesame"
 
 @pytest.fixture(scope="module")
 def slow() -> SlowGPT:
-    """The first model, in no hurry."""
+    """The first model, with a delay for each step."""
     slow = SlowGPT(CONFIG)
     slow.load_state_dict(MODELS["one"].state_dict())
     return slow
 
 
 @pytest.fixture
-def cable(slow: SlowGPT) -> Iterator[BreakableProxy]:
+def proxy(slow: SlowGPT) -> Iterator[BreakableProxy]:
     with run_playground({"slow": slow}, TOKENIZER, LIMITS) as address:
-        cable = BreakableProxy(address)
-        yield cable
-        cable.close()
+        proxy = BreakableProxy(address)
+        yield proxy
+        proxy.close()
 
 
-def test_it_can_be_stopped(browser: Any, slow: SlowGPT) -> None:
+def test_generation_can_be_stopped(browser: Any, slow: SlowGPT) -> None:
     with run_playground({"slow": slow}, TOKENIZER, Limits(slots=1, max_waiting=0)) as address:
         reader = PlaygroundPage(browser, address)
         reader.fill_setting("max_tokens", 400)
         reader.page.fill("#text", PROMPT)
         reader.page.click("#go")
         reader.page.wait_for_selector("#backdrop > span:nth-of-type(4) > span", state="attached")
-        other = PlaygroundPage(browser, address)  # the only place is taken
+        other = PlaygroundPage(browser, address)  # the only slot is taken
         other.page.fill("#text", PROMPT)
         other.page.click("#go")
         other.page.wait_for_selector("#notice:has-text('The server is busy')")
@@ -68,34 +68,34 @@ def test_it_can_be_stopped(browser: Any, slow: SlowGPT) -> None:
         other.context.close()
 
 
-def test_a_server_that_is_gone_is_told_plainly(browser: Any) -> None:
+def test_an_unreachable_server_is_reported(browser: Any) -> None:
     with run_playground(MODELS, TOKENIZER) as address:
         reader = PlaygroundPage(browser, address)
         reader.page.fill("#text", PROMPT)
         reader.page.wait_for_timeout(300)
     reader.page.click("#go")
-    reader.page.wait_for_selector("#notice:has-text('The server does not answer. Is gpt2 serve still running?')")
+    reader.page.wait_for_selector("#notice:has-text('The server does not respond. Is gpt2 serve still running?')")
     assert reader.text == PROMPT
     assert reader.page.is_enabled("#go")
     reader.context.close()
 
 
-def test_a_server_that_dies_in_the_middle_loses_nothing(browser: Any, cable: BreakableProxy) -> None:
-    reader = PlaygroundPage(browser, cable.address)
+def test_a_lost_connection_keeps_the_text(browser: Any, proxy: BreakableProxy) -> None:
+    reader = PlaygroundPage(browser, proxy.address)
     reader.fill_setting("max_tokens", 80)
     reader.page.fill("#text", PROMPT)
     reader.page.click("#go")
     reader.page.wait_for_selector("#backdrop > span:nth-of-type(4) > span", state="attached")
-    cable.disconnect()
-    reader.page.wait_for_selector("#notice:has-text('The server went away in the middle of the text.')")
+    proxy.disconnect()
+    reader.page.wait_for_selector("#notice:has-text('The connection was lost before the text was complete.')")
     reader.page.wait_for_selector("body:not(.running)")
     kept = reader.text
     assert len(PROMPT) < len(kept) < len(generated_text(max_new_tokens=80))
     assert generated_text(max_new_tokens=80).startswith(kept)
     reader.page.click("#retry")
-    reader.page.wait_for_selector("#notice:has-text('The server does not answer')")
+    reader.page.wait_for_selector("#notice:has-text('The server does not respond')")
     assert reader.text == kept
-    cable.restore()
+    proxy.restore()
     reader.fill_setting("max_tokens", 3)
     reader.page.click("#retry")
     reader.page.wait_for_selector("#status:has-text('3 tokens')")
@@ -104,8 +104,8 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(browser: Any, cable: Bre
     reader.context.close()
 
 
-def test_another_text_ends_what_is_being_written(browser: Any, cable: BreakableProxy) -> None:
-    reader = PlaygroundPage(browser, cable.address)
+def test_opening_another_text_stops_generation(browser: Any, proxy: BreakableProxy) -> None:
+    reader = PlaygroundPage(browser, proxy.address)
     fragment = "#s=" + base64.b64encode(b'{"path": ["a bird"]}').decode()
     reader.fill_setting("max_tokens", 90)
     reader.page.fill("#text", PROMPT)
@@ -119,7 +119,7 @@ def test_another_text_ends_what_is_being_written(browser: Any, cable: BreakableP
     reader.context.close()
 
 
-def test_a_key_is_asked_for_and_kept_for_the_session(browser: Any) -> None:
+def test_the_api_key_is_kept_for_the_session(browser: Any) -> None:
     with run_playground(MODELS, TOKENIZER, access=AccessPolicy(api_keys=(KEY,))) as address:
         reader = PlaygroundPage(browser, address, ready="#key-form:not([hidden])")
         page = reader.page

@@ -28,7 +28,7 @@ def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(
     assert found["kills"] == 2
     assert len(output) == found["runs"]
     # and what a difference looks like
-    whole, other = tmp_path / "undisturbed" / "runs" / "soak", tmp_path / "other"
+    whole, other = tmp_path / "uninterrupted" / "runs" / "soak", tmp_path / "other"
     shutil.copytree(whole, other)
     assert soak.differences(whole, other) == []
     weights = bytearray((other / "model" / "model.safetensors").read_bytes())

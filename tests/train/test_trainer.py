@@ -90,7 +90,7 @@ def test_outlier_batches_are_skipped_also_by_a_resumed_run(
     skipped = [line["step"] for line in read_metrics(whole / "metrics.jsonl") if line.get("skipped")]
     assert skipped == [46, 53]
     assert "step 46: batch left out: loss" in capsys.readouterr().err
-    assert "left out" in (whole / "report.md").read_text()
+    assert "skipped as outlier batches" in (whole / "report.md").read_text()
 
     cut = train(replace(config, name="cut", keep_checkpoints=9))
     (cut / "checkpoints" / "step-60").rename(cut / "gone")

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the work that is timed, the clock, a process of its own, and where it ran."""
+"""What all benchmarks share: the timed training workload, timing, subprocess runners, and the environment record."""
 
 import contextlib
 import datetime
@@ -21,24 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from gpt2.errors import UserError
+from gpt2.errors import ConfigError, DataError, UserError, as_memory_error, did_you_mean
 from gpt2.model import GPTConfig
 from gpt2.optimizers import parameter_groups
 from gpt2.runtime import synchronize
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
-ProgressFn = Callable[[str], None]  # takes one line about how far we are
-RunFn = Callable[..., Any]  # `in_fresh_process`, or `in_this_process`
+ProgressFn = Callable[[str], None]  # takes one line of progress
+RunFn = Callable[..., Any]  # `run_in_subprocess` or `run_in_process`
 
-CONTEXT_LENGTH = 1024  # GPT-2's own: the position table is this long however short the sequences are
+CONTEXT_LENGTH = 1024  # GPT-2's: the length of the position table, also for shorter sequences
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The training step that is timed: a model's shape, a batch, and how often.
+    """The training steps that are timed: the model's shape, the batch, and the number of steps.
 
-    `warmup` steps come first and are not timed; both kinds are updates of the same model, on the same batches for all.
+    `warmup` untimed steps come first. All variants train on the same batches.
     """
 
     device: str
@@ -53,18 +53,18 @@ class Workload:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("block_size", 1), ("steps", 1), ("warmup", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}", field=name)
 
     @property
     def tokens(self) -> int:
-        """Tokens in a step."""
+        """Tokens per step."""
         return self.batch_size * self.block_size
 
     def batches(self) -> list[Batch]:
-        """Inputs and targets of every step, int64 (B, T) each, on the device: the same for the same seed.
+        """Inputs and targets of every step, int64 (B, T) each, on the device. The same seed gives the same batches.
 
-        Tokens are drawn as words are, the r-th most frequent with a probability of about 1/r (Zipf), so that there is
-        something to learn in a few steps: first of all which tokens are frequent.
+        Token frequencies follow Zipf's law (the r-th most frequent has a probability of about 1/r), so that the loss
+        falls within a few steps.
         """
         generator = torch.Generator().manual_seed(self.seed)
         frequency = 1 / torch.arange(1, self.config.vocab_size + 1, dtype=torch.float64)
@@ -75,11 +75,22 @@ class Workload:
 
 
 def no_progress(line: str) -> None:
-    """A `Say` that says nothing."""
+    """A `ProgressFn` that prints nothing."""
+
+
+def parse_names(kind: str, flag: str, text: str, known: Sequence[str]) -> list[str]:
+    """Parse a comma-separated list of known names, or "all". Raises UserError for an unknown name or an empty list."""
+    names = known if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    available = f"there are {', '.join(known)}"
+    if not names:
+        raise ConfigError(f"{flag} is empty: {available}", field=flag.strip("-"))
+    if unknown := next((name for name in names if name not in known), None):
+        raise ConfigError(f"there is no {kind} '{unknown}'{did_you_mean(unknown, known)}: {available}")
+    return list(dict.fromkeys(names))
 
 
 class BenchmarkError(Exception):
-    """Something that was to be measured could not run; the message is the reason, in one line."""
+    """A measurement that could not run; the message is the reason, in one line."""
 
     def __init__(self, reason: str, out_of_memory: bool = False) -> None:
         super().__init__(reason, out_of_memory)
@@ -90,12 +101,12 @@ class BenchmarkError(Exception):
 
 
 def adamw(model: nn.Module, lr: float, **kernels: bool) -> AdamW:
-    """GPT-2's AdamW, decay on matrices only. kernels: torch's `fused` or `foreach`."""
+    """GPT-2's AdamW, with weight decay on matrices only. kernels: torch's `fused` or `foreach`."""
     return AdamW(parameter_groups(model.parameters(), 0.1), lr=lr, betas=(0.9, 0.95), **kernels)
 
 
 def backward_and_step(loss: Tensor, model: nn.Module, optimizer: AdamW) -> Tensor:
-    """The second half of a training step: backward, gradients clipped to 1.0, one step. Returns the loss, detached."""
+    """The second half of a training step: backward, gradient clipping to 1.0, update. Returns the detached loss."""
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -104,32 +115,32 @@ def backward_and_step(loss: Tensor, model: nn.Module, optimizer: AdamW) -> Tenso
 
 
 def timed(function: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Seconds until `work` is done on the device too, and its result."""
+    """Seconds until `function` is done, on the device too, and its result."""
     synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     result = function()
     synchronize(device)
-    return time.perf_counter() - began, result
+    return time.perf_counter() - start, result
 
 
 def quartiles_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of raw times, in milliseconds: ``{"median": ..., "low": ..., "high": ...}``."""
+    """Median and quartiles of times, in milliseconds: ``{"median": ..., "low": ..., "high": ...}``."""
     low, median, high = statistics.quantiles([*seconds] * (2 if len(seconds) < 2 else 1), n=4, method="inclusive")
     return {"median": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
 
 
 def run_in_process(function: Callable[..., T], *arguments: Any) -> T:
-    """``work(*arguments)``, with what stops it told as `Failed`: no memory, no compiler, a kernel that is missing."""
+    """Return ``function(*arguments)``; errors such as too little memory or no compiler become `BenchmarkError`."""
     try:
         return function(*arguments)
     except (RuntimeError, MemoryError, UserError, ImportError) as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
-        raise BenchmarkError(f"out of memory: {text}" if no_memory else text[:200], no_memory) from error
+        out_of_memory = as_memory_error(error) is not None
+        raise BenchmarkError(f"out of memory: {text}" if out_of_memory else text[:200], out_of_memory) from error
 
 
 class InProcessRunner:
-    """What ``make(*arguments)`` gives, called by the names of its methods, as in `Elsewhere`, but in this process."""
+    """An object made by ``make(*arguments)``, whose methods are called by name: see `SubprocessRunner`."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         self._object = run_in_process(make, *arguments)
@@ -141,15 +152,15 @@ class InProcessRunner:
         pass
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The method's result. Raises Failed with the reason when there is none."""
+        """Call a method of the object. Raises BenchmarkError with the reason if it cannot run."""
         return run_in_process(getattr(self._object, method), *arguments)
 
 
 class SubprocessRunner(InProcessRunner):
-    """The same in a new Python, so that memory, compiled code and settings are its own.
+    """The same in a new Python process, with its own memory, compiled code and settings.
 
-    `make` has to be a function or class of a module, and everything that goes in or comes out picklable.
-    Raises Failed with the reason when something could not be done, also when the process was killed.
+    `make` must be a function or class of a module, and arguments and results must be picklable.
+    Raises BenchmarkError with the reason if a call cannot run, also if the process was killed.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
@@ -165,13 +176,14 @@ class SubprocessRunner(InProcessRunner):
             raise
 
     def __exit__(self, *rest: object) -> None:
-        self._pipe.close()  # there are no more calls: an idle process ends by itself, and cleans up
+        self._pipe.close()  # then an idle process exits by itself, and cleans up
         self._process.join(5)
         self._process.kill()
         self._process.join()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        with contextlib.suppress(OSError):  # the process is gone: the answer says why
+        """Call a method of the object in the subprocess. Raises BenchmarkError as in `InProcessRunner`."""
+        with contextlib.suppress(OSError):  # the process has exited: `_receive` raises with the reason
             self._pipe.send((method, arguments))
         return self._receive()
 
@@ -187,8 +199,8 @@ class SubprocessRunner(InProcessRunner):
 
 
 def _serve_calls(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """In the new process: make the object, and answer the calls of its methods until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both: the parent ends us
+    """In the new process: make the object, and call its methods until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         made = InProcessRunner(make, *arguments)
@@ -208,13 +220,13 @@ def _serve_calls(pipe: Connection, make: Callable[..., Any], arguments: tuple[An
 
 class _FunctionHolder:
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.do = function
+        self.function = function
 
 
 def run_in_subprocess(function: Callable[..., T], *arguments: Any) -> T:
-    """``work(*arguments)`` in a new Python: see `Elsewhere`."""
-    with SubprocessRunner(_FunctionHolder, function) as other:
-        return other.call("do", *arguments)
+    """Return ``function(*arguments)``, computed in a new Python process: see `SubprocessRunner`."""
+    with SubprocessRunner(_FunctionHolder, function) as runner:
+        return runner.call("function", *arguments)
 
 
 def _exit_with_parent() -> None:
@@ -225,17 +237,17 @@ def _exit_with_parent() -> None:
 
 
 def _exit_reason(exit_code: int) -> tuple[str, bool]:
-    """Why a process that gave no answer ended, and whether for want of memory."""
+    """Why a process exited without an answer, and whether memory ran out."""
     if exit_code >= 0:
-        return f"its process ended with code {exit_code} (see above)", False
+        return f"the process exited with code {exit_code} (see above)", False
     name = signal.Signals(-exit_code).name
     if name == "SIGKILL":
         return "out of memory: the system killed the process (SIGKILL)", True
-    return f"its process was ended by {name}", False
+    return f"the process was killed by {name}", False
 
 
 def environment() -> dict[str, Any]:
-    """What a result needs to be understood later: date, commit, versions, threads."""
+    """Date, commit, versions and threads, for a result file."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -246,7 +258,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "-dirty" where the program was changed; None for an installed package."""
+    """The checkout's commit, with "-dirty" if src/ has changes; None for an installed package."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -261,11 +273,11 @@ def _commit() -> str | None:
 
 
 def read_result(path: Path, *kinds: str) -> dict[str, Any]:
-    """A result that `gpt2 bench` wrote. Raises UserError for a file that is none, or of another kind than these."""
+    """Read a result that `gpt2 bench` wrote. Raises UserError for any other file, or another kind of result."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(result, dict) or result.get("kind") not in kinds:
-        raise UserError(f"{path} is no result of {' or '.join(f'gpt2 {kind}' for kind in kinds)} --json")
+        raise DataError(f"{path} is not a result of {' or '.join(f'gpt2 {kind}' for kind in kinds)} --json")
     return result

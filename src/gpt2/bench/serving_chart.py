@@ -1,4 +1,4 @@
-"""What clients get from the server, as a picture."""
+"""The chart of the server's load test."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from gpt2.bench.ladder_chart import BLUE, GREY, check_chart_path
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw a result of `gpt2 bench serve` over the number of clients: throughput, and both latencies.
 
-    Beside the throughput stands what it is of the engine's own, beside the 99th percentile between tokens what it is
-    of the median. Raises UserError without matplotlib.
+    Throughput is labelled with its ratio to the engine's own, the 99th percentile of the inter-token latency with its
+    ratio to the median. Raises UserError without matplotlib.
     """
     check_chart_path(path)
     from matplotlib.figure import Figure
@@ -21,28 +21,28 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(_title(result), fontsize=11)
     rates, first, between = figure.subplots(1, 3)
     _line(rates, clients, [row["engine_tokens_per_second"] for row in rows], GREY, "the engine alone")
-    _line(rates, clients, [row["tokens_per_second"] for row in rows], BLUE, "through the server (%: of the engine's)")
+    _line(rates, clients, [row["tokens_per_second"] for row in rows], BLUE, "the server (%: of the engine alone)")
     for axes, name in ((first, "first_token_ms"), (between, "between_tokens_ms")):
         axes.set_yscale("log")
-        times = " (×: of the median)" if axes is between else ""
-        _line(axes, clients, [row[name]["p99"] for row in rows], GREY, f"99th percentile{times}")
+        note = " (×: of the median)" if axes is between else ""
+        _line(axes, clients, [row[name]["p99"] for row in rows], GREY, f"99th percentile{note}")
         _line(axes, clients, [row[name]["median"] for row in rows], BLUE, "median")
     for row in rows:
         _annotate(rates, row["clients"], row["tokens_per_second"], f"{row['of_engine']:.0%}", (4, -12))
         if ratio := row["between_tokens_p99_of_median"]:
             _annotate(between, row["clients"], row["between_tokens_ms"]["p99"], f"{ratio:.1f}×", (-9, 7))
-    _format_axes(rates, "tokens a second, all clients together", clients)
-    _format_axes(first, "until the first token, ms", clients)
-    _format_axes(between, "from a token to the next, ms", clients)
+    _format_axes(rates, "tokens/s, all clients", clients)
+    _format_axes(first, "time to first token, ms", clients)
+    _format_axes(between, "inter-token latency, ms", clients)
     figure.savefig(path)
 
 
-def _line(axes: Any, clients: list[int], values: list[float], colour: str, label: str) -> None:
-    axes.plot(clients, values, color=colour, marker="o", markersize=5, label=label)
+def _line(axes: Any, clients: list[int], values: list[float], color: str, label: str) -> None:
+    axes.plot(clients, values, color=color, marker="o", markersize=5, label=label)
 
 
 def _annotate(axes: Any, x: float, y: float, text: str, offset: tuple[float, float]) -> None:
-    """A word beside a point of the chart, that far from it."""
+    """Write text at an offset, in points, from a point of the chart."""
     axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8)
 
 
@@ -51,7 +51,7 @@ def _format_axes(axes: Any, title: str, clients: list[int]) -> None:
 
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log":
-        axes.set_ylim(low, high * (high / low) ** 0.15)  # room for the key
+        axes.set_ylim(low, high * (high / low) ** 0.15)  # space for the legend
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     else:
         axes.set_ylim(0, 1.15 * high)
@@ -60,7 +60,7 @@ def _format_axes(axes: Any, title: str, clients: list[int]) -> None:
     axes.set_xticks(clients, [f"{count:,}" for count in clients])
     axes.minorticks_off()
     axes.margins(x=0.1)
-    axes.set_xlabel("clients at a time", fontsize=9)
+    axes.set_xlabel("concurrent clients", fontsize=9)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="0.92")
@@ -71,7 +71,7 @@ def _format_axes(axes: Any, title: str, clients: list[int]) -> None:
 
 def _title(result: dict[str, Any]) -> str:
     w = result["workload"]
-    shape = f"{w['n_layer']} layers of {w['n_embd']}, {w['new_tokens']} tokens after {w['prompt_tokens']}"
+    shape = f"{w['n_layer']} layers of {w['n_embd']}, {w['new_tokens']} new tokens after {w['prompt_tokens']}"
     where = f"{result['name']}, {result['threads']} threads; torch {result['torch']}, {result['date'][:10]}"
     commit = f", {result['commit']}" if result["commit"] else ""
     return f"Serving GPT-2: {shape}, {result['precision']}\n{where}{commit}"

@@ -15,15 +15,16 @@ CHARTS = {
 }
 USAGE = """usage: gpt2 bench WHAT ...
 
-  train     a training step: the speed ladder, and peers side by side
-  generate  a model that writes: time to the first token and tokens/s, and peers side by side
-  serve     what clients get from a server: tokens/s, time to the first token and between tokens
-  chart     draw a result again: gpt2 bench chart FILE.json OUT.png
+  train     a training step: the speed ladder, and a comparison with peers
+  generate  decoding: time to first token and tokens/s, and a comparison with peers
+  serve     the server: throughput, time to first token and inter-token latency
+  chart     draw the chart of a result again: gpt2 bench chart FILE.json OUT.png
 
-gpt2 bench WHAT --help says more."""
+gpt2 bench WHAT --help lists the flags."""
 
 
 def main(argv: list[str]) -> int | None:
+    """Run `gpt2 bench`: one of its benchmarks, or the usage without one."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return None
@@ -33,13 +34,13 @@ def main(argv: list[str]) -> int | None:
 
 
 def redraw_chart(argv: list[str]) -> None:
-    """`gpt2 bench chart`"""
+    """Run `gpt2 bench chart`."""
     parser = Parser(prog="gpt2 bench chart", description="Draw the chart of a result that --json wrote.")
     parser.add_argument("result", type=Path, metavar="FILE.json")
-    parser.add_argument("picture", type=Path, metavar="OUT.png")
+    parser.add_argument("chart", type=Path, metavar="OUT.png")
     args = parser.parse_args(argv)
     result = read_result(args.result, *CHARTS)
-    CHARTS[result["kind"]](result, args.picture)
+    CHARTS[result["kind"]](result, args.chart)
 
 
 BENCHMARKS = {

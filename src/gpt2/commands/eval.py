@@ -6,10 +6,15 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from gpt2.cli import Parser, counting
-from gpt2.commands.decoding import add_model_flags, load_from, load_plain
+from gpt2.cli import Parser, positive_int
 from gpt2.commands.eval_progress import ProgressBar
-from gpt2.data.folders import unwritable
+from gpt2.commands.generation_args import (
+    add_model_flags,
+    load_inference_model,
+    load_model,
+    resolve_from_args,
+)
+from gpt2.distributed.process_group import ProcessGroup, process_group
 from gpt2.errors import UserError
 from gpt2.evaluation.evaluate import Interrupted, TaskResult, prepare_task, run_parts, task_names
 from gpt2.evaluation.own import BUILT_IN, prepare_texts, rolling_protocol, texts_of_source, validation_texts
@@ -20,10 +25,9 @@ from gpt2.evaluation.report import ModelReport, checks_table, listing, table, to
 from gpt2.evaluation.scorer import LanguageModel
 from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS
-from gpt2.files import path_of
-from gpt2.runtime import manage_freed_memory, pick_device
+from gpt2.files import expand_path, write_error
+from gpt2.runtime import configure_malloc, pick_device
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.ranks import Ranks, joined
 
 THROUGH_TORCH = ("float32", "bfloat16", "float16")  # the other precisions run through the CPU kernel
 
@@ -36,14 +40,14 @@ def main(argv: list[str]) -> int:
     if not args.models:
         raise UserError("which model? gpt2 eval MODEL: a run folder, a model folder, or a hub name")
     chosen = _Chosen(args)
-    with joined() as ranks:
-        with ranks.together():
+    with process_group() as ranks:
+        with ranks.raise_on_all_ranks():
             device = pick_device(args.device)
-        ranks.take(device)
+        ranks.set_device(device)
         if device.type == "cpu":
-            manage_freed_memory(keep=True)
+            configure_malloc(keep_freed=True)
         reports, complete = _evaluate(args, chosen, ranks)
-        if ranks.main:
+        if ranks.is_main_process:
             _show(args, reports)
     failed = any(not check.passed for report in reports for check in report.checks)
     return 130 if not complete else 1 if failed else 0
@@ -56,21 +60,27 @@ def _parser() -> Parser:
         epilog="Under torchrun the ranks share the rows. gpt2 eval --list shows all tasks.",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="a run folder, a model folder, or a hub name")
-    parser.flag("tasks", metavar="NAMES", help=f"tasks and sets, divided by commas [{','.join(SETS['default'])}]")
-    parser.flag("limit", type=counting, metavar="N", help="only the first N rows of each task")
-    parser.flag("data", action="append", default=[], metavar="FILE", help="loss, perplexity, bits per byte of a text")
-    parser.flag("stride", type=counting, metavar="N", help="of the windows over long texts [the model's context]")
-    parser.flag(
+    parser.add_flag("tasks", metavar="NAMES", help=f"tasks and sets, divided by commas [{','.join(SETS['default'])}]")
+    parser.add_flag("limit", type=positive_int, metavar="N", help="only the first N rows of each task")
+    parser.add_flag(
+        "data", action="append", default=[], metavar="FILE", help="loss, perplexity, bits per byte of a text"
+    )
+    parser.add_flag(
+        "stride", type=positive_int, metavar="N", help="of the windows over long texts [the model's context]"
+    )
+    parser.add_flag(
         "task-file",
         action="append",
         default=[],
         metavar="FILE",
         help="rows {query, choices, gold} or {context_options, continuation, gold}",
     )
-    parser.flag("task-data", action="append", default=[], metavar="TASK=FILE", help="a task's data, put there by hand")
-    parser.flag("lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness (pip install 'gpt2[eval]')")
-    parser.flag("json", metavar="FILE", help="write the results there too")
-    parser.flag("list", action="store_true", help="name all tasks with rows, size and protocol")
+    parser.add_flag(
+        "task-data", action="append", default=[], metavar="TASK=FILE", help="a task's data, put there by hand"
+    )
+    parser.add_flag("lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness (pip install 'gpt2[eval]')")
+    parser.add_flag("json", metavar="FILE", help="write the results there too")
+    parser.add_flag("list", action="store_true", help="name all tasks with rows, size and protocol")
     add_model_flags(parser)
     return parser
 
@@ -103,12 +113,13 @@ def _task_and_file(text: str) -> tuple[str, str]:
     return name, file
 
 
-def _evaluate(args: Namespace, chosen: _Chosen, ranks: Ranks) -> tuple[list[ModelReport], bool]:
+def _evaluate(args: Namespace, chosen: _Chosen, ranks: ProcessGroup) -> tuple[list[ModelReport], bool]:
     """A report for each model, and whether all was done."""
     reports: list[ModelReport] = []
     for name in args.models:
-        with ranks.together():
-            model, tokenizer = load_plain(args, name) if args.dtype in THROUGH_TORCH else load_from(args, name)
+        with ranks.raise_on_all_ranks():
+            load = load_model if args.dtype in THROUGH_TORCH else load_inference_model
+            model, tokenizer = load(args, resolve_from_args(args, name))
             if tokenizer is None:
                 raise UserError(f"{name} has no tokenizer: text needs one")
         report = ModelReport(name, openai_size(model.config))
@@ -116,7 +127,7 @@ def _evaluate(args: Namespace, chosen: _Chosen, ranks: Ranks) -> tuple[list[Mode
         try:
             done = _run(args, chosen, ranks, model, tokenizer, report)
         except KeyboardInterrupt:  # between two tasks, or while data was read: what is known is shown
-            if not ranks.alone:
+            if not ranks.is_single_process:
                 raise
             done = False
         if not done:
@@ -125,21 +136,26 @@ def _evaluate(args: Namespace, chosen: _Chosen, ranks: Ranks) -> tuple[list[Mode
 
 
 def _run(
-    args: Namespace, chosen: _Chosen, ranks: Ranks, model: LanguageModel, tokenizer: Tokenizer, report: ModelReport
+    args: Namespace,
+    chosen: _Chosen,
+    ranks: ProcessGroup,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    report: ModelReport,
 ) -> bool:
     """Everything that was asked for, of one model; False when it was interrupted."""
-    share = Share(ranks.rank, ranks.size, ranks.gathered)
+    share = Share(ranks.rank, ranks.world_size, ranks.all_gather_object)
     if chosen.published:
-        with ranks.together():
-            report.checks = list(run_checks(model, tokenizer)) if ranks.main else []
+        with ranks.raise_on_all_ranks():
+            report.checks = list(run_checks(model, tokenizer)) if ranks.is_main_process else []
     settings = {"limit": args.limit, "stride": args.stride, "dtype": args.dtype}
     for name, protocol, prepare in _jobs(args, chosen, model, tokenizer, report.model):
         try:
-            parts = ranks.in_turn(prepare)
+            parts = ranks.main_process_first(prepare)
         except UserError as error:
             if not chosen.by_default:
                 raise
-            if ranks.main:
+            if ranks.is_main_process:
                 print(f"gpt2: {name} is left out: {error}", file=sys.stderr)
             continue
         if not parts:
@@ -152,15 +168,15 @@ def _run(
                 report.results[name] = stop.result
             return False
     if chosen.harness:
-        with ranks.together():
-            if not ranks.alone:
+        with ranks.raise_on_all_ranks():
+            if not ranks.is_single_process:
                 raise UserError("--lm-eval runs in one process: leave torchrun out")
             report.results |= _harness(chosen.harness, model, tokenizer, args)
     return True
 
 
-def _bar(name: str, ranks: Ranks) -> AbstractContextManager[ProgressBar | None]:
-    return ProgressBar(name) if ranks.main else nullcontext(None)
+def _bar(name: str, ranks: ProcessGroup) -> AbstractContextManager[ProgressBar | None]:
+    return ProgressBar(name) if ranks.is_main_process else nullcontext(None)
 
 
 Job = tuple[str, str, Callable[[], list[Part]]]
@@ -188,7 +204,7 @@ def _jobs(args: Namespace, chosen: _Chosen, model: LanguageModel, tokenizer: Tok
             (
                 ref,
                 "rows of a file: the likeliest choice, prompts as in lm-evaluation-harness",
-                lambda ref=ref: prepare_task_file(read_bytes(path_of(ref)), ref, tokenizer, config, limit),
+                lambda ref=ref: prepare_task_file(read_bytes(expand_path(ref)), ref, tokenizer, config, limit),
             )
         )
     if chosen.by_default:
@@ -217,8 +233,8 @@ def _show(args: Namespace, reports: list[ModelReport]) -> None:
     if any(report.results for report in reports):
         print(table(reports))
     if args.json:
-        path = path_of(args.json)
+        path = expand_path(args.json)
         try:
             path.write_text(json.dumps(to_json(reports), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
-            raise unwritable(path, error) from None
+            raise write_error(path, error) from None

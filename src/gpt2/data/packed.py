@@ -1,6 +1,7 @@
-"""Documents of unequal length -> rows of one length, in which none is cut in two and none sees another.
+"""Sequence packing: documents of unequal length -> rows of one length, with no document in two rows.
 
-A document of n tokens takes n - 1 positions of a row: at each it reads a token and learns the one that follows.
+A document of n tokens takes n - 1 positions of a row, each with a token and the one that follows as its target. The
+document numbers in the batch mask attention between documents.
 """
 
 from collections.abc import Iterator
@@ -11,20 +12,20 @@ import numpy as np
 import torch
 
 from gpt2.data.loader import Batch, epoch_rng
-from gpt2.errors import UserError
+from gpt2.errors import DataError
 from gpt2.loss import IGNORE_INDEX
 
-_LARGE_DOCUMENT_DIVISOR = 8  # a document that takes more than this part of a row is placed before the smaller ones
+_LARGE_DOCUMENT_DIVISOR = 8  # a document longer than 1/8 of a row is placed before the shorter ones
 
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """D documents of N tokens in all, one after the other.
+    """D concatenated documents with N tokens in total.
 
-    tokens:  (N,) uint16, or int32 for a vocabulary that needs it.
-    learned: (N,) bool: which tokens count in the loss. The first of a document never does: nothing precedes it.
-    offsets: (D + 1,) int64: document i is tokens[offsets[i] : offsets[i + 1]], two at least.
-    answers: (D,) int64: where in document i its last answer begins, which is kept when the document is too long.
+    tokens:        (N,) uint16, or int32 for a vocabulary that needs it.
+    loss_mask:     (N,) bool: the tokens that count in the loss. The first of a document never does.
+    offsets:       (D + 1,) int64: document i is tokens[offsets[i] : offsets[i + 1]], at least two.
+    answer_starts: (D,) int64: the start of the last answer in document i, which truncation keeps.
     """
 
     tokens: np.ndarray
@@ -37,7 +38,7 @@ class TokenizedDocuments:
 
 
 class Truncation(NamedTuple):
-    """What did not fit: how many documents were cut, and how many tokens they lost, of which so many to learn from."""
+    """The number of truncated documents, and of tokens and targets that they lost."""
 
     documents: int
     tokens: int
@@ -45,22 +46,22 @@ class Truncation(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """What is read of some documents: the tokens from `starts` to `stops`, int64, in the flat arrays."""
+    """Parts of documents: tokens [start, stop) of the flat arrays, both int64."""
 
     starts: np.ndarray
     stops: np.ndarray
 
     def num_targets(self, documents: TokenizedDocuments) -> np.ndarray:
-        """How many tokens each has to learn from, int64: those that count, and are not the first of what is read."""
+        """Number of targets of each span, int64: tokens in the loss mask, except the first of the span."""
         before = np.concatenate(([0], np.cumsum(documents.loss_mask, dtype=np.int64)))
         return before[self.stops] - before[np.minimum(self.starts + 1, self.stops)]
 
 
 def truncate_documents(documents: TokenizedDocuments, indices: np.ndarray, block_size: int) -> tuple[Spans, Truncation]:
-    """As much of each chosen document as a row of `block_size` takes, and what was left out.
+    """The part of each chosen document that fits a row of `block_size`, and the tokens lost.
 
-    The oldest tokens go first, as a conversation's oldest turns are forgotten, but neither the last answer nor the
-    token before it, from which its first is learned. An answer that is too long by itself loses its end.
+    The oldest tokens are removed first, but not the last answer and the token before it, which predicts its first. An
+    answer that is too long by itself is cut at the end.
     """
     whole = Spans(documents.offsets[indices], documents.offsets[indices + 1])
     excess = np.maximum(whole.stops - whole.starts - (block_size + 1), 0)
@@ -71,11 +72,11 @@ def truncate_documents(documents: TokenizedDocuments, indices: np.ndarray, block
 
 
 class PackedRows:
-    """Documents side by side in rows of `block_size` positions.
+    """Documents packed into rows of `block_size` positions.
 
-    The large ones are placed first, in decreasing size, and then the small ones in an order drawn from `seed`, so
-    that a row is no collection of neighbours; each goes where it leaves the least room (best fit decreasing: Johnson
-    1974). What is left of a row is filled up with the token `filling`, and nothing is learned there.
+    Large documents are placed first, by decreasing size, then the small ones in a random order drawn from `seed`, so
+    that a row is not a group of neighbours; each goes to the row where it leaves the least room (best fit decreasing:
+    Johnson 1974). The rest of a row is padding: `pad_token`, with targets ignored.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class PackedRows:
         self.documents, self.block_size, self.pad_token = documents, block_size, pad_token
         sizes = spans.stops - spans.starts - 1
         shuffled = epoch_rng(seed, 0).permutation(len(sizes))
-        first = np.where(sizes * _LARGE_DOCUMENT_DIVISOR > block_size, -sizes, 0)[shuffled]
-        order = shuffled[np.argsort(first, kind="stable")]
+        priority = np.where(sizes * _LARGE_DOCUMENT_DIVISOR > block_size, -sizes, 0)[shuffled]
+        order = shuffled[np.argsort(priority, kind="stable")]
         row_of, count = pack_best_fit(sizes[order], block_size)
         members = order[np.argsort(row_of, kind="stable")]  # row by row
         self.spans = Spans(spans.starts[members], spans.stops[members])
@@ -96,11 +97,11 @@ class PackedRows:
         return len(self.row_offsets) - 1
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """These rows, of `block_size` positions each; the filling is a document of its own."""
+        """Rows by index, (len(rows), block_size); the padding of a row is a document of its own."""
         shape = (len(rows), self.block_size)
         tokens, targets = np.full(shape, self.pad_token, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
         numbers = np.zeros(shape, np.int64)
-        flat, learned = self.documents.tokens, self.documents.loss_mask
+        flat, loss_mask = self.documents.tokens, self.documents.loss_mask
         for i, row in enumerate(rows.tolist()):
             position = 0
             members = range(self.row_offsets[row], self.row_offsets[row + 1])
@@ -108,7 +109,7 @@ class PackedRows:
                 start, stop = self.spans.starts[member], self.spans.stops[member]
                 end = position + int(stop - start) - 1
                 tokens[i, position:end] = flat[start : stop - 1]
-                np.copyto(targets[i, position:end], flat[start + 1 : stop], where=learned[start + 1 : stop])
+                np.copyto(targets[i, position:end], flat[start + 1 : stop], where=loss_mask[start + 1 : stop])
                 numbers[i, position:end] = number
                 position = end
             numbers[i, position:] = len(members)
@@ -116,12 +117,12 @@ class PackedRows:
 
 
 def pack_best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """Put things of these sizes (D,), each 1 to `width`, into rows in turn, each where the least room is left.
+    """Place items of these sizes (D,), each 1 to `capacity`, in order, each in the row with the least sufficient room.
 
-    Returns the row of each, int64 (D,), and how many rows there are.
+    Returns the row of each item, int64 (D,), and the number of rows.
     """
-    rows_with: list[list[int]] = [[] for _ in range(capacity)]  # by the room that is left in them
-    rooms = 0  # bit n is set when some row has room for n more
+    rows_with: list[list[int]] = [[] for _ in range(capacity)]  # rows by their remaining room
+    rooms = 0  # bit n is set if some row has room n
     row_of, count = np.empty(len(sizes), np.int64), 0
     for i, size in enumerate(sizes.tolist()):
         fitting = rooms >> size
@@ -144,7 +145,7 @@ def pack_best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 class PackedLoader:
     """Training batches, epoch by epoch: every row once, in an order drawn from (seed, epoch).
 
-    The rows of all steps form one long line, as those of `Loader` do: row r of step s is number s * batch_size + r.
+    Rows are numbered over all steps as in `TokenLoader`.
     """
 
     def __init__(self, packed_rows: PackedRows, batch_size: int, seed: int) -> None:
@@ -157,19 +158,19 @@ class PackedLoader:
         return self.rows(step, 0, self.batch_size)
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of `batch(step)`, which is all that a rank or a micro-batch has to read."""
+        """Rows [start, stop) of `batch(step)`: the part that a rank or a micro-batch reads."""
         if not 0 <= start <= stop <= self.batch_size:
-            raise ValueError(f"rows [{start}, {stop}) asked of a batch of {self.batch_size}")
+            raise ValueError(f"rows [{start}, {stop}) are outside a batch of {self.batch_size}")
         first = step * self.batch_size
         return self.packed_rows.batch(
             np.array([self._row_index(number) for number in range(first + start, first + stop)], int)
         )
 
     def _row_index(self, position: int) -> int:
-        """Which row this one is, counted over all steps."""
+        """The packed row at a position, numbered over all steps."""
         epoch, index = divmod(position, self.windows_per_epoch)
-        latest, order = self._epoch_cache
-        if epoch != latest:  # remembered for speed only: it follows from (seed, epoch)
+        cached, order = self._epoch_cache
+        if epoch != cached:  # a cache: it depends on (seed, epoch) only
             order = epoch_rng(self.seed, epoch).permutation(self.windows_per_epoch)
             self._epoch_cache = epoch, order
         return int(order[index])
@@ -183,29 +184,31 @@ def packed_evaluation_batches(
     pad_token: int,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
-    """Every target of what is read exactly once, or the first `max_tokens` of them, in batches of (B, T).
+    """Every target of the spans exactly once, or the first `max_tokens` of them, in batches of (B, T).
 
-    B <= `batch_size` and T <= `block_size`. Raises `UserError` when there is nothing to predict.
+    B <= `batch_size` and T <= `block_size`. Raises DataError if there is nothing to predict.
     """
     if max_tokens is not None:
         spans = _truncate_to_num_targets(documents, spans, max_tokens)
     positions = int((spans.stops - spans.starts - 1).sum())
     if positions < 1:
-        raise UserError("nothing to evaluate on: no token to predict")
+        raise DataError("nothing to evaluate on: no token to predict")
     rows = PackedRows(documents, spans, min(block_size, positions), pad_token)
     for first in range(0, len(rows), batch_size):
         yield rows.batch(np.arange(first, min(first + batch_size, len(rows))))
 
 
 def _truncate_to_num_targets(documents: TokenizedDocuments, spans: Spans, max_targets: int) -> Spans:
-    """The first documents, the last of them cut so that there are `most` targets in all, or as many as there are."""
+    """The first spans, the last of them cut so that there are `max_targets` targets in total, or all spans."""
     total = np.cumsum(spans.num_targets(documents))
     count = int(np.searchsorted(total, max_targets)) + 1
-    if max_targets < 1 or count > len(total):
-        return Spans(spans.starts[: 0 if max_targets < 1 else None], spans.stops[: 0 if max_targets < 1 else None])
+    if max_targets < 1:
+        return Spans(spans.starts[:0], spans.stops[:0])
+    if count > len(total):
+        return spans
     starts, stops = spans.starts[:count], spans.stops[:count].copy()
-    of_the_last = max_targets - (int(total[count - 2]) if count > 1 else 0)
-    begin = int(starts[-1]) + 1
-    places = np.flatnonzero(documents.loss_mask[begin : int(stops[-1])])
-    stops[-1] = begin + int(places[of_the_last - 1]) + 1
+    remaining = max_targets - (int(total[count - 2]) if count > 1 else 0)
+    start = int(starts[-1]) + 1
+    targets = np.flatnonzero(documents.loss_mask[start : int(stops[-1])])
+    stops[-1] = start + int(targets[remaining - 1]) + 1
     return Spans(starts, stops)

@@ -1,4 +1,4 @@
-"""The texts of rows in one file, kept in the cache, so that a corpus of any size passes through little memory."""
+"""The texts of rows, in one file in the cache, so that a corpus of any size needs little memory."""
 
 import hashlib
 import os
@@ -6,45 +6,35 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from gpt2.data.data_files import write_error
 from gpt2.data.rows import Columns, Row
-from gpt2.files import cache_home, staging_folder
+from gpt2.files import cache_home, staging_folder, write_error
 from gpt2.vocabulary import replace_surrogates
 
 
-class CachedTexts(NamedTuple):
-    """Texts one after the other in a file of UTF-8, and where each ends, in bytes, int64."""
+def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> tuple[Path, np.ndarray]:
+    """The UTF-8 file of all texts of rows, without empty ones, and the byte offset at which each ends, int64 (count,).
 
-    path: Path
-    ends: np.ndarray
-
-
-def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> CachedTexts:
-    """The texts of rows, empty ones left out; written under `cache_home()` unless they are there already.
-
-    A file counts as the same while its path, size and time of change are. Raises `UserError` for a row without text,
-    and for a cache that cannot be written.
+    Written under `cache_home()` unless it is there already: the key is each file's path, size and modification time.
+    Raises DataError for a row without text, and if the cache cannot be written.
     """
     digest = hashlib.sha256(f"{columns.text}\n".encode())
     for file in files:
         stat = file.stat()
         digest.update(os.fsencode(f"{file.absolute()}\n{stat.st_size} {stat.st_mtime_ns}\n"))
-    known = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest.hexdigest()[:16]}"
-    folder = cache_home() / "texts" / known
+    folder = cache_home() / "texts" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         try:
             _write_texts(folder, (columns.get_text(row) for row in rows))
         except OSError as error:
             raise write_error(folder, error) from None
-    return CachedTexts(folder / "texts.txt", np.load(folder / "ends.npy"))
+    return folder / "texts.txt", np.load(folder / "ends.npy")
 
 
 def _write_texts(folder: Path, texts: Iterator[str]) -> None:
-    """Make the folder, whole or not at all."""
+    """Write the folder, completely or not at all."""
     ends = array("q")
     with staging_folder(folder) as partial:
         with (partial / "texts.txt").open("wb") as file:
@@ -56,5 +46,5 @@ def _write_texts(folder: Path, texts: Iterator[str]) -> None:
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.exists():  # nor did another process write it at the same time
+            if not folder.exists():  # another process may have written it at the same time
                 raise

@@ -4,10 +4,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.data.sources import download
 from gpt2.errors import UserError
 from gpt2.evaluation.records import read_bytes
-from gpt2.files import cache_home, path_of, sha256_of
+from gpt2.files import cache_home, download, expand_path, file_sha256
 
 _log = logging.getLogger("gpt2")
 
@@ -58,7 +57,7 @@ def open_task_file(origin: Origin, given: str | None) -> TaskFile:
     Raises UserError in one line that names the file, where it is had, and where to put it.
     """
     if given is not None:
-        path = path_of(given)
+        path = expand_path(given)
         if not path.is_file():
             raise UserError(f"there is no file {path}: it was to be had from {origin.address}")
         archive = path.name.lower().endswith((".zip", ".tgz", ".tar.gz"))
@@ -76,7 +75,7 @@ def _opened(path: Path, origin: Origin, *, archived: bool) -> TaskFile:
 def fetch(origin: Origin) -> Path:
     """The file in the cache, downloaded if it is not there: whole and with its checksum, or not at all."""
     if origin.place.is_file():
-        if origin.sha256 is not None and sha256_of(origin.place) != origin.sha256:
+        if origin.sha256 is not None and file_sha256(origin.place) != origin.sha256:
             raise UserError(
                 f"{origin.place} is not the file from {origin.address} (its sha256 differs): "
                 "remove it, or name it with --task-data"

@@ -4,13 +4,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from gpt2.data.prepare import named_shards
+from gpt2.data.resolve import find_shards, resolve_texts
 from gpt2.data.shards import open_shards
-from gpt2.data.sources import Source, open_source, split_documents
+from gpt2.data.sources import Texts, split_documents
 from gpt2.errors import UserError
 from gpt2.evaluation.perplexity import Text, prepare_rolling, word_units
 from gpt2.evaluation.prepare import Part
-from gpt2.files import path_of
+from gpt2.files import expand_path
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import Tokenizer
 
@@ -34,8 +34,8 @@ def prepare_texts(
 
 def texts_of_source(ref: str) -> list[Text]:
     """The documents of what `--data` names: a text file, a folder, rows with a column of text, or a corpus."""
-    source = open_source(ref)
-    texts = [Text.plain("".join(document.pieces()), document.name) for document in source.documents]
+    source = resolve_texts(ref)
+    texts = [Text.plain("".join(document.iter_chunks()), document.name) for document in source.documents]
     return [text for text in texts if text.scored]
 
 
@@ -44,19 +44,19 @@ def validation_texts(model: str, tokenizer: Tokenizer) -> list[Text] | None:
 
     Raises UserError where the run's data is no longer there, or is not plain text.
     """
-    path = path_of(model) / "config.toml"
+    path = expand_path(model) / "config.toml"
     if not path.is_file():
         return None
     settings = _settings(path)
     ref = settings.get("data")
     if not isinstance(ref, str):
         raise UserError(f"{path} names no data")
-    shards = named_shards(ref)
+    shards = find_shards(ref)
     if shards is not None:
-        val = open_shards(shards, "val")
+        val = open_shards(shards.path, "val")
         ids = val.read(0, min(len(val), MOST_CHARACTERS // 4)).tolist()
-        return _first([Text.plain(text, str(shards)) for text in _split(ids, tokenizer)])
-    return _first(_held_out(open_source(ref, settings.get("columns"))))
+        return _first([Text.plain(text, str(shards.path)) for text in _split(ids, tokenizer)])
+    return _first(_held_out(resolve_texts(ref, settings.get("columns"))))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def _split(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(document) for document in documents if document]
 
 
-def _held_out(source: Source) -> list[Text]:
+def _held_out(source: Texts) -> list[Text]:
     _, parts = split_documents(source)
-    return [Text.plain("".join(document.pieces(start, stop)), document.name) for document, start, stop in parts]
+    return [Text.plain("".join(document.iter_chunks(start, stop)), document.name) for document, start, stop in parts]
 
 
 def _first(texts: list[Text]) -> list[Text]:

@@ -13,7 +13,7 @@ from gpt2.errors import UserError
 from gpt2.evaluation.encode import encode_separately, rolling_queries
 from gpt2.evaluation.scorer import LanguageModel, evaluating, score
 from gpt2.evaluation.tree import Query
-from gpt2.model import OPENAI_SIZES, GPTConfig
+from gpt2.model import OPENAI_CONFIGS, GPTConfig
 from gpt2.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ def openai_size(config: GPTConfig) -> str | None:
     plain = replace(
         config, dropout=0.0, attention="sdpa", n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner
     )
-    return next((name for name, shape in OPENAI_SIZES.items() if plain == shape), None)
+    return next((name for name, shape in OPENAI_CONFIGS.items() if plain == shape), None)
 
 
 def published_scores(size: str | None, task: str, metric: str, stride: int | None = None) -> list[tuple[float, str]]:
@@ -69,7 +69,7 @@ def run_checks(model: LanguageModel, tokenizer: Tokenizer) -> Iterator[Check]:
     """
     size = openai_size(model.config)
     if size is None:
-        raise UserError(f"published values exist for {', '.join(OPENAI_SIZES)}: this model has another shape")
+        raise UserError(f"published values exist for {', '.join(OPENAI_CONFIGS)}: this model has another shape")
     for check in published()["checks"]:
         if check["model"] == size:
             yield _run(check, model, tokenizer)

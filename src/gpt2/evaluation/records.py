@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, missing_extra
-from gpt2.files import check_regular
+from gpt2.files import check_regular_file
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, such as ``piqa.jsonl line 7``, and its fields."""
@@ -25,7 +25,7 @@ def read_bytes(path: Path, member: str | None = None) -> bytes:
 
     Raises UserError for a file that is missing, damaged, or larger than 2 GiB.
     """
-    check_regular(path)
+    check_regular_file(path)
     name = path.name.lower()
     try:
         if name.endswith((".zip", ".tgz", ".tar.gz")):

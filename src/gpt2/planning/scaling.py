@@ -1,8 +1,8 @@
-"""How a step scales: what devices send each other, how long that takes, and how much of it computing hides.
+"""Scaling of a training step: communication volume and time with DDP and FSDP, and its overlap with computing.
 
-Arithmetic alone. A step's work is cut into its parts (embeddings, blocks, head) and walked through in time: each part
-computes when what it needs is there, and each message leaves when it is ready and the link is free. What is assumed
-of links is in `train.cluster`, what of computing below; docs/scaling.md says how far it holds.
+A step is simulated as tasks: the layers (embeddings, blocks, head) compute when their inputs are ready, and each
+message is sent when its data is ready and the link is free. The assumptions about links are in
+`gpt2.planning.cluster`, those about computing below; docs/scaling.md compares predictions with measurements.
 """
 
 import math
@@ -15,7 +15,6 @@ from gpt2.hardware import Accelerator
 from gpt2.model import GPTConfig
 from gpt2.planning.cluster import (
     ACHIEVED_BANDWIDTH,
-    BytesSent,
     Cluster,
     all_gather_seconds,
     all_reduce_bytes_sent,
@@ -30,22 +29,19 @@ from gpt2.planning.costs import (
     num_trainable_parameters,
 )
 
-ASSUMED_MFU = 0.45  # of the datasheet's peak, for a device that is not here to be measured
-BUCKET_BYTES, FIRST_BUCKET_BYTES = (
-    25 * 2**20,
-    2**20,
-)  # of DDP: a message is sent once it has so many bytes (torch's defaults)
-# Bytes read and written in memory for each number that learns: the norm, the clipping, the optimizer's own.
+ASSUMED_MFU = 0.45  # for a device that cannot be measured, of the datasheet's peak
+BUCKET_BYTES, FIRST_BUCKET_BYTES = 25 * 2**20, 2**20  # DDP's bucket sizes (torch's defaults)
+# Bytes of memory traffic per trainable parameter: gradient norm and clipping, and the optimizer's update.
 CLIP_BYTES, UPDATE_BYTES = 12, {"adamw": 28, "muon": 28, "sgd": 20}
-NEWTON_SCHULZ_STEPS = 5  # of Muon: steps, of three products each
-COMPUTE, INTRA_NODE, INTER_NODE = "compute", "inside", "between"  # what can be busy
+NEWTON_SCHULZ_STEPS = 5  # of Muon, with three matrix products each
+COMPUTE, INTRA_NODE, INTER_NODE = "compute", "inside", "between"  # the streams
 
 
 class LayerWork(NamedTuple):
-    """A block, or what is before and after the blocks.
+    """The work of a block, of the embeddings, or of the final norm with the head.
 
-    forward, backward: seconds of a micro-batch. weights: bytes of all its parameters.
-    gradients:         bytes of each of its tensors that learns, in the order of the parameters.
+    forward, backward: seconds of a micro-batch. weight_bytes: of all its parameters.
+    gradient_bytes:    of each trainable tensor, in the order of the parameters.
     """
 
     forward: float
@@ -56,87 +52,74 @@ class LayerWork(NamedTuple):
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one device does in a step, in parts from the first to the last of a forward pass. update: of all weights."""
+    """The work of one device in a step."""
 
     layers: tuple[LayerWork, ...]  # embeddings, blocks, final norm with head
     micro_batches: int
-    update: float
+    update: float  # seconds of the optimizer's update of all weights
 
     @property
     def micro_batch_seconds(self) -> float:
         """Seconds of a micro-batch, forward and backward."""
-        return sum(part.forward + part.backward for part in self.layers)
+        return sum(layer.forward + layer.backward for layer in self.layers)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(part.weight_bytes for part in self.layers)
+        return sum(layer.weight_bytes for layer in self.layers)
 
     @property
     def gradient_bytes(self) -> int:
-        return sum(sum(part.gradient_bytes) for part in self.layers)
+        return sum(sum(layer.gradient_bytes) for layer in self.layers)
 
 
 def split_step_work(shape: GPTConfig, setup: StepSetup, passes: float, update: float) -> StepWork:
-    """The work of a step whose passes take `passes` seconds in all, with the time divided as the FLOPs are.
-
-    The embeddings take none of it: they are looked up.
-    """
+    """Split the work of a step into layers: `passes` seconds in proportion to FLOPs (embeddings: 0), and the update."""
     V, C, L = shape.vocab_size, shape.n_embd, shape.n_layer
-    whole = flops_per_token(shape, setup.length, lora=setup.lora, freeze=setup.freeze)
+    total = flops_per_token(shape, setup.length, lora=setup.lora, freeze=setup.freeze)
     forward = flops_per_token(shape, setup.length, lora=setup.lora, backward=False)
     head = 2.0 * V * C
     block = (forward - head) / L
     learns = setup.trains_embeddings or not shape.tie_word_embeddings
     head_backward = (2 if learns and setup.lora is None else 1) * head
-    learning = L - setup.freeze  # blocks that a backward pass goes through
-    backward = (whole - forward - head_backward) / max(1, learning)
+    trained = L - setup.freeze  # blocks with a backward pass
+    backward = (total - forward - head_backward) / max(1, trained)
     if setup.activation_checkpointing:
-        backward, whole = backward + block, whole + learning * block
-    second = passes / setup.micro_batches / whole
+        backward, total = backward + block, total + trained * block
+    flop_seconds = passes / setup.micro_batches / total
     tensors = tuple(FLOAT32_BYTES * size for size in block_tensor_sizes(shape))
-    learned = tensors
+    gradients = tensors
     if setup.lora is not None:
-        learned = (FLOAT32_BYTES * num_trainable_parameters(shape, setup.lora) // L,)
-    blocks = [
-        LayerWork(second * block, 0.0, sum(tensors), ())
-        if i < setup.freeze
-        else LayerWork(second * block, second * backward, sum(tensors), learned)
-        for i in range(L)
-    ]
-    norm, embeddings = (
-        (FLOAT32_BYTES * C, FLOAT32_BYTES * C),
-        (FLOAT32_BYTES * V * C, FLOAT32_BYTES * shape.block_size * C),
+        gradients = (FLOAT32_BYTES * num_trainable_parameters(shape, setup.lora) // L,)
+    frozen_block = LayerWork(flop_seconds * block, 0.0, sum(tensors), ())
+    trained_block = LayerWork(flop_seconds * block, flop_seconds * backward, sum(tensors), gradients)
+    embeddings = (FLOAT32_BYTES * V * C, FLOAT32_BYTES * shape.block_size * C)
+    last = (FLOAT32_BYTES * C, FLOAT32_BYTES * C, *(() if shape.tie_word_embeddings else (FLOAT32_BYTES * V * C,)))
+    layers = (
+        LayerWork(0.0, 0.0, sum(embeddings), embeddings if setup.trains_embeddings else ()),
+        *(frozen_block if i < setup.freeze else trained_block for i in range(L)),
+        LayerWork(flop_seconds * head, flop_seconds * head_backward, sum(last), last if setup.lora is None else ()),
     )
-    last = norm if shape.tie_word_embeddings else (*norm, FLOAT32_BYTES * V * C)
-    return StepWork(
-        layers=(
-            LayerWork(0.0, 0.0, sum(embeddings), embeddings if setup.trains_embeddings else ()),
-            *blocks,
-            LayerWork(second * head, second * head_backward, sum(last), last if setup.lora is None else ()),
-        ),
-        micro_batches=setup.micro_batches,
-        update=update,
-    )
+    return StepWork(layers, setup.micro_batches, update)
 
 
 def update_seconds(shape: GPTConfig, setup: StepSetup, datasheet: Accelerator) -> float:
-    """An optimizer's step with the clipping, on a device that is not here: memory's rate, and Muon's products."""
-    learned = num_trainable_parameters(shape, setup.lora, setup.freeze)
-    seconds = (CLIP_BYTES + UPDATE_BYTES[setup.optimizer]) * learned / (ACHIEVED_BANDWIDTH * datasheet.bandwidth)
+    """Seconds of gradient clipping and optimizer step, from the datasheet: memory traffic, and Muon's products."""
+    trainable = num_trainable_parameters(shape, setup.lora, setup.freeze)
+    seconds = (CLIP_BYTES + UPDATE_BYTES[setup.optimizer]) * trainable / (ACHIEVED_BANDWIDTH * datasheet.bandwidth)
     if setup.optimizer == "muon" and setup.lora is None:
-        wide = [sorted(matrix) for matrix in block_matrices(shape).values()]
-        flops = sum(NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3) for m, n in wide)
+        matrices = [sorted(matrix) for matrix in block_matrices(shape).values()]
+        flops = sum(NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3) for m, n in matrices)
         seconds += (shape.n_layer - setup.freeze) * flops / (ASSUMED_MFU * datasheet.bf16)
     return seconds
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """A step as predicted. Times in seconds, bytes of one device.
+    """The prediction of a step. Times in seconds; bytes sent by one device, within and between machines.
 
-    compute:       of the device, if it had never to wait.
-    communication: of its messages alone, on the link that has most to do; of all where they wait for each other.
-    exposed:       what the step takes beyond computing.
+    compute:       time of computing alone.
+    communication: time of the messages alone: on the busiest link, or the sum where messages are serialized (gloo).
+    exposed:       time of the step that is not computing: communication that is not overlapped.
     efficiency:    the share of the step that is computing.
     """
 
@@ -152,28 +135,24 @@ class StepEstimate:
 
 
 def predict_step(work: StepWork, cluster: Cluster, parallel: str, bucket_bytes: int = BUCKET_BYTES) -> StepEstimate:
-    """A step of `work` on every device of `cluster`, with "ddp" or "fsdp" between them, or "none" on one device.
-
-    bucket: bytes of gradients after which DDP sends.
-    """
+    """Predict a step of `work` on every device of `cluster` with "ddp" or "fsdp", or "none" on one device."""
     timeline = _Timeline(cluster)
     if parallel == "fsdp" and cluster.num_devices > 1:
         _fsdp_step(timeline, work)
     else:
         _ddp_step(timeline, work, bucket_bytes)
     seconds = simulate(timeline.tasks, cluster.busy)
-    total = {
-        lane: sum(task.seconds for task in timeline.tasks if task.stream == lane)
-        for lane in (COMPUTE, INTRA_NODE, INTER_NODE)
-    }
-    sending = total[INTRA_NODE], total[INTER_NODE]
+    compute, *communication = (
+        sum(task.seconds for task in timeline.tasks if task.stream == stream)
+        for stream in (COMPUTE, INTRA_NODE, INTER_NODE)
+    )
     return StepEstimate(
         parallel=parallel,
         seconds=seconds,
-        compute=total[COMPUTE],
-        communication=sum(sending) if timeline.serial else max(sending),
-        exposed=seconds - total[COMPUTE],
-        efficiency=total[COMPUTE] / seconds,
+        compute=compute,
+        communication=sum(communication) if timeline.serial else max(communication),
+        exposed=seconds - compute,
+        efficiency=compute / seconds,
         messages=sum(task.stream != COMPUTE for task in timeline.tasks),
         sent_inside=timeline.sent_inside,
         sent_between=timeline.sent_between,
@@ -181,15 +160,15 @@ def predict_step(work: StepWork, cluster: Cluster, parallel: str, bucket_bytes: 
 
 
 class Task(NamedTuple):
-    """Something that keeps a lane busy, once all tasks it needs are done and those before it in its lane."""
+    """Work on a stream. It starts when its dependencies and all earlier tasks of its stream are done."""
 
     stream: str
     seconds: float
-    dependencies: tuple[int, ...]  # their numbers
+    dependencies: tuple[int, ...]  # indices of tasks
 
 
 def simulate(tasks: Sequence[Task], compute_slowdown: float = 0.0) -> float:
-    """The time at which all is done. While a message is under way, computing loses the part `busy` of its pace."""
+    """The time at which all tasks are done. While a message is sent, computing is slower by `compute_slowdown`."""
     queues: dict[str, deque[int]] = {}
     for number, task in enumerate(tasks):
         queues.setdefault(task.stream, deque()).append(number)
@@ -199,13 +178,13 @@ def simulate(tasks: Sequence[Task], compute_slowdown: float = 0.0) -> float:
             queue[0] for queue in queues.values() if queue and all(done[n] for n in tasks[queue[0]].dependencies)
         ]
         slowed = any(tasks[number].stream != COMPUTE for number in running)
-        pace = {
+        rate = {
             number: 1 - compute_slowdown if slowed and tasks[number].stream == COMPUTE else 1.0 for number in running
         }
-        until = min(left[number] / pace[number] if pace[number] else math.inf for number in running)
-        now += until
+        elapsed = min(left[number] / rate[number] if rate[number] else math.inf for number in running)
+        now += elapsed
         for number in running:
-            left[number] -= until * pace[number]
+            left[number] -= elapsed * rate[number]
             if left[number] <= 1e-12:
                 done[number] = True
                 queues[tasks[number].stream].popleft()
@@ -213,105 +192,108 @@ def simulate(tasks: Sequence[Task], compute_slowdown: float = 0.0) -> float:
 
 
 class _Timeline:
-    """The tasks of a step, as they are written down, and what they send."""
+    """Collects the tasks of a step and the bytes that they send."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.tasks = cluster, list[Task]()
         self.sent_inside = self.sent_between = 0.0
-        self.serial = False  # does each task wait for the one before it?
+        self.serial = False  # whether each task also depends on the one before it
 
-    def compute(self, seconds: float, *needs: int) -> int:
-        return self._add_task(COMPUTE, seconds, needs)
+    def compute(self, seconds: float, *dependencies: int) -> int:
+        return self._add_task(COMPUTE, seconds, dependencies)
 
-    def all_reduce(self, size: float, *needs: int) -> int | None:
-        """One operation over all devices; nothing on one."""
+    def all_reduce(self, size: float, *dependencies: int) -> int | None:
+        """Sum over all devices; None on a single device."""
         if self.cluster.num_devices == 1:
             return None
-        sent = all_reduce_bytes_sent(size, self.cluster)
-        self._record_sent(sent)
-        lane = INTRA_NODE if self.cluster.nodes == 1 else INTER_NODE
-        return self._add_task(lane, all_reduce_seconds(size, self.cluster), needs)
+        stream = INTRA_NODE if self.cluster.nodes == 1 else INTER_NODE
+        return self._add_all_reduce(size, self.cluster, stream, dependencies)
 
-    def all_gather(self, size: float, *needs: int) -> int:
-        """Shards to a whole, among those who divide the model."""
-        return self._ring_collective(size, needs, self.cluster.gather_rate)
+    def all_reduce_across_nodes(self, size: float, *dependencies: int) -> int:
+        """Sum of an FSDP shard over the machines."""
+        one_per_node = Cluster(self.cluster.nodes, 1, self.cluster.intra_node, self.cluster.inter_node)
+        return self._add_all_reduce(size, one_per_node, INTER_NODE, dependencies)
 
-    def reduce_scatter(self, size: float, *needs: int) -> int:
-        """Wholes to shards of their sum, among the same."""
-        return self._ring_collective(2 * size if self.cluster.gloo else size, needs)
+    def all_gather(self, size: float, *dependencies: int) -> int:
+        """Gather FSDP shards that are `size` bytes together."""
+        return self._add_ring_collective(size, dependencies, self.cluster.gather_rate)
 
-    def _ring_collective(self, size: float, needs: Sequence[int], rate: float = 1.0) -> int:
-        ranks, inside = self.cluster.shards, self.cluster.devices_per_node > 1
-        sent = (ranks - 1) / ranks * size
-        self._record_sent(BytesSent(sent, 0.0) if inside else BytesSent(0.0, sent))
-        link = self.cluster.intra_node if inside else self.cluster.inter_node
-        return self._add_task(INTRA_NODE if inside else INTER_NODE, all_gather_seconds(size / rate, ranks, link), needs)
+    def reduce_scatter(self, size: float, *dependencies: int) -> int:
+        """Sum `size` bytes into FSDP shards."""
+        return self._add_ring_collective(2 * size if self.cluster.gloo else size, dependencies)
 
-    def all_reduce_across_nodes(self, shard: float, *needs: int) -> int:
-        """The sum of a shard over the machines, where each has the whole model."""
-        across = Cluster(self.cluster.nodes, 1, self.cluster.intra_node, self.cluster.inter_node)
-        self._record_sent(all_reduce_bytes_sent(shard, across))
-        return self._add_task(INTER_NODE, all_reduce_seconds(shard, across), needs)
-
-    def _record_sent(self, sent: BytesSent) -> None:
+    def _add_all_reduce(self, size: float, cluster: Cluster, stream: str, dependencies: Sequence[int]) -> int:
+        sent = all_reduce_bytes_sent(size, cluster)
         self.sent_inside += sent.intra_node
         self.sent_between += sent.inter_node
+        return self._add_task(stream, all_reduce_seconds(size, cluster), dependencies)
 
-    def _add_task(self, lane: str, seconds: float, needs: Sequence[int]) -> int:
+    def _add_ring_collective(self, size: float, dependencies: Sequence[int], rate: float = 1.0) -> int:
+        shards = self.cluster.shards
+        sent = (shards - 1) / shards * size
+        if self.cluster.devices_per_node > 1:
+            stream, link = INTRA_NODE, self.cluster.intra_node
+            self.sent_inside += sent
+        else:
+            stream, link = INTER_NODE, self.cluster.inter_node
+            self.sent_between += sent
+        return self._add_task(stream, all_gather_seconds(size / rate, shards, link), dependencies)
+
+    def _add_task(self, stream: str, seconds: float, dependencies: Sequence[int]) -> int:
         number = len(self.tasks)
-        self.tasks.append(Task(lane, seconds, (*needs, number - 1) if self.serial and number else tuple(needs)))
+        if self.serial and number:
+            dependencies = (*dependencies, number - 1)
+        self.tasks.append(Task(stream, seconds, tuple(dependencies)))
         return number
 
 
 def ddp_buckets(layers: Sequence[LayerWork], bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[int, int]]:
-    """DDP's messages, first to last: (bytes, number of the part whose backward pass completes it).
+    """DDP's messages in order: (bytes, index of the layer whose backward pass completes the bucket).
 
-    Tensors join in reverse order of the parameters, and a message is full once it has `full` bytes (the first: 1 MiB).
+    Gradients fill buckets in reverse order of the parameters; a bucket is sent once it has `bucket_bytes` (the first:
+    1 MiB).
     """
-    size, limit, part = 0, min(bucket_bytes, FIRST_BUCKET_BYTES), 0
-    for number in reversed(range(len(layers))):
-        for tensor in reversed(layers[number].gradient_bytes):
-            size, part = size + tensor, number
+    size, limit, last = 0, min(bucket_bytes, FIRST_BUCKET_BYTES), 0
+    for index in reversed(range(len(layers))):
+        for tensor in reversed(layers[index].gradient_bytes):
+            size, last = size + tensor, index
             if size >= limit:
-                yield size, part
+                yield size, index
                 size, limit = 0, bucket_bytes
     if size:
-        yield size, part
+        yield size, last
 
 
 def _ddp_step(timeline: _Timeline, work: StepWork, bucket_bytes: int) -> None:
-    """All passes, with the messages of the last one as gradients become ready; then the update of everything."""
-    timeline.compute((work.micro_batches - 1) * work.micro_batch_seconds + sum(part.forward for part in work.layers))
-    ready = {}
-    for number in reversed(range(len(work.layers))):
-        ready[number] = timeline.compute(work.layers[number].backward)
-    sent = [timeline.all_reduce(size, ready[part]) for size, part in ddp_buckets(work.layers, bucket_bytes)]
+    """All passes, with an all-reduce of each bucket in the last backward pass; then the update of all parameters."""
+    timeline.compute((work.micro_batches - 1) * work.micro_batch_seconds + sum(each.forward for each in work.layers))
+    ready = {index: timeline.compute(work.layers[index].backward) for index in reversed(range(len(work.layers)))}
+    sent = [timeline.all_reduce(size, ready[index]) for size, index in ddp_buckets(work.layers, bucket_bytes)]
     sent.append(timeline.all_reduce(FLOAT32_BYTES, ready[0]))  # the loss
     timeline.compute(work.update, *(number for number in sent if number is not None))
 
 
 def _fsdp_step(timeline: _Timeline, work: StepWork) -> None:
-    """Each pass gathers the root's parameters once and each block's twice; the last one divides its gradients.
+    """Each micro-batch gathers the root's parameters once and each block's twice; the last one scatters gradients.
 
-    As FSDP2 orders it: on the way forward a block may be gathered once the second before it begins to compute, on the
-    way back once the one after it does. Its gradients follow that in the queue, and are summed over the machines on
-    their own link.
+    The order is FSDP2's: in the forward pass a block may be gathered once the second block before it starts computing,
+    in the backward pass once the block after it does. Its gradients follow in the same queue; their all-reduce over the
+    machines uses its own link.
     """
     embeddings, *blocks, head = work.layers
     timeline.serial = timeline.cluster.gloo
-    done: list[int] = []  # the computing so far
+    compute_tasks: list[int] = []
     root = embeddings.weight_bytes + head.weight_bytes
     for micro_batch in range(work.micro_batches):
-        gathered = timeline.all_gather(root, *done[-1:])
-        began = len(done)
-        done.append(timeline.compute(embeddings.forward, gathered))
+        gathered = timeline.all_gather(root, *compute_tasks[-1:])
+        first = len(compute_tasks)
+        compute_tasks.append(timeline.compute(embeddings.forward, gathered))
         for number, block in enumerate(blocks):
-            before = done[began + number - 2 : began + number - 1] if number > 1 else ()
-            done.append(timeline.compute(block.forward, timeline.all_gather(block.weight_bytes, *before)))
-        done.append(timeline.compute(head.forward))
-        last = micro_batch == work.micro_batches - 1
-        _fsdp_backward(timeline, work, done, last=last)
-    timeline.all_reduce(FLOAT32_BYTES, *done[-1:])  # the loss and the norm of the gradient
+            before = compute_tasks[first + number - 2 : first + number - 1] if number > 1 else ()
+            compute_tasks.append(timeline.compute(block.forward, timeline.all_gather(block.weight_bytes, *before)))
+        compute_tasks.append(timeline.compute(head.forward))
+        _fsdp_backward(timeline, work, compute_tasks, last=micro_batch == work.micro_batches - 1)
+    timeline.all_reduce(FLOAT32_BYTES, *compute_tasks[-1:])  # the loss and the gradient norm
     timeline.compute(work.update / timeline.cluster.shards, *range(len(timeline.tasks)))
 
 
@@ -333,6 +315,6 @@ def _fsdp_backward(timeline: _Timeline, work: StepWork, compute_tasks: list[int]
 
 def _reduce_gradients(timeline: _Timeline, size: int, ready: int) -> None:
     if size:
-        divided = timeline.reduce_scatter(size, ready)
+        scattered = timeline.reduce_scatter(size, ready)
         if timeline.cluster.nodes > 1 and timeline.cluster.devices_per_node > 1:
-            timeline.all_reduce_across_nodes(size / timeline.cluster.shards, divided)
+            timeline.all_reduce_across_nodes(size / timeline.cluster.shards, scattered)

@@ -1,4 +1,4 @@
-"""The time of a step on this machine, from passes and updates of a few layers; the rest is multiplication."""
+"""The time of a training step on this machine, extrapolated from timed passes and updates of a few layers."""
 
 import statistics
 import time
@@ -16,12 +16,12 @@ from gpt2.optimizers import build_optimizers
 from gpt2.planning.costs import StepSetup, flops_per_token, num_parameters, num_trainable_parameters, training_memory
 from gpt2.runtime import apply_activation_checkpointing, autocast, compile_blocks, synchronize
 
-TIMED_LAYERS = 3  # layers that are timed, and one: the rest is their difference, many times
-MAX_PASS_SECONDS = 1.5  # about how long a timed pass may take; long ones are timed with fewer rows
+TIMED_LAYERS = 3  # models of one and of this many layers are timed; deeper ones are extrapolated
+MAX_PASS_SECONDS = 1.5  # estimated; a longer pass is timed with fewer rows
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step on one device: all forward and backward passes, and the update after them."""
+    """Seconds of one step on one device: all forward and backward passes, and the optimizer's update."""
 
     passes: float
     update: float
@@ -30,12 +30,12 @@ class StepTime(NamedTuple):
 def time_step(
     config: TrainConfig, shape: GPTConfig, setup: StepSetup, device: torch.device, rate: float, compiled: bool
 ) -> StepTime:
-    """The seconds of one optimizer step on `device`, from real ones of a model with one layer and with three.
+    """The seconds of one optimizer step on `device`, extrapolated from timed steps of models of one and three layers.
 
-    rate: FLOP/s of its matrix products, from which a pass's length is guessed.
+    rate: FLOP/s of matrix products, to estimate the time of a pass beforehand.
 
-    What a layer adds is their difference; embeddings, head and loss are in both. A model of few layers is timed whole.
-    Where first blocks are frozen, time is taken to shrink as FLOPs and learning parameters do.
+    Models of up to three layers are timed whole. With frozen blocks, the times are scaled by FLOPs and by the number of
+    trainable parameters.
     """
     counts = [shape.n_layer] if shape.n_layer <= TIMED_LAYERS else [1, TIMED_LAYERS]
     timed = timed_setup(shape, setup, rate)
@@ -51,13 +51,13 @@ def time_step(
 
 
 def can_time_step(shape: GPTConfig, setup: StepSetup, rate: float, program: int, memory: int) -> bool:
-    """Do the few layers that `time_step` runs fit in `memory` bytes, `program` of which are taken?"""
+    """Return whether the models that `time_step` runs fit in `memory` bytes, of which `program` are in use."""
     timed = timed_setup(shape, setup, rate)
     return training_memory(_shallow(shape), timed, program).peak <= memory
 
 
 def timed_setup(shape: GPTConfig, setup: StepSetup, rate: float) -> StepSetup:
-    """The step that is timed: one micro-batch, or as many of its rows (a power of two) as keep a pass short."""
+    """The step to time: one micro-batch, or fewer of its rows (a power of two) if that would take too long."""
     flops = flops_per_token(_shallow(shape), setup.length, lora=setup.lora)
     seconds_per_row = flops * setup.length / (0.5 * rate)
     rows = setup.rows
@@ -73,7 +73,7 @@ def _shallow(shape: GPTConfig) -> GPTConfig:
 
 
 def _extrapolate_layers(seconds: list[float], counts: list[int], n_layer: int) -> float:
-    """On the line through the times of two depths; with one depth, its time."""
+    """Linear extrapolation from the times at two depths; with one depth, its time."""
     if len(counts) == 1:
         return seconds[0]
     per_layer = max(0.0, seconds[1] - seconds[0]) / (counts[1] - counts[0])
@@ -81,7 +81,7 @@ def _extrapolate_layers(seconds: list[float], counts: list[int], n_layer: int) -
 
 
 class _TimedModel:
-    """A model with some of the layers, and its optimizers: what can be timed of a step."""
+    """A model with some of the layers, and its optimizers."""
 
     def __init__(
         self, config: TrainConfig, shape: GPTConfig, setup: StepSetup, device: torch.device, compiled: bool
@@ -109,21 +109,21 @@ class _TimedModel:
 
 
 def _time_interleaved(functions: list[Callable[[], None]], device: torch.device, rounds: int = 5) -> list[float]:
-    """Median seconds of each, timed in turns, after two rounds to warm up."""
+    """Median seconds of each function, timed alternately, after two warm-up rounds."""
     times: list[list[float]] = [[] for _ in functions]
     for round_number in range(rounds + 2):
         for work, seconds in zip(functions, times, strict=True):
             synchronize(device)
-            began = time.perf_counter()
+            start = time.perf_counter()
             work()
             synchronize(device)
             if round_number >= 2:
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in times]
 
 
 def process_memory(config: TrainConfig) -> int:
-    """Bytes that Python, torch and its kernels take in this process: after one step of the smallest of models."""
+    """Resident bytes of Python, torch and its kernels in this process, after one step of a tiny model."""
     tiny = GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=16)
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, operator by operator: a trace to look at, and a table to read."""
+"""Profile of a few training steps: a trace, and a table of the operators by time."""
 
 import gzip
 import logging
@@ -12,21 +12,20 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 log = logging.getLogger("gpt2")
 
-WARMUP_STEPS = 3  # they compile and warm up
+WARMUP_STEPS = 3  # not recorded: compilation and warm-up
 ACTIVE_STEPS = 3
-COMPRESS_MIN_BYTES = 64 * 2**20  # bytes; smaller traces stay plain JSON
+COMPRESS_MIN_BYTES = 64 * 2**20  # smaller traces are not compressed
 
 
 class StepProfiler:
-    """Profiles a few early steps of a loop: `step()` is to be called at the end of each.
+    """A context manager that profiles a few early steps of a loop, which calls `step()` at the end of each.
 
-    Leaves `trace.json` (or `trace.json.gz`, when it is big; https://ui.perfetto.dev opens both) and `profile.txt`,
-    the operators that took most time by themselves. After the last recorded step, or when it is off, it does nothing.
-    A context manager; a loop that ends early leaves what was recorded until then.
+    Writes `trace.json` (or `trace.json.gz`, if large; https://ui.perfetto.dev opens both) and `profile.txt`, the
+    operators by self time. A loop that ends early gets a profile of the steps recorded until then.
     """
 
     def __init__(self, folder: Path, device: torch.device, steps: int, *, enabled: bool = True) -> None:
-        """steps: how many the loop will do; in a short one the first are not all skipped."""
+        """steps: number of steps of the loop; in a short one fewer warm-up steps are skipped."""
         self.folder, self.device = folder, device
         self._warmup_steps = max(0, min(WARMUP_STEPS, steps - 1))
         self._active_steps = max(1, min(ACTIVE_STEPS, steps - self._warmup_steps))
@@ -39,15 +38,15 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU]
             if self.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            plan = None  # all there is
-            if self._warmup_steps:  # the profiler starts in the last of them, so as not to show itself
-                plan = schedule(wait=self._warmup_steps - 1, warmup=1, active=self._active_steps, repeat=1)
-            self._profile = profile(activities=activities, schedule=plan, acc_events=True)
+            steps = None  # record all steps
+            if self._warmup_steps:  # the profiler starts in the last of them, so that its own start is not recorded
+                steps = schedule(wait=self._warmup_steps - 1, warmup=1, active=self._active_steps, repeat=1)
+            self._profile = profile(activities=activities, schedule=steps, acc_events=True)
             self._profile.start()
         return self
 
     def step(self) -> None:
-        """Say that a step has ended."""
+        """Mark the end of a step."""
         if self._profile is None:
             return
         self._done += 1
@@ -63,12 +62,12 @@ class StepProfiler:
             self._finish()
 
     def _finish(self) -> None:
-        """Stop recording, and write what was recorded; a run goes on when that cannot be done."""
+        """Stop recording and write the profile; if that fails, log a warning and let the run continue."""
         finished, self._profile = self._profile, None
         assert finished is not None
         finished.stop()
         if self._done <= self._warmup_steps:
-            log.warning("--profile: the run ended before the steps that were to be recorded")
+            log.warning("--profile: the run ended before the first step to record")
             return
         try:
             self._write(finished)
@@ -77,11 +76,11 @@ class StepProfiler:
 
     def _write(self, finished: profile) -> None:
         path = self.folder / "trace.json"
-        packed = path.with_suffix(".json.gz")
-        packed.unlink(missing_ok=True)
+        compressed = path.with_suffix(".json.gz")
+        compressed.unlink(missing_ok=True)
         finished.export_chrome_trace(str(path))
         if path.stat().st_size >= COMPRESS_MIN_BYTES:
-            with path.open("rb") as plain, gzip.open(packed, "wb") as file:
+            with path.open("rb") as plain, gzip.open(compressed, "wb") as file:
                 shutil.copyfileobj(plain, file)
             path.unlink()
         kind = "device" if self.device.type == "cuda" else "cpu"

@@ -1,4 +1,4 @@
-"""The metrics of a run in TensorBoard and Weights & Biases, by flag. The record of a run is its metrics.jsonl."""
+"""Trackers: the metrics of a run in TensorBoard and Weights & Biases, in addition to its metrics.jsonl."""
 
 import json
 import secrets
@@ -11,22 +11,22 @@ from gpt2.errors import UserError, missing_extra
 
 
 class Tracker(Protocol):
-    """Where the records of the steps go, next to metrics.jsonl."""
+    """A destination for the records of the steps besides metrics.jsonl."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Take the record of one step: its `step`, and numbers by name."""
+        """Log the record of one step: its `step`, and numbers by name."""
         ...
 
     def close(self) -> None:
-        """All steps are done, or the run stops here."""
+        """Finish logging: the run ends or stops."""
         ...
 
 
 def open_trackers(config: TrainConfig, folder: Path, first_step: int) -> list[Tracker]:
-    """The trackers that `config` asks for, for a run in `folder` that has done `first_step` updates.
+    """Open the trackers of `config` for the run in `folder` after `first_step` updates.
 
-    What they were told of later steps by a run that was interrupted is not told twice.
-    Raises UserError for a package that is not installed, a folder that cannot be written, and what W&B refuses.
+    Later steps, which an interrupted run logged already, are not logged twice. Raises UserError for a package that is
+    not installed, a folder that cannot be written, and errors from W&B.
     """
     trackers: list[Tracker] = []
     try:
@@ -42,14 +42,14 @@ def open_trackers(config: TrainConfig, folder: Path, first_step: int) -> list[Tr
 
 
 class TensorBoard:
-    """TensorBoard's files, in `RUN/tensorboard`. Each step is on disk when `log` returns."""
+    """TensorBoard event files in `RUN/tensorboard`. Each step is on disk when `log` returns."""
 
     def __init__(self, config: TrainConfig, folder: Path, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing_extra("tensorboard", "track", "--tensorboard") from error
-        try:  # readers drop what an earlier file holds from purge_step on
+        try:  # readers drop steps from purge_step on of earlier files
             self._writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
         except OSError as error:
             raise UserError(f"cannot write {folder / 'tensorboard'}: {error.strerror or error}") from error
@@ -66,10 +66,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases. `RUN/wandb.json` knows its id and the last step it was told of.
+    """A run at Weights & Biases. `RUN/wandb.json` holds its id and the last logged step.
 
-    W&B takes every step once and never back. So a run that goes on from a checkpoint is silent up to the last step
-    that was told, as they are the same steps; without this, the files of two offline runs would overlap.
+    W&B takes each step once. So a resumed run does not log the steps up to the last logged one again, which are the
+    same; otherwise the files of two offline runs would overlap.
     """
 
     def __init__(self, config: TrainConfig, project: str, folder: Path) -> None:
@@ -77,8 +77,8 @@ class WeightsAndBiases:
             from wandb import Error, Settings, init
         except ImportError as error:
             raise missing_extra("wandb", "track", "--wandb") from error
-        notes = folder / "wandb.json"
-        self._id, self._last_step = _read_state(notes) if notes.exists() else (secrets.token_hex(4), 0)
+        state = folder / "wandb.json"
+        self._id, self._last_step = _read_state(state) if state.exists() else (secrets.token_hex(4), 0)
         try:
             self._run = init(
                 project=project,
@@ -87,14 +87,14 @@ class WeightsAndBiases:
                 resume="allow",
                 dir=str(folder),
                 config=asdict(config),
-                settings=Settings(console="off"),  # the progress line is no log
+                settings=Settings(console="off"),  # do not record the progress line
             )
-            self._state_file = notes.open("r+b" if notes.exists() else "x+b")
+            self._state_file = state.open("r+b" if state.exists() else "x+b")
         except Error as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"--wandb {project}: {reason} (WANDB_MODE=offline keeps it on this machine)") from error
         except OSError as error:
-            raise UserError(f"cannot write {notes}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {state}: {error.strerror or error}") from error
         self._save_state()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class WeightsAndBiases:
         self._state_file.close()
 
     def _save_state(self) -> None:
-        """Always of the same length, in one write: a kill leaves the old note or the new one."""
+        """Write the state with a fixed length in one write, so that a kill leaves the old or the new one."""
         self._state_file.seek(0)
         self._state_file.write(f'{{"id": {json.dumps(self._id)}, "step": {self._last_step:12d}}}\n'.encode())
         self._state_file.flush()
@@ -116,12 +116,12 @@ class WeightsAndBiases:
 
 def _read_state(path: Path) -> tuple[str, int]:
     try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
-        return str(notes["id"]), int(notes["step"])
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return str(state["id"]), int(state["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is broken: without it, --wandb begins another run there ({error!r})") from error
+        raise UserError(f"{path} is broken: remove it, and --wandb starts a new W&B run ({error!r})") from error
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """What can be drawn over the steps; true and false as 1 and 0."""
+    """The numbers of a record by name; true and false as 1 and 0."""
     return {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, int | float)}

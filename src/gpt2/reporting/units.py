@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers with units, formatted for people."""
 
 
 def format_count(number: float) -> str:
-    """4.5M, 1.2B, 3.0T; below a million as it is."""
+    """4.5M, 1.2B, 3.0T; all digits below a million."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.1f}{letter}"

@@ -2,49 +2,47 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from functools import partial
 
 from gpt2.errors import UserError
-from gpt2.serve.choices import TokenLogprob, format_token
+from gpt2.serve import schema
+from gpt2.serve.choices import format_token
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
 from gpt2.serve.models import ServedModel
+from gpt2.serve.prompt_logprobs import TokenLogprob
 from gpt2.serve.response_stream import (
     ParsedRequest,
     ResponseStream,
     check_prompt_length,
     check_text_length,
-    parse_sampling,
     resolve_max_tokens,
     resolve_num_samples,
-    resolve_seed,
     response_header,
 )
-from gpt2.serve.schema import ChatRequest
 from gpt2.tokenizer import Tokenizer
 
 
-def parse_request(body: ChatRequest, served: ServedModel, limits: Limits) -> ParsedRequest:
-    """What the request asks of the model. Raises APIError for what is not to be had."""
+def parse_request(body: schema.ChatRequest, served: ServedModel, limits: Limits) -> ParsedRequest:
+    """The request with its defaults. Raises APIError and UserError for fields that are not supported."""
     n = resolve_num_samples(body, limits)
     if body.top_logprobs is not None and not body.logprobs:
-        raise APIError(400, "top_logprobs goes with logprobs: true", "top_logprobs")
+        raise APIError(400, "top_logprobs requires logprobs: true", "top_logprobs")
     prompt = encode_prompt(body, served)
-    room = max(1, served.scheduler.context_length - len(prompt))
     return ParsedRequest(
         served,
         [prompt],
         n,
-        parse_sampling(body),
-        resolve_max_tokens(body, room, limits),
+        body.sampling(),
+        resolve_max_tokens(body, max(1, served.scheduler.context_length - len(prompt)), limits),
         [*body.stop_strings, *served.template.stop_strings],
-        resolve_seed(body),
+        body.resolve_seed(),
         (body.top_logprobs or 0) if body.logprobs else None,
     )
 
 
-def encode_prompt(body: ChatRequest, served: ServedModel) -> list[int]:
-    """The conversation as tokens; nobody can say ``<|endoftext|>`` or another mark of the template's."""
+def encode_prompt(body: schema.ChatRequest, served: ServedModel) -> list[int]:
+    """The token ids of the conversation. Special tokens in messages are encoded as plain text. Raises APIError."""
     messages = [(message.role, message.text) for message in body.messages]
     check_text_length(sum(len(text) for _, text in messages), served, "messages")
     try:
@@ -55,61 +53,69 @@ def encode_prompt(body: ChatRequest, served: ServedModel) -> list[int]:
     return tokens
 
 
-async def chat_completion(body: ChatRequest, response: ResponseStream) -> dict[str, Any]:
-    """The whole response."""
+async def chat_completion(body: schema.ChatRequest, response: ResponseStream) -> schema.ChatCompletion:
+    """The response without streaming."""
     await response.collect()
     served, choices = response.request.served, []
-    for index, choice in enumerate(response.choices):
-        message = {"role": "assistant", "content": _strip_opening(choice.text, served), "refusal": None}
+    for choice in response.choices:
+        assert choice.finish_reason is not None
+        message = schema.ChatMessage(role="assistant", content=_strip_answer_prefix(choice.text, served), refusal=None)
         logprobs = format_logprobs(served.tokenizer, choice.token_logprobs) if body.logprobs else None
         choices.append(
-            {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-        )
-    return response_header("chatcmpl", "chat.completion", served) | {"choices": choices, "usage": response.usage}
-
-
-async def chat_completion_chunks(body: ChatRequest, response: ResponseStream) -> AsyncGenerator[dict[str, Any]]:
-    """The response as a stream."""
-    served = response.request.served
-    head = response_header("chatcmpl", "chat.completion.chunk", served)
-    usage = {"usage": None} if body.include_usage else {}
-    begun: set[int] = set()  # those that have said something
-    named: set[int] = set()
-    async with aclosing(response.deltas()) as pieces:
-        async for piece in pieces:
-            delta: dict[str, Any] = {} if piece.index in named else {"role": "assistant"}
-            text = piece.text if piece.index in begun else _strip_opening(piece.text, served)
-            if piece.text:
-                begun.add(piece.index)
-            if text or piece.index not in named:
-                delta["content"] = text
-            named.add(piece.index)
-            logprobs = (
-                format_logprobs(served.tokenizer, piece.token_logprobs)
-                if body.logprobs and piece.token_logprobs
-                else None
+            schema.ChatChoice(
+                index=choice.index, message=message, logprobs=logprobs, finish_reason=choice.finish_reason
             )
-            choice = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-            yield head | {"choices": [choice]} | usage
+        )
+    header = response_header("chatcmpl", served)
+    return schema.ChatCompletion(object="chat.completion", choices=choices, usage=response.usage, **header)
+
+
+async def chat_completion_chunks(
+    body: schema.ChatRequest, response: ResponseStream
+) -> AsyncGenerator[schema.ChatCompletionChunk]:
+    """The response as a stream: one chunk for each delta, and a last one with the usage if it was requested."""
+    served = response.request.served
+    header = response_header("chatcmpl", served) | ({"usage": None} if body.include_usage else {})
+    new_chunk = partial(schema.ChatCompletionChunk, object="chat.completion.chunk", **header)
+    started: set[int] = set()  # choices that have had a chunk
+    with_text: set[int] = set()
+    async with aclosing(response.deltas()) as deltas:
+        async for delta in deltas:
+            text = delta.text if delta.index in with_text else _strip_answer_prefix(delta.text, served)
+            if delta.text:
+                with_text.add(delta.index)
+            if delta.index not in started:
+                message = schema.ChatDelta(role="assistant", content=text)
+            else:
+                message = schema.ChatDelta(content=text) if text else schema.ChatDelta()
+            started.add(delta.index)
+            with_logprobs = body.logprobs and delta.token_logprobs
+            logprobs = format_logprobs(served.tokenizer, delta.token_logprobs) if with_logprobs else None
+            choice = schema.ChatChunkChoice(
+                index=delta.index, delta=message, logprobs=logprobs, finish_reason=delta.finish_reason
+            )
+            yield new_chunk(choices=[choice])
     if body.include_usage:
-        yield head | {"choices": [], "usage": response.usage}
+        yield new_chunk(choices=[], usage=response.usage)
 
 
-def _strip_opening(text: str, served: ServedModel) -> str:
-    """Without the space that follows the colon of the plain transcript, or what else opens an answer."""
+def _strip_answer_prefix(text: str, served: ServedModel) -> str:
+    """The text without the template's answer prefix, such as the space after the colon of a plain transcript."""
     return text.removeprefix(served.template.answer_prefix)
 
 
-def format_logprobs(tokenizer: Tokenizer, token_logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """As OpenAI's chat has them."""
+def format_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> schema.ChatLogprobs:
+    """The `logprobs` of a choice or chunk."""
     content = [
-        _format_token_logprob(tokenizer, one.id, one.logprob or 0.0)
-        | {"top_logprobs": [_format_token_logprob(tokenizer, i, logprob) for i, logprob in one.top_logprobs]}
-        for one in token_logprobs
+        schema.ChatTokenLogprob(
+            **dict(_format_token_logprob(tokenizer, one.id, one.logprob or 0.0)),
+            top_logprobs=[_format_token_logprob(tokenizer, token, logprob) for token, logprob in one.top_logprobs],
+        )
+        for one in tokens
     ]
-    return {"content": content, "refusal": None}
+    return schema.ChatLogprobs(content=content, refusal=None)
 
 
-def _format_token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _format_token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> schema.ChatTopLogprob:
     spelling = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
-    return {"token": format_token(tokenizer, token), "logprob": logprob, "bytes": list(spelling)}
+    return schema.ChatTopLogprob(token=format_token(tokenizer, token), logprob=logprob, bytes=list(spelling))

@@ -1,7 +1,7 @@
-"""Looking inside: what a model would say next, what it thought of a text, where it looked, what each layer would say.
+"""Inspection of a model: next-token candidates, token log-probabilities, attention weights and the logit lens.
 
-Pure functions of a plain `gpt2.model.GPT` and token ids; T is the number of tokens, V the vocabulary. They read the
-model's own modules, so that what they show is what the model computes, in whatever precision it has.
+Pure functions of a plain `gpt2.model.GPT` and token ids; T is the number of tokens, V the size of the vocabulary. They
+run the model's own modules, so they show what the model computes, in its own precision.
 """
 
 import math
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt2.errors import UserError
+from gpt2.errors import RequestError
 from gpt2.generation.engine import eval_mode
 from gpt2.generation.filters import History, topk_indices
 from gpt2.generation.sampling import Sampling, logits_to_probs
 from gpt2.model import GPT
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
-LOGITS_CHUNK = 64  # positions whose logits are held together: (64, V)
+LOGITS_CHUNK = 64  # positions whose logits are in memory at the same time: (64, V)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that might come next.
+    """A possible next token.
 
-    logit:       before any setting.
-    probability: after the settings; 0 where they rule it out.
-    raw:         the model's own.
+    logit:       of the model, before any sampling parameter.
+    probability: after the sampling parameters; 0 where they rule the token out.
+    raw:         probability of the model, before any sampling parameter.
     """
 
     id: int
@@ -39,21 +39,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class NextTokenCandidates:
-    """What might come next: the likeliest tokens, and of all of them how many have a chance and their entropy."""
+    """The distribution of the next token.
+
+    tokens:  the most likely ones.
+    kept:    how many tokens have a probability above 0 after the sampling parameters.
+    entropy: in bits, after the sampling parameters.
+    asked:   the target token, if one was given.
+    rank:    its rank by the probability of the model; the most likely token has 1.
+    """
 
     tokens: list[Candidate]
     kept: int
     entropy: float
-    """In bits, after the settings."""
     asked: Candidate | None = None
-    """The token that was asked for, wherever it ranks."""
     rank: int | None = None
-    """Its rank by the model's own probability; the likeliest has 1."""
 
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token of a text, and what the model thought of it there: natural logarithm, and rank from 1."""
+    """A token of a text with its log-probability (natural) after the tokens before it, and its rank from 1."""
 
     id: int
     text: str
@@ -62,24 +66,36 @@ class ScoredToken:
 
 
 @dataclass(frozen=True)
+class LayerToken:
+    """A token and its probability at one layer."""
+
+    id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
 class LayerPrediction:
-    """What the model would say if its layers ended here: the likeliest tokens with their probabilities."""
+    """The next-token prediction from the residual stream after a layer.
+
+    asked:  the probability of the target token, if one was given.
+    tokens: the most likely tokens.
+    """
 
     layer: int
-    tokens: list[tuple[int, str, float]]
-    asked: float | None = None
-    """The probability here of the token that was asked for."""
+    asked: float | None
+    tokens: list[LayerToken]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token: U+FFFD where it is no whole character, its number where the tokenizer has none."""
+    """The text of one token: U+FFFD where it is not a whole character, ``<id>`` where the tokenizer has no text."""
     if token >= tokenizer.vocab_size:
         return f"<{token}>"
     return tokenizer.decode([token])
 
 
 def token_offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    """Where each token's text begins in the text of them all, in characters; a part of a character where that does."""
+    """Where each token begins in the decoded text, in characters; a part of a character begins where that begins."""
     decoder, length, found = StreamDecoder(tokenizer), 0, []
     for token in tokens:
         found.append(length)
@@ -88,16 +104,16 @@ def token_offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
 
 
 def check_tokens(model: GPT, tokens: Sequence[int]) -> None:
-    """Raises UserError for no tokens, or one that the model's vocabulary does not have."""
+    """Raises RequestError if there are no tokens, or one is not in the model's vocabulary."""
     if not tokens:
-        raise UserError("there is nothing to look at: the text has no tokens")
+        raise RequestError("the text has no tokens")
     if not all(0 <= token < model.config.vocab_size for token in tokens):
-        raise UserError(f"the text has a token outside the model's vocabulary of {model.config.vocab_size}")
+        raise RequestError(f"the text has a token outside the model's vocabulary of {model.config.vocab_size}")
 
 
 @torch.inference_mode()
 def next_logits(model: GPT, tokens: Sequence[int]) -> Tensor:
-    """The logits after the last of `tokens`, (1, V) in float32; where they outgrow the context, their end is read."""
+    """The logits after the last of `tokens`, (1, V) in float32, from as many of the last tokens as fit the context."""
     check_tokens(model, tokens)
     row = torch.tensor([list(tokens[-model.config.block_size :])], device=model.device)  # (1, T)
     with eval_mode(model):
@@ -113,9 +129,9 @@ def top_candidates(
     top: int,
     target_token: int | None = None,
 ) -> NextTokenCandidates:
-    """The `top` tokens that follow logits (1, V), the likeliest after the settings first, then by the model's own.
+    """The `top` next tokens of logits (1, V), by probability after the sampling parameters, then by the model's own.
 
-    Raises UserError if the settings rule out every token.
+    Raises UserError if the sampling parameters rule out every token.
     """
     probs, raw = logits_to_probs(logits, sampling, [history])[0], logits.softmax(-1)[0]  # (V,) each
     shown = topk_indices(probs[None], min(top, probs.numel()))[0].tolist()
@@ -131,23 +147,22 @@ def top_candidates(
     found = [candidate(i) for i in shown]
     if target_token is None:
         return NextTokenCandidates(found, len(positive), entropy)
-    return NextTokenCandidates(
-        found, len(positive), entropy, candidate(target_token), int((raw > raw[target_token]).sum()) + 1
-    )
+    rank = int((raw > raw[target_token]).sum()) + 1
+    return NextTokenCandidates(found, len(positive), entropy, candidate(target_token), rank)
 
 
 @torch.inference_mode()
 def score_tokens(model: GPT, tokenizer: Tokenizer, tokens: Sequence[int]) -> list[ScoredToken]:
-    """What the model thought of each token of a text but the first, when it had read those before it.
+    """The log-probability of each token of a text except the first, after the tokens before it.
 
-    A text that outgrows the context is read in windows that overlap by half, so that every token has at least half
-    a context before it, but for those of the beginning.
+    A text longer than the context is scored in windows that overlap by half, so every token after the first window
+    has at least half a context before it.
     """
     check_tokens(model, tokens)
     text = list(tokens)
     window, scored = model.config.block_size, []
     stride = max(1, window // 2)
-    done = 0  # how many of the text's tokens were scored or need not be: text[0] is only read
+    done = 0  # targets that have been scored
     for begin in range(0, max(1, len(text) - 1), stride):
         inputs, targets = text[begin : begin + window], text[begin + 1 : begin + window + 1]
         skip = done - begin
@@ -161,7 +176,7 @@ def score_tokens(model: GPT, tokenizer: Tokenizer, tokens: Sequence[int]) -> lis
 def _score_targets(
     model: GPT, tokenizer: Tokenizer, inputs: list[int], targets: list[int], skip: int
 ) -> Iterator[ScoredToken]:
-    """Those of the targets beyond the first `skip`."""
+    """Score the targets after the first `skip`."""
     with eval_mode(model):
         hidden = model.hidden_states(torch.tensor([inputs], device=model.device))[0]  # (T, C)
     for at in range(skip, len(targets), LOGITS_CHUNK):
@@ -174,15 +189,15 @@ def _score_targets(
 
 
 def perplexity(scored: Sequence[ScoredToken]) -> float | None:
-    """The exponential of the mean surprise of the tokens; None for none."""
+    """exp of the mean negative log-probability of the tokens; None if there are none."""
     return math.exp(min(700.0, -sum(token.logprob for token in scored) / len(scored))) if scored else None
 
 
 @torch.inference_mode()
 def attention_weights(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
-    """How much the token at `position` looks at each up to itself: (layers, heads, position + 1), rows that sum to 1.
+    """The attention weights of `position` over the positions up to itself: (layers, heads, position + 1).
 
-    Raises UserError for a position that the text or the context does not have.
+    Each row sums to 1. Raises RequestError for a position outside the text or the context.
     """
     row = _prefix_tensor(model, tokens, position)
     weights = []
@@ -200,10 +215,10 @@ def attention_weights(model: GPT, tokens: Sequence[int], position: int) -> Tenso
 def logit_lens(
     model: GPT, tokenizer: Tokenizer, tokens: Sequence[int], position: int, top: int, target_token: int | None = None
 ) -> list[LayerPrediction]:
-    """What each layer would say after `position`: the final norm and the head on the residual stream after each block.
+    """The prediction of each layer after `position`: final norm and head, applied to the residual stream of each block.
 
-    Layer 0 is the embedding itself, the last one the model's own answer. Source: nostalgebraist, "interpreting GPT:
-    the logit lens" (2020). Raises UserError for a position that the text or the context does not have.
+    Layer 0 is the embedding, and the last layer is the model's own prediction. Source: nostalgebraist, "interpreting
+    GPT: the logit lens" (2020). Raises RequestError for a position outside the text or the context.
     """
     row = _prefix_tensor(model, tokens, position)
     layers = []
@@ -211,18 +226,18 @@ def logit_lens(
         for i, x in enumerate(_residual_streams(model, row)):
             probs = model.lm_head(model.transformer.ln_f(x[:, -1])).float().softmax(-1)  # (1, V)
             best = topk_indices(probs, min(top, probs.size(-1)))[0].tolist()
-            told = [(token, token_text(tokenizer, token), float(probs[0, token])) for token in best]
-            layers.append(LayerPrediction(i, told, None if target_token is None else float(probs[0, target_token])))
+            likely = [LayerToken(token, token_text(tokenizer, token), float(probs[0, token])) for token in best]
+            layers.append(LayerPrediction(i, None if target_token is None else float(probs[0, target_token]), likely))
     return layers
 
 
 def _prefix_tensor(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
-    """The tokens that the one at `position` sees, itself included: (1, T)."""
+    """The tokens up to `position`, which is included: (1, T)."""
     check_tokens(model, tokens)
     if not 0 <= position < len(tokens):
-        raise UserError(f"there is no position {position} in a text of {len(tokens)} tokens")
+        raise RequestError(f"there is no position {position} in a text of {len(tokens)} tokens")
     if position >= model.config.block_size:
-        raise UserError(f"position {position} is beyond the model's context of {model.config.block_size}")
+        raise RequestError(f"position {position} is beyond the model's context of {model.config.block_size}")
     return torch.tensor([list(tokens[: position + 1])], device=model.device)
 
 

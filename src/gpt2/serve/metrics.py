@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Metrics for Prometheus."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,29 +11,27 @@ INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 
 
 class Metrics:
-    """The counters of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests by path and status.", "path", "status")
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.", "model")
-        self.new_tokens = self._counter("new_tokens", "Tokens made.", "model")
-        self.time_to_first_token = self._histogram(
-            "first_token_seconds", "From a request to its first token.", LATENCY_BUCKETS
-        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.", "model")
+        self.new_tokens = self._counter("new_tokens", "New tokens.", "model")
+        self.time_to_first_token = self._histogram("first_token_seconds", "Time to first token.", LATENCY_BUCKETS)
         self.inter_token_latency = self._histogram(
-            "between_tokens_seconds", "From a token of a text to the next.", INTER_TOKEN_BUCKETS
+            "between_tokens_seconds", "Inter-token latency of a sequence.", INTER_TOKEN_BUCKETS
         )
-        running = Gauge("gpt2_running_texts", "Texts that have a slot.", ["model"], registry=self._registry)
-        waiting = Gauge("gpt2_waiting_texts", "Texts that wait for a slot.", ["model"], registry=self._registry)
-        slots = Gauge("gpt2_slots", "Texts that can be written at once.", ["model"], registry=self._registry)
+        running = Gauge("gpt2_running_texts", "Sequences that have a slot.", ["model"], registry=self._registry)
+        waiting = Gauge("gpt2_waiting_texts", "Sequences that wait for a slot.", ["model"], registry=self._registry)
+        slots = Gauge("gpt2_slots", "Sequences that can run at the same time.", ["model"], registry=self._registry)
         for name, served in models.items():
             running.labels(name).set_function(_scheduler_gauge(served, "running"))
             waiting.labels(name).set_function(_scheduler_gauge(served, "waiting"))
             slots.labels(name).set(served.scheduler.slots)
 
     def render(self) -> bytes:
-        """All of them, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:

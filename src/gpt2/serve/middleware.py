@@ -1,4 +1,4 @@
-"""What every request passes first: who may ask, from where, and how much; and what every answer says to browsers."""
+"""ASGI middleware for every request: API keys, hosts and origins, body size, security headers, metrics and log."""
 
 import asyncio
 import hashlib
@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gpt2.serve.errors import APIError
 from gpt2.serve.metrics import Metrics
 
-PUBLIC_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")  # and /static/: they tell nothing and cost nothing
+PUBLIC_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")  # and /static/: they need no API key
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
-BODY_TIMEOUT_SECONDS = 30.0  # in which a request has to arrive
+BODY_TIMEOUT_SECONDS = 30.0  # for the whole body of a request to arrive
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -38,11 +38,10 @@ _log = logging.getLogger("gpt2.serve")
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Who may ask.
+    """Which requests are accepted.
 
-    keys:  one of them has to come as ``Authorization: Bearer KEY``; none for an open server.
-    hosts: names under which the server may be called, against pages that let their name point here (DNS rebinding);
-           None for any.
+    api_keys:      requests must have one of them as ``Authorization: Bearer KEY``; empty for no check.
+    allowed_hosts: values of the Host header that are accepted, as a protection against DNS rebinding; None for any.
     """
 
     api_keys: Sequence[str] = ()
@@ -50,7 +49,7 @@ class AccessPolicy:
 
 
 class RequestMiddleware:
-    """The middleware around the app."""
+    """Checks each request before the application, adds security headers, counts it and logs it."""
 
     def __init__(
         self, app: ASGIApp, access: AccessPolicy, max_body: int, metrics: Metrics, paths: Sequence[str]
@@ -63,9 +62,9 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        start_time, status = time.monotonic(), 0
 
-        async def send_on(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -81,27 +80,27 @@ class RequestMiddleware:
             key = self._check_key(scope["path"], headers)
             scope["gpt2.client"] = f"{key}@{(scope.get('client') or ('', 0))[0]}"
             receive = await self._read_body(headers, receive)
-            await self._app(scope, receive, send_on)
+            await self._app(scope, receive, send_with_headers)
         except APIError as error:
-            await error.response()(scope, receive, send_on)
+            await error.response()(scope, receive, send_with_headers)
         except asyncio.CancelledError:
-            _log.warning("%s was not answered to its end: the server is shutting down", ascii(scope["path"]))
+            _log.warning("the response to %s is incomplete: the server is shutting down", ascii(scope["path"]))
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, status).inc()
-            where, milliseconds = scope.get("client") or ("?", 0), 1e3 * (time.monotonic() - began)
-            _log.info("%s %s %s %s %.0f ms", where[0], scope["method"], ascii(scope["path"]), status, milliseconds)
+            client, milliseconds = scope.get("client") or ("?", 0), 1e3 * (time.monotonic() - start_time)
+            _log.info("%s %s %s %s %.0f ms", client[0], scope["method"], ascii(scope["path"]), status, milliseconds)
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if self._hosts is not None and _hostname(f"//{host}") not in self._hosts:
-            raise APIError(403, f"this server is not called {host!r:.100}: see gpt2 serve --allowed-host")
+            raise APIError(403, f"the host {host!r:.100} is not allowed: see gpt2 serve --allowed-host")
         origin = headers.get("origin")
         if origin is not None and _netloc(origin) != host.lower():
-            raise APIError(403, "requests from pages of other sites are not answered")
+            raise APIError(403, "requests from pages of other sites are not allowed")
 
     def _check_key(self, path: str, headers: Headers) -> int:
-        """Which of the keys it is; -1 where none is needed."""
+        """The index of the API key; -1 where no key is needed."""
         if not self._digests or path in PUBLIC_PATHS or path.startswith("/static/"):
             return -1
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -113,9 +112,9 @@ class RequestMiddleware:
         return matches.index(True)
 
     async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
-        """Read the whole body, as long as it is allowed to be; what comes after it is left."""
+        """Read the whole body, up to the size limit. Returns a channel that gives the body, and then what follows."""
         length = headers.get("content-length", "")
-        too_large = APIError(413, f"the request has more than {self._max_body:,} bytes", code="request_too_large")
+        too_large = APIError(413, f"the request body has more than {self._max_body:,} bytes", code="request_too_large")
         if length.isdecimal() and int(length[:20]) > self._max_body:
             raise too_large
         body, more = bytearray(), True
@@ -133,7 +132,7 @@ class RequestMiddleware:
 
 
 class _ReplayReceive:
-    """Gives the body again, and then what comes after it."""
+    """An ASGI channel that gives a body that was read already, and then what follows it."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body_message: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
@@ -156,7 +155,7 @@ def _hostname(url: str) -> str | None:
 
 
 def _netloc(origin: str) -> str | None:
-    """The host and port of an origin, or None for what is none."""
+    """The host and port of an origin, in lower case; None if it is not valid."""
     try:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:

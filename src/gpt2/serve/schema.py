@@ -1,5 +1,9 @@
-"""Requests and responses of OpenAI's API, with our samplers as further fields. An unknown field is an error."""
+"""Requests and responses of OpenAI's API, with further fields for more samplers. Unknown fields are errors.
 
+Responses are built from these types, and the fields that are set are sent.
+"""
+
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator
@@ -7,14 +11,15 @@ from pydantic_core import PydanticCustomError
 
 from gpt2.generation.sampling import Sampling
 
-MAX_TOP_LOGPROBS = 20  # of one token
+MAX_TOP_LOGPROBS = 20  # for each token
+FinishReason = Literal["stop", "length"]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 def _union_error(expected: str) -> WrapValidator:
-    """One message for a union, instead of one for each of its members."""
+    """One error message for a union, instead of one for each of its members."""
 
     def validate(value: Any, handler: Any) -> Any:
         try:
@@ -42,15 +47,15 @@ class _StrictModel(BaseModel):
 
 
 class StreamOptions(_StrictModel):
-    """What a stream tells besides the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class CommonRequestFields(_StrictModel):
-    """What completions and chat have in common. A field that is null means its default."""
+    """The fields that completions and chat share. A field that is null has its default."""
 
-    model: str | None = Field(None, description="one of /v1/models; by default the first of them")
+    model: str | None = Field(None, description="one of /v1/models; the first of them by default")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -76,20 +81,24 @@ class CommonRequestFields(_StrictModel):
     bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000)] | None = None
 
     def sampling(self) -> Sampling:
-        """The settings of the sampler. Raises UserError for those that make no sense."""
+        """The sampling parameters. Raises UserError for values that are not supported."""
         given = {name: getattr(self, name, None) for name in Sampling.__dataclass_fields__}
         if given["min_new_tokens"] is None:
             given["min_new_tokens"] = self.min_tokens
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
+    def resolve_seed(self) -> int:
+        """The seed, or a random one."""
+        return secrets.randbits(32) if self.seed is None else self.seed
+
     @property
     def stop_strings(self) -> list[str]:
-        """The stop strings."""
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the number of tokens."""
+        """Whether the last chunk of a stream has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -104,14 +113,14 @@ class CompletionRequest(CommonRequestFields):
 
 
 class TextPart(_StrictModel):
-    """A part of a message: text is all that this model reads."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_StrictModel):
-    """A turn of a conversation."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
@@ -119,7 +128,7 @@ class Message(_StrictModel):
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """Its text parts, joined."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -146,7 +155,7 @@ class DetokenizeRequest(_StrictModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """An error: its message, the kind of error, the request field at fault, and a code for programs."""
 
     message: str
     type: str
@@ -155,13 +164,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class Usage(BaseModel):
-    """Tokens that were read and made."""
+    """Token counts of a response: each prompt once, and the new tokens of all its choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -169,7 +178,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Parallel lists; `top_logprobs` is null where only the tokens' own were asked for."""
+    """Parallel lists with an entry for each token; the `top_` lists are null for `logprobs: 0`."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -180,16 +189,16 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text."""
+    """One generated text, or in a stream the next part of it."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class Completion(BaseModel):
-    """The answer of /v1/completions."""
+    """The response of /v1/completions, and each chunk of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -208,20 +217,20 @@ class ChatTopLogprob(BaseModel):
 
 
 class ChatTokenLogprob(ChatTopLogprob):
-    """The same with the most likely tokens in its place."""
+    """A generated token, with the most likely tokens at its position."""
 
     top_logprobs: list[ChatTopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Of the tokens of a message."""
+    """The log-probabilities of the tokens of a message."""
 
     content: list[ChatTokenLogprob] | None
     refusal: None
 
 
 class ChatMessage(BaseModel):
-    """What the model says."""
+    """The generated message."""
 
     role: Literal["assistant"]
     content: str
@@ -229,16 +238,16 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One generated message with its finish reason."""
 
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class ChatCompletion(BaseModel):
-    """The answer of /v1/chat/completions."""
+    """The response of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -246,6 +255,33 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ChatDelta(BaseModel):
+    """The next part of a message; the first one of a choice has the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """The next part of a choice."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """A chunk of the stream of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
 
 
 class ModelInfo(BaseModel):
@@ -260,14 +296,14 @@ class ModelInfo(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them."""
+    """All models that are served."""
 
     object: Literal["list"]
     data: list[ModelInfo]
 
 
 class TokenizeResponse(BaseModel):
-    """The tokens of a text, and what each stands for (U+FFFD where it is no whole character)."""
+    """The token ids of a text, and the text of each token (U+FFFD where it is not a whole character)."""
 
     tokens: list[int]
     texts: list[str]
@@ -275,13 +311,13 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeResponse(BaseModel):
-    """The text of tokens."""
+    """The text of the tokens."""
 
     text: str
 
 
 class ModelHealth(BaseModel):
-    """How busy a model is."""
+    """The load of a model: sequences with a slot, sequences that wait, and the number of slots."""
 
     running: int
     waiting: int
@@ -289,7 +325,7 @@ class ModelHealth(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server takes requests: "ok", "draining" or "broken"."""
+    """Whether the server accepts requests: "ok", "draining" or "broken"."""
 
     status: str
     models: dict[str, ModelHealth]

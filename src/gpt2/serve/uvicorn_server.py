@@ -1,4 +1,4 @@
-"""The server process: a socket of its own, one line when it is ready, and an end in which what runs is finished."""
+"""The server process: its socket, timeouts for slow clients, and a graceful shutdown."""
 
 import asyncio
 import ipaddress
@@ -13,17 +13,17 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gpt2.errors import UserError
+from gpt2.errors import ConfigError
 from gpt2.serve.errors import APIError
 from gpt2.serve.models import ServedModel
 from gpt2.serve.sse import SEND_TIMEOUT_SECONDS
 
-CONNECTION_CLOSE_SECONDS = 3  # for answers on their way, once all texts have ended
-HEADER_TIMEOUT_SECONDS = 30.0  # in which the head of a request has to arrive
+CONNECTION_CLOSE_SECONDS = 3  # for open responses, once all sequences have finished
+HEADER_TIMEOUT_SECONDS = 30.0  # for the header of a request to arrive
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server there."""
+    """Whether only this machine can reach a server at this address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -31,14 +31,14 @@ def is_loopback(host: str) -> bool:
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket at this address; port 0 takes a free one. Raises UserError when it cannot be had."""
+    """A socket at this address; port 0 takes a free one. Raises ConfigError if it cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise UserError(f"--host {host} --port {port}: there is no such address ({error})") from error
+        raise ConfigError(f"--host {host} --port {port}: there is no such address ({error})", field="host") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -46,34 +46,35 @@ def bind_socket(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        reason = "is in use" if error.errno in (48, 98, 10048) else f"cannot be had: {error.strerror}"
-        raise UserError(f"port {port} on {host} {reason}; choose another --port, or 0 for a free one") from error
+        reason = "is in use" if error.errno in (48, 98, 10048) else f"cannot be used: {error.strerror}"
+        message = f"port {port} on {host} {reason}; choose another --port, or 0 for a free one"
+        raise ConfigError(message, field="port") from error
     return bound
 
 
 def base_url(listener: socket.socket) -> str:
-    """Where clients find it."""
+    """The address of the socket as a URL."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class HeaderTimeoutProtocol(H11Protocol):
-    """uvicorn's, with an end to its patience: a client has `HEAD_SECONDS` for the head of its request."""
+    """uvicorn's protocol with a timeout: the header of a request must arrive within `HEADER_TIMEOUT_SECONDS`."""
 
     _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The time for the first request begins."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
         self._update_header_timer(True)
 
     def data_received(self, data: bytes) -> None:
-        """It goes on whatever comes in drops, and ends with a whole head."""
+        """Stop the timer when the header is complete; data that is part of one does not reset it."""
         super().data_received(data)
         self._update_header_timer(self.cycle is None or self.cycle.response_complete)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more will come."""
+        """Stop the timer."""
         super().connection_lost(exc)
         self._update_header_timer(False)
 
@@ -85,7 +86,7 @@ class HeaderTimeoutProtocol(H11Protocol):
             self._header_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP gets an error of ours, unless an answer is on its way already."""
+        """Respond to data that is not HTTP with an error of ours, unless a response has begun."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = bytes(APIError(400, "this is not HTTP/1.1").response().body)
             head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -94,9 +95,9 @@ class HeaderTimeoutProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Runs an app until SIGTERM or Ctrl-C; then new requests are refused, and those that run may take `grace` seconds.
+    """Runs an application until SIGTERM or Ctrl-C; then refuses new requests, and waits for `grace_seconds`.
 
-    A second signal ends that time. It ends by itself, with `broken` set, when the thread of a model has died.
+    A second signal ends the wait. The server stops with `broken` set when the scheduler thread of a model has died.
     """
 
     def __init__(
@@ -127,12 +128,12 @@ class Server(uvicorn.Server):
         self.broken = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to answer, and say so."""
+        """Start to accept requests, and call `on_ready`."""
         await super().startup(sockets)
         self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
+        """Start the shutdown at the first signal, and end its wait at the second."""
         if self._shutdown_deadline is not None:
             self.force_exit = sig == signal.SIGINT and self._shutdown_deadline == 0
             self._shutdown_deadline = 0
@@ -142,7 +143,7 @@ class Server(uvicorn.Server):
             scheduler.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: is it time to go?"""
+        """Return whether to stop; uvicorn asks ten times a second."""
         if self._shutdown_deadline is None:
             self.broken = not all(scheduler.alive for scheduler in self._schedulers)
             self.should_exit = self.should_exit or self.broken

@@ -7,7 +7,7 @@ from gpt2.hardware import device_name, measure_matmul, peak_memory
 from gpt2.lora import trainable_parameters
 from gpt2.planning.costs import flops_per_token
 from gpt2.reporting.findings import RunFacts
-from gpt2.reporting.metrics import plot_loss
+from gpt2.reporting.plots import plot_loss
 from gpt2.reporting.report import MAX_ENTROPY_TOKENS, unigram_entropy, write_markdown_report
 from gpt2.train.setup import Run
 
@@ -52,6 +52,7 @@ def _run_facts(run: Run, entropy: float, peak: int, stop_reason: str) -> RunFact
         data=data.name,
         train_tokens=data.train_tokens,
         val_tokens=data.val_tokens,
+        tokens_per_epoch=run.loader.windows_per_epoch * config.block_size,
         flops_per_token=flops_per_token(run.model.config, config.block_size),
         matmul_flops=None if stop_reason else size * measure_matmul(run.device, run.dtype),
         peak_memory_bytes=peak or None,

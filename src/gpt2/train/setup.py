@@ -11,9 +11,10 @@ import torch
 
 from gpt2.config import AUTO_BATCH_SIZE, TrainConfig
 from gpt2.data.dataset import Dataset
-from gpt2.data.instruct import InstructDataset, is_instruct_data, open_instruct
+from gpt2.data.instruct import InstructDataset, open_instruct
 from gpt2.data.loader import BatchLoader
 from gpt2.data.prepare import open_data
+from gpt2.data.resolve import Rows, resolve_data
 from gpt2.distributed.parallel import DistributedModel, pick_parallel_kind
 from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt2.embeddings import extend_vocabulary
@@ -22,7 +23,8 @@ from gpt2.files import expand_path
 from gpt2.lora import add_adapter, base_fingerprint, load_adapter_weights, read_adapter
 from gpt2.model import GPT
 from gpt2.optimizers import build_optimizers
-from gpt2.planning.plan import fits_full_model, largest_batch_size, setup_device
+from gpt2.planning.plan import fits_full_model, largest_batch_size
+from gpt2.planning.target import setup_device
 from gpt2.reporting.metrics import read_metrics
 from gpt2.runtime import (
     DTYPE_NAMES,
@@ -186,14 +188,14 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAn
 
 
 def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: ChatTemplate | None) -> Dataset:
-    """The data of a run, tokenized: rows of prompts and answers, or text."""
-    if not is_instruct_data(config.data, config.columns):
-        return replace(open_data(config.data, tokenizer, config.columns), separate_documents=config.separate_documents)
+    """The data of a run, as a tokenizer's tokens: rows of prompts and answers, or text."""
+    data = resolve_data(config.data, config.columns)
+    if not isinstance(data, Rows):
+        return replace(open_data(data, tokenizer), separate_documents=config.separate_documents)
     return open_instruct(
-        config.data,
+        data,
         get_tokenizer(tokenizer or "gpt2") if isinstance(tokenizer, str | None) else tokenizer,
         template or ChatTemplate(),
-        columns=config.columns,
         mask_prompt=config.mask_prompt,
     )
 

@@ -1,16 +1,16 @@
-// What is drawn of the model's mind: chances, attention, layers, tokens, and the tree.
+// Drawing of probabilities, attention weights, layers, tokens and the tree.
 
-import { $, clamp, el, percent, shadeOf, spelled } from "./dom.js";
+import { $, clamp, el, percent, shadeOf, visible } from "./dom.js";
 import { pathTo } from "./tree.js";
 
-// Bars of chances: as long as they are after the settings, with a tick at the model's own.
-export function drawBars(list, tokens, onPick = null, chosen = null) {
+// Bars of probabilities after the sampling parameters, with a tick at the probability of the model.
+export function drawBars(list, tokens, onPick = null, selected = null) {
   const most = Math.max(1e-9, ...tokens.map((token) => Math.max(token.probability, token.raw)));
-  list.replaceChildren(...tokens.map((token) => bar(token, most, onPick, token.id === chosen)));
+  list.replaceChildren(...tokens.map((token) => bar(token, most, onPick, token.id === selected)));
 }
 
 function bar(token, most, onPick, isChosen) {
-  const word = el("span", { className: "word" }, spelled(token.text));
+  const word = el("span", { className: "word" }, visible(token.text));
   const [own, after] = [el("i", { className: "own" }), el("i", { className: "after" })];
   own.style.width = `${(100 * token.raw) / most}%`;
   after.style.width = `${(100 * token.probability) / most}%`;
@@ -24,8 +24,8 @@ function bar(token, most, onPick, isChosen) {
   return el("li", {}, button);
 }
 
-// Arrow keys move within a group of buttons of which Tab meets one.
-export function rove(container, selector, across = 1) {
+// Arrow keys within a group of buttons that is one stop for Tab (roving tabindex).
+export function addArrowKeys(container, selector, across = 1) {
   container.addEventListener("keydown", (event) => {
     const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across, Home: -Infinity, End: Infinity };
     const items = [...container.querySelectorAll(selector)];
@@ -39,13 +39,13 @@ export function rove(container, selector, across = 1) {
   });
 }
 
-export const say = (panel, text) => panel.replaceChildren(el("p", { className: "quiet" }, text));
+export const showMessage = (panel, text) => panel.replaceChildren(el("p", { className: "quiet" }, text));
 
-// One square for each head, stronger the more it looks at one token; the first does not count.
+// One square for each head; its strength is the largest attention weight, without that of the first token.
 export function drawAttention(panel, { weights, texts }, word) {
   const [layers, heads] = [weights.length, weights[0].length];
-  const intro = el("p", { className: "quiet" }, "Where the model looked just before it chose ", el("b", {}, spelled(word)),
-    ". A row for each layer, a square for each head: the stronger, the more it looks at one token. The first token does not count, for a head looks there that has nothing to do.");
+  const intro = el("p", { className: "quiet" }, "Attention weights at the position that predicts ", el("b", {}, visible(word)),
+    ". A row for each layer, a square for each head: the stronger, the larger its largest weight. The first token is not counted, because many heads attend to it by default.");
   const text = el("p", { className: "looked" });
   const title = el("h2");
   const most = el("ol", { className: "bars" });
@@ -53,8 +53,8 @@ export function drawAttention(panel, { weights, texts }, word) {
   grid.style.setProperty("--heads", heads);
   const show = (name, row) => {
     title.textContent = name;
-    paintLooked(text, texts, row);
-    drawBars(most, strongest(row, texts));
+    paintAttention(text, texts, row);
+    drawBars(most, topPositions(row, texts));
   };
   const buttons = weights.flatMap((layer, l) => layer.map((row, h) => headButton(l, h, row)));
   buttons[0].tabIndex = 0;
@@ -71,7 +71,7 @@ export function drawAttention(panel, { weights, texts }, word) {
   const average = texts.map((_, t) => weights.flat().reduce((sum, row) => sum + row[t], 0) / (layers * heads));
   mean.addEventListener("click", () => press(mean, "All heads together", average));
   grid.append(...buttons);
-  rove(grid, "button", heads);
+  addArrowKeys(grid, "button", heads);
   panel.replaceChildren(intro, grid, mean, title, text, most);
   show("All heads together", average);
 }
@@ -82,33 +82,33 @@ function headButton(l, h, row) {
   return button;
 }
 
-function paintLooked(text, texts, row) {
+function paintAttention(text, texts, row) {
   const most = Math.max(...row.slice(row.length > 1 ? 1 : 0), 1e-9);
   text.replaceChildren(...texts.map((piece, i) => {
-    const mark = el("span", { title: `${spelled(piece)} ${percent(row[i])}` }, piece);
+    const mark = el("span", { title: `${visible(piece)} ${percent(row[i])}` }, piece);
     mark.style.setProperty("--weight", Math.min(1, row[i] / most));
     return mark;
   }));
 }
 
-function strongest(row, texts) {
+function topPositions(row, texts) {
   const order = row.map((weight, i) => ({ id: i, text: texts[i], probability: weight, raw: weight }));
   return order.sort((a, b) => b.raw - a.raw).slice(0, 5);
 }
 
-// What each layer would have said, the last one on top.
+// The prediction of each layer (logit lens), the last one on top.
 export function drawLayers(panel, { layers }, word) {
-  const intro = el("p", { className: "quiet" }, "What each layer would have said in place of ", el("b", {}, spelled(word)),
-    ", had the model ended there.");
+  const intro = el("p", { className: "quiet" }, "The prediction of each layer (logit lens) in place of ", el("b", {}, visible(word)),
+    ".");
   const table = el("table", { className: "lens" });
-  const head = ["Layer", "Would say", "", "", `Chance of ${spelled(word)}`];
+  const head = ["Layer", "Prediction", "", "", `Probability of ${visible(word)}`];
   table.append(el("thead", {}, el("tr", {}, el("th", { scope: "col" }, head[0]), el("th", { scope: "col", colSpan: 3 }, head[1]),
     el("th", { scope: "col" }, head[4]))));
   const body = el("tbody");
   for (const layer of [...layers].reverse()) {
     const row = el("tr", {}, el("th", { scope: "row" }, layer.layer === 0 ? "in" : String(layer.layer)));
     for (const token of layer.tokens.slice(0, 3)) {
-      const cell = el("td", { title: percent(token.probability) }, spelled(token.text));
+      const cell = el("td", { title: percent(token.probability) }, visible(token.text));
       cell.style.setProperty("--weight", token.probability);
       if (token.text === word) cell.className = "same";
       row.append(cell);
@@ -120,29 +120,29 @@ export function drawLayers(panel, { layers }, word) {
   panel.replaceChildren(intro, el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "Layers" }, table));
 }
 
-// Every token of the text with what the model thought of it.
+// Every token of the text with its probability and rank.
 export function drawTokens(panel, tokens, perplexity, onPick) {
   const number = el("p", { className: "big" }, perplexity === null ? "–" : perplexity.toPrecision(4).replace(/\.?0+$/, ""), el("small", {}, " perplexity"));
   const bits = perplexity === null ? "" : `, ${Math.log2(perplexity).toFixed(2)} bits each`;
   const note = el("p", { className: "quiet" }, `${tokens.length} tokens${bits}. Arrow keys move, Enter shows the alternatives.`);
   const list = el("div", { className: "tokens", role: "group", "aria-label": "Tokens of the text" });
   tokens.forEach((token, i) => {
-    const known = token.logprob !== null; // nothing stood before the first
-    const chance = known ? `${percent(Math.exp(token.logprob))}, rank ${token.rank}` : "the beginning";
+    const known = token.logprob !== null; // the first token has no context
+    const probability = known ? `${percent(Math.exp(token.logprob))}, rank ${token.rank}` : "first token";
     const button = el("button", { type: "button", className: `${known ? shadeOf(token.logprob) : ""}${token.text.endsWith("\n") ? " broken" : ""}`, tabIndex: i ? -1 : 0,
-      title: chance, "aria-label": `${token.text.trim() || spelled(token.text)}, ${chance}` }, spelled(token.text));
+      title: probability, "aria-label": `${token.text.trim() || visible(token.text)}, ${probability}` }, visible(token.text));
     button.addEventListener("click", () => onPick(i, button));
     list.append(button);
   });
-  rove(list, "button");
+  addArrowKeys(list, "button");
   panel.replaceChildren(number, note, list);
 }
 
-// The tree: a branch for each way the text went.
+// The tree: a branch for each continuation.
 export function drawTree(panel, tree, onPick) {
   const here = new Set([tree.root, ...pathTo(tree.leaf)]);
   const list = branches(tree.root, here, tree.leaf, onPick);
-  const intro = el("p", { className: "quiet" }, "What was said, and what might have been. Pick a branch to go back to it.");
+  const intro = el("p", { className: "quiet" }, "All continuations of the text. Select a branch to return to it.");
   panel.replaceChildren(intro, list.children.length ? list : el("p", { className: "quiet" }, "Nothing yet."));
 }
 
@@ -170,8 +170,8 @@ function branch(first, here, leaf, onPick) {
   return item;
 }
 
-// Puts a card under what it is about, or over it where there is no room under it.
-export function place(card, rect) {
+// Places a card below a rectangle, or above it if there is no room below.
+export function placeCard(card, rect) {
   card.hidden = false;
   const { offsetWidth: width, offsetHeight: height } = card, gap = 8;
   const above = rect.bottom + height + gap > innerHeight && rect.top > height + gap;
@@ -180,12 +180,12 @@ export function place(card, rect) {
   card.style.top = `${(above ? rect.top - height - 6 : rect.bottom + 6) + scrollY}px`;
 }
 
-export function fillCard(card, told, word, actions) {
-  const { asked, rank } = told;
-  const head = el("p", { className: "head" }, el("b", {}, spelled(word)), asked ? ` ${percent(asked.raw)}, rank ${rank}` : "");
+export function fillCard(card, result, word, actions) {
+  const { asked, rank } = result;
+  const head = el("p", { className: "head" }, el("b", {}, visible(word)), asked ? ` ${percent(asked.raw)}, rank ${rank}` : "");
   const list = el("ol", { className: "bars" });
-  const isShown = !asked || told.tokens.some((token) => token.id === asked.id);
-  drawBars(list, isShown ? told.tokens : [...told.tokens.slice(0, -1), asked], actions.pick, asked?.id);
+  const isShown = !asked || result.tokens.some((token) => token.id === asked.id);
+  drawBars(list, isShown ? result.tokens : [...result.tokens.slice(0, -1), asked], actions.pick, asked?.id);
   const row = el("div", { className: "row" });
   for (const [name, act] of Object.entries(actions.more)) {
     const button = el("button", { type: "button", className: "plain" }, name);
