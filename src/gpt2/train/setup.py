@@ -30,6 +30,7 @@ from gpt2.runtime import (
     DTYPE_NAMES,
     DTYPES,
     apply_activation_checkpointing,
+    auto_training_dtype,
     compile_blocks,
     pick_compile,
     pick_training_dtype,
@@ -60,6 +61,7 @@ class Run:
     artifact: ModelArtifact
     ranks: ProcessGroup
     distributed_model: DistributedModel
+    dtype_reason: str = ""  # why `--dtype auto` chose it; "" for a dtype that was given
     step: int = 0  # updates done
     checkpoint: Path | None = None  # the one that the run resumes from
     checkpoint_metadata: dict[str, Any] = field(default_factory=dict)  # of every checkpoint: see `run_metadata`
@@ -100,6 +102,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
         if checkpoint is not None and not checkpoint.exists():
             raise ConfigError(f"{checkpoint} does not exist here: --out-dir must be on a disk that all hosts share")
     model, data, artifact = ranks.main_process_first(lambda: load_model_and_data(config, checkpoint))
+    dtype_reason = auto_training_dtype(device, model.config.n_embd)[1] if config.dtype == "auto" else ""
     config, kind = ranks.broadcast_from_main(lambda: _resolve_config(config, model, device, ranks))
     ranks = ranks.with_timeout(config.rank_timeout)
     metadata = run_metadata(config, data)
@@ -126,6 +129,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
         optimizers=build_optimizers(model, config),
         device=device,
         dtype=DTYPES[config.dtype],
+        dtype_reason=dtype_reason,
         artifact=artifact,
         ranks=ranks,
         distributed_model=distributed_model,
