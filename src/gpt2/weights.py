@@ -199,12 +199,17 @@ def read_config(folder: Path) -> GPTConfig:
         "layer_norm_epsilon": (int, float),
         "tie_word_embeddings": bool,
         "resid_pdrop": (int, float),
+        "embd_pdrop": (int, float),
+        "attn_pdrop": (int, float),
     }
     others = {key: raw[key] for key in kinds if raw.get(key) is not None}
     for key, value in others.items():
         if not isinstance(value, kinds[key]):
             raise UserError(f"{path}: {key} cannot be {value!r}")
     context, dropout = sizes.pop("n_positions"), others.pop("resid_pdrop", 0.0)
+    for name in ("embd", "attn"):  # set in the config only if they differ
+        rate = others.pop(f"{name}_pdrop", dropout)
+        others |= {} if rate == dropout else {f"{name}_dropout": rate}
     try:
         return GPTConfig(block_size=context, dropout=dropout, **sizes, **others)
     except UserError as error:
@@ -226,8 +231,8 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype
         "activation_function": config.activation_function,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": 0.02,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout if config.embd_dropout is None else config.embd_dropout,
+        "attn_pdrop": config.dropout if config.attn_dropout is None else config.attn_dropout,
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": DTYPE_NAMES[dtype],
