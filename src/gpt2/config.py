@@ -136,7 +136,7 @@ class TrainConfig:
 
     seed: int = option(1337, "random seed of the weights, the dropout and the order of the data", fixed=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option("auto", "dtype of matrix products: float32, bfloat16, or auto for the faster of the two")
+    dtype: str = option("auto", "dtype of matrix products: float32, bfloat16, or auto, by hardware and width")
     matmul_precision: str = option(
         "high", "precision of float32 matrix products on a GPU: highest, high (TF32) or medium"
     )
@@ -222,6 +222,7 @@ class TrainConfig:
 
 
 FIXED_ON_RESUME = tuple(f.name for f in fields(TrainConfig) if f.metadata["fixed"])
+MOVABLE = ("data", "init_from", "template")  # paths: the fingerprints of what they name decide, in each checkpoint
 FINETUNING_FIELDS = tuple(f.name for f in fields(TrainConfig) if f.metadata["tuning"])
 
 
@@ -297,11 +298,17 @@ def config_for_resume(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
 
 
 def check_same_run(folder: Path, config: TrainConfig) -> None:
-    """Raises ConfigError when `config` differs from the run in `folder` in a setting that must not change."""
+    """Raises ConfigError when `config` differs from the run in `folder` in a setting that must not change.
+
+    Once there is a checkpoint, which has the fingerprint of the data, the files in MOVABLE may have another path.
+    """
     stored = read_toml(folder / "config.toml")
     shape = ("n_layer", "n_head", "n_embd", "block_size")
+    has_checkpoint = any((folder / "checkpoints").glob("step-*"))
     for name in FIXED_ON_RESUME:
         was, value = getattr(stored, name), getattr(config, name)
+        if name in MOVABLE and has_checkpoint and was and value:
+            continue
         if was != value and not (name in shape and config.init_from):  # the stored shape is that of the given model
             raise ConfigError(
                 f"{folder} was started with {_flag(name)} {was}: it cannot be resumed with {value}", field=name

@@ -53,7 +53,20 @@ def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
         ("stop", "TEXT", "end the text before TEXT, which is not shown"),
     ):
         parser.add_flag(name, action="append", default=[], metavar=metavar, help=f"{description}; repeatable")
-    parser.add_flag("seed", type=int, default=None, help="the same seed gives the same text")
+    parser.add_flag(
+        "stop-escaped",
+        action="append",
+        dest="stop",
+        type=unescape,
+        metavar="TEXT",
+        help="the same, with C escapes: --stop-escaped '\\n' is a newline",
+    )
+    parser.add_flag("seed", type=int, default=None, help="the same seed gives the same text; -1 for a random one")
+
+
+def unescape(text: str) -> str:
+    """`text` with C escapes such as ``\\n``, ``\\t`` and ``\\x41`` replaced. Raises ValueError for a broken one."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
 def sampling_from_args(args: Namespace) -> Sampling:

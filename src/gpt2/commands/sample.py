@@ -1,9 +1,8 @@
 """gpt2 sample MODEL --prompt TEXT"""
 
 import math
-import secrets
 import sys
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -22,9 +21,9 @@ from gpt2.errors import ConfigError, ModelFilesError, UserError
 from gpt2.generation.beam_search import beam_search_texts
 from gpt2.generation.contrastive_search import contrastive_stream
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
-from gpt2.generation.sampling import Sampling
+from gpt2.generation.sampling import Sampling, resolve_seed
 from gpt2.generation.speculative import DraftModel, PromptLookup, SpeculativeTextStream, speculate
-from gpt2.generation.text import MAX_BATCH_SIZE, MAX_SAMPLES, TextStream, stream
+from gpt2.generation.text import MAX_BATCH_SIZE, MAX_SAMPLES, TextStream, encode_prompt, stream
 from gpt2.tokenizer import Tokenizer
 
 LOGPROBS_TABLE_HEADER = "  prob.   token             most likely"
@@ -47,6 +46,12 @@ def main(argv: list[str]) -> None:
     )
     parser.add_flag("num-samples", type=int, default=1, help="samples per prompt [1]")
     add_sampling_flags(parser, max_new_tokens=200)
+    parser.add_flag(
+        "skip-special-tokens",
+        action=BooleanOptionalAction,
+        default=True,
+        help="leave special tokens such as <|im_start|> out of the texts [true]",
+    )
     _add_mode_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args(argv)
@@ -116,7 +121,11 @@ def _print_texts(
     model: LanguageModel, tokenizer: Tokenizer | None, prompts: list[str], sampling: Sampling, args: Namespace
 ) -> None:
     prefixes = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    limits = {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
+    limits = {
+        "max_new_tokens": args.max_new_tokens,
+        "stop": args.stop,
+        "skip_special_tokens": args.skip_special_tokens,
+    }
     if args.num_beams is not None:
         beams = {"num_beams": args.num_beams, "num_return": args.num_samples, "sampling": sampling}
         beams |= {name: getattr(args, name) for name in BEAM_SEARCH_FLAGS if getattr(args, name) is not None}
@@ -188,15 +197,16 @@ def _logprob_lines(
     """Yield (sample, line) for each new token; samples are numbered as by `stream`."""
     if tokenizer is None:
         raise ModelFilesError("this model folder has no tokenizer: text needs one")
-    end, seed = tokenizer.end_of_text, secrets.randbits(32) if args.seed is None else args.seed
+    seed = resolve_seed(args.seed)
     requests = [
-        GenerationRequest(ids, sampling, args.max_new_tokens, seed, sample, (end,), args.logprobs)
-        for ids in (tokenizer.encode(prompt, allow_special=True) or [end] for prompt in prompts)
+        GenerationRequest(ids, sampling, args.max_new_tokens, seed, sample, tokenizer.end_tokens, args.logprobs)
+        for ids in (encode_prompt(tokenizer, prompt) for prompt in prompts)
         for sample in range(args.num_samples)
     ]
     longest = max(len(request.prompt) for request in requests) + args.max_new_tokens
     engine = Engine(model, min(len(requests), MAX_BATCH_SIZE), longest)
-    running = {engine.submit(request): (i, TextStream(tokenizer, args.stop)) for i, request in enumerate(requests)}
+    texts = [TextStream(tokenizer, args.stop, min_tokens=sampling.min_new_tokens) for _ in requests]
+    running = {engine.submit(request): (i, texts[i]) for i, request in enumerate(requests)}
     while not engine.idle:
         for token in engine.step():
             sample, text = running[token.sequence]
