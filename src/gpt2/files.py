@@ -1,5 +1,6 @@
 """Files and folders: user-typed paths, the cache, downloads, and folders that are written completely or not at all."""
 
+import difflib
 import errno
 import hashlib
 import os
@@ -26,6 +27,25 @@ def expand_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{text} cannot be found: {str(error)[:1].lower()}{str(error)[1:].rstrip('.')}") from None
+
+
+def similar_model_folder(path: Path) -> Path | None:
+    """The run or model folder that a path which does not exist was probably meant to be: the same name in runs/, or a
+    similar one beside it."""
+    in_runs = Path("runs") / path
+    if not path.is_absolute() and _has_model(in_runs):
+        return in_runs
+    folder = path.parent if path.parent != Path() else Path("runs")
+    try:
+        names = [entry.name for entry in folder.iterdir() if _has_model(entry)]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return folder / close[0] if close else None
+
+
+def _has_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "model/config.json"))
 
 
 def cache_home() -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gpt2.errors import UserError
-from gpt2.files import expand_path, staging_folder
+from gpt2.files import expand_path, similar_model_folder, staging_folder
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
@@ -164,6 +164,9 @@ def find_model_folder(ref: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path} is no model folder: it has no config.json (nor model/config.json, as a run has)")
     name = str(ref)
+    similar = None if name in HUB_ALIASES else similar_model_folder(path)
+    if similar is not None:
+        raise UserError(f"there is no model folder {path} (did you mean '{similar}'?)")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {path}")
     return _download_from_hub(HUB_ALIASES.get(name, name))

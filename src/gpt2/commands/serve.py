@@ -11,10 +11,7 @@ from typing import Any
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
 from gpt2.errors import ConfigError, missing_extra
-from gpt2.generation.inference import prepare_for_inference
-from gpt2.hardware import GiB
 from gpt2.serve.limits import Limits
-from gpt2.templates import ChatTemplate
 
 
 def main(argv: list[str]) -> int:
@@ -74,6 +71,7 @@ def _parse(argv: list[str]) -> Namespace:
 
 
 def _serve(args: Namespace) -> int:
+    from gpt2.hardware import GiB
     from gpt2.serve.app import create_app
     from gpt2.serve.middleware import LOOPBACK_HOSTS, AccessPolicy
     from gpt2.serve.uvicorn_server import Server, base_url, bind_socket, is_loopback
@@ -123,7 +121,9 @@ def _api_keys(args: Namespace, loopback: bool) -> list[str]:
 
 def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
     """The models by name, loaded and with their schedulers."""
+    from gpt2.generation.inference import prepare_for_inference
     from gpt2.serve.models import create_served_model, served_model_name
+    from gpt2.templates import ChatTemplate
 
     if args.context is not None and args.context < 1:
         raise ConfigError(f"--context must be at least 1, not {args.context}", field="context")
