@@ -29,19 +29,20 @@ def expand_path(text: str | Path) -> Path:
         raise UserError(f"{text} cannot be found: {str(error)[:1].lower()}{str(error)[1:].rstrip('.')}") from None
 
 
-def similar_model_folder(path: Path) -> Path | None:
-    """The run or model folder that a path which does not exist was probably meant to be: the same name in runs/, or a
-    similar one beside it."""
-    in_runs = Path("runs") / path
-    if not path.is_absolute() and _has_model(in_runs):
-        return in_runs
-    folder = path.parent if path.parent != Path() else Path("runs")
+def similar_model_folder(ref: str) -> Path | None:
+    """The run or model folder that a path which does not exist was probably meant to be, or None.
+
+    A bare name may be one of the hub: it is only looked up in runs/. Beside a path, similar names are too.
+    """
+    path = expand_path(ref)
+    if "/" not in ref:
+        return Path("runs") / ref if _has_model(Path("runs") / ref) else None
     try:
-        names = [entry.name for entry in folder.iterdir() if _has_model(entry)]
+        names = [entry.name for entry in path.parent.iterdir() if _has_model(entry)]
     except OSError:
         return None
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-    return folder / close[0] if close else None
+    return path.parent / close[0] if close else None
 
 
 def _has_model(folder: Path) -> bool:

@@ -62,7 +62,7 @@ def load(
     """Load a model, in evaluation mode, and its tokenizer.
 
     ref:     a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
-    device:  a device or a name for `pick_device`, which replaces a missing device by the CPU, with a warning.
+    device:  a device, or a name for `pick_device`, which raises ConfigError for a missing device.
     dtype:   the dtype of the weights; None keeps that of the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
@@ -164,7 +164,7 @@ def find_model_folder(ref: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path} is no model folder: it has no config.json (nor model/config.json, as a run has)")
     name = str(ref)
-    similar = None if name in HUB_ALIASES else similar_model_folder(path)
+    similar = None if name in HUB_ALIASES else similar_model_folder(name)
     if similar is not None:
         raise UserError(f"there is no model folder {path} (did you mean '{similar}'?)")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

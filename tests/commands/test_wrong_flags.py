@@ -72,7 +72,7 @@ def test_a_positional_prompt_is_the_same_as_the_flag(base: str, capsys: pytest.C
 def test_a_bare_resume_takes_the_newest_run(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run_cli(capsys, "train", "--resume", "--print-config")
     assert code == 0, err
-    assert 'name = "quickstart"' in out
+    assert 'data = "my.txt"' in out
 
 
 def test_export_does_not_replace_another_model(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

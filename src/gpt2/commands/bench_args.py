@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from gpt2.cli import FlagRule, Parser
+from gpt2.cli import FlagRule, Parser, given_flags, reject_unused_flags
 from gpt2.commands.generation_args import DEVICE_HELP, PRECISIONS, check_precision
 
 SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size")

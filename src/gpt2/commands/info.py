@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
+from gpt2.reporting.units import format_bytes
 
 if TYPE_CHECKING:
     from gpt2.resolve import ResolvedModel

@@ -31,6 +31,7 @@ def _parse(argv: list[str]) -> Namespace:
         prog="gpt2 serve",
         description="Serve OpenAI's API (completions, chat completions, models) and the playground. "
         "SIGTERM or Ctrl-C finishes running requests and refuses new ones.",
+        examples=("gpt2 serve runs/quickstart", "gpt2 serve gpt2 gpt2-medium --port 9000 --dtype bfloat16"),
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="run folders, model folders, or hub names")
     parser.add_flag("host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on [127.0.0.1]")
