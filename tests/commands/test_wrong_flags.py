@@ -37,6 +37,11 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("finetune {base} --data qa.jsonl --epochs 1 --max-steps 5", "--epochs and --max-steps both give the length"),
         ("finetune --resume runs/quickstart", "was made by gpt2 train: gpt2 train --resume runs/quickstart"),
         ("train my.txt", "my.txt is no recipe, and no .toml file: to train on it, use --data my.txt"),
+        (
+            "train --data qa.jsonl",
+            "has prompts and answers, and --tokenizer bpe:1024 is trained on text: use gpt2 finet",
+        ),
+        ("train --data my.txt --tokenizer bpe:abc", "tokenizer 'bpe:abc': bpe:N needs a number of tokens"),
         ("train --learning-rate 1", "there is no --learning-rate (did you mean '--lr'?)"),
         ("train quickstart --learning_rate=1", "there is no --learning_rate (did you mean '--lr'?)"),
         ("train --decay-steps 5", "--decay-steps needs --schedule wsd"),

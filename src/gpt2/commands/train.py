@@ -36,6 +36,8 @@ METAVARS = {
     "sample_prompt": "TEXT",
     "wandb": "PROJECT",
 }
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+GPU_RECIPES = ("shakespeare", "shakespeare-bpe", "gpt2-124m")
 RULES = (
     FlagRule(("lora_alpha", "lora_targets", "lora_dropout"), lambda c: c.lora_rank > 0, "{} needs --lora-rank"),
     FlagRule(("decay_steps",), lambda c: c.schedule == "wsd", "{} needs --schedule wsd"),
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
         parser.parse_args(argv)
     from gpt2.commands.training import broadcast_config, make_sampler
     from gpt2.distributed.process_group import process_group
+    from gpt2.runtime import pick_device
     from gpt2.train.non_finite import replay_dump
     from gpt2.train.trainer import Interrupted, train
 
@@ -71,6 +74,9 @@ def main(argv: list[str]) -> int:
             if ranks.is_main_process:
                 print(to_toml(config), end="")
             return 0
+        if base in GPU_RECIPES and ranks.is_main_process and pick_device(config.device).type == "cpu":
+            message = f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu"
+            print(f"gpt2: {message}", file=sys.stderr)
         try:
             folder = train(config, make_sampler(config), ranks)
         except Interrupted as stop:
@@ -106,6 +112,7 @@ def resolve_config(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
     config = _merge_flags(base_recipe, flags)
     reject_unused_flags(flags, config, RULES)
     _check_given_model(config, flags)
+    check_rows(config)
     return config
 
 
@@ -144,6 +151,18 @@ def newest_run(out_dir: str) -> Path:
     if not runs:
         raise ConfigError(f"--resume: there is no run in {out_dir}", field="resume")
     return max(runs, key=lambda path: (max(p.stat().st_mtime for p in (path, path.parent)), path)).parent
+
+
+def check_rows(config: TrainConfig) -> None:
+    """Raise ConfigError for rows of prompts and answers with a tokenizer that would have to be trained on text."""
+    from gpt2.data.resolve import Rows, resolve_data
+
+    trained, is_file = (config.tokenizer or "").startswith("bpe:"), Path(config.data).suffix in ROW_SUFFIXES
+    if trained and is_file and isinstance(resolve_data(config.data, config.columns), Rows):
+        problem = f"{config.data} has prompts and answers, and --tokenizer {config.tokenizer} is trained on text"
+        raise ConfigError(
+            f"{problem}: use gpt2 finetune MODEL --data {config.data}, or --tokenizer bytes", field="data"
+        )
 
 
 def _check_given_model(config: TrainConfig, flags: dict[str, Any]) -> None:
