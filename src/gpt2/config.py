@@ -5,12 +5,14 @@ import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gpt2.errors import ConfigError, did_you_mean
 from gpt2.files import expand_path
-from gpt2.lora import LoRAConfig
-from gpt2.model import GPTConfig
+
+if TYPE_CHECKING:
+    from gpt2.lora import LoRAConfig
+    from gpt2.model import GPTConfig
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -153,7 +155,9 @@ class TrainConfig:
     tensorboard: bool = option(False, "also write TensorBoard files into the run folder")
     wandb: str | None = option(None, "also log to this Weights & Biases project; WANDB_MODE=offline is honoured")
     profile: bool = option(False, "write a profiler trace of a few early steps into the run folder")
-    resume: str = option("never", "auto: resume the run of this name if it exists; or the run folder to resume")
+    resume: str = option(
+        "never", "the run folder to resume, without a value the newest; or auto: the run of this name if it exists"
+    )
 
     def check(self) -> "TrainConfig":
         """Return the config itself. Raises ConfigError for the first value that is not supported."""
@@ -204,8 +208,10 @@ class TrainConfig:
             eval_every=min(self.eval_every, max(1, steps // 10)),
         )
 
-    def model_config(self, vocab_size: int) -> GPTConfig:
+    def model_config(self, vocab_size: int) -> "GPTConfig":
         """The shape of a new model with these settings and this vocabulary size."""
+        from gpt2.model import GPTConfig  # here: it imports torch, which `gpt2 train --help` does not need
+
         return GPTConfig(
             vocab_size=vocab_size,
             block_size=self.block_size,
@@ -215,8 +221,10 @@ class TrainConfig:
             dropout=self.dropout,
         )
 
-    def lora_config(self) -> LoRAConfig:
+    def lora_config(self) -> "LoRAConfig":
         """The LoRA settings of the run; without `lora_alpha`, alpha is twice the rank."""
+        from gpt2.lora import LoRAConfig
+
         targets = tuple(target.strip() for target in self.lora_targets.split(",") if target.strip())
         return LoRAConfig(self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_dropout, targets)
 

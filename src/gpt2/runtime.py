@@ -24,10 +24,11 @@ MIN_BFLOAT16_WIDTH = 256  # on a CPU, narrower models lose in casts what bfloat1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", *, fall_back: bool = False) -> torch.device:
     """The device called `name`: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps".
 
-    A device that this machine does not have becomes the CPU, with a warning. Raises ConfigError for other names.
+    fall_back: use the CPU, with a warning, instead of a device that this machine does not have.
+    Raises ConfigError for a device that this machine does not have, and for other names.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -40,6 +41,8 @@ def pick_device(name: str = "auto") -> torch.device:
         "cuda": torch.cuda.is_available() and index < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
+    if not available[kind] and not fall_back:
+        raise ConfigError(f"there is no {name} device on this machine: use --device cpu", field="device")
     if not available[kind]:
         log.warning("there is no %s device on this machine: running on the CPU", name)
         return torch.device("cpu")

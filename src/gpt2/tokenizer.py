@@ -291,9 +291,11 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
     if ref == "bytes":
         return ByteTokenizer()
     if isinstance(ref, str) and ref.split(":")[0] == "bpe":
+        if not ref.removeprefix("bpe:").isdecimal():
+            raise ConfigError(f"tokenizer '{ref}': bpe:N needs a number of tokens, as in bpe:1024", field="tokenizer")
         raise ConfigError(
-            f"tokenizer '{ref}' must be trained on the data first, by `gpt2 train` or `gpt2 data prepare`: then name "
-            "its folder",
+            f"tokenizer '{ref}' is trained on text, which there is none of here: name gpt2, bytes, or the folder of a "
+            "tokenizer (gpt2 data prepare writes one)",
             field="tokenizer",
         )
     folder = expand_path(ref)

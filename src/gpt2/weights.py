@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2.end_tokens import format_eos_token_id, read_end_tokens
 from gpt2.errors import UserError
-from gpt2.files import expand_path, staging_folder
+from gpt2.files import expand_path, similar_model_folder, staging_folder
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
@@ -63,7 +63,7 @@ def load(
     """Load a model, in evaluation mode, and its tokenizer.
 
     ref:     a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
-    device:  a device or a name for `pick_device`, which replaces a missing device by the CPU, with a warning.
+    device:  a device, or a name for `pick_device`, which raises ConfigError for a missing device.
     dtype:   the dtype of the weights; None keeps that of the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
@@ -163,6 +163,9 @@ def find_model_folder(ref: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path} is no model folder: it has no config.json (nor model/config.json, as a run has)")
     name = str(ref)
+    similar = None if name in HUB_ALIASES else similar_model_folder(name)
+    if similar is not None:
+        raise UserError(f"there is no model folder {path} (did you mean '{similar}'?)")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {path}")
     return _download_from_hub(HUB_ALIASES.get(name, name))
