@@ -366,3 +366,10 @@ def test_a_trained_vocabulary_does_not_learn_the_letters_of_end_of_text(tmp_path
     tokens = {data.tokenizer.decode([i]) for i in range(data.tokenizer.vocab_size - 1)}
     assert {"ab", " cd"} <= tokens
     assert "endoftext" not in tokens
+
+
+def test_shards_with_a_meta_pkl_are_not_taken_for_gpt2_tokens(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(np.arange(60, dtype=np.uint16).tobytes())
+    (tmp_path / "meta.pkl").write_bytes(b"a pickle that is not read")
+    with pytest.raises(UserError, match=r"have nanoGPT's meta\.pkl, a vocabulary of their own"):
+        open_data(str(tmp_path))

@@ -46,7 +46,8 @@ def prepare(
     """Tokenize a corpus into shards in `folder`, with the tokenizer's files and a `meta.json`.
 
     Each document ends with the end-of-text token, except the train part of a document that both splits share, and a
-    corpus of one document. An ``<|endoftext|>`` in a text ends a document, too. `folder` is written completely or not at all; it must be empty, or hold the same data.
+    corpus of one document. An ``<|endoftext|>`` in a text ends a document, too. `folder` is written completely or not
+    at all; it must be empty, or hold the same data.
 
     Raises DataError for text that cannot be read or is too short, and for a folder that cannot be written; ConfigError
     for a vocabulary that does not fit 16 bits.
@@ -149,6 +150,11 @@ def _shards_tokenizer(folder: Path, meta: ShardsMeta | None, requested: str | To
     """The tokenizer of the shards in `folder`. Raises DataError if it is missing, or is not the requested one."""
     own = load_tokenizer(folder)
     if own is None and meta is None:
+        if (folder / "meta.pkl").exists():
+            raise DataError(
+                f"the shards in {folder} have nanoGPT's meta.pkl, a vocabulary of their own, probably characters; a "
+                "pickle is not read: name the text that they were made from"
+            )
         return _resolve_tokenizer(requested or "gpt2")
     if own is None or (meta is not None and own.fingerprint != meta.tokenizer.fingerprint):
         raise DataError(f"{folder} lacks the tokenizer that made its shards: prepare them again")

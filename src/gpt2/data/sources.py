@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from gpt2.data.encodings import encoding_hint
 from gpt2.errors import ConfigError, DataError
 from gpt2.files import cache_home, download, read_error
 from gpt2.vocabulary import END_OF_TEXT
@@ -76,7 +77,8 @@ class Document:
                     text += decoder.decode(block, final=position + len(block) >= end)
                 except UnicodeDecodeError as error:
                     offset = position - len(decoder.getstate()[0]) + error.start
-                    raise DataError(f"{self.name} is not UTF-8 text: bad byte at offset {offset:,}") from None
+                    hint = encoding_hint(self.data, offset)
+                    raise DataError(f"{self.name} is not UTF-8 text: bad byte at offset {offset:,}{hint}") from None
                 position += len(block)
                 cut = _last_safe_split(text, searched)
                 if cut:
