@@ -54,7 +54,8 @@ def resolve_data(ref: str, columns: str | None = None, bad_rows: str = "error") 
 
     ref: a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a pattern such as ``notes/*.txt``. A built-in
         name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, the text files (.txt,
-        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (see `ROW_SUFFIXES`);
+        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (see `ROW_SUFFIXES`),
+        beside which a README or license is not text;
         hidden files, run folders, model folders and shard folders do not. A text column of rows gives one document per
         row.
     columns: which columns of rows to read, such as "text=NAME" or "prompt=NAME,answer=NAME"; None detects them from

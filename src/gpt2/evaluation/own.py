@@ -56,7 +56,7 @@ def validation_texts(model: str, tokenizer: Tokenizer) -> list[Text] | None:
         val = open_shards(shards.path, "val")
         ids = val.read(0, min(len(val), MOST_CHARACTERS // 4)).tolist()
         return _first([Text.plain(text, str(shards.path)) for text in _split(ids, tokenizer)])
-    return _first(_held_out(resolve_texts(ref, settings.get("columns"))))
+    return _first(_held_out(resolve_texts(ref, settings.get("columns"), settings.get("bad_rows", "error"))))
 
 
 def _settings(path: Path) -> dict[str, Any]:
