@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -23,7 +24,7 @@ from gpt2.serve.playground import playground_router
 from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
 
-REQUEST_FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
+REQUEST_TYPES = {"/v1/completions": schema.CompletionRequest, "/v1/chat/completions": schema.ChatRequest}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": description}
     for status, description in {
@@ -93,7 +94,7 @@ def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_promp
     @app.post("/v1/completions", response_model=schema.Completion)
     async def create_completion(body: schema.CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        parsed = completions.parse_request(body, find_model(models, body.model), limits)
+        parsed = await run_in_threadpool(completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
         if body.stream:
             return SSEResponse(completions.completion_chunks(body, response))
@@ -102,11 +103,12 @@ def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_promp
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion)
     async def create_chat_completion(body: schema.ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
-        parsed = chat_completions.parse_request(body, find_model(models, body.model), limits)
+        parsed = await run_in_threadpool(chat_completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
+        headers = {"Warning": ", ".join(f'299 gpt2 "{text}"' for text in body.warnings)} if body.warnings else {}
         if body.stream:
-            return SSEResponse(chat_completions.chat_completion_chunks(body, response))
-        return await json_response(request, chat_completions.chat_completion(body, response))
+            return SSEResponse(chat_completions.chat_completion_chunks(body, response), headers)
+        return await json_response(request, chat_completions.chat_completion(body, response), headers)
 
     @app.get("/v1/models")
     async def list_models() -> schema.ModelList:
@@ -175,7 +177,8 @@ async def _error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, UserError):
         return to_api_error(error).response()
     if isinstance(error, RequestValidationError):
-        return _validation_error(error.errors()).response()
+        body_type = getattr(request.scope.get("endpoint"), "__annotations__", {}).get("body")
+        return _validation_error(error.errors(), body_type).response()
     if isinstance(error, HTTPException):
         response = APIError(error.status_code, _http_error_message(request, error)).response()
         response.headers.update(error.headers or {})
@@ -192,8 +195,8 @@ def _http_error_message(request: Request, error: HTTPException) -> str:
     return str(error.detail)
 
 
-def _validation_error(errors: Sequence[Any]) -> APIError:
-    """The error response for the first invalid field of a request."""
+def _validation_error(errors: Sequence[Any], body_type: type[BaseModel] | None) -> APIError:
+    """The error response for the first invalid field of a request of this type."""
     problem = errors[0]
     location = [part for part in problem["loc"][1:] if isinstance(part, str | int)]
     if problem["type"] == "json_invalid":
@@ -203,9 +206,17 @@ def _validation_error(errors: Sequence[Any]) -> APIError:
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if problem["type"] == "extra_forbidden":
         name = str(location[-1])[:100]
-        message = f"there is no field '{name}'{did_you_mean(name, REQUEST_FIELDS)}"
-        return APIError(400, message, param[:200], "unknown_field")
+        return APIError(400, _unknown_field_message(name, location, body_type), param[:200], "unknown_field")
     return APIError(400, f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"[:500], param[:200])
+
+
+def _unknown_field_message(name: str, location: Sequence[str | int], body_type: type[BaseModel] | None) -> str:
+    """The message for a field that does not exist, with the most similar field of the same object."""
+    if len(location) > 1:
+        body_type = schema.StreamOptions if location[0] == "stream_options" else None
+    elif elsewhere := [path for path, other in REQUEST_TYPES.items() if name in other.model_fields]:
+        return f"there is no field '{name}' here: it is a field of {elsewhere[0]}"
+    return f"there is no field '{name}'{did_you_mean(name, body_type.model_fields if body_type else ())}"
 
 
 def _customize_openapi(app: FastAPI) -> None:

@@ -25,11 +25,14 @@ class Choice:
 
     A token is part of the delta in which its text begins. Text that may turn out to be the beginning of a stop string
     is held back, and so are its tokens; those of a stop string are never part of a delta. The end-of-text token has
-    no text.
+    no text, and neither have those of `stop_token_ids`.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, stop: Sequence[str] = (), stop_token_ids: Sequence[int] = ()
+    ) -> None:
         self.index = index
+        self._stop_token_ids = frozenset(stop_token_ids)
         self._stream = TextStream(tokenizer, stop)
         self._decoder = StreamDecoder(tokenizer)
         self._tokenizer = tokenizer
@@ -51,6 +54,9 @@ class Choice:
         """Add a new token. The delta may be empty; it has the finish reason if the token ends the text."""
         self.num_tokens += 1
         self._held_back.append(TokenLogprob(token.id, token.logprob, token.top_logprobs, self._num_characters))
+        if token.id in self._stop_token_ids:
+            text, self.finish_reason = self._stream.flush(), "stop"
+            return self._emit(text, all_tokens=True)
         if token.id < self._tokenizer.vocab_size and token.id != self._tokenizer.end_of_text:
             self._num_characters += len(self._decoder.push(token.id))
         text = self._stream.push(token.id)
