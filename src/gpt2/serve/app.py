@@ -16,6 +16,7 @@ from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
 from gpt2.serve import chat_completions, completions, schema
 from gpt2.serve.errors import APIError, to_api_error
+from gpt2.serve.http_variants import AllowOrigins, NormalizeRequests
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
 from gpt2.serve.middleware import AccessPolicy, RequestMiddleware
@@ -49,12 +50,16 @@ def create_app(
     limits: Limits | None = None,
     access: AccessPolicy | None = None,
     log_prompts: bool = False,
+    aliases: Mapping[str, str] | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application that serves these models by name; the first is the default. It starts and stops their schedulers.
 
     limits:      limits on what a client may request.
     access:      which requests are accepted; all of them by default.
     log_prompts: whether the bodies of requests are logged, prompts included.
+    aliases:     {another name: name of a model}.
+    allowed_origins: origins whose pages may use the server from a browser (CORS); ``*`` for any.
     """
     limits, access = limits or Limits(), access or AccessPolicy()
     metrics = Metrics(models)
@@ -71,8 +76,9 @@ def create_app(
         title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES
     )
     app.state.models, app.state.limits = dict(models), limits
-    _add_openai_routes(app, limits, metrics, log_prompts)
-    _add_utility_routes(app, metrics)
+    names = {**models, **{alias: models[name] for alias, name in (aliases or {}).items()}}
+    _add_openai_routes(app, names, limits, metrics, log_prompts)
+    _add_utility_routes(app, names, metrics)
     playground = playground_router(dict(models))
     app.include_router(playground)
     for kind in (APIError, UserError, RequestValidationError, HTTPException, Exception):
@@ -80,12 +86,15 @@ def create_app(
     _customize_openapi(app)
     paths = [path for route in (*app.routes, *playground.routes) if (path := getattr(route, "path", ""))]
     app.add_middleware(RequestMiddleware, access=access, max_body=limits.max_body, metrics=metrics, paths=paths)
+    if allowed_origins:
+        app.add_middleware(AllowOrigins, origins=allowed_origins)
+    app.add_middleware(NormalizeRequests)
     return app
 
 
-def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: bool) -> None:
-    models: Mapping[str, ServedModel] = app.state.models
-
+def _add_openai_routes(
+    app: FastAPI, models: Mapping[str, ServedModel], limits: Limits, metrics: Metrics, log_prompts: bool
+) -> None:
     def start(request: Request, body: schema.CommonRequestFields, parsed: ParsedRequest) -> ResponseStream:
         if log_prompts:
             _log.info("prompt %s", body.model_dump_json(exclude_none=True))
@@ -110,20 +119,26 @@ def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_promp
             return SSEResponse(chat_completions.chat_completion_chunks(body, response), headers)
         return await json_response(request, chat_completions.chat_completion(body, response), headers)
 
+    @app.get("/v1")
+    async def list_endpoints() -> dict[str, list[str]]:
+        """List the endpoints of the API."""
+        operations = [f"{method.upper()} {path}" for path, item in app.openapi()["paths"].items() for method in item]
+        return {"endpoints": operations}
+
     @app.get("/v1/models")
     async def list_models() -> schema.ModelList:
         """List the models that are served."""
-        return schema.ModelList(object="list", data=[_model_info(served) for served in models.values()])
+        return schema.ModelList(object="list", data=[_model_info(name, served) for name, served in models.items()])
 
     @app.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> schema.ModelInfo:
         """Describe one model."""
-        return _model_info(find_model(models, model))
+        return _model_info(model, find_model(models, model))
 
 
-def _model_info(served: ServedModel) -> schema.ModelInfo:
+def _model_info(name: str, served: ServedModel) -> schema.ModelInfo:
     return schema.ModelInfo(
-        id=served.name,
+        id=name,
         object="model",
         created=served.created,
         owned_by="gpt2",
@@ -132,14 +147,13 @@ def _model_info(served: ServedModel) -> schema.ModelInfo:
     )
 
 
-def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
-    models: Mapping[str, ServedModel] = app.state.models
+def _add_utility_routes(app: FastAPI, models: Mapping[str, ServedModel], metrics: Metrics) -> None:
 
     @app.post("/tokenize")
     def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeResponse:
         """Encode a text."""
         tokenizer = find_model(models, body.model).tokenizer
-        tokens = tokenizer.encode(body.text, allow_special=True)
+        tokens = tokenizer.encode(body.given_text, allow_special=True)
         texts = [tokenizer.decode([token]) for token in tokens]
         return schema.TokenizeResponse(tokens=tokens, texts=texts, count=len(tokens))
 
@@ -154,7 +168,7 @@ def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/health", response_model=schema.Health)
     async def health() -> JSONResponse:
         """Whether the server accepts requests."""
-        schedulers = {name: served.scheduler for name, served in models.items()}
+        schedulers = {served.name: served.scheduler for served in models.values()}
         load = {
             name: schema.ModelHealth(running=one.running, waiting=one.waiting, slots=one.slots)
             for name, one in schedulers.items()

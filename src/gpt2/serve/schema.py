@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gpt2.errors import RequestError
 from gpt2.generation.sampling import Sampling
 from gpt2.serve.field_types import WHOLE, Count, Int64, Samples, StrictModel, TokenIds, expect
 from gpt2.serve.neutral_fields import NeutralChatFields, NeutralFields
@@ -169,10 +170,21 @@ class ChatRequest(CommonRequestFields, NeutralChatFields):
 
 
 class TokenizeRequest(StrictModel):
-    """POST /tokenize"""
+    """POST /tokenize: the text in one of three fields, `prompt` as in vLLM and `content` as in llama.cpp."""
 
     model: str | None = None
-    text: str
+    text: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    add_special_tokens: bool | None = Field(None, description="no effect: GPT-2 adds no special tokens")
+
+    @property
+    def given_text(self) -> str:
+        """The text. Raises RequestError unless exactly one field has it."""
+        texts = [text for text in (self.text, self.prompt, self.content) if text is not None]
+        if len(texts) != 1:
+            raise RequestError("give the text in one of the fields text, prompt and content", field="text")
+        return texts[0]
 
 
 class DetokenizeRequest(StrictModel):
