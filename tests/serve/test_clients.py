@@ -9,6 +9,9 @@ import httpx
 import pytest
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
+from gpt2.serve import chat_completions, completions  # noqa: E402
+from gpt2.serve.limits import Limits  # noqa: E402
+from gpt2.serve.schema import ChatRequest, CompletionRequest  # noqa: E402
 from tests.helpers.live_server import LiveServer, run_server, temporary_home  # noqa: E402
 
 COMPLETIONS = "/v1/completions"
@@ -143,12 +146,22 @@ def test_ignore_eos_generates_all_tokens(client: httpx.Client) -> None:
 def test_stop_token_ids_end_the_text(client: httpx.Client) -> None:
     whole = complete(client, max_tokens=30, logprobs=0).json()["choices"][0]
     ids = whole["logprobs"]["token_ids"]
-    stop = next(token for i, token in enumerate(ids) if i > 3 and token < 128 and token not in ids[:i])
+    ascii_pairs = ((i, token) for i, token in enumerate(ids) if i > 3 and max(token, ids[i - 1]) < 128)
+    stop = next(token for i, token in ascii_pairs if token not in ids[:i])
     reply = complete(client, max_tokens=30, stop_token_ids=[stop], logprobs=0).json()
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["choices"][0]["text"] == whole["text"].partition(chr(stop))[0]
     assert reply["choices"][0]["logprobs"]["token_ids"] == ids[: ids.index(stop) + 1]
     assert reply["usage"]["completion_tokens"] == ids.index(stop) + 1
+
+
+@pytest.mark.parametrize("value", [None, True, False])
+def test_skip_special_tokens_reaches_the_detokenizer(server: LiveServer, value: bool | None) -> None:
+    served, limits = server.models["tiny"], Limits()
+    completion = CompletionRequest.model_validate({"prompt": "x", "skip_special_tokens": value})
+    conversation = ChatRequest.model_validate({"messages": HELLO, "skip_special_tokens": value})
+    assert completions.parse_request(completion, served, limits).skip_special_tokens is (value is not False)
+    assert chat_completions.parse_request(conversation, served, limits).skip_special_tokens is (value is not False)
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ def parse_request(body: schema.ChatRequest, served: ServedModel, limits: Limits)
         body.resolve_seed(),
         (body.top_logprobs or 0) if body.logprobs else None,
         stop_token_ids=body.stop_token_ids or (),
+        skip_special_tokens=body.skip_special_tokens is not False,
         num_dropped_messages=num_dropped,
     )
 

@@ -43,6 +43,7 @@ def parse_request(body: CompletionRequest, served: ServedModel, limits: Limits) 
         body.top_logprobs if best_of == n or body.top_logprobs is not None else 0,
         bool(body.echo),
         body.stop_token_ids or (),
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 

@@ -3,14 +3,13 @@
 Responses are built from these types, and the fields that are set are sent.
 """
 
-import secrets
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt2.errors import RequestError
-from gpt2.generation.sampling import Sampling
+from gpt2.generation.sampling import Sampling, resolve_seed
 from gpt2.serve.field_types import WHOLE, Count, Int64, Samples, StrictModel, TokenIds, expect
 from gpt2.serve.neutral_fields import NeutralChatFields, NeutralFields
 
@@ -67,6 +66,7 @@ class CommonRequestFields(NeutralFields):
     bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=1000)] | None = None
     ignore_eos: bool | None = Field(None, description="whether the end-of-text token is never generated")
+    skip_special_tokens: bool | None = Field(None, description="false to show special tokens in the text")
 
     def sampling(self) -> Sampling:
         """The sampling parameters. Raises UserError for values that are not supported."""
@@ -78,8 +78,8 @@ class CommonRequestFields(NeutralFields):
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
     def resolve_seed(self) -> int:
-        """The seed, or a random one."""
-        return secrets.randbits(32) if self.seed in (None, -1) else self.seed
+        """The seed, or a random one for null and -1."""
+        return resolve_seed(self.seed)
 
     @property
     def stop_strings(self) -> list[str]:
