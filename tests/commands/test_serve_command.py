@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import httpx
@@ -170,6 +170,19 @@ def test_an_adapter_is_served_with_its_model(folder: str, tmp_path: Path) -> Non
     )
 
 
+def test_localhost_is_reached_at_both_addresses(folder: str) -> None:
+    """Also at 127.0.0.1 where the name localhost means ::1 first."""
+    flags = ["--host", "localhost", "--model-alias", "gpt-3.5-turbo=tiny", "--allowed-origins", "https://chat.example"]
+    with process(folder, *flags) as (_, url):
+        port = url.rpartition(":")[2]
+        with bind_socket("::1", 0) if socket.has_ipv6 else nullcontext() as ipv6:
+            hosts = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
+        for host in hosts:
+            reply = httpx.get(f"http://{host}:{port}/v1/models", headers={"Origin": "https://chat.example"})
+            assert [model["id"] for model in reply.json()["data"]] == ["tiny", "gpt-3.5-turbo"]
+            assert reply.headers["access-control-allow-origin"] == "https://chat.example"
+
+
 def test_a_port_in_use_is_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -190,6 +203,10 @@ def test_a_port_in_use_is_one_line(folder: str, capsys: pytest.CaptureFixture[st
         (["--host", "no.such.host.invalid", "--no-api-key"], r"--host no.such.host.invalid .*there is no such address"),
         (["--slots", "0"], r"slots must be at least 1, not 0"),
         (["--timeout", "nan"], r"timeout must be at least 1, not nan"),
+        (["--model-alias", "a"], r"--model-alias must be ALIAS=NAME, not a"),
+        (["--model-alias", "a=tinny"], r"no model has the name 'tinny' \(did you mean 'tiny'\?\)"),
+        (["--model-alias", "tiny=tiny"], r"the name 'tiny' is taken"),
+        (["--allowed-origins", "chat.example"], r"--allowed-origins chat.example: an origin has a scheme and a host"),
         (["--context", "0"], r"--context must be at least 1"),
         (["--dtype", "int5"], r"dtype 'int5' is not one of .*did you mean 'int"),
         (["--slot", "1"], r"there is no --slot \(did you mean '--slots'\?\)"),

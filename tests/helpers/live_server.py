@@ -91,10 +91,19 @@ def run_app(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def run_server(limits: Limits = SMALL_LIMITS, access: AccessPolicy | None = None, **given: Any) -> Iterator[LiveServer]:
-    """Run a server with one model, "tiny". given: further arguments of `create_served_model`."""
+def run_server(
+    limits: Limits = SMALL_LIMITS,
+    access: AccessPolicy | None = None,
+    app_options: dict[str, Any] | None = None,
+    **given: Any,
+) -> Iterator[LiveServer]:
+    """Run a server with one model, "tiny".
+
+    app_options: further arguments of `create_app`.
+    given:       further arguments of `create_served_model`.
+    """
     model = random_model(CONFIG)
     models = {"tiny": create_served_model("tiny", model, prepare_for_inference(model), BYTE_TOKENIZER, limits, **given)}
-    app = create_app(models, limits, access)
+    app = create_app(models, limits, access, **(app_options or {}))
     with run_app(app) as address:
         yield LiveServer(address, models, app)

@@ -152,7 +152,7 @@ def test_health_and_metrics(server: LiveServer, client: httpx.Client) -> None:
         (lambda c: c.post(COMPLETIONS, content=b'{"temperature": NaN}', headers=JSON), 400),
         (lambda c: c.get("/health", headers={"Origin": "https://example.com"}), 403),
         (lambda c: c.get("/health", headers={"Origin": "null"}), 403),
-        (lambda c: c.post(CHAT, json={"messages": [{"role": "tool", "content": "x"}]}), 400),
+        (lambda c: c.post(CHAT, json={"messages": [{"role": "tools", "content": "x"}]}), 400),
         (lambda c: c.post(CHAT, json={"messages": []}), 400),
         (lambda c: c.post(CHAT, json={"messages": [{"role": "user", "content": "x"}], "top_logprobs": 1}), 400),
     ],

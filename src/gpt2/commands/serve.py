@@ -3,14 +3,17 @@
 import gc
 import logging
 import os
+import re
+import socket
 import sys
 from argparse import Namespace
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from typing import Any
 
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
-from gpt2.errors import ConfigError, missing_extra
+from gpt2.errors import ConfigError, did_you_mean, missing_extra
 from gpt2.serve.limits import Limits
 
 
@@ -51,6 +54,21 @@ def _parse(argv: list[str]) -> Namespace:
         help="another host name of the server, such as that of a proxy; may be given several times",
     )
     parser.add_flag(
+        "allowed-origins",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="site whose pages may use the server from a browser, such as https://chat.example, or * for any; "
+        "may be given several times",
+    )
+    parser.add_flag(
+        "model-alias",
+        action="append",
+        default=[],
+        metavar="ALIAS=NAME",
+        help="another name for a model, such as gpt-3.5-turbo=quickstart; may be given several times",
+    )
+    parser.add_flag(
         "trusted-proxy",
         action="append",
         default=[],
@@ -75,17 +93,21 @@ def _serve(args: Namespace) -> int:
     from gpt2.hardware import GiB
     from gpt2.serve.app import create_app
     from gpt2.serve.middleware import LOOPBACK_HOSTS, AccessPolicy
-    from gpt2.serve.uvicorn_server import Server, base_url, bind_socket, is_loopback
+    from gpt2.serve.uvicorn_server import Server, base_url, is_loopback
 
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     loopback = is_loopback(args.host)
     keys = _api_keys(args, loopback)
     if not 0 <= args.port < 2**16:
         raise ConfigError(f"--port must be 0 to 65535, not {args.port}", field="port")
+    aliases = _parse_aliases(args)
+    _check_origins(args.allowed_origins)
     hosts = [*LOOPBACK_HOSTS, args.host.strip("[]"), *args.allowed_host] if loopback or args.allowed_host else None
-    with bind_socket(args.host, args.port) as listener:  # before the models are loaded, to fail early
+    with ExitStack() as stack:
+        listeners = _bind(args.host, args.port, stack)  # before the models are loaded, to fail early
         models = _load_models(args, limits)
-        app = create_app(models, limits, AccessPolicy(keys, hosts), args.log_prompts)
+        access = AccessPolicy(keys, hosts)
+        app = create_app(models, limits, access, args.log_prompts, aliases, args.allowed_origins)
         if args.log_requests or args.log_prompts:
             logging.getLogger("gpt2.serve").setLevel(logging.INFO)
 
@@ -93,13 +115,50 @@ def _serve(args: Namespace) -> int:
             gc.collect()
             gc.freeze()  # a full collection over all objects of the libraries would stall every sequence for 0.1 s
             slots = f"{limits.slots} slots, {_cache_bytes(models) / GiB:.2f} GiB of cache"
-            _log(f"serving {', '.join(models)} at {base_url(listener)} ({slots})")
+            _log(f"serving {', '.join(models)} at {base_url(listeners[0])} ({slots})")
 
         server = Server(app, list(models.values()), args.grace, ready, args.trusted_proxy)
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     if server.broken:
         _log("the thread of a model has died (see above)")
     return int(server.broken)
+
+
+def _bind(host: str, port: int, stack: ExitStack) -> list[socket.socket]:
+    """The listening sockets, closed with the stack: one, or for localhost one for each of its two addresses."""
+    from gpt2.serve.uvicorn_server import bind_socket
+
+    if host.lower() != "localhost":
+        return [stack.enter_context(bind_socket(host, port))]
+    listeners = [stack.enter_context(bind_socket("127.0.0.1", port))]
+    with suppress(ConfigError):  # a machine without IPv6
+        listeners.append(stack.enter_context(bind_socket("::1", listeners[0].getsockname()[1])))
+    return listeners
+
+
+def _parse_aliases(args: Namespace) -> dict[str, str]:
+    """{alias: name of a model}. Raises ConfigError."""
+    from gpt2.serve.models import served_model_name
+
+    names, aliases = [served_model_name(ref) for ref in args.models], {}
+    for given in args.model_alias:
+        alias, separator, name = given.partition("=")
+        if not (alias and separator):
+            raise ConfigError(f"--model-alias must be ALIAS=NAME, not {given}", field="model_alias")
+        if name not in names:
+            hint = did_you_mean(name, names) or f": there is {', '.join(names)}"
+            raise ConfigError(f"--model-alias {given}: no model has the name '{name}'{hint}", field="model_alias")
+        if alias in names or alias in aliases:
+            raise ConfigError(f"--model-alias {given}: the name '{alias}' is taken", field="model_alias")
+        aliases[alias] = name
+    return aliases
+
+
+def _check_origins(origins: list[str]) -> None:
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+/?", origin.lower()):
+            message = f"--allowed-origins {origin}: an origin has a scheme and a host, such as https://chat.example"
+            raise ConfigError(message, field="allowed_origins")
 
 
 def _api_keys(args: Namespace, loopback: bool) -> list[str]:

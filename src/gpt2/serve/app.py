@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -15,6 +16,7 @@ from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
 from gpt2.serve import chat_completions, completions, schema
 from gpt2.serve.errors import APIError, to_api_error
+from gpt2.serve.http_variants import AllowOrigins, NormalizeRequests
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
 from gpt2.serve.middleware import AccessPolicy, RequestMiddleware
@@ -23,7 +25,7 @@ from gpt2.serve.playground import playground_router
 from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
 
-REQUEST_FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
+REQUEST_TYPES = {"/v1/completions": schema.CompletionRequest, "/v1/chat/completions": schema.ChatRequest}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": description}
     for status, description in {
@@ -48,12 +50,16 @@ def create_app(
     limits: Limits | None = None,
     access: AccessPolicy | None = None,
     log_prompts: bool = False,
+    aliases: Mapping[str, str] | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application that serves these models by name; the first is the default. It starts and stops their schedulers.
 
     limits:      limits on what a client may request.
     access:      which requests are accepted; all of them by default.
     log_prompts: whether the bodies of requests are logged, prompts included.
+    aliases:     {another name: name of a model}.
+    allowed_origins: origins whose pages may use the server from a browser (CORS); ``*`` for any.
     """
     limits, access = limits or Limits(), access or AccessPolicy()
     metrics = Metrics(models)
@@ -70,8 +76,9 @@ def create_app(
         title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES
     )
     app.state.models, app.state.limits = dict(models), limits
-    _add_openai_routes(app, limits, metrics, log_prompts)
-    _add_utility_routes(app, metrics)
+    names = {**models, **{alias: models[name] for alias, name in (aliases or {}).items()}}
+    _add_openai_routes(app, names, limits, metrics, log_prompts)
+    _add_utility_routes(app, names, metrics)
     playground = playground_router(dict(models))
     app.include_router(playground)
     for kind in (APIError, UserError, RequestValidationError, HTTPException, Exception):
@@ -79,12 +86,15 @@ def create_app(
     _customize_openapi(app)
     paths = [path for route in (*app.routes, *playground.routes) if (path := getattr(route, "path", ""))]
     app.add_middleware(RequestMiddleware, access=access, max_body=limits.max_body, metrics=metrics, paths=paths)
+    if allowed_origins:
+        app.add_middleware(AllowOrigins, origins=allowed_origins)
+    app.add_middleware(NormalizeRequests)
     return app
 
 
-def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: bool) -> None:
-    models: Mapping[str, ServedModel] = app.state.models
-
+def _add_openai_routes(
+    app: FastAPI, models: Mapping[str, ServedModel], limits: Limits, metrics: Metrics, log_prompts: bool
+) -> None:
     def start(request: Request, body: schema.CommonRequestFields, parsed: ParsedRequest) -> ResponseStream:
         if log_prompts:
             _log.info("prompt %s", body.model_dump_json(exclude_none=True))
@@ -93,7 +103,7 @@ def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_promp
     @app.post("/v1/completions", response_model=schema.Completion)
     async def create_completion(body: schema.CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        parsed = completions.parse_request(body, find_model(models, body.model), limits)
+        parsed = await run_in_threadpool(completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
         if body.stream:
             return SSEResponse(completions.completion_chunks(body, response))
@@ -102,26 +112,33 @@ def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_promp
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion)
     async def create_chat_completion(body: schema.ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
-        parsed = chat_completions.parse_request(body, find_model(models, body.model), limits)
+        parsed = await run_in_threadpool(chat_completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
+        headers = {"Warning": ", ".join(f'299 gpt2 "{text}"' for text in body.warnings)} if body.warnings else {}
         if body.stream:
-            return SSEResponse(chat_completions.chat_completion_chunks(body, response))
-        return await json_response(request, chat_completions.chat_completion(body, response))
+            return SSEResponse(chat_completions.chat_completion_chunks(body, response), headers)
+        return await json_response(request, chat_completions.chat_completion(body, response), headers)
+
+    @app.get("/v1")
+    async def list_endpoints() -> dict[str, list[str]]:
+        """List the endpoints of the API."""
+        operations = [f"{method.upper()} {path}" for path, item in app.openapi()["paths"].items() for method in item]
+        return {"endpoints": operations}
 
     @app.get("/v1/models")
     async def list_models() -> schema.ModelList:
         """List the models that are served."""
-        return schema.ModelList(object="list", data=[_model_info(served) for served in models.values()])
+        return schema.ModelList(object="list", data=[_model_info(name, served) for name, served in models.items()])
 
     @app.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> schema.ModelInfo:
         """Describe one model."""
-        return _model_info(find_model(models, model))
+        return _model_info(model, find_model(models, model))
 
 
-def _model_info(served: ServedModel) -> schema.ModelInfo:
+def _model_info(name: str, served: ServedModel) -> schema.ModelInfo:
     return schema.ModelInfo(
-        id=served.name,
+        id=name,
         object="model",
         created=served.created,
         owned_by="gpt2",
@@ -130,14 +147,13 @@ def _model_info(served: ServedModel) -> schema.ModelInfo:
     )
 
 
-def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
-    models: Mapping[str, ServedModel] = app.state.models
+def _add_utility_routes(app: FastAPI, models: Mapping[str, ServedModel], metrics: Metrics) -> None:
 
     @app.post("/tokenize")
     def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeResponse:
         """Encode a text."""
         tokenizer = find_model(models, body.model).tokenizer
-        tokens = tokenizer.encode(body.text, allow_special=True)
+        tokens = tokenizer.encode(body.given_text, allow_special=True)
         texts = [tokenizer.decode([token]) for token in tokens]
         return schema.TokenizeResponse(tokens=tokens, texts=texts, count=len(tokens))
 
@@ -152,7 +168,7 @@ def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/health", response_model=schema.Health)
     async def health() -> JSONResponse:
         """Whether the server accepts requests."""
-        schedulers = {name: served.scheduler for name, served in models.items()}
+        schedulers = {served.name: served.scheduler for served in models.values()}
         load = {
             name: schema.ModelHealth(running=one.running, waiting=one.waiting, slots=one.slots)
             for name, one in schedulers.items()
@@ -175,7 +191,8 @@ async def _error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, UserError):
         return to_api_error(error).response()
     if isinstance(error, RequestValidationError):
-        return _validation_error(error.errors()).response()
+        body_type = getattr(request.scope.get("endpoint"), "__annotations__", {}).get("body")
+        return _validation_error(error.errors(), body_type).response()
     if isinstance(error, HTTPException):
         response = APIError(error.status_code, _http_error_message(request, error)).response()
         response.headers.update(error.headers or {})
@@ -192,8 +209,8 @@ def _http_error_message(request: Request, error: HTTPException) -> str:
     return str(error.detail)
 
 
-def _validation_error(errors: Sequence[Any]) -> APIError:
-    """The error response for the first invalid field of a request."""
+def _validation_error(errors: Sequence[Any], body_type: type[BaseModel] | None) -> APIError:
+    """The error response for the first invalid field of a request of this type."""
     problem = errors[0]
     location = [part for part in problem["loc"][1:] if isinstance(part, str | int)]
     if problem["type"] == "json_invalid":
@@ -203,9 +220,17 @@ def _validation_error(errors: Sequence[Any]) -> APIError:
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if problem["type"] == "extra_forbidden":
         name = str(location[-1])[:100]
-        message = f"there is no field '{name}'{did_you_mean(name, REQUEST_FIELDS)}"
-        return APIError(400, message, param[:200], "unknown_field")
+        return APIError(400, _unknown_field_message(name, location, body_type), param[:200], "unknown_field")
     return APIError(400, f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"[:500], param[:200])
+
+
+def _unknown_field_message(name: str, location: Sequence[str | int], body_type: type[BaseModel] | None) -> str:
+    """The message for a field that does not exist, with the most similar field of the same object."""
+    if len(location) > 1:
+        body_type = schema.StreamOptions if location[0] == "stream_options" else None
+    elif elsewhere := [path for path, other in REQUEST_TYPES.items() if name in other.model_fields]:
+        return f"there is no field '{name}' here: it is a field of {elsewhere[0]}"
+    return f"there is no field '{name}'{did_you_mean(name, body_type.model_fields if body_type else ())}"
 
 
 def _customize_openapi(app: FastAPI) -> None:

@@ -26,7 +26,7 @@ class Choice:
 
     A token is part of the delta in which its text begins. Text that may turn out to be the beginning of a stop string
     is held back, and so are its tokens; those of a stop string are never part of a delta. Tokens that end the text
-    have no text, nor do special tokens that are skipped.
+    (also those of `stop_token_ids`) have no text, nor do special tokens that are skipped.
     """
 
     def __init__(
@@ -37,10 +37,12 @@ class Choice:
         *,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
-        """The arguments are those of `TextStream`."""
+        """The arguments are those of `TextStream`, and further ids that end the text."""
         self.index = index
         self._stream = TextStream(tokenizer, stop, min_tokens=min_tokens, skip_special_tokens=skip_special_tokens)
+        self._stop_token_ids = frozenset(stop_token_ids)
         self._textless = {*tokenizer.end_tokens, *(tokenizer.special_tokens.values() if skip_special_tokens else ())}
         self._decoder = StreamDecoder(tokenizer)
         self._tokenizer = tokenizer
@@ -61,6 +63,10 @@ class Choice:
     def push(self, token: SampledToken) -> ChoiceDelta:
         """Add a new token. The delta may be empty; it has the finish reason if the token ends the text."""
         self.num_tokens += 1
+        if token.id in self._stop_token_ids:
+            self._held_back.append(TokenLogprob(token.id, token.logprob, token.top_logprobs, self._num_characters))
+            text, self.finish_reason = self._stream.flush(), "stop"
+            return self._emit(text, all_tokens=True)
         has_text = token.id < self._tokenizer.vocab_size and token.id not in self._textless
         offset = self._num_characters + (has_text and self._decoder.is_broken_by(token.id))
         self._held_back.append(TokenLogprob(token.id, token.logprob, token.top_logprobs, offset))

@@ -17,6 +17,7 @@ from gpt2.serve.response_stream import (
     check_text_length,
     resolve_max_tokens,
     resolve_num_samples,
+    resolve_sampling,
     response_header,
 )
 from gpt2.serve.schema import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
@@ -35,12 +36,14 @@ def parse_request(body: CompletionRequest, served: ServedModel, limits: Limits) 
         served,
         encode_prompts(body, served, limits),
         best_of,
-        body.sampling(),
+        resolve_sampling(body, served),
         resolve_max_tokens(body, DEFAULT_MAX_TOKENS, limits),
         body.stop_strings,
         body.resolve_seed(),
-        body.logprobs if best_of == n or body.logprobs is not None else 0,
+        body.top_logprobs if best_of == n or body.top_logprobs is not None else 0,
         bool(body.echo),
+        body.stop_token_ids or (),
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 
@@ -93,7 +96,7 @@ async def completion(body: CompletionRequest, response: ResponseStream) -> Compl
         CompletionChoice(
             index=index,
             text=choice.text,
-            logprobs=format_logprobs(request.served.tokenizer, choice.token_logprobs, body.logprobs),
+            logprobs=format_logprobs(request.served.tokenizer, choice.token_logprobs, body.top_logprobs),
             finish_reason=choice.finish_reason,
         )
         for index, choice in enumerate(best)
@@ -109,11 +112,11 @@ async def completion_chunks(body: CompletionRequest, response: ResponseStream) -
     new_chunk = partial(Completion, object="text_completion", **header)
     async with aclosing(response.deltas()) as deltas:
         async for delta in deltas:
-            logprobs = format_logprobs(served.tokenizer, delta.token_logprobs, body.logprobs)
+            logprobs = format_logprobs(served.tokenizer, delta.token_logprobs, body.top_logprobs)
             choice = CompletionChoice(
                 index=delta.index, text=delta.text, logprobs=logprobs, finish_reason=delta.finish_reason
             )
-            yield new_chunk(choices=[choice])
+            yield new_chunk(choices=[choice], **({"usage": response.usage} if body.usage_in_chunks else {}))
     if body.include_usage:
         yield new_chunk(choices=[], usage=response.usage)
 

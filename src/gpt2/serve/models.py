@@ -69,8 +69,8 @@ def served_model_name(model_ref: str) -> str:
 
 
 def find_model(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
-    """The model with this name; the first one for None. Raises APIError 404."""
-    if name is None:
+    """The model with this name; the first one for None and "". Raises APIError 404."""
+    if not name:
         return next(iter(models.values()))
     if name not in models:
         name = name[:200]

@@ -1,11 +1,12 @@
 """What completions and chat share: from a parsed request to the deltas of its choices."""
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpt2.generation.engine import GenerationRequest
@@ -29,6 +30,8 @@ class ParsedRequest:
     num_samples:  choices for each prompt; choice s of prompt p has index p * num_samples + s.
     top_logprobs: the number of most likely tokens to report for each token; None for no log-probabilities.
     echo:         whether the choices begin with their prompts.
+    stop_token_ids: further tokens that end a choice; they have no text.
+    num_dropped_messages: messages of the conversation that are not part of the prompt.
     """
 
     served: ServedModel
@@ -40,11 +43,13 @@ class ParsedRequest:
     seed: int
     top_logprobs: int | None = None
     echo: bool = False
+    stop_token_ids: Sequence[int] = ()
     skip_special_tokens: bool = True
+    num_dropped_messages: int = 0
 
     def engine_requests(self) -> list[GenerationRequest | PromptLogprobsRequest]:
         """One request for each choice, and after them one for each prompt whose log-probabilities are needed."""
-        end = self.served.tokenizer.end_tokens
+        end = (*self.served.tokenizer.end_tokens, *self.stop_token_ids)
         sequences = [
             GenerationRequest(prompt, self.sampling, self.max_tokens, self.seed, sample, end, self.top_logprobs)
             for prompt in self.prompts
@@ -69,6 +74,7 @@ class ResponseStream:
                 request.stop_strings,
                 min_tokens=request.sampling.min_new_tokens,
                 skip_special_tokens=request.skip_special_tokens,
+                stop_token_ids=request.stop_token_ids,
             )
             for index in range(len(request.prompts) * request.num_samples)
         ]
@@ -104,6 +110,9 @@ class ResponseStream:
                 index, event = events.popleft() if events else await self._next_event()
                 if delta := self._to_delta(index, event):
                     unfinished -= delta.finish_reason is not None
+                    if delta.text and delta.finish_reason:  # some clients ignore the text of a last chunk
+                        yield replace(delta, finish_reason=None)
+                        delta = replace(delta, text="", token_logprobs=[])
                     yield delta
         finally:
             self._scheduler.cancel(self._handle)
@@ -199,19 +208,33 @@ def resolve_num_samples(body: CommonRequestFields, limits: Limits) -> int:
     return n
 
 
+def resolve_sampling(body: CommonRequestFields, served: ServedModel) -> Sampling:
+    """The sampling parameters. `ignore_eos` bans every token that would end the text."""
+    sampling = body.sampling()
+    if not body.ignore_eos:
+        return sampling
+    tokenizer = served.tokenizer
+    banned = [*tokenizer.end_tokens, *range(tokenizer.vocab_size, served.model.config.vocab_size)]
+    return replace(sampling, logit_bias=dict(sampling.logit_bias) | dict.fromkeys(banned, -math.inf))
+
+
 def check_text_length(num_characters: int, served: ServedModel, param: str) -> None:
     """Raise APIError for a text with so many characters that it cannot fit the context."""
     if num_characters > served.max_prompt_characters:
-        message = f"{param} has more than the {served.scheduler.context_length:,} tokens of the model's context"
-        raise APIError(400, message, param, "context_length_exceeded")
+        raise context_length_error(f"more than {served.scheduler.context_length}", served, param)
 
 
 def check_prompt_length(tokens: Sequence[int], served: ServedModel, param: str) -> None:
     """Raise APIError for a prompt that does not fit the context."""
+    if len(tokens) > served.scheduler.context_length:
+        raise context_length_error(len(tokens), served, param)
+
+
+def context_length_error(num_tokens: int | str, served: ServedModel, param: str) -> APIError:
+    """The error for a prompt that is too long, in the words that clients look for."""
     context = served.scheduler.context_length
-    if len(tokens) > context:
-        message = f"{param} has {len(tokens):,} tokens, and the model's context is {context:,}"
-        raise APIError(400, message, param, "context_length_exceeded")
+    message = f"This model's maximum context length is {context} tokens, but {param} has {num_tokens} tokens"
+    return APIError(400, message, param, "context_length_exceeded")
 
 
 def response_header(id_prefix: str, served: ServedModel) -> dict[str, Any]:

@@ -3,63 +3,49 @@
 Responses are built from these types, and the fields that are set are sent.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gpt2.errors import RequestError
 from gpt2.generation.sampling import Sampling, resolve_seed
+from gpt2.serve.field_types import WHOLE, Count, Int64, Samples, StrictModel, TokenIds, expect
+from gpt2.serve.neutral_fields import NeutralChatFields, NeutralFields
 
 MAX_TOP_LOGPROBS = 20  # for each token
 FinishReason = Literal["stop", "length"]
-Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-Count = Annotated[int, Field(ge=0, le=2**31)]
-StopString = Annotated[str, Field(min_length=1, max_length=500)]
-
-
-def _union_error(expected: str) -> WrapValidator:
-    """One error message for a union, instead of one for each of its members."""
-
-    def validate(value: Any, handler: Any) -> Any:
-        try:
-            return handler(value)
-        except ValueError:
-            raise PydanticCustomError("union", "must be {meaning}", {"meaning": expected}) from None
-
-    return WrapValidator(validate)
-
-
-TokenIds = list[Count]
+TopLogprobs = Annotated[int, WHOLE, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+StopString = Annotated[str, Field(max_length=500)]
 Prompt = Annotated[
     str | list[str] | TokenIds | list[TokenIds],
-    _union_error("a text, a list of texts, a list of token ids, or a list of such lists"),
+    expect("must be a text, a list of texts, a list of token ids, or a list of such lists"),
 ]
 Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=16)],
-    _union_error("a text of 1 to 500 characters, or a list of up to 16 such texts"),
+    expect("must be a text of up to 500 characters, or a list of up to 16 such texts"),
 ]
-Content = Annotated["str | list[TextPart]", _union_error("a text, or a list of parts of type 'text'")]
+CompletionTopLogprobs = Annotated[bool | TopLogprobs, expect(f"must be 0 to {MAX_TOP_LOGPROBS}, true or false")]
+Content = Annotated["str | list[TextPart]", expect("must be a text, or a list of parts of type 'text'")]
 
 
-class _StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StreamOptions(_StrictModel):
+class StreamOptions(StrictModel):
     """Options of a stream."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="whether every chunk has the token counts")
+    include_obfuscation: bool | None = Field(None, description="no effect")
 
 
-class CommonRequestFields(_StrictModel):
+class CommonRequestFields(NeutralFields):
     """The fields that completions and chat share. A field that is null has its default."""
 
     model: str | None = Field(None, description="one of /v1/models; the first of them by default")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Samples | None = None
     stop: Stop | None = None
-    seed: Int64 | None = None
+    seed: Int64 | None = Field(None, description="-1 for a random one, as null")
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     user: str | None = None
@@ -68,7 +54,7 @@ class CommonRequestFields(_StrictModel):
     presence_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     logit_bias: dict[str, float] | None = None
-    top_k: Count | None = None
+    top_k: Annotated[int, WHOLE, Field(ge=-1, le=2**31)] | None = Field(None, description="0 and -1 for all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     epsilon_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -78,12 +64,17 @@ class CommonRequestFields(_StrictModel):
     min_tokens: Count | None = None
     min_new_tokens: Count | None = None
     bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1000)] | None = None
+    ignore_eos: bool | None = Field(None, description="whether the end-of-text token is never generated")
+    skip_special_tokens: bool | None = Field(None, description="false to show special tokens in the text")
 
     def sampling(self) -> Sampling:
         """The sampling parameters. Raises UserError for values that are not supported."""
         given = {name: getattr(self, name, None) for name in Sampling.__dataclass_fields__}
         if given["min_new_tokens"] is None:
             given["min_new_tokens"] = self.min_tokens
+        if self.top_k == -1:
+            given["top_k"] = 0
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
     def resolve_seed(self) -> int:
@@ -92,13 +83,18 @@ class CommonRequestFields(_StrictModel):
 
     @property
     def stop_strings(self) -> list[str]:
-        """The stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        """The stop strings as a list, without empty ones."""
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
     @property
     def include_usage(self) -> bool:
         """Whether the last chunk of a stream has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk of a stream has the token counts."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(CommonRequestFields):
@@ -107,46 +103,91 @@ class CompletionRequest(CommonRequestFields):
     prompt: Prompt | None = None
     suffix: str | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Samples | None = None
+    logprobs: CompletionTopLogprobs | None = Field(None, description="true for 1, false for none")
+
+    @property
+    def top_logprobs(self) -> int | None:
+        """The number of most likely tokens to report; None for no log-probabilities."""
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
 
-class TextPart(_StrictModel):
-    """A part of a message; only text is supported."""
+class TextPart(StrictModel):
+    """A part of a message; only text is supported. Further fields, such as `cache_control`, are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
 
     type: Literal["text"]
     text: str
 
 
-class Message(_StrictModel):
-    """A message of a conversation."""
+class Message(StrictModel):
+    """A message of a conversation, as clients and this server write it.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: str | None = None
+    Further fields are ignored: those of replies (`refusal`, `annotations`, ...) come back with the next request.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content | None = Field(None, description="required, except in assistant messages")
+    tool_calls: list[Any] | None = Field(None, description="left out, with a Warning header")
+
+    @model_validator(mode="after")
+    def _require_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing", "a message of role '{role}' needs content", {"role": self.role})
+        return self
 
     @property
     def text(self) -> str:
         """Its text parts, joined."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+    @property
+    def template_role(self) -> str:
+        """Its role for the chat template: `developer` and `function` are other names of `system` and `tool`."""
+        return {"developer": "system", "function": "tool"}.get(self.role, self.role)
 
 
-class ChatRequest(CommonRequestFields):
+class ChatRequest(CommonRequestFields, NeutralChatFields):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: TopLogprobs | None = None
+    truncate: Literal["oldest", "none"] | None = Field(
+        None, description="'oldest' (the default): the oldest turns are dropped when the conversation does not fit"
+    )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was left out."""
+        calls = any(message.tool_calls for message in self.messages)
+        left_out = ["tools"] * self.has_unused_tools + ["tool_calls"] * calls
+        return [f"{name} left out: the model cannot call tools" for name in left_out]
 
 
-class TokenizeRequest(_StrictModel):
-    """POST /tokenize"""
+class TokenizeRequest(StrictModel):
+    """POST /tokenize: the text in one of three fields, `prompt` as in vLLM and `content` as in llama.cpp."""
 
     model: str | None = None
-    text: str
+    text: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    add_special_tokens: bool | None = Field(None, description="no effect: GPT-2 adds no special tokens")
+
+    @property
+    def given_text(self) -> str:
+        """The text. Raises RequestError unless exactly one field has it."""
+        texts = [text for text in (self.text, self.prompt, self.content) if text is not None]
+        if len(texts) != 1:
+            raise RequestError("give the text in one of the fields text, prompt and content", field="text")
+        return texts[0]
 
 
-class DetokenizeRequest(_StrictModel):
+class DetokenizeRequest(StrictModel):
     """POST /detokenize"""
 
     model: str | None = None
@@ -254,6 +295,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    truncated_messages: int | None = None
+    """The number of old messages that were dropped because the conversation did not fit the context."""
 
 
 class ChatDelta(BaseModel):
@@ -281,6 +324,7 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    truncated_messages: int | None = None
 
 
 class ModelInfo(BaseModel):

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -38,12 +38,14 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def json_response(request: Request, coroutine: Coroutine[Any, Any, BaseModel]) -> Response:
+async def json_response(
+    request: Request, coroutine: Coroutine[Any, Any, BaseModel], headers: Mapping[str, str] | None = None
+) -> Response:
     """The result of the coroutine as JSON."""
     body = await run_until_disconnect(request.receive, coroutine)
     if body is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JSONResponse(body.model_dump(exclude_unset=True))
+    return JSONResponse(body.model_dump(exclude_unset=True), headers=headers)
 
 
 class SSEResponse(Response):
@@ -55,8 +57,8 @@ class SSEResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[BaseModel]) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, events: AsyncGenerator[BaseModel], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"} | dict(headers or {}))
         del self.headers["content-length"]
         self._events, self._started = events, False
 

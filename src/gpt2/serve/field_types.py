@@ -1,0 +1,35 @@
+"""Types of request fields: strict, except that a whole float such as 100.0 is taken for an integer."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
+from pydantic_core import PydanticCustomError
+
+
+class StrictModel(BaseModel):
+    """A request, or part of one. Unknown fields and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def expect(message: str) -> WrapValidator:
+    """One error message for all that a field does not accept, such as one for all members of a union."""
+
+    def validate(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValueError:
+            raise PydanticCustomError("expected", "{message}", {"message": message}) from None
+
+    return WrapValidator(validate)
+
+
+def _whole_float_to_int(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole_float_to_int)
+Int64 = Annotated[int, WHOLE, Field(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, WHOLE, Field(ge=0, le=2**31)]
+Samples = Annotated[int, WHOLE, Field(ge=1, le=128)]
+TokenIds = list[Annotated[int, Field(ge=0, le=2**31)]]
