@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
 
 _LONG_WHITESPACE = 500_000  # tiktoken panics on a run of a million spaces
-_LONG_WHITESPACE_PATTERN = re.compile(rf"\s{{{_LONG_WHITESPACE}}}")
+_LONG_WHITESPACE_PATTERN = re.compile(rf"(?<!\s)\s{{{_LONG_WHITESPACE}}}")  # each run is scanned once: linear time
 
 _log = logging.getLogger("gpt2")
 

@@ -38,7 +38,7 @@ _GPT2_FILE_SHA256 = {  # file name: sha256 of its contents
 
 MAX_WORD_LENGTH = 1_000  # characters; BPE training in `tokenizers` takes time quadratic in the length of a word
 _CHARACTER_CLASSES = (r"\w", r"\s", r"(?:[^\w\s]|_)")  # no word of GPT-2's is longer than a run of one class
-_LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WORD_LENGTH}}}")
+_LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{MAX_WORD_LENGTH}}}")
 _LONG_RUN = re.compile("|".join(rf"(?<!{kind}){kind}{{{MAX_WORD_LENGTH},}}" for kind in _CHARACTER_CLASSES))
 
 _log = logging.getLogger("gpt2")

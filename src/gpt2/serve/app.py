@@ -22,6 +22,7 @@ from gpt2.serve.models import ServedModel, find_model
 from gpt2.serve.playground import playground_router
 from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
+from gpt2.serve.tokenizer_threads import TokenizerThreads
 
 REQUEST_FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -70,6 +71,7 @@ def create_app(
         title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES
     )
     app.state.models, app.state.limits = dict(models), limits
+    app.state.tokenizer_threads = TokenizerThreads()
     _add_openai_routes(app, limits, metrics, log_prompts)
     _add_utility_routes(app, metrics)
     playground = playground_router(dict(models))
@@ -84,6 +86,7 @@ def create_app(
 
 def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: bool) -> None:
     models: Mapping[str, ServedModel] = app.state.models
+    threads: TokenizerThreads = app.state.tokenizer_threads
 
     def start(request: Request, body: schema.CommonRequestFields, parsed: ParsedRequest) -> ResponseStream:
         if log_prompts:
@@ -93,7 +96,7 @@ def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_promp
     @app.post("/v1/completions", response_model=schema.Completion)
     async def create_completion(body: schema.CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        parsed = completions.parse_request(body, find_model(models, body.model), limits)
+        parsed = await threads.run(completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
         if body.stream:
             return SSEResponse(completions.completion_chunks(body, response))
@@ -102,7 +105,7 @@ def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_promp
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion)
     async def create_chat_completion(body: schema.ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
-        parsed = chat_completions.parse_request(body, find_model(models, body.model), limits)
+        parsed = await threads.run(chat_completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
         if body.stream:
             return SSEResponse(chat_completions.chat_completion_chunks(body, response))
@@ -132,22 +135,17 @@ def _model_info(served: ServedModel) -> schema.ModelInfo:
 
 def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
     models: Mapping[str, ServedModel] = app.state.models
+    threads: TokenizerThreads = app.state.tokenizer_threads
 
-    @app.post("/tokenize")
-    def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeResponse:
+    @app.post("/tokenize", response_model=schema.TokenizeResponse)
+    async def tokenize(body: schema.TokenizeRequest) -> Response:
         """Encode a text."""
-        tokenizer = find_model(models, body.model).tokenizer
-        tokens = tokenizer.encode(body.text, allow_special=True)
-        texts = [tokenizer.decode([token]) for token in tokens]
-        return schema.TokenizeResponse(tokens=tokens, texts=texts, count=len(tokens))
+        return await threads.run(_tokenize, body, find_model(models, body.model))
 
-    @app.post("/detokenize")
-    def detokenize(body: schema.DetokenizeRequest) -> schema.DetokenizeResponse:
+    @app.post("/detokenize", response_model=schema.DetokenizeResponse)
+    async def detokenize(body: schema.DetokenizeRequest) -> Response:
         """Decode tokens."""
-        try:
-            return schema.DetokenizeResponse(text=find_model(models, body.model).tokenizer.decode(body.tokens))
-        except UserError as error:
-            raise APIError(400, str(error), "tokens") from None
+        return await threads.run(_detokenize, body, find_model(models, body.model))
 
     @app.get("/health", response_model=schema.Health)
     async def health() -> JSONResponse:
@@ -166,6 +164,19 @@ def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
     async def read_metrics() -> Response:
         """The metrics in Prometheus' text format."""
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def _tokenize(body: schema.TokenizeRequest, served: ServedModel) -> Response:
+    tokens = served.tokenizer.encode(body.text, allow_special=True)
+    texts = [served.tokenizer.decode([token]) for token in tokens]
+    return JSONResponse({"tokens": tokens, "texts": texts, "count": len(tokens)})
+
+
+def _detokenize(body: schema.DetokenizeRequest, served: ServedModel) -> Response:
+    try:
+        return JSONResponse({"text": served.tokenizer.decode(body.tokens)})
+    except UserError as error:
+        raise APIError(400, str(error), "tokens") from None
 
 
 async def _error_response(request: Request, error: Exception) -> Response:

@@ -6,12 +6,13 @@ Responses are built from these types, and the fields that are set are sent.
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt2.generation.sampling import Sampling
 
 MAX_TOP_LOGPROBS = 20  # for each token
+MAX_LOGIT_BIAS = 4096  # items
 FinishReason = Literal["stop", "length"]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -30,20 +31,37 @@ def _union_error(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-TokenIds = list[Count]
+def _check_logit_bias_size(value: Any) -> Any:
+    """Refuse a large mapping before an error is collected for each of its items."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("too_long", "has at most {limit} items", {"limit": MAX_LOGIT_BIAS})
+    return value
+
+
+LogitBias = Annotated[dict[str, float], BeforeValidator(_check_logit_bias_size)]
+TokenIds = Annotated[list[Count], Field(fail_fast=True)]
 Prompt = Annotated[
-    str | list[str] | TokenIds | list[TokenIds],
+    str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
     _union_error("a text, a list of texts, a list of token ids, or a list of such lists"),
 ]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=16)],
+    StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)],
     _union_error("a text of 1 to 500 characters, or a list of up to 16 such texts"),
 ]
-Content = Annotated["str | list[TextPart]", _union_error("a text, or a list of parts of type 'text'")]
+Content = Annotated["str | Annotated[list[TextPart], Field(fail_fast=True)]", _union_error("a text, or a list of parts of type 'text'")]
 
 
 class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown_field(cls, data: Any) -> Any:
+        """Without all unknown fields but the first: pydantic would collect an error for each of a million."""
+        if not isinstance(data, dict):
+            return data
+        surplus = {*[name for name in data if name not in cls.model_fields][1:]}
+        return {name: value for name, value in data.items() if name not in surplus} if surplus else data
 
 
 class StreamOptions(_StrictModel):
@@ -68,7 +86,7 @@ class CommonRequestFields(_StrictModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias | None = None
     top_k: Count | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -78,7 +96,7 @@ class CommonRequestFields(_StrictModel):
     no_repeat_ngram_size: Count | None = None
     min_tokens: Count | None = None
     min_new_tokens: Count | None = None
-    bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000)] | None = None
+    bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000, fail_fast=True)] | None = None
 
     def sampling(self) -> Sampling:
         """The sampling parameters. Raises UserError for values that are not supported."""
@@ -135,7 +153,7 @@ class Message(_StrictModel):
 class ChatRequest(CommonRequestFields):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
@@ -144,7 +162,7 @@ class TokenizeRequest(_StrictModel):
     """POST /tokenize"""
 
     model: str | None = None
-    text: str
+    text: Annotated[str, Field(max_length=2**20)]
 
 
 class DetokenizeRequest(_StrictModel):
