@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from gpt2 import template_process
-from gpt2.errors import ModelFilesError, RequestError
+from gpt2.errors import ModelFilesError, RequestError, UserError
 from gpt2.template_process import MAX_SOURCE_CHARACTERS
 from gpt2.templates import ChatTemplate, load_template
 from gpt2.tokenizer import get_tokenizer
 from tests.helpers.tokenizer_samples import SENTENCES
 
 CHAT = [("user", "a"), ("assistant", "b")]
-THREE_LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+THREE_LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 DOUBLING = "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{{ ns.x }}{% endfor %}"
 
 
@@ -60,9 +60,7 @@ def test_a_template_that_fails_is_one_line(source: str) -> None:
     assert template.render([("user", "fine")]) == "ok"
 
 
-@pytest.mark.parametrize(
-    "source", [THREE_LOOPS, "{% set n = 9 ** 9 %}{{ range(9) | batch(n) | list }}{{ n ** n }}"]
-)
+@pytest.mark.parametrize("source", [THREE_LOOPS, "{% set n = 9 ** 9 %}{{ range(9) | batch(n) | list }}{{ n ** n }}"])
 def test_a_template_is_stopped_after_its_time_and_works_again(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{% if messages[0].content == 'fine' %}ok{% else %}" + source + "{% endif %}")
     monkeypatch.setattr(template_process, "RENDER_SECONDS", 0.3)
@@ -99,3 +97,23 @@ def test_an_ordinary_long_conversation_has_time() -> None:
     chat = [(role, text) for text in SENTENCES for role in ("user", "assistant")] * 20
     assert template.render(chat) == "".join(f"[{text}]" for _, text in chat)
     assert sum(is_answer for _, is_answer in template.segments(chat)) > 0
+
+
+def test_a_template_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("key")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "chat_template.jinja").symlink_to("../secret")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is a link to a file outside its folder"):
+        load_template(folder)
+
+
+def test_the_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("{{ messages[0].content }}")
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/123")
+    loaded = load_template(snapshot)
+    assert loaded is not None
+    assert loaded.render(CHAT) == "a"

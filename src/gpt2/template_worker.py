@@ -96,13 +96,18 @@ def _set_alarm(seconds: int) -> None:
         signal.alarm(seconds)  # without a handler it ends the process
 
 
+def _write(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Answer requests until the input ends."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads the answers
     _limit_resources()
-    print("{}", flush=True)
+    _write("{}")
     template: jinja2.Template | None = None
     for line in sys.stdin:
         _set_alarm(ORPHAN_SECONDS)
@@ -115,7 +120,7 @@ def main() -> None:
             text = json.dumps(answer)
         except Exception as error:  # whatever a template raises is its own failure
             text = json.dumps({"error": _describe(error)[:1000]})
-        print(text, flush=True)
+        _write(text)
         _set_alarm(0)
 
 

@@ -10,7 +10,7 @@ These are built in. Any other is a Jinja template, as `transformers` keeps it in
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, UserError, did_you_mean
-from gpt2.files import expand_path
+from gpt2.files import check_inside_folder, expand_path
 from gpt2.template_process import TemplateProcess
 from gpt2.tokenizer import Tokenizer
 from gpt2.vocabulary import END_OF_TEXT
@@ -223,7 +223,9 @@ class _EscapedMessages:
         self._special_token_pattern = re.compile(f"({'|'.join(texts)})")
         all_text = "".join(text for message in messages for text in message)
         used = set(all_text)
-        candidates = chain(range(0xE000, 0xF900), range(0xF0000, 0x110000), range(0x10000, 0xF0000))  # private use first
+        candidates = chain(
+            range(0xE000, 0xF900), range(0xF0000, 0x110000), range(0x10000, 0xF0000)
+        )  # private use first
         self._escape_character = next((chr(i) for i in candidates if chr(i) not in used), "")
         if not self._escape_character:
             raise RequestError("the messages use every character that could mark the special tokens in them")
@@ -275,6 +277,8 @@ def load_template(folder: Path) -> ChatTemplate | None:
     Raises ModelFilesError for files that cannot be read.
     """
     config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    for path in (config_file, template_file):
+        check_inside_folder(path, folder)
     try:
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         source = template_file.read_text(encoding="utf-8") if template_file.is_file() else None

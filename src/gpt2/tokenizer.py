@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
-from gpt2.files import expand_path
+from gpt2.files import check_inside_folder, expand_path
+from gpt2.tokenizer_components import check_components, check_file_size
 from gpt2.vocabulary import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
@@ -325,7 +326,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     for name, load in ("tokenizer.json", _load_tokenizer_json), ("vocab.json", _load_vocab_json):
         path = folder / name
         if path.is_file():
+            for used in (path, folder / "tokenizer_config.json", folder / "merges.txt"):
+                check_inside_folder(used, folder)
             try:
+                check_file_size(path)
                 return load(path)
             except (OSError, ValueError, RecursionError) as error:
                 raise ModelFilesError(f"cannot use {path}: {error}") from error
@@ -339,6 +343,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
     vocabulary = vocabulary_from_tokenizer_json(spec)
+    check_components(spec)
     standard = uses_gpt2_pre_tokenizer(spec) and has_only_simple_special_tokens(spec)
     if standard and (known := _recognize_tokenizer(vocabulary)):
         return known

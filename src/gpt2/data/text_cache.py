@@ -10,20 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from gpt2.data.rows import Columns, Row
-from gpt2.files import cache_home, staging_folder, write_error
+from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.vocabulary import replace_surrogates
 
 
 def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> tuple[Path, np.ndarray]:
     """The UTF-8 file of all texts of rows, without empty ones, and the byte offset at which each ends, int64 (count,).
 
-    Written under `cache_home()` unless it is there already: the key is each file's path, size and modification time.
+    Written under `cache_home()` unless it is there already: the key is each file's path and contents.
     Raises DataError for a row without text, and if the cache cannot be written.
     """
     digest = hashlib.sha256(f"{columns.text}\n".encode())
     for file in files:
-        stat = file.stat()
-        digest.update(os.fsencode(f"{file.absolute()}\n{stat.st_size} {stat.st_mtime_ns}\n"))
+        digest.update(os.fsencode(f"{file.absolute()}\n{file_identity(file)}\n"))
     folder = cache_home() / "texts" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         try:

@@ -40,6 +40,7 @@ def _check_logit_bias_size(value: Any) -> Any:
 
 LogitBias = Annotated[dict[str, float], BeforeValidator(_check_logit_bias_size)]
 TokenIds = Annotated[list[Count], Field(fail_fast=True)]
+BadWords = Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000, fail_fast=True)]
 Prompt = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
     _union_error("a text, a list of texts, a list of token ids, or a list of such lists"),
@@ -48,7 +49,9 @@ Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)],
     _union_error("a text of 1 to 500 characters, or a list of up to 16 such texts"),
 ]
-Content = Annotated["str | Annotated[list[TextPart], Field(fail_fast=True)]", _union_error("a text, or a list of parts of type 'text'")]
+Content = Annotated[
+    "str | Annotated[list[TextPart], Field(fail_fast=True)]", _union_error("a text, or a list of parts of type 'text'")
+]
 
 
 class _StrictModel(BaseModel):
@@ -96,7 +99,9 @@ class CommonRequestFields(_StrictModel):
     no_repeat_ngram_size: Count | None = None
     min_tokens: Count | None = None
     min_new_tokens: Count | None = None
-    bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000, fail_fast=True)] | None = None
+    bad_words: (
+        Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000, fail_fast=True)] | None
+    ) = None
 
     def sampling(self) -> Sampling:
         """The sampling parameters. Raises UserError for values that are not supported."""
