@@ -35,11 +35,19 @@ lint: $(VENV)/test
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo: $(BIN)/pip pyproject.toml constraints.txt
+# Without an NVIDIA driver, the CPU build of torch, where the index offers it: the default one is gigabytes of CUDA.
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+$(VENV)/torch: $(BIN)/pip constraints.txt
+	@if ! command -v nvidia-smi > /dev/null; then \
+	  echo "no NVIDIA driver: installing torch $(TORCH) for the CPU"; \
+	  $(INSTALL) 'torch==$(TORCH)+cpu' 2> /dev/null || echo "the index has no CPU build: installing its default torch"; fi
+	@touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml constraints.txt
 	$(INSTALL) -e '.[plot]'
 	@touch $@
 
-$(VENV)/test: $(BIN)/pip pyproject.toml constraints.txt
+$(VENV)/test: $(VENV)/torch pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/demo
 

@@ -30,7 +30,7 @@ parser.add_flag("device", default="cuda", help="falls back to the CPU")
 @torch.no_grad()
 def main() -> None:
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = pick_device(args.device, fall_back=True)
     if args.hf_weight and not args.train:
         model, tokenizer = gpt2.load(args.model_type, device=device)
     else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt2.model import GPT, GPTConfig, sdpa_attention
-from gpt2.runtime import apply_activation_checkpointing
+from gpt2.runtime import MIN_BFLOAT16_WIDTH, apply_activation_checkpointing, pick_training_dtype
 
 
 def model_of(dropout: float = 0.0) -> GPT:
@@ -79,3 +79,29 @@ print(without, faults())
     without, kept = map(int, done.stdout.split())
     assert without > 1000
     assert kept < without / 50
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "width", "expected"),
+    [
+        (False, False, 768, torch.float32),
+        (True, False, MIN_BFLOAT16_WIDTH, torch.bfloat16),
+        (False, True, MIN_BFLOAT16_WIDTH, torch.bfloat16),
+        (True, True, MIN_BFLOAT16_WIDTH - 1, torch.float32),
+    ],
+)
+def test_dtype_auto_follows_from_the_cpu_and_the_width(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool, width: int, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert pick_training_dtype("auto", torch.device("cpu"), width) == expected
+
+
+def test_dtype_auto_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_clock() -> float:
+        raise AssertionError("a timing decides the dtype")
+
+    for clock in ("perf_counter", "monotonic", "time", "process_time"):
+        monkeypatch.setattr(f"time.{clock}", no_clock)
+    pick_training_dtype("auto", torch.device("cpu"), 768)

@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gpt2.errors import UserError
+from gpt2.generation.stream_decoder import StreamDecoder
 from gpt2.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
     ByteTokenizer,
     GPT2Tokenizer,
-    StreamDecoder,
     Tokenizer,
     get_tokenizer,
     load_tokenizer,

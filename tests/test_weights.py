@@ -380,3 +380,16 @@ def test_all_files_of_a_folder_may_be_read_by_whom_the_umask_lets(tmp_path: Path
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+def test_three_rates_of_dropout_are_kept_and_used(tmp_path: Path) -> None:
+    gpt2.save(random_model(ODD_CONFIGS[0]), None, tmp_path)
+    edit_config(tmp_path, resid_pdrop=0.1, embd_pdrop=0.2, attn_pdrop=0.3)
+    model, _ = gpt2.load(tmp_path)
+    assert (model.config.dropout, model.config.embd_dropout, model.config.attn_dropout) == (0.1, 0.2, 0.3)
+    used = {type(module).__name__: module.dropout for module in model.modules() if hasattr(module, "dropout")}
+    assert used == {"Transformer": 0.2, "Attention": 0.1, "MLP": 0.1}
+    assert {module.attn_dropout for module in model.modules() if hasattr(module, "attn_dropout")} == {0.3}
+    gpt2.save(model, None, tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert [written[f"{name}_pdrop"] for name in ("resid", "embd", "attn")] == [0.1, 0.2, 0.3]

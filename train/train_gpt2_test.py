@@ -44,7 +44,7 @@ def main() -> None:
     config = gpt2.GPTConfig(attention="sdpa" if args.flash_attention else "plain")
     if args.token_size > config.block_size:
         raise ConfigError(f"--token-size {args.token_size:,} is more than the context of {config.block_size:,}")
-    device = pick_device(args.device)
+    device = pick_device(args.device, fall_back=True)
     torch.set_float32_matmul_precision(args.matmul_precision)
     seed_everything(args.seed)
     model = gpt2.GPT(config).to(device)

@@ -6,25 +6,70 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-from gpt2.errors import UserError, as_memory_error, did_you_mean
+from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that accepts --batch-size and --batch_size, and raises UserError with one line for a wrong flag."""
+    """argparse that accepts --batch-size and --batch_size, and raises UserError with one line for a wrong flag.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    examples: command lines that the help shows.
+    advice:   flags that this command does not have, and what to do instead.
+    stray:    what to do with an argument too many, with {} for it, such as "use --data {}".
+    """
+
+    def __init__(
+        self, *, examples: Sequence[str] = (), advice: Mapping[str, str] | None = None, stray: str = "", **kwargs: Any
+    ) -> None:
+        shown = "\n".join(["examples:", *(f"  {example}" for example in examples)]) if examples else ""
+        parts = [kwargs.pop("epilog", None), shown]
+        text = "\n\n".join(part for part in parts if part)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=text or None, **kwargs
+        )
+        self._advice, self._stray = dict(advice or {}), stray
+        self._section: argparse._ActionsContainer = self
+
+    def section(self, title: str) -> None:
+        """Show the flags that are added from now on under this title."""
+        self._section = self.add_argument_group(title)
 
     def add_flag(self, *names: str, **kwargs: Any) -> None:
         """Add ``--name-with-dashes`` and its aliases; they and their ``--no-`` forms also take underscores."""
-        self.add_argument(*(f"--{name}" for name in names), **kwargs)
+        kind = kwargs.get("type")
+        if kind in (int, float, positive_int):
+            kwargs.setdefault("metavar", "FLOAT" if kind is float else "INT")
+        self._section.add_argument(*(f"--{name}" for name in names), **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found, extra = self.parse_known_args(args, namespace)
+        self._reject(extra)
+        return found
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found, extra = self.parse_known_intermixed_args(args, namespace)
+        self._reject(extra)
+        return found
+
+    def _reject(self, extra: list[str]) -> None:
+        """Raise UserError for the first argument that the parser does not know."""
+        if not extra:
+            return
+        unknown = extra[0].partition("=")[0]
+        dashed = unknown.replace("_", "-")
+        if not unknown.startswith("-"):
+            self.error(
+                f"unexpected argument '{extra[0]}'" + (f": {self._stray.format(extra[0])}" if self._stray else "")
+            )
+        if dashed in self._advice:
+            self.error(f"there is no {unknown}: {self._advice[dashed]}")
+        self.error(f"there is no {unknown}{did_you_mean(dashed, self._flags())}")
 
     def _with_dashes(self, arg: str) -> str:
         """Return `arg` with dashes if it is a known flag spelled with underscores, else unchanged."""
@@ -33,14 +78,47 @@ class Parser(argparse.ArgumentParser):
         return dashed + equals + value if dashed.startswith("--") and dashed in self._flags() else arg
 
     def _flags(self) -> list[str]:
+        """The flags that the help shows, and their other spellings."""
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
-        arguments = message.removeprefix("unrecognized arguments: ")
-        if arguments != message:
-            unknown = (arguments.split() or [arguments])[0].partition("=")[0]
-            message = f"there is no {unknown}{did_you_mean(unknown.replace('_', '-'), self._flags())}"
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class FlagRule(NamedTuple):
+    """Flags that have an effect only with some values of other flags.
+
+    flags:     names of the flags, with underscores.
+    applies:   whether they have an effect, from the values of all flags.
+    otherwise: the error if they have none, with {} for the flag: "{} needs --num-beams".
+    """
+
+    flags: tuple[str, ...]
+    applies: Callable[[Any], bool]
+    otherwise: str
+
+
+def given_flags(args: argparse.Namespace) -> list[str]:
+    """The names of the flags that were given, of a parser whose defaults are None, False, [] or ""."""
+    return [name for name, value in vars(args).items() if value not in (None, [], "") and value is not False]
+
+
+def reject_unused_flags(given: Iterable[str], values: Any, rules: Iterable[FlagRule]) -> None:
+    """Raise ConfigError for the first flag that was given and would have no effect.
+
+    given:  names of the flags on the command line, with underscores.
+    values: an object with the value of every flag as an attribute: the parsed arguments, or a TrainConfig.
+    """
+    names = set(given)
+    for rule in rules:
+        unused = next((name for name in rule.flags if name in names), None)
+        if unused is not None and not rule.applies(values):
+            raise ConfigError(rule.otherwise.format("--" + unused.replace("_", "-")), field=unused)
+
+
+def is_help(argv: Iterable[str]) -> bool:
+    """Whether the arguments ask for the help, which must not wait for torch to be imported."""
+    return any(word in ("-h", "--help") for word in argv)
 
 
 def positive_int(text: str) -> int:
@@ -132,6 +210,8 @@ class _LossyFile(io.FileIO):
 
 
 def _run_command(arguments: list[str]) -> int | None:
+    if len(arguments) > 1 and arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return None
@@ -156,7 +236,12 @@ usage: gpt2 COMMAND ...
 {verbs}
 
 A MODEL is a run folder, a model folder, or a name on the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name.
-gpt2 COMMAND --help lists the flags of a command."""
+gpt2 COMMAND --help, or gpt2 help COMMAND, lists the flags of a command.
+
+examples:
+  gpt2 train quickstart
+  gpt2 sample runs/quickstart --prompt "The"
+  gpt2 finetune gpt2 --data questions.jsonl --lora-rank 8"""
 
 
 COMMANDS = {
@@ -165,6 +250,7 @@ COMMANDS = {
     "eval": "evaluate a model on standard tasks, with stated protocols",
     "sample": "generate text from a prompt",
     "chat": "chat with a model",
+    "info": "show the shape, tokenizer, template and files of a model or a run",
     "serve": "serve the OpenAI API and a playground",
     "export": "write a model for other programs",
     "data": "prepare token shards and inspect data",

@@ -5,12 +5,14 @@ import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gpt2.errors import ConfigError, did_you_mean
 from gpt2.files import expand_path
-from gpt2.lora import LoRAConfig
-from gpt2.model import GPTConfig
+
+if TYPE_CHECKING:
+    from gpt2.lora import LoRAConfig
+    from gpt2.model import GPTConfig
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -136,7 +138,7 @@ class TrainConfig:
 
     seed: int = option(1337, "random seed of the weights, the dropout and the order of the data", fixed=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option("auto", "dtype of matrix products: float32, bfloat16, or auto for the faster of the two")
+    dtype: str = option("auto", "dtype of matrix products: float32, bfloat16, or auto, by hardware and width")
     matmul_precision: str = option(
         "high", "precision of float32 matrix products on a GPU: highest, high (TF32) or medium"
     )
@@ -153,7 +155,9 @@ class TrainConfig:
     tensorboard: bool = option(False, "also write TensorBoard files into the run folder")
     wandb: str | None = option(None, "also log to this Weights & Biases project; WANDB_MODE=offline is honoured")
     profile: bool = option(False, "write a profiler trace of a few early steps into the run folder")
-    resume: str = option("never", "auto: resume the run of this name if it exists; or the run folder to resume")
+    resume: str = option(
+        "never", "the run folder to resume, without a value the newest; or auto: the run of this name if it exists"
+    )
 
     def check(self) -> "TrainConfig":
         """Return the config itself. Raises ConfigError for the first value that is not supported."""
@@ -204,8 +208,10 @@ class TrainConfig:
             eval_every=min(self.eval_every, max(1, steps // 10)),
         )
 
-    def model_config(self, vocab_size: int) -> GPTConfig:
+    def model_config(self, vocab_size: int) -> "GPTConfig":
         """The shape of a new model with these settings and this vocabulary size."""
+        from gpt2.model import GPTConfig  # here: it imports torch, which `gpt2 train --help` does not need
+
         return GPTConfig(
             vocab_size=vocab_size,
             block_size=self.block_size,
@@ -215,13 +221,16 @@ class TrainConfig:
             dropout=self.dropout,
         )
 
-    def lora_config(self) -> LoRAConfig:
+    def lora_config(self) -> "LoRAConfig":
         """The LoRA settings of the run; without `lora_alpha`, alpha is twice the rank."""
+        from gpt2.lora import LoRAConfig
+
         targets = tuple(target.strip() for target in self.lora_targets.split(",") if target.strip())
         return LoRAConfig(self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_dropout, targets)
 
 
 FIXED_ON_RESUME = tuple(f.name for f in fields(TrainConfig) if f.metadata["fixed"])
+MOVABLE = ("data", "init_from", "template")  # paths: the fingerprints of what they name decide, in each checkpoint
 FINETUNING_FIELDS = tuple(f.name for f in fields(TrainConfig) if f.metadata["tuning"])
 
 
@@ -297,11 +306,17 @@ def config_for_resume(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
 
 
 def check_same_run(folder: Path, config: TrainConfig) -> None:
-    """Raises ConfigError when `config` differs from the run in `folder` in a setting that must not change."""
+    """Raises ConfigError when `config` differs from the run in `folder` in a setting that must not change.
+
+    Once there is a checkpoint, which has the fingerprint of the data, the files in MOVABLE may have another path.
+    """
     stored = read_toml(folder / "config.toml")
     shape = ("n_layer", "n_head", "n_embd", "block_size")
+    has_checkpoint = any((folder / "checkpoints").glob("step-*"))
     for name in FIXED_ON_RESUME:
         was, value = getattr(stored, name), getattr(config, name)
+        if name in MOVABLE and has_checkpoint and was and value:
+            continue
         if was != value and not (name in shape and config.init_from):  # the stored shape is that of the given model
             raise ConfigError(
                 f"{folder} was started with {_flag(name)} {was}: it cannot be resumed with {value}", field=name

@@ -91,10 +91,44 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
     return InsufficientMemoryError(OUT_OF_MEMORY_ADVICE) if isinstance(error, MemoryError) or is_marked else None
 
 
+SYNONYMS = {  # names in other programs, and ours
+    "learning-rate": "lr",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "precision": "dtype",
+    "steps": "max-steps",
+    "max-iters": "max-steps",
+    "num-train-epochs": "epochs",
+    "output-dir": "out-dir",
+    "output": "out-dir",
+    "dataset": "data",
+    "context-length": "block-size",
+    "max-seq-length": "block-size",
+    "max-length": "max-new-tokens",
+    "max-tokens": "max-new-tokens",
+    "gradient-accumulation-steps": "micro-batch-size",
+    "per-device-train-batch-size": "micro-batch-size",
+    "gradient-checkpointing": "activation-checkpointing",
+    "lora-r": "lora-rank",
+}
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """The tail of an error message: `` (did you mean 'adamw'?)``, or the empty string when nothing is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    """The tail of an error message: `` (did you mean 'adamw'?)``, or the empty string when nothing is close.
+
+    Names that other programs have for a choice count as close: see SYNONYMS.
+    """
+    known = list(choices)
+    other = SYNONYMS.get(_normalized(word))
+    same = [choice for choice in known if _normalized(choice) == other]
+    close = same or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _normalized(name: str) -> str:
+    return name.lstrip("-").replace("_", "-").lower()
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:

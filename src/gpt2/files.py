@@ -1,5 +1,6 @@
 """Files and folders: user-typed paths, the cache, downloads, and folders that are written completely or not at all."""
 
+import difflib
 import errno
 import hashlib
 import os
@@ -27,6 +28,26 @@ def expand_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{text} cannot be found: {str(error)[:1].lower()}{str(error)[1:].rstrip('.')}") from None
+
+
+def similar_model_folder(ref: str) -> Path | None:
+    """The run or model folder that a path which does not exist was probably meant to be, or None.
+
+    A bare name may be one of the hub: it is only looked up in runs/. Beside a path, similar names are too.
+    """
+    path = expand_path(ref)
+    if "/" not in ref:
+        return Path("runs") / ref if _has_model(Path("runs") / ref) else None
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if _has_model(entry)]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return path.parent / close[0] if close else None
+
+
+def _has_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "model/config.json"))
 
 
 def cache_home() -> Path:

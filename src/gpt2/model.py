@@ -47,7 +47,9 @@ class GPTConfig:
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
-    dropout: float = 0.0  # of embeddings, attention weights and residuals, in training only
+    dropout: float = 0.0  # of residuals, and by default of embeddings and attention weights; in training only
+    embd_dropout: float | None = None  # None for `dropout`
+    attn_dropout: float | None = None  # None for `dropout`
     attention: str = "sdpa"  # or "plain": the masked softmax written out
 
     def __post_init__(self) -> None:
@@ -58,8 +60,9 @@ class GPTConfig:
             raise ConfigError(f"{self.n_layer:,} layers of {self.n_embd:,} channels are more than any machine can hold")
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})", field="n_embd")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), not {self.dropout}", field="dropout")
+        for name in ("dropout", "embd_dropout", "attn_dropout"):
+            if not 0 <= (getattr(self, name) or 0.0) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}", field=name)
         for name, choices in (("activation_function", ACTIVATIONS), ("attention", ATTENTION_FUNCTIONS)):
             value = getattr(self, name)
             if value not in choices:
@@ -111,6 +114,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head, self.dropout = config.n_head, config.dropout
+        self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
         self.attention_fn = ATTENTION_FUNCTIONS[config.attention]
 
     def forward(self, x: Tensor, context: LayerCacheExtension | Packing | None = None) -> Tensor:
@@ -121,7 +125,7 @@ class Attention(nn.Module):
         if context is not None:
             k, v = context.append(k, v)  # (B, H, S, D)
             mask = context.mask
-        y = self.attention_fn(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.attention_fn(q, k, v, mask, self.attn_dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
@@ -166,7 +170,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.dropout = config.dropout
+        self.dropout = config.dropout if config.embd_dropout is None else config.embd_dropout
 
     def forward(self, tokens: Tensor, context: CacheExtension | Packing | None = None) -> Tensor:
         """context: a cache that the tokens continue, or a packing of documents; by default each row is one sequence."""

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import time
 from functools import partial
 
 import numpy as np
@@ -21,13 +20,15 @@ log = logging.getLogger("gpt2")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # of mallopt, in malloc.h
+MIN_BFLOAT16_WIDTH = 256  # on a CPU, narrower models lose in casts what bfloat16 products save
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", *, fall_back: bool = False) -> torch.device:
     """The device called `name`: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps".
 
-    A device that this machine does not have becomes the CPU, with a warning. Raises ConfigError for other names.
+    fall_back: use the CPU, with a warning, instead of a device that this machine does not have.
+    Raises ConfigError for a device that this machine does not have, and for other names.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -40,6 +41,8 @@ def pick_device(name: str = "auto") -> torch.device:
         "cuda": torch.cuda.is_available() and index < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
+    if not available[kind] and not fall_back:
+        raise ConfigError(f"there is no {name} device on this machine: use --device cpu", field="device")
     if not available[kind]:
         log.warning("there is no %s device on this machine: running on the CPU", name)
         return torch.device("cpu")
@@ -55,36 +58,40 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def pick_training_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
-    """The dtype of matrix products in training: float32, bfloat16, or the faster of the two for "auto".
+    """The dtype of matrix products in training: float32, bfloat16, or by rule for "auto" (`auto_training_dtype`).
 
-    On a CPU, "auto" times an MLP of `width` channels, forward and backward, in both (at most a second).
     Raises ConfigError for float16, which would need loss scaling, and for unknown names.
     """
     if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        if device.type == "cpu":
-            return torch.bfloat16 if _is_bfloat16_faster(width) else torch.float32
-        return torch.float32
+        return auto_training_dtype(device, width)[0]
     dtype = parse_dtype(name)
     if dtype == torch.float16:
         raise ConfigError("training in float16 would need loss scaling: use bfloat16 or float32", field="dtype")
     return dtype
 
 
-def _is_bfloat16_faster(width: int, rows: int = 512) -> bool:
-    """Return whether a training step is over 20% faster in bfloat16 on this CPU. Best of six runs, alternating."""
-    mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
-    x = torch.zeros(rows, width)
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for _ in range(6):
-        for dtype in best:
-            start = time.perf_counter()
-            with autocast(torch.device("cpu"), dtype):
-                y = mlp(x).sum()
-            y.backward()
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+def auto_training_dtype(device: torch.device, width: int) -> tuple[torch.dtype, str]:
+    """The dtype of `--dtype auto` and the reason for it. Depends on the hardware and the model's width only.
+
+    CUDA: bfloat16 where the GPU computes it natively. CPU: bfloat16 where the processor has AMX or AVX512-BF16 and the
+    model at least `MIN_BFLOAT16_WIDTH` channels (docs/lab-notes.md). Otherwise float32.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU supports it"
+        return torch.float32, "the GPU does not support bfloat16"
+    if device.type != "cpu":
+        return torch.float32, f"the default on {device.type}"
+    if not has_native_bfloat16():
+        return torch.float32, "the CPU has neither AMX nor AVX512-BF16"
+    if width < MIN_BFLOAT16_WIDTH:
+        return torch.float32, f"a width of {width} is below {MIN_BFLOAT16_WIDTH}"
+    return torch.bfloat16, f"the CPU has AMX or AVX512-BF16, and a width of {width} is at least {MIN_BFLOAT16_WIDTH}"
+
+
+def has_native_bfloat16() -> bool:
+    """Return whether the CPU has instructions for bfloat16 matrix products: AMX or AVX512-BF16."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

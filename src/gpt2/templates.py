@@ -173,6 +173,11 @@ class ChatTemplate:
             return []
         return list(dict.fromkeys([between[: start + len(special)], special])) if special else [between]
 
+    def end_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids of the special tokens that end an answer."""
+        ids = tokenizer.special_tokens
+        return tuple(ids[text] for text in self.stop_strings if text in ids)
+
     @cached_property
     def _special_strings(self) -> tuple[str, ...]:
         return tuple(filter(None, [END_OF_TEXT, *self.special_tokens, *self.special_tokens_map.values()]))

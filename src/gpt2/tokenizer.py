@@ -9,7 +9,6 @@ All three are byte-level: a token is a piece of UTF-8, so every text can be enco
 Each has one special token more, which ordinary text never encodes to: ``<|endoftext|>``, between documents.
 """
 
-import codecs
 import copy
 import json
 import logging
@@ -21,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gpt2.end_tokens import read_end_tokens
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
 from gpt2.files import check_inside_folder, expand_path
 from gpt2.tokenizer_components import check_components, check_file_size
@@ -68,6 +68,8 @@ class Tokenizer(Protocol):
     """Number of ids, including added tokens."""
     end_of_text: int
     """The id of ``<|endoftext|>``."""
+    end_tokens: tuple[int, ...]
+    """The ids that end a generated text: those that the model folder names, else `end_of_text`."""
     special_tokens: dict[str, int]
     """The tokens that ordinary text never encodes to, including ``<|endoftext|>``, and their ids."""
     fingerprint: str
@@ -108,6 +110,7 @@ class _ByteLevelTokenizer(ABC):
             vocabulary.tokens[i].decode(): i for i in sorted(vocabulary.added_ids.difference(non_special_ids))
         }
         self.end_of_text = self.special_tokens[END_OF_TEXT]
+        self.end_tokens: tuple[int, ...] = (self.end_of_text,)
 
     @cached_property
     def _backend(self) -> "tokenizers.Tokenizer":
@@ -184,7 +187,11 @@ class BPETokenizer(_ByteLevelTokenizer):
         self._backend = backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BPETokenizer, (self._backend,)  # a pickled backend loses encode_special_tokens
+        return (
+            BPETokenizer,
+            (self._backend,),
+            {"end_tokens": self.end_tokens},
+        )  # a pickled backend loses encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return _encode_with_backend(self._backend, texts)
@@ -202,25 +209,6 @@ class ByteTokenizer(_ByteLevelTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(replace_surrogates(text).encode()) for text in texts]
-
-
-class StreamDecoder:
-    """Incremental decoding: a character whose bytes span several tokens is returned with the last of them.
-
-    The concatenated results of all `push` calls and a final `flush` equal `tokenizer.decode` of all tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The text that is complete with `token`, possibly empty."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
-
-    def flush(self) -> str:
-        """The rest: U+FFFD if the last character is incomplete, else the empty string."""
-        return self._utf8.decode(b"", final=True)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -266,10 +254,13 @@ def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer
     if isinstance(tokenizer, BPETokenizer):
         backend = copy.deepcopy(tokenizer._backend)
         backend.add_special_tokens(list(texts))
-        return BPETokenizer(backend)
-    if isinstance(tokenizer, GPT2Tokenizer):
-        return GPT2Tokenizer(tiktoken_encoding(vocabulary))
-    return _make_byte_tokenizer(vocabulary)
+        extended = BPETokenizer(backend)
+    elif isinstance(tokenizer, GPT2Tokenizer):
+        extended = GPT2Tokenizer(tiktoken_encoding(vocabulary))
+    else:
+        extended = _make_byte_tokenizer(vocabulary)
+    extended.end_tokens = tokenizer.end_tokens
+    return extended
 
 
 def with_added_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
@@ -283,7 +274,9 @@ def with_added_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
     assert isinstance(tokenizer, _ByteLevelTokenizer)
     backend = copy.deepcopy(tokenizer._backend)
     backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
-    return BPETokenizer(backend)
+    extended = BPETokenizer(backend)
+    extended.end_tokens = tokenizer.end_tokens
+    return extended
 
 
 def _extend(tokenizer: Tokenizer, texts: Sequence[str]) -> Vocabulary:
@@ -299,9 +292,11 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
     if ref == "bytes":
         return ByteTokenizer()
     if isinstance(ref, str) and ref.split(":")[0] == "bpe":
+        if not ref.removeprefix("bpe:").isdecimal():
+            raise ConfigError(f"tokenizer '{ref}': bpe:N needs a number of tokens, as in bpe:1024", field="tokenizer")
         raise ConfigError(
-            f"tokenizer '{ref}' must be trained on the data first, by `gpt2 train` or `gpt2 data prepare`: then name "
-            "its folder",
+            f"tokenizer '{ref}' is trained on text, which there is none of here: name gpt2, bytes, or the folder of a "
+            "tokenizer (gpt2 data prepare writes one)",
             field="tokenizer",
         )
     folder = expand_path(ref)
@@ -320,8 +315,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer whose files are in `folder`; None if there are none.
 
     `tokenizer.json` has precedence over `vocab.json` with `merges.txt`. GPT-2's vocabulary and the plain bytes are
-    recognized by their contents, and need no merges. Raises ModelFilesError for a file that is broken or is not
-    byte-level BPE.
+    recognized by their contents, and need no merges. Its `end_tokens` are those of the model folder.
+    Raises ModelFilesError for a file that is broken or is not byte-level BPE.
     """
     for name, load in ("tokenizer.json", _load_tokenizer_json), ("vocab.json", _load_vocab_json):
         path = folder / name
@@ -330,7 +325,9 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
                 check_inside_folder(used, folder)
             try:
                 check_file_size(path)
-                return load(path)
+                tokenizer = load(path)
+                tokenizer.end_tokens = read_end_tokens(folder, tokenizer.vocab_size, tokenizer.end_of_text)
+                return tokenizer
             except (OSError, ValueError, RecursionError) as error:
                 raise ModelFilesError(f"cannot use {path}: {error}") from error
     return None

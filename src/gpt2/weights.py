@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gpt2.end_tokens import format_eos_token_id, read_end_tokens
 from gpt2.errors import UserError
-from gpt2.files import check_inside_folder, expand_path, staging_folder
+from gpt2.files import check_inside_folder, expand_path, similar_model_folder, staging_folder
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
@@ -63,7 +64,7 @@ def load(
     """Load a model, in evaluation mode, and its tokenizer.
 
     ref:     a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
-    device:  a device or a name for `pick_device`, which replaces a missing device by the CPU, with a warning.
+    device:  a device, or a name for `pick_device`, which raises ConfigError for a missing device.
     dtype:   the dtype of the weights; None keeps that of the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
@@ -142,9 +143,7 @@ def save(
     try:
         with staging_folder(folder.resolve()) as written:
             _write_tensors(model, written, dtype)
-            _write_json(
-                written / "generation_config.json", {"_from_model_config": True, **_bos_eos_token_ids(tokenizer)}
-            )
+            _write_json(written / "generation_config.json", _generation_config(tokenizer, template))
             if tokenizer is not None:
                 tokenizer.save(written)
             if template is not None:
@@ -165,6 +164,9 @@ def find_model_folder(ref: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path} is no model folder: it has no config.json (nor model/config.json, as a run has)")
     name = str(ref)
+    similar = None if name in HUB_ALIASES else similar_model_folder(name)
+    if similar is not None:
+        raise UserError(f"there is no model folder {path} (did you mean '{similar}'?)")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {path}")
     return _download_from_hub(HUB_ALIASES.get(name, name))
@@ -202,12 +204,17 @@ def read_config(folder: Path) -> GPTConfig:
         "layer_norm_epsilon": (int, float),
         "tie_word_embeddings": bool,
         "resid_pdrop": (int, float),
+        "embd_pdrop": (int, float),
+        "attn_pdrop": (int, float),
     }
     others = {key: raw[key] for key in kinds if raw.get(key) is not None}
     for key, value in others.items():
         if not isinstance(value, kinds[key]) or (not isinstance(value, str) and not abs(value) < MAX_CONFIG_NUMBER):
             raise UserError(f"{path}: {key} cannot be {value!r:.100}")
     context, dropout = sizes.pop("n_positions"), others.pop("resid_pdrop", 0.0)
+    for name in ("embd", "attn"):  # set in the config only if they differ
+        rate = others.pop(f"{name}_pdrop", dropout)
+        others |= {} if rate == dropout else {f"{name}_dropout": rate}
     try:
         return GPTConfig(block_size=context, dropout=dropout, **sizes, **others)
     except UserError as error:
@@ -229,8 +236,8 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype
         "activation_function": config.activation_function,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": 0.02,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout if config.embd_dropout is None else config.embd_dropout,
+        "attn_pdrop": config.dropout if config.attn_dropout is None else config.attn_dropout,
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": DTYPE_NAMES[dtype],
@@ -240,8 +247,19 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype
 
 
 def _bos_eos_token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    end = tokenizer.end_of_text if tokenizer is not None else None
-    return {"bos_token_id": end, "eos_token_id": end}
+    """For config.json, where some programs read numbers only. All end tokens are in generation_config.json."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    return {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_tokens[0]}
+
+
+def _generation_config(tokenizer: Tokenizer | None, template: ChatTemplate | None) -> dict[str, Any]:
+    """`generation_config.json`: `eos_token_id` is every token that ends a text, or an answer of the template."""
+    ids: dict[str, Any] = {**_bos_eos_token_ids(tokenizer)}
+    if tokenizer is None:
+        return {"_from_model_config": True, **ids}
+    ends = dict.fromkeys((*tokenizer.end_tokens, *(template.end_tokens(tokenizer) if template else ())))
+    return ids | {"eos_token_id": format_eos_token_id(tuple(ends))}
 
 
 def _download_from_hub(repository: str) -> Path:
@@ -331,7 +349,9 @@ def load_model_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer | None:
     """The tokenizer of a model folder: its own, GPT-2's for a vocabulary of 50,257, else None."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None and config.vocab_size == GPT2_VOCAB_SIZE:
-        return get_tokenizer("gpt2")
+        tokenizer = get_tokenizer("gpt2")
+        tokenizer.end_tokens = read_end_tokens(folder, tokenizer.vocab_size, tokenizer.end_of_text)
+        return tokenizer
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     return tokenizer

@@ -17,6 +17,7 @@ from gpt2.bench.common import BenchmarkError, InProcessRunner, SubprocessRunner
 from gpt2.bench.decode import DecodeWorkload
 from gpt2.bench.serving import ClientWorker, ServerWorker, TokenIdTokenizer, cold_start, measure_serving
 from gpt2.commands import bench, bench_serve
+from gpt2.commands.bench_args import parse_serve
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import ByteTokenizer
@@ -101,7 +102,7 @@ def test_the_command_prints_and_writes_the_same_numbers(
     shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "99"]
     files = ["--json", str(tmp_path / "load.json"), "--chart", str(tmp_path / "load.png")]
     small = ["--clients", "2,1", "--rounds", "1", "--new-tokens", "4", "--prompt-tokens", "3", "--device", "cpu"]
-    assert bench_serve.main([*shape, *files, *small]) == 0
+    assert bench_serve.main(parse_serve([*shape, *files, *small])) == 0
     result = json.loads((tmp_path / "load.json").read_text())
     assert [row["clients"] for row in result["clients"]] == [1, 2]
     assert result["workload"]["new_tokens"] == 4
@@ -122,7 +123,7 @@ def test_the_command_prints_and_writes_the_same_numbers(
 )  # fmt: skip
 def test_invalid_flags_are_user_errors(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        bench_serve.main(flags)
+        bench_serve.main(parse_serve(flags))
 
 
 @pytest.mark.slow

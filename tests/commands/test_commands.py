@@ -175,17 +175,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not created, "a refused command left files behind"
 
 
-def test_a_missing_cuda_device_is_a_warning_and_the_cpu_is_used(
-    model_folder: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_a_missing_cuda_device_is_an_error(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    code, out, _ = run_cli(capsys, "sample", model_folder, "--device", "cuda", "--prompt", "x", "--max-new-tokens", "2")
-    assert code == 0
-    assert out.startswith("x")
-    assert "there is no cuda device on this machine: running on the CPU" in caplog.text
+    monkeypatch.chdir(tmp_path)
+    for command in (["sample", model_folder], ["train", "quickstart"], ["eval", model_folder]):
+        code, out, err = run_cli(capsys, *command, "--device", "cuda")
+        message = "gpt2: there is no cuda device on this machine: use --device cpu\n"
+        assert (code, out, err) == (2, "", message)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_closed_pipe_is_not_an_error(model_folder: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 import gpt2
 from gpt2.commands.finetune import finetune_settings, main
+from gpt2.commands.train import resolve_config
 from gpt2.config import read_toml
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
@@ -63,4 +64,5 @@ def test_missing_and_conflicting_arguments(base: str, rows: str, tmp_path: Path)
     ):
         with pytest.raises(UserError, match=message):
             main(argv)
-    assert finetune_settings(base, {"data": rows, "max_steps": 7, "name": "x"})["epochs"] == 0.0
+    settings = finetune_settings(base, {"data": rows, "max_steps": 7, "name": "x"})
+    assert resolve_config("finetune", settings).epochs == 0.0

@@ -145,9 +145,10 @@ def test_a_killed_process_leaves_no_data(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    (remains,) = tmp_path.iterdir()
+    remains, lock = sorted(tmp_path.iterdir())
     assert list(remains.glob("train_*.bin"))
     assert remains.suffix == ".partial"
+    assert lock.name == f"{remains.name}.lock"
     with pytest.raises(UserError, match="no file, folder or corpus"):
         open_data(str(folder))
     prepare(corpus("some text"), BYTES, folder)

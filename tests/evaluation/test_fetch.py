@@ -111,7 +111,7 @@ def test_what_is_not_the_pinned_file_is_refused(hub: Hub) -> None:
     origin = TASKS["winogrande"].origin
     hub.files[path_on_hub(origin)] = parquet(ROWS)
     hub.stated[path_on_hub(origin)] = "0" * 64
-    with pytest.raises(UserError, match=r"what came has sha256 .*put it at .*winogrande\.parquet by hand"):
+    with pytest.raises(UserError, match=r"its sha256 is .*put it at .*winogrande\.parquet by hand"):
         fetch(origin)
     assert not origin.place.exists()
     pinned = TASKS["hellaswag"].origin

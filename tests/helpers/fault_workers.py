@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import gpt2.commands.train  # noqa: F401 (imported before the forks)
+import gpt2.commands.training  # noqa: F401 (imported before the forks)
 from gpt2.cli import main
 from gpt2.distributed import process_group
 from gpt2.train import run_report, trainer

@@ -13,6 +13,7 @@ import pytest
 from gpt2.config import TrainConfig, config_for_resume, read_toml
 from gpt2.data.prepare import open_data
 from gpt2.errors import UserError
+from gpt2.templates import CHATML_TEMPLATE
 from gpt2.train.run_folder import RunFolder, check_run_metadata, run_metadata, truncate_samples, write_config
 from gpt2.train.trainer import train
 from tests.helpers.tiny_trainer import TinyTrainer, file_contents
@@ -227,21 +228,23 @@ def test_changed_data_or_settings_are_refused_in_one_line(tiny: TrainConfig, tmp
     run, learner = Path(tiny.out_dir) / "tiny", TinyTrainer()
     facts = run_metadata(tiny, open_data(tiny.data, "bytes"))
     path = learner.save(run / "checkpoints", 1, metadata=facts)
-    check_run_metadata(path, facts)
+    check_run_metadata(path, facts, tiny.data)
     assert (
-        check_run_metadata(path, run_metadata(replace(tiny, lr=1.0, max_steps=99), open_data(tiny.data, "bytes")))
+        check_run_metadata(
+            path, run_metadata(replace(tiny, lr=1.0, max_steps=99), open_data(tiny.data, "bytes")), tiny.data
+        )
         is None
     )
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT + "And one more.\n")
     with pytest.raises(UserError) as error:
-        check_run_metadata(path, run_metadata(tiny, open_data(tiny.data, "bytes")))
+        check_run_metadata(path, run_metadata(tiny, open_data(tiny.data, "bytes")), tiny.data)
     assert str(error.value) == (
         f"the data changed since {run} was started ({tiny.data}): "
         f"--init-from {run}, with another --name, starts a new run from its weights"
     )
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)
     with pytest.raises(UserError, match=r"step-1 was saved with batch_size 4: .*config.toml, with 8, was changed"):
-        check_run_metadata(path, run_metadata(replace(tiny, batch_size=8), open_data(tiny.data, "bytes")))
+        check_run_metadata(path, run_metadata(replace(tiny, batch_size=8), open_data(tiny.data, "bytes")), tiny.data)
 
 
 def no_sample(*args: object) -> str:
@@ -303,3 +306,38 @@ def test_a_start_that_fails_in_its_first_step_leaves_the_name_free(tiny: TrainCo
     with pytest.raises(ZeroDivisionError):
         train(replace(tiny, max_steps=1, warmup_steps=0), failing)
     assert not (Path(tiny.out_dir) / "tiny").exists()
+
+
+def test_a_relative_data_path_is_resumed_from_another_folder(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(tiny, data="numbers.txt", max_steps=5), no_sample)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    train(config_for_resume(run, {"max_steps": 8}), no_sample)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+def test_data_that_moved_is_accepted_by_its_fingerprint_and_written_down(tiny: TrainConfig, tmp_path: Path) -> None:
+    run = train(replace(tiny, max_steps=5), no_sample)
+    moved = (tmp_path / "numbers.txt").rename(tmp_path / "moved.txt")
+    train(config_for_resume(run, {"max_steps": 8, "data": str(moved)}), no_sample)
+    assert read_toml(run / "config.toml").data == str(moved)
+    moved.write_text(NUMBERS_TEXT.replace("comes", "goes"))
+    with pytest.raises(UserError, match="the data changed since"):
+        train(config_for_resume(run, {"max_steps": 9}), no_sample)
+
+
+def test_a_base_model_and_a_template_that_moved_are_accepted(tiny: TrainConfig, tmp_path: Path) -> None:
+    rows, template = tmp_path / "rows.jsonl", tmp_path / "t.jinja"
+    rows.write_text("".join(f'{{"prompt": "say {i}", "answer": "{i}"}}\n' for i in range(40)))
+    template.write_text(CHATML_TEMPLATE)
+    base = train(replace(tiny, name="base", max_steps=2), no_sample)
+    given = {"data": str(rows), "init_from": str(base), "template": str(template), "tokenizer": None}
+    run = train(replace(tiny, name="tuned", max_steps=3, warmup_steps=1, **given), no_sample)
+    moved = {"init_from": str(base.rename(tmp_path / "base-2")), "template": str(template.rename(tmp_path / "u.jinja"))}
+    train(config_for_resume(run, {"max_steps": 5, **moved}), no_sample)
+    stored = read_toml(run / "config.toml")
+    assert {"init_from": stored.init_from, "template": stored.template} == moved

@@ -47,6 +47,7 @@ class TokenIdTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.end_of_text = vocab_size, vocab_size  # outside the vocabulary: no token ends a text
         self.special_tokens: dict[str, int] = {}
+        self.end_tokens = (self.end_of_text,)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """The numbers in a text, modulo the vocabulary size."""

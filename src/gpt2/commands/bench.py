@@ -1,18 +1,12 @@
 """gpt2 bench train|generate|serve|chart"""
 
+import sys
 from pathlib import Path
 
-from gpt2.bench import decode_chart, ladder_chart, serving_chart
-from gpt2.bench.common import read_result
 from gpt2.cli import Parser
-from gpt2.commands import bench_generate, bench_serve, bench_train
+from gpt2.commands.bench_args import parse_generate, parse_serve, parse_train
 from gpt2.errors import UserError, did_you_mean
 
-CHARTS = {
-    bench_train.KIND: ladder_chart.draw,
-    bench_generate.KIND: decode_chart.draw,
-    bench_serve.KIND: serving_chart.draw,
-}
 USAGE = """usage: gpt2 bench WHAT ...
 
   train     a training step: the speed ladder, and a comparison with peers
@@ -24,13 +18,34 @@ gpt2 bench WHAT --help lists the flags."""
 
 
 def main(argv: list[str]) -> int | None:
-    """Run `gpt2 bench`: one of its benchmarks, or the usage without one."""
+    """Run `gpt2 bench`: one of its benchmarks, or the usage without one, which is an error."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return None
+        print(USAGE, file=None if argv else sys.stderr)
+        return None if argv else 2
     if argv[0] not in BENCHMARKS:
         raise UserError(f"there is no benchmark '{argv[0]}'{did_you_mean(argv[0], BENCHMARKS)}: see gpt2 bench --help")
     return BENCHMARKS[argv[0]](argv[1:])
+
+
+def _run_train(argv: list[str]) -> int:
+    args = parse_train(argv)
+    from gpt2.commands import bench_train
+
+    return bench_train.main(args)
+
+
+def _run_generate(argv: list[str]) -> int:
+    args = parse_generate(argv)
+    from gpt2.commands import bench_generate
+
+    return bench_generate.main(args)
+
+
+def _run_serve(argv: list[str]) -> int:
+    args = parse_serve(argv)
+    from gpt2.commands import bench_serve
+
+    return bench_serve.main(args)
 
 
 def redraw_chart(argv: list[str]) -> None:
@@ -39,13 +54,17 @@ def redraw_chart(argv: list[str]) -> None:
     parser.add_argument("result", type=Path, metavar="FILE.json")
     parser.add_argument("chart", type=Path, metavar="OUT.png")
     args = parser.parse_args(argv)
-    result = read_result(args.result, *CHARTS)
-    CHARTS[result["kind"]](result, args.chart)
+    from gpt2.bench import decode_chart, ladder_chart, serving_chart
+    from gpt2.bench.common import read_result
+    from gpt2.commands import bench_generate, bench_serve, bench_train
+
+    charts = {
+        bench_train.KIND: ladder_chart.draw,
+        bench_generate.KIND: decode_chart.draw,
+        bench_serve.KIND: serving_chart.draw,
+    }
+    result = read_result(args.result, *charts)
+    charts[result["kind"]](result, args.chart)
 
 
-BENCHMARKS = {
-    "train": bench_train.main,
-    "generate": bench_generate.main,
-    "serve": bench_serve.main,
-    "chart": redraw_chart,
-}
+BENCHMARKS = {"train": _run_train, "generate": _run_generate, "serve": _run_serve, "chart": redraw_chart}

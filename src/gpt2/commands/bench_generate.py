@@ -11,14 +11,11 @@ from rich.text import Text
 
 from gpt2.bench import decode_chart
 from gpt2.bench.common import BenchmarkError, SubprocessRunner, environment
-from gpt2.bench.decode import NUM_CHECKED_TOKENS, OUR_VARIANTS, OURS, DecodeWorkload, our_variants
+from gpt2.bench.decode import NUM_CHECKED_TOKENS, OURS, DecodeWorkload, our_variants
 from gpt2.bench.decode_comparison import run_comparison
-from gpt2.bench.decode_peers import PEERS, parse_decode_peers, peer_variants
-from gpt2.cli import Parser
+from gpt2.bench.decode_peers import parse_decode_peers, peer_variants
+from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.commands.bench_output import (
-    SHAPE_FIELDS,
-    add_decode_flags,
-    add_output_flags,
     check_outputs,
     decode_workload_record,
     format_gib,
@@ -38,9 +35,8 @@ from gpt2.runtime import pick_device
 KIND = "bench generate"
 
 
-def main(argv: list[str]) -> int:
+def main(args: Namespace) -> int:
     """Run `gpt2 bench generate`. Returns 1 if a variant generated wrong tokens or none could be timed, else 0."""
-    args = _parse(argv)
     peers, ours = parse_decode_peers(args.peer), our_variants(args.variants)
     check_outputs(args)
     config, text_tokens = _config_and_text(args)
@@ -69,24 +65,6 @@ def main(argv: list[str]) -> int:
     if args.chart is not None and batches:
         decode_chart.draw(result, args.chart)
     return int(not batches or any(batch["wrong"] for batch in batches))
-
-
-def _parse(argv: list[str]) -> Namespace:
-    parser = Parser(
-        prog="gpt2 bench generate",
-        description="Decoding speed: time to first token, tokens/s after it, and the fraction of the memory-bandwidth "
-        "limit. Each variant runs in its own process, and all are timed in turns. A float32 variant whose tokens are "
-        f"not the plain model's is flagged (exit code 1). Our variants: {', '.join(OUR_VARIANTS)}.",
-    )
-    add_decode_flags(parser)
-    parser.add_flag("variants", "lanes", default="all", metavar="LIST", help="which of our variants [all]")
-    names = ", ".join("nanogpt=PATH" if name == "nanogpt" else name for name in PEERS)
-    parser.add_flag("peer", action="append", default=[], metavar="PEER", help=f"{names}; repeatable")
-    parser.add_flag("batch-sizes", default="1,8,32,128", metavar="LIST", help="sequences per batch [1,8,32,128]")
-    parser.add_flag("text", type=Path, metavar="FILE", help="also measure perplexity on FILE; needs --model")
-    parser.add_flag("text-tokens", type=int, default=8192, metavar="INT", help="first tokens of that file [8192]")
-    add_output_flags(parser)
-    return parser.parse_args(argv)
 
 
 def _config_and_text(args: Namespace) -> tuple[GPTConfig, list[int]]:

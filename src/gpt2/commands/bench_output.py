@@ -12,24 +12,15 @@ from rich.console import Console
 from gpt2.bench.common import CONTEXT_LENGTH
 from gpt2.bench.decode import DecodeWorkload
 from gpt2.bench.ladder_chart import check_chart_path
-from gpt2.cli import Parser
-from gpt2.commands.generation_args import DEVICE_HELP
+from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.hardware import GiB
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
-
-SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size")
 
 
 def print_progress(line: str) -> None:
     """Print one line of progress on standard error; also from a subprocess of a benchmark."""
     print(f"gpt2: {line}", file=sys.stderr, flush=True)
-
-
-def add_output_flags(parser: Parser) -> None:
-    """Add --json and --chart."""
-    parser.add_flag("json", type=Path, metavar="FILE", help="write all measurements, with the raw times")
-    parser.add_flag("chart", type=Path, metavar="FILE", help="draw a chart: .png, .svg or .pdf")
 
 
 def check_outputs(args: Namespace) -> None:
@@ -41,18 +32,6 @@ def check_outputs(args: Namespace) -> None:
             raise UserError(f"{path} is a folder: name a file")
     if args.chart is not None:
         check_chart_path(args.chart)
-
-
-def add_decode_flags(parser: Parser) -> None:
-    """Add the flags of a `DecodeWorkload`, but for its batch sizes."""
-    parser.add_flag("device", default="auto", help=DEVICE_HELP)
-    parser.add_flag("model", metavar="MODEL", help="a run folder, a model folder, or a hub name [random weights]")
-    parser.add_flag("shape", metavar="NAME", help=f"shape of random weights: {', '.join(OPENAI_CONFIGS)} [gpt2]")
-    for name in SHAPE_FIELDS:
-        parser.add_flag(name.replace("_", "-"), type=int, metavar="INT", help="instead of that shape's")
-    parser.add_flag("prompt-tokens", type=int, default=64, metavar="INT", help="tokens in each prompt [64]")
-    parser.add_flag("new-tokens", type=int, default=64, metavar="INT", help="new tokens per sequence [64]")
-    parser.add_flag("rounds", type=int, default=3, metavar="INT", help="how often everything is timed [3]")
 
 
 def openai_config(flag: str, name: str) -> GPTConfig:

@@ -10,10 +10,7 @@ from gpt2.bench import serving_chart
 from gpt2.bench.common import BenchmarkError, SubprocessRunner, environment
 from gpt2.bench.decode import DecodeWorkload
 from gpt2.bench.serving import cold_start, measure_serving
-from gpt2.cli import Parser
 from gpt2.commands.bench_output import (
-    add_decode_flags,
-    add_output_flags,
     check_outputs,
     decode_workload_record,
     parse_counts,
@@ -22,9 +19,7 @@ from gpt2.commands.bench_output import (
     wide_console,
     write_json,
 )
-from gpt2.commands.generation_args import check_precision
 from gpt2.errors import UserError, missing_extra
-from gpt2.generation.inference import PRECISIONS
 from gpt2.hardware import device_name
 from gpt2.resolve import resolve_model
 from gpt2.runtime import pick_device
@@ -33,9 +28,8 @@ KIND = "bench serve"
 MAX_CLIENTS = 1000
 
 
-def main(argv: list[str]) -> int:
+def main(args: Namespace) -> int:
     """Run `gpt2 bench serve`. Returns 0."""
-    args = _parse(argv)
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
@@ -68,21 +62,6 @@ def main(argv: list[str]) -> int:
     if args.chart is not None:
         serving_chart.draw(result, args.chart)
     return 0
-
-
-def _parse(argv: list[str]) -> Namespace:
-    parser = Parser(
-        prog="gpt2 bench serve",
-        description="Throughput, time to first token and inter-token latency of `gpt2 serve`, beside the engine's own "
-        "throughput in the same run. Server and clients run in separate processes on this machine.",
-    )
-    add_decode_flags(parser)
-    parser.add_flag("dtype", default="float32", help=f"{', '.join(PRECISIONS)} [float32]")
-    parser.add_flag("clients", default="1,8,32,128", metavar="LIST", help="concurrent clients [1,8,32,128]")
-    add_output_flags(parser)
-    args = parser.parse_args(argv)
-    check_precision(args.dtype)
-    return args
 
 
 def _print_results(result: dict[str, Any]) -> None:

@@ -12,10 +12,8 @@ from gpt2.bench import ladder_chart
 from gpt2.bench.common import CONTEXT_LENGTH, SubprocessRunner, Workload, environment, run_in_subprocess
 from gpt2.bench.ladder import matmul_rate_variation, parse_step_names, run_ladder
 from gpt2.bench.train_peers import OURS, compare_with_peers, parse_peers
-from gpt2.cli import Parser
+from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.commands.bench_output import (
-    SHAPE_FIELDS,
-    add_output_flags,
     check_outputs,
     format_gib,
     format_quartiles,
@@ -26,15 +24,13 @@ from gpt2.commands.bench_output import (
 )
 from gpt2.errors import ConfigError
 from gpt2.hardware import device_name
-from gpt2.model import OPENAI_CONFIGS
 from gpt2.runtime import pick_device
 
 KIND = "bench train"
 
 
-def main(argv: list[str]) -> int:
+def main(args: Namespace) -> int:
     """Run `gpt2 bench train`. Returns 1 if a loss is wrong, or a device has no measurement, else 0."""
-    args = _parse(argv)
     devices = _devices(args.devices)
     workloads = [_workload(args, device, devices) for device in devices]
     step_names, peers = parse_step_names(args.ladder_steps), parse_peers(args.peer)
@@ -61,31 +57,6 @@ def main(argv: list[str]) -> int:
     if args.chart is not None:
         ladder_chart.draw(result, args.chart)
     return int(not all(_passed(device) for device in result["devices"]))
-
-
-def _parse(argv: list[str]) -> Namespace:
-    parser = Parser(
-        prog="gpt2 bench train",
-        description="The speed ladder: a training step from plain float32 upwards, one optimization added at a time. "
-        "Each ladder step runs in its own process; one that changes the loss beyond rounding is flagged (exit code 1).",
-    )
-    parser.add_flag("devices", default="auto", metavar="LIST", help="such as cuda, or cpu,cuda [the best available]")
-    parser.add_flag("model", default="gpt2", metavar="NAME", help=f"the shape: {', '.join(OPENAI_CONFIGS)} [gpt2]")
-    for name in SHAPE_FIELDS:
-        parser.add_flag(name.replace("_", "-"), type=int, metavar="INT", help="instead of that shape's")
-    parser.add_flag("batch-size", type=int, metavar="INT", help="sequences per step [16; 4 if one device is a CPU]")
-    block_help = "tokens per sequence [1024; 256 if one device is a CPU]"
-    parser.add_flag("block-size", type=int, metavar="INT", help=block_help)
-    parser.add_flag("steps", type=int, metavar="INT", help="timed steps [20; 5 on a CPU]")
-    parser.add_flag("warmup", type=int, default=3, metavar="INT", help="warm-up steps before them [3]")
-    parser.add_flag("rounds", type=int, default=1, metavar="INT", help="how often the ladder is measured [1]")
-    ladder_help = "ladder steps to measure, each on top of all before it [all]"
-    parser.add_flag("ladder-steps", "rungs", default="all", metavar="LIST", help=ladder_help)
-    peer_help = "nanogpt=PATH or transformers; repeatable"
-    parser.add_flag("peer", action="append", default=[], metavar="PEER", help=peer_help)
-    parser.add_flag("peers-only", action="store_true", help="skip the ladder")
-    add_output_flags(parser)
-    return parser.parse_args(argv)
 
 
 def _devices(names: str) -> list[torch.device]:

@@ -9,9 +9,9 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpt2.cli import Parser
+from gpt2.cli import FlagRule, Parser, given_flags, reject_unused_flags
 from gpt2.commands.generation_args import (
     MODEL_HELP,
     NUMERIC_SETTINGS,
@@ -27,9 +27,10 @@ from gpt2.commands.generation_args import (
 )
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import expand_path
-from gpt2.generation.chat import Conversation
-from gpt2.generation.text import check_stop_strings
 from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX
+
+if TYPE_CHECKING:
+    from gpt2.generation.chat import Conversation
 
 DESCRIPTION = f"""\
 Chat with a model, in a terminal or through a pipe (each line of standard input is a turn).
@@ -56,20 +57,31 @@ COMMANDS_HELP = r"""/temperature 0.7      change a setting; also /top-p 0.9, /ma
 Ctrl-C stops an answer. A line that begins with a space is not a command."""
 
 
+RULES = (FlagRule(("system",), lambda args: not args.plain, "--plain has no roles: {} has no effect"),)
+
+
 def main(argv: list[str]) -> None:
     """Run `gpt2 chat`: answers on standard output, everything else on standard error."""
-    parser = Parser(prog="gpt2 chat", description=DESCRIPTION)
+    parser = Parser(
+        prog="gpt2 chat",
+        description=DESCRIPTION,
+        examples=("gpt2 chat gpt2 --temperature 0.7", "gpt2 chat runs/finetune --max-new-tokens 300"),
+        stray="each line of standard input is a turn",
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_flag("plain", action="store_true", help="no roles: the model continues your text")
     parser.add_flag("system", default="", metavar="TEXT", help="the first lines of the transcript")
     add_sampling_flags(parser, max_new_tokens=100)
     add_model_flags(parser)
     args = parser.parse_args(argv)
+    reject_unused_flags(given_flags(args), args, RULES)
     ChatSession(_make_conversation(args), args.bad_word).run()
 
 
-def _make_conversation(args: Namespace) -> Conversation:
+def _make_conversation(args: Namespace) -> "Conversation":
     """The conversation that the flags ask for. Flags are checked before the model is loaded where possible."""
+    from gpt2.generation.chat import Conversation
+
     _check_utf8(args.system, "--system")
     length, sampling = _parse_max_new_tokens(args.max_new_tokens), sampling_from_args(args)
     resolved = resolve_from_args(args, args.model)
@@ -95,7 +107,7 @@ class ChatSession:
     On a terminal prompts are shown, and Ctrl-C stops an answer; through a pipe it ends the program.
     """
 
-    def __init__(self, conversation: Conversation, bad_texts: list[str]) -> None:
+    def __init__(self, conversation: "Conversation", bad_texts: list[str]) -> None:
         self.conversation = conversation
         self.interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
         self._commands: dict[str, Callable[[str], None]] = {
@@ -231,6 +243,8 @@ class ChatSession:
             talk.max_new_tokens = _parse_max_new_tokens(value)
         elif name == "stop":
             stop = [_unescape(text) for text in _split_texts(name, value)]
+            from gpt2.generation.text import check_stop_strings
+
             check_stop_strings(stop)
             talk.stop = tuple(stop)
         elif name == "bad-words":

@@ -3,19 +3,20 @@
 from argparse import BooleanOptionalAction, Namespace
 from itertools import groupby, islice
 from pathlib import Path
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from gpt2.cli import Parser, positive_int
-from gpt2.data.instruct import InstructDataset, open_instruct
-from gpt2.data.prepare import bpe_vocab_size, describe_shards, make_tokenizer, open_data, prepare
-from gpt2.data.resolve import Rows, Shards, resolve_data, resolve_texts
-from gpt2.data.sources import BUILTIN_SOURCES, Texts
+from gpt2.data.sources import BUILTIN_SOURCES
 from gpt2.errors import DataError
 from gpt2.files import expand_path
-from gpt2.templates import get_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer, with_special_tokens
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gpt2.data.instruct import InstructDataset
+    from gpt2.data.resolve import Rows
+    from gpt2.data.sources import Texts
+    from gpt2.tokenizer import Tokenizer
 
 COLUMNS_HELP = "columns of rows to read [by their names]: text=NAME, prompt=NAME,answer=NAME or messages=NAME"
 MAX_SHOWN_TOKENS = 400  # of a document
@@ -27,7 +28,11 @@ def main(argv: list[str]) -> None:
     if args.verb == "list":
         for name, description in BUILTIN_SOURCES.items():
             print(f"{name:24}{description}")
-    elif args.verb == "prepare":
+        return
+    from gpt2.data.prepare import describe_shards, make_tokenizer, prepare
+    from gpt2.data.resolve import Rows, Shards, resolve_data, resolve_texts
+
+    if args.verb == "prepare":
         texts = resolve_texts(args.source, args.columns)
         tokenizer = make_tokenizer(texts, args.tokenizer, args.val_fraction)
         meta = prepare(texts, tokenizer, expand_path(args.out), val_fraction=args.val_fraction)
@@ -42,7 +47,14 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> Namespace:
-    parser = Parser(prog="gpt2 data", description="Tokenize text into shards, and show what a model would train on.")
+    parser = Parser(
+        prog="gpt2 data",
+        description="Tokenize text into shards, and show what a model would train on.",
+        examples=(
+            "gpt2 data inspect questions.jsonl --template chatml",
+            "gpt2 data prepare my-notes/ shards --tokenizer gpt2",
+        ),
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|prepare|inspect", parser_class=Parser)
     verbs.add_parser("list", help="list the built-in corpora")
     shards = verbs.add_parser("prepare", help="tokenize a corpus into a folder of shards")
@@ -62,8 +74,15 @@ def _parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-def _inspect_rows(args: Namespace, rows: Rows) -> None:
+def _inspect_rows(args: Namespace, rows: "Rows") -> None:
     """Print statistics of rows of prompts and answers, and the tokens of the first rows."""
+    from rich.console import Console
+
+    from gpt2.data.instruct import open_instruct
+    from gpt2.data.prepare import bpe_vocab_size
+    from gpt2.templates import get_template
+    from gpt2.tokenizer import get_tokenizer, with_special_tokens
+
     if args.tokenizer and bpe_vocab_size(args.tokenizer):
         message = "for rows of prompts and answers, --tokenizer is gpt2, bytes, or a folder of a tokenizer"
         raise DataError(message, field="tokenizer")
@@ -82,8 +101,12 @@ def _inspect_rows(args: Namespace, rows: Rows) -> None:
         print_tokens(console, tokenizer, documents.tokens[span].tolist(), documents.loss_mask[span].tolist())
 
 
-def _inspect_texts(args: Namespace, texts: Texts) -> None:
+def _inspect_texts(args: Namespace, texts: "Texts") -> None:
     """Print statistics of text, and the tokens of the first documents. The loss covers all tokens of text."""
+    from rich.console import Console
+
+    from gpt2.data.prepare import open_data
+
     data = open_data(texts, args.tokenizer)
     held_out = f"{data.val_tokens:,} held out" if data.val_tokens else "none held out"
     print(f"{'documents:':12}{len(texts.documents):,}, {sum(document.size for document in texts.documents):,} bytes")
@@ -97,9 +120,11 @@ def _inspect_texts(args: Namespace, texts: Texts) -> None:
         ends = len(tokens) < MAX_SHOWN_TOKENS and len(texts.documents) > 1 and len(text.encode()) == document.size
         tokens += [data.tokenizer.end_of_text] * ends
         print_tokens(console, data.tokenizer, tokens, [True] * len(tokens))
+        if (rest := document.size - len(text.encode())) > 0:
+            print(f"… and {rest:,} more bytes of {document.size:,}")
 
 
-def instruct_stats(data: InstructDataset, block_size: int) -> dict[str, str]:
+def instruct_stats(data: "InstructDataset", block_size: int) -> dict[str, str]:
     """Counts of rows, tokens and loss targets, and how they pack into rows of `block_size` tokens, as text by name."""
     documents, packed, cut = data.documents, data.packed_rows(block_size), data.truncation(block_size)
     targets, all_tokens = int(documents.loss_mask.sum()), len(documents.tokens)
@@ -114,8 +139,10 @@ def instruct_stats(data: InstructDataset, block_size: int) -> dict[str, str]:
     }
 
 
-def print_tokens(console: Console, tokenizer: Tokenizer, tokens: list[int], loss_mask: list[bool]) -> None:
+def print_tokens(console: "Console", tokenizer: "Tokenizer", tokens: list[int], loss_mask: list[bool]) -> None:
     """Print tokens separated by lines: loss targets in green, or in ⟦ ⟧ on a console without colors."""
+    from rich.text import Text
+
     colored = console.is_terminal and not console.no_color
     shown = list(zip(tokens, loss_mask, strict=True))[:MAX_SHOWN_TOKENS]
     text = Text()

@@ -3,21 +3,17 @@
 import re
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any, TextIO
-
-import torch
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt2.cli import Parser
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
-from gpt2.generation.engine import LanguageModel
-from gpt2.generation.inference import PRECISIONS, prepare_for_inference
-from gpt2.generation.sampling import Sampling
-from gpt2.generation.text import check_stop_strings
-from gpt2.model import GPT
-from gpt2.resolve import ResolvedModel, resolve_model
-from gpt2.runtime import DTYPES, pick_device
-from gpt2.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gpt2.generation.engine import LanguageModel
+    from gpt2.generation.sampling import Sampling
+    from gpt2.model import GPT
+    from gpt2.resolve import ResolvedModel
+    from gpt2.tokenizer import Tokenizer
 
 MODEL_HELP = "a run folder, a model folder, or a hub name"
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps [auto]"
@@ -35,12 +31,29 @@ NUMERIC_SETTINGS = {  # the sampling settings that are one number
     "no_repeat_ngram_size": "no n-gram of this size occurs twice; 0 for no such rule",
     "min_new_tokens": "no end of text before this many tokens",
 }
-SAMPLING_DEFAULTS = {field.name: field.default for field in fields(Sampling)} | {"top_k": 50}
+SAMPLING_DEFAULTS = {  # those of `Sampling`, which imports torch, but for top_k
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "logit_bias": (),
+    "bad_words": (),
+    "min_new_tokens": 0,
+}
+PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # those of `generation.inference`, which imports torch
 UNSAFE_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
     """Add a flag for every field of `Sampling`, and for what ends a text. A number that is not given is None."""
+    parser.section("sampling and length")
     parser.add_flag(
         "max-new-tokens", type=int, default=max_new_tokens, help=f"maximum length of each text [{max_new_tokens}]"
     )
@@ -53,11 +66,27 @@ def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
         ("stop", "TEXT", "end the text before TEXT, which is not shown"),
     ):
         parser.add_flag(name, action="append", default=[], metavar=metavar, help=f"{description}; repeatable")
-    parser.add_flag("seed", type=int, default=None, help="the same seed gives the same text")
+    parser.add_flag(
+        "stop-escaped",
+        action="append",
+        dest="stop",
+        type=unescape,
+        metavar="TEXT",
+        help="the same, with C escapes: --stop-escaped '\\n' is a newline",
+    )
+    parser.add_flag("seed", type=int, default=None, help="the same seed gives the same text; -1 for a random one")
 
 
-def sampling_from_args(args: Namespace) -> Sampling:
+def unescape(text: str) -> str:
+    """`text` with C escapes such as ``\\n``, ``\\t`` and ``\\x41`` replaced. Raises ValueError for a broken one."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+def sampling_from_args(args: Namespace) -> "Sampling":
     """The flags as a `Sampling`, without the bad words, which need the tokenizer. Raises UserError for wrong values."""
+    from gpt2.generation.sampling import Sampling
+    from gpt2.generation.text import check_stop_strings
+
     check_stop_strings(args.stop)
     given = {name: getattr(args, name) for name in NUMERIC_SETTINGS}
     numbers: dict[str, Any] = {name: SAMPLING_DEFAULTS[name] if v is None else v for name, v in given.items()}
@@ -77,7 +106,7 @@ def parse_logit_biases(texts: Iterable[str]) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
-def encode_bad_words(tokenizer: Tokenizer | None, texts: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+def encode_bad_words(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> tuple[tuple[int, ...], ...]:
     """Encode each text twice: without and with a leading space."""
     words = [text.removeprefix(" ") for text in texts]
     if not all(words):
@@ -90,8 +119,11 @@ def encode_bad_words(tokenizer: Tokenizer | None, texts: Iterable[str]) -> tuple
 
 def add_model_flags(parser: Parser) -> None:
     """Add --device, --dtype and --adapter."""
-    parser.add_flag("device", default="auto", help=DEVICE_HELP)
-    parser.add_flag("dtype", default="float32", help=f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]} [float32]")
+    parser.section("model and device")
+    parser.add_flag("device", default="auto", metavar="NAME", help=DEVICE_HELP)
+    parser.add_flag(
+        "dtype", default="float32", metavar="NAME", help=f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]} [float32]"
+    )
     add_adapter_flag(parser)
 
 
@@ -111,19 +143,27 @@ def check_precision(name: str) -> None:
         raise ConfigError(f"dtype '{name}' is not one of {', '.join(PRECISIONS)}{hint}", field="dtype")
 
 
-def resolve_from_args(args: Namespace, ref: str, *, with_adapter: bool = True) -> ResolvedModel:
+def resolve_from_args(args: Namespace, ref: str, *, with_adapter: bool = True) -> "ResolvedModel":
     """Resolve a MODEL, with the adapter that the flags name. A draft model is used without it."""
+    from gpt2.resolve import resolve_model
+
     check_precision(args.dtype)
     return resolve_model(ref, args.adapter if with_adapter else None)
 
 
-def load_model(args: Namespace, model: ResolvedModel) -> tuple[GPT, Tokenizer | None]:
+def load_model(args: Namespace, model: "ResolvedModel") -> "tuple[GPT, Tokenizer | None]":
     """The plain torch model on --device, and its tokenizer."""
+    import torch
+
+    from gpt2.runtime import DTYPES, pick_device
+
     return model.load(device=pick_device(args.device), dtype=DTYPES.get(args.dtype, torch.float32))
 
 
-def load_inference_model(args: Namespace, model: ResolvedModel) -> tuple[LanguageModel, Tokenizer | None]:
+def load_inference_model(args: Namespace, model: "ResolvedModel") -> "tuple[LanguageModel, Tokenizer | None]":
     """The fastest implementation of the model on --device in --dtype, and its tokenizer."""
+    from gpt2.generation.inference import prepare_for_inference
+
     plain, tokenizer = load_model(args, model)
     return prepare_for_inference(plain, args.dtype), tokenizer
 

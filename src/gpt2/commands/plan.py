@@ -3,21 +3,25 @@
 import argparse
 import json
 import re
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.commands.train import add_training_flags, resolve_config
 from gpt2.config import TrainConfig
-from gpt2.hardware import ACCELERATORS
-from gpt2.planning.plan import Plan, plan
-from gpt2.planning.scaling import ASSUMED_MFU
-from gpt2.planning.target import MAX_MEMORY_FRACTION
 from gpt2.reporting.units import format_bytes, format_count
 from gpt2.train.recipes import RECIPES
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gpt2.planning.plan import Plan
+
+PLANNED_FIELDS = (  # the settings that memory, time or cost depend on
+    *("tokenizer", "init_from", "n_layer", "n_head", "n_embd", "block_size", "freeze"),
+    *("lora_rank", "lora_targets", "batch_size", "micro_batch_size", "activation_checkpointing", "max_steps"),
+    *("optimizer", "device", "dtype", "matmul_precision", "compile", "parallel"),
+)
 COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -27,11 +31,20 @@ def main(argv: list[str]) -> int:
         prog="gpt2 plan",
         description="Estimate what a training run needs: memory by part, time and cost. Writes no file, and reads no "
         "data.",
-        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. --on takes {', '.join(ACCELERATORS)}. "
-        "The flags below --json are those of gpt2 train.",
+        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. All other flags of gpt2 train are "
+        "accepted too; they do not change the plan.",
+        examples=(
+            "gpt2 plan shakespeare",
+            "gpt2 plan gpt2-124m --on h100 --gpus 8 --tokens 10B --price-per-hour 24",
+        ),
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
-    parser.add_flag("on", default="here", metavar="DEVICE", help="here (measured), or a GPU by name (estimated) [here]")
+    parser.add_flag(
+        "on",
+        default="here",
+        metavar="DEVICE",
+        help="here, measured; or a GPU such as h100, estimated [here]",
+    )
     parser.add_flag(
         "gpus", type=_parse_count, default=1, metavar="N", help="GPUs per machine; they share the batch [1]"
     )
@@ -41,8 +54,13 @@ def main(argv: list[str]) -> int:
     parser.add_flag("tokens", type=_parse_count, metavar="N", help="budget such as 500M or 10B [that of --max-steps]")
     parser.add_flag("price-per-hour", type=_parse_price, metavar="PRICE", help="of all machines, in any currency")
     parser.add_flag("json", action="store_true", help="print the plan as JSON")
-    add_training_flags(parser, hidden=())
+    hidden = [field.name for field in fields(TrainConfig) if field.name not in PLANNED_FIELDS]
+    add_training_flags(parser, hidden=hidden)
     given = vars(parser.parse_args(argv))
+    from rich.console import Console
+
+    from gpt2.planning.plan import plan
+
     recipe, as_json = given.pop("recipe"), given.pop("json")
     target = {name: given.pop(name) for name in ("on", "nodes", "network", "tokens", "price_per_hour")}
     result = plan(devices=given.pop("gpus"), config=_plan_config(recipe, given), **target)
@@ -93,8 +111,10 @@ def _parse_price(text: str) -> float:
     return price
 
 
-def print_plan(result: Plan, console: Console) -> None:
+def print_plan(result: "Plan", console: "Console") -> None:
     """Print the plan as a table with a name, a value and a remark in each line."""
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -109,7 +129,7 @@ def print_plan(result: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _model_rows(result: Plan) -> list[tuple[str, str, str]]:
+def _model_rows(result: "Plan") -> list[tuple[str, str, str]]:
     accumulation = result.batch_size // result.devices // result.micro_batch_size
     split = f"{accumulation} micro-batches of {result.micro_batch_size}" if accumulation > 1 else "one micro-batch"
     per_device = f"on each of {result.devices} devices " if result.devices > 1 else ""
@@ -142,7 +162,9 @@ MEMORY_REMARKS = {
 }
 
 
-def _memory_rows(result: Plan) -> list[tuple[str, str, str]]:
+def _memory_rows(result: "Plan") -> list[tuple[str, str, str]]:
+    from gpt2.planning.target import MAX_MEMORY_FRACTION
+
     rows = [(name, format_bytes(size), MEMORY_REMARKS[name]) for name, size in result.memory.parts().items() if size]
     share = result.memory.peak / result.device_memory
     verdict = "fits" if result.fits else f"does not fit: {MAX_MEMORY_FRACTION:.0%} is usable"
@@ -159,7 +181,9 @@ def _memory_rows(result: Plan) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _time_rows(result: Plan) -> list[tuple[str, str, str]]:
+def _time_rows(result: "Plan") -> list[tuple[str, str, str]]:
+    from gpt2.planning.scaling import ASSUMED_MFU
+
     if result.measured:
         source = "from passes of some layers, timed on this machine"
         of_rate = f"of the {result.matmul_rate / 1e12:.3g} TFLOP/s that matmuls reach on this machine"
@@ -180,7 +204,7 @@ def _time_rows(result: Plan) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _parallel_rows(result: Plan) -> list[tuple[str, str, str]]:
+def _parallel_rows(result: "Plan") -> list[tuple[str, str, str]]:
     """Memory, time and traffic of DDP and FSDP2, per device."""
     rows = []
     for name, way in result.ways.items():

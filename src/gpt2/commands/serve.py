@@ -11,10 +11,7 @@ from typing import Any
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
 from gpt2.errors import ConfigError, missing_extra
-from gpt2.generation.inference import prepare_for_inference
-from gpt2.hardware import GiB
 from gpt2.serve.limits import Limits
-from gpt2.templates import ChatTemplate
 
 
 def main(argv: list[str]) -> int:
@@ -34,6 +31,7 @@ def _parse(argv: list[str]) -> Namespace:
         prog="gpt2 serve",
         description="Serve OpenAI's API (completions, chat completions, models) and the playground. "
         "SIGTERM or Ctrl-C finishes running requests and refuses new ones.",
+        examples=("gpt2 serve runs/quickstart", "gpt2 serve gpt2 gpt2-medium --port 9000 --dtype bfloat16"),
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="run folders, model folders, or hub names")
     parser.add_flag("host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on [127.0.0.1]")
@@ -74,6 +72,7 @@ def _parse(argv: list[str]) -> Namespace:
 
 
 def _serve(args: Namespace) -> int:
+    from gpt2.hardware import GiB
     from gpt2.serve.app import create_app
     from gpt2.serve.middleware import LOOPBACK_HOSTS, AccessPolicy
     from gpt2.serve.uvicorn_server import Server, base_url, bind_socket, is_loopback
@@ -123,7 +122,9 @@ def _api_keys(args: Namespace, loopback: bool) -> list[str]:
 
 def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
     """The models by name, loaded and with their schedulers."""
+    from gpt2.generation.inference import prepare_for_inference
     from gpt2.serve.models import create_served_model, served_model_name
+    from gpt2.templates import ChatTemplate
 
     if args.context is not None and args.context < 1:
         raise ConfigError(f"--context must be at least 1, not {args.context}", field="context")

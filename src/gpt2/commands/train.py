@@ -3,41 +3,61 @@
 import argparse
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
-
-import gpt2
-from gpt2.cli import Parser
+from gpt2.cli import FlagRule, Parser, is_help, reject_unused_flags
 from gpt2.config import FINETUNING_FIELDS, TrainConfig, config_for_resume, run_name, to_toml, with_overrides
-from gpt2.data.resolve import find_shards
-from gpt2.distributed.process_group import ProcessGroup, max_restarts, process_group
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
-from gpt2.generation.text import generate
-from gpt2.model import GPT
-from gpt2.tokenizer import Tokenizer
-from gpt2.train.non_finite import replay_dump
 from gpt2.train.recipes import RECIPES, load_recipe
-from gpt2.train.trainer import Interrupted, Sampler, train
+
+SECTIONS = {  # the first setting of each group of flags in the help
+    "name": "data and run folder",
+    "n_layer": "model",
+    "freeze": "partial and LoRA training",
+    "batch_size": "batch and length of the run",
+    "optimizer": "optimizer",
+    "seed": "device and precision",
+    "eval_every": "validation, checkpoints and logs",
+}
+NEWEST_RUN = "newest"  # the value of --resume without one
+METAVARS = {
+    "data": "SOURCE",
+    "out_dir": "FOLDER",
+    "init_from": "MODEL",
+    "resume": "RUN",
+    "template": "NAME|FILE",
+    "tokenizer": "NAME|FOLDER",
+    "add_tokens": "LIST",
+    "lora_targets": "LIST",
+    "columns": "COLUMNS",
+    "sample_prompt": "TEXT",
+    "wandb": "PROJECT",
+}
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+GPU_RECIPES = ("shakespeare", "shakespeare-bpe", "gpt2-124m")
+RULES = (
+    FlagRule(("lora_alpha", "lora_targets", "lora_dropout"), lambda c: c.lora_rank > 0, "{} needs --lora-rank"),
+    FlagRule(("decay_steps",), lambda c: c.schedule == "wsd", "{} needs --schedule wsd"),
+    FlagRule(("min_lr",), lambda c: c.schedule != "constant", "--schedule constant keeps --lr: {} has no effect"),
+    FlagRule(("beta2",), lambda c: c.optimizer != "sgd", "--optimizer sgd has one beta: {} has no effect"),
+    FlagRule(("sample_prompt",), lambda c: c.sample_tokens > 0, "{} needs --sample-tokens over 0"),
+)
 
 
 def main(argv: list[str]) -> int:
     """Run `gpt2 train`: the run folder on standard output, progress on standard error."""
-    parser = Parser(
-        prog="gpt2 train",
-        description="Train a GPT-2 and write a run folder: weights, metrics, loss plot, samples, checkpoints.",
-        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. A recipe is a set of values for these flags; "
-        "the defaults in brackets apply to flags that the recipe does not set (--print-config shows all values).",
-    )
-    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
-    parser.add_flag("print-config", action="store_true", help="print the settings as TOML and exit")
-    parser.add_flag(
-        "replay", metavar="DUMP", help="recompute a step of RUN/dumps/ and find the first non-finite module"
-    )
-    add_training_flags(parser)
+    parser = _parser()
+    if is_help(argv):
+        parser.parse_args(argv)
+    from gpt2.commands.training import broadcast_config, make_sampler
+    from gpt2.distributed.process_group import process_group
+    from gpt2.runtime import pick_device
+    from gpt2.train.non_finite import replay_dump
+    from gpt2.train.trainer import Interrupted, train
+
     with process_group() as ranks:
         with ranks.raise_on_all_ranks():
             given = vars(parser.parse_args(argv))
@@ -54,6 +74,9 @@ def main(argv: list[str]) -> int:
             if ranks.is_main_process:
                 print(to_toml(config), end="")
             return 0
+        if base in GPU_RECIPES and ranks.is_main_process and pick_device(config.device).type == "cpu":
+            message = f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu"
+            print(f"gpt2: {message}", file=sys.stderr)
         try:
             folder = train(config, make_sampler(config), ranks)
         except Interrupted as stop:
@@ -65,45 +88,46 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def broadcast_config(
-    ranks: ProcessGroup, requested: TrainConfig, make_config: Callable[[], TrainConfig]
-) -> TrainConfig:
-    """Broadcast the config that the main process makes: it alone looks at the run folders.
-
-    Raises UserError where the ranks were given different flags, and for a run that torchrun could not restart.
-    """
-    versions = {"torch": torch.__version__, "gpt2": gpt2.__version__}
-    flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(requested).items()}
-    ranks.assert_same_on_all_ranks(versions | flags, "start every rank with the same command")
-
-    def make_and_check() -> TrainConfig:
-        if max_restarts() and requested.resume == "never":
-            raise ConfigError("torchrun --max-restarts needs --resume auto, so that a restarted run resumes")
-        config = make_config().check()
-        if max_restarts() and config.max_minutes:
-            raise ConfigError("torchrun --max-restarts treats the end by --max-minutes as a failure: use only one")
-        return config
-
-    return ranks.broadcast_from_main(make_and_check)
-
-
-def make_sampler(config: TrainConfig) -> Sampler:
-    """The function with which a run generates its samples."""
-
-    def sampler(model: GPT, tokenizer: Tokenizer, prompt: str, length: int) -> str:
-        return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
-
-    return sampler
+def _parser() -> Parser:
+    parser = Parser(
+        prog="gpt2 train",
+        description="Train a GPT-2 and write a run folder: weights, metrics, loss plot, samples, checkpoints.",
+        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. A recipe is a set of values for these flags; "
+        "the defaults in brackets apply to flags that the recipe does not set (--print-config shows all values).",
+        examples=("gpt2 train quickstart", "gpt2 train --data my-notes/ --tokenizer bpe:1024 --max-steps 2000"),
+    )
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
+    parser.add_flag("print-config", action="store_true", help="print the settings as TOML and exit")
+    parser.add_flag(
+        "replay", metavar="DUMP", help="recompute a step of RUN/dumps/ and find the first non-finite module"
+    )
+    add_training_flags(parser)
+    return parser
 
 
 def resolve_config(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
     """The config of `gpt2 train`: the flags over the recipe's values, or over those of a resumed run."""
+    if flags.get("epochs") and "max_steps" in flags:
+        raise ConfigError("--epochs and --max-steps both give the length of the run: use one", field="epochs")
+    config = _merge_flags(base_recipe, flags)
+    reject_unused_flags(flags, config, RULES)
+    _check_given_model(config, flags)
+    check_rows(config)
+    return config
+
+
+def _merge_flags(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
     resume = flags.get("resume", "never")
     if resume not in ("never", "auto"):
-        folder = expand_path(resume)
+        out_dir = flags.get("out_dir", TrainConfig.out_dir)
+        folder = newest_run(out_dir) if resume == NEWEST_RUN else expand_path(resume)
         if not (folder / "config.toml").is_file():
             raise ConfigError(f"--resume {folder}: there is no run in that folder", field="resume")
         return config_for_resume(folder, flags)
+    if "max_steps" in flags:  # it replaces the recipe's epochs
+        flags = {"epochs": 0.0, **flags}
+    from gpt2.data.resolve import find_shards
+
     if "data" in flags and find_shards(flags["data"]) is not None:
         flags = {"tokenizer": None, **flags}  # the shards' own, not the recipe's
     shape = next((name for name in ("n_layer", "n_head", "n_embd") if name in flags and flags.get("init_from")), None)
@@ -121,6 +145,45 @@ def resolve_config(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
     return config
 
 
+def newest_run(out_dir: str) -> Path:
+    """The run folder in `out_dir` that was written last. Raises ConfigError if there is none."""
+    runs = list(expand_path(out_dir).glob("*/config.toml"))
+    if not runs:
+        raise ConfigError(f"--resume: there is no run in {out_dir}", field="resume")
+    return max(runs, key=lambda path: (max(p.stat().st_mtime for p in (path, path.parent)), path)).parent
+
+
+def check_rows(config: TrainConfig) -> None:
+    """Raise ConfigError for rows of prompts and answers with a tokenizer that would have to be trained on text."""
+    from gpt2.data.resolve import Rows, resolve_data
+
+    trained, is_file = (config.tokenizer or "").startswith("bpe:"), Path(config.data).suffix in ROW_SUFFIXES
+    if trained and is_file and isinstance(resolve_data(config.data, config.columns), Rows):
+        problem = f"{config.data} has prompts and answers, and --tokenizer {config.tokenizer} is trained on text"
+        raise ConfigError(
+            f"{problem}: use gpt2 finetune MODEL --data {config.data}, or --tokenizer bytes", field="data"
+        )
+
+
+def _check_given_model(config: TrainConfig, flags: dict[str, Any]) -> None:
+    """Raise ConfigError for flags that the model to start from does not allow."""
+    given = [name for name in ("tokenizer", "block_size", "lora_rank") if flags.get(name)]
+    if not config.init_from or not given:
+        return
+    from gpt2.resolve import resolve_model
+
+    model = resolve_model(config.init_from)
+    shape, own = model.config, model.tokenizer if "tokenizer" in given else None
+    if own is not None and own.name != flags["tokenizer"]:
+        raise ConfigError(f"{config.init_from} has its own tokenizer: leave --tokenizer out", field="tokenizer")
+    if flags.get("block_size", 0) > shape.block_size:
+        problem = f"--block-size {flags['block_size']} is more than the model's context of {shape.block_size}"
+        raise ConfigError(problem, field="block_size")
+    if flags.get("lora_rank", 0) > shape.n_embd:
+        problem = f"--lora-rank {flags['lora_rank']} is more than the model's width of {shape.n_embd}"
+        raise ConfigError(problem, field="lora_rank")
+
+
 def add_training_flags(
     parser: Parser,
     base: TrainConfig | None = None,
@@ -136,6 +199,8 @@ def add_training_flags(
     """
     types = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
+        if f.name in SECTIONS:
+            parser.section(SECTIONS[f.name])
         if f.name in exclude:
             continue
         text, annotation, default = f.metadata["help"], types[f.name], getattr(base or TrainConfig(), f.name)
@@ -145,7 +210,10 @@ def add_training_flags(
         else:
             allowed = (annotation, *getattr(annotation, "__args__", ()))
             kind = next(kind for kind in (int, float, str) if kind in allowed)
-            kwargs |= {"type": _number_or_word(kind, f.metadata["words"]), "metavar": kind.__name__.upper()}
+            kwargs |= {"type": _number_or_word(kind, f.metadata["words"]), "metavar": METAVARS.get(f.name)}
+            kwargs["metavar"] = kwargs["metavar"] or {int: "INT", float: "FLOAT", str: "NAME"}[kind]
+            if f.name == "resume":
+                kwargs |= {"nargs": "?", "const": NEWEST_RUN}
             if default is not None and default != "":
                 kwargs["help"] = f"{text} [{default}]"
         if f.name in hidden:

@@ -113,7 +113,7 @@ def _parquet_rows(content: bytes, where: str) -> Iterator[Row]:
             yield f"{where} row {number}", record
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{where} is not a Parquet file that can be read: {reason}") from None
+        raise UserError(f"{where} is not a readable Parquet file: {reason}") from None
 
 
 def text_field(row: Row, name: str) -> str:

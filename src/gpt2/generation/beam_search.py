@@ -252,6 +252,7 @@ def beam_search_texts(
     num_beams: int = 5,
     max_new_tokens: int = 100,
     stop: Sequence[str] = (),
+    skip_special_tokens: bool = True,
     **settings: Any,
 ) -> list[str]:
     """Continue `prompt` by beam search: the `num_return` best texts, best first, prompt included.
@@ -265,26 +266,33 @@ def beam_search_texts(
     """
     tokenizer = require_tokenizer(tokenizer)
     check_stop_strings(stop)
+    min_tokens = settings.get("sampling", NO_PENALTIES).min_new_tokens
     hypotheses = beam_search(
         model,
         encode_prompt(tokenizer, prompt),
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
-        end_tokens=(tokenizer.end_of_text,),
-        stopping_criterion=_make_stopping_criterion(tokenizer, stop),
+        end_tokens=tokenizer.end_tokens,
+        stopping_criterion=_make_stopping_criterion(tokenizer, stop, min_tokens),
         **settings,
     )
-    return [prompt + "".join(stream_text(tokenizer, found.tokens, stop)) for found in hypotheses]
+    return [
+        prompt
+        + "".join(
+            stream_text(tokenizer, found.tokens, stop, min_tokens=min_tokens, skip_special_tokens=skip_special_tokens)
+        )
+        for found in hypotheses
+    ]
 
 
-def _make_stopping_criterion(tokenizer: Tokenizer, stop: Sequence[str]) -> StoppingCriterion:
+def _make_stopping_criterion(tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int) -> StoppingCriterion:
     """Whether a stop string is complete with the last token, or the last token has no text (padded vocabulary)."""
     max_tokens = max((len(text.encode()) for text in stop), default=0)  # a token has at least one byte
 
     def stopped(tokens: list[int]) -> bool:
         if tokens[-1] >= tokenizer.vocab_size:
             return True
-        end = tokenizer.decode(tokens[-max_tokens:]) if max_tokens else ""
+        end = tokenizer.decode(tokens[min_tokens:][-max_tokens:]) if max_tokens else ""
         return any(text in end for text in stop)
 
     return stopped

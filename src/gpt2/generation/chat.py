@@ -17,14 +17,13 @@ The tokens of earlier turns never change, and an engine with one slot serves the
 the earlier turns, so that only new tokens are prefilled.
 """
 
-import secrets
 from collections import abc
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from gpt2.errors import RequestError, UserError
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
-from gpt2.generation.sampling import Sampling
+from gpt2.generation.sampling import Sampling, resolve_seed
 from gpt2.generation.text import TextStream, check_stop_strings, require_tokenizer
 from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX, ChatTemplate
 from gpt2.tokenizer import Tokenizer
@@ -75,17 +74,17 @@ class Conversation:
         self.max_new_tokens, self.stop, self.system = max_new_tokens, tuple(stop), system
         self.turns: list[Turn] = []
         self.num_dropped_turns = 0
-        self.seed = secrets.randbits(32) if seed is None else seed
+        self.seed = resolve_seed(seed)
         self._engine = Engine(model, slots=1)
 
     @property
     def seed(self) -> int:
-        """The seed of all random numbers. Setting it restarts the random streams."""
+        """The seed of all random numbers. Setting it restarts the random streams; -1 draws a new seed."""
         return self._seed
 
     @seed.setter
     def seed(self, seed: int) -> None:
-        self._seed, self._next_sample_index = seed, 0
+        self._seed, self._next_sample_index = resolve_seed(seed), 0
 
     @property
     def transcript(self) -> str:
@@ -137,7 +136,7 @@ class Conversation:
         turns = [*previous_turns, Turn(user_text)]
         num_dropped, prompt = self._fit_to_context(turns)
         room = max(1, self.model.config.block_size - len(prompt))
-        end_tokens, max_new_tokens = (self.tokenizer.end_of_text,), min(self.max_new_tokens, room)
+        end_tokens, max_new_tokens = self.tokenizer.end_tokens, min(self.max_new_tokens, room)
         request = GenerationRequest(
             prompt, self.sampling, max_new_tokens, self.seed, self._next_sample_index, end_tokens
         )
@@ -158,7 +157,8 @@ class Conversation:
 
     def _stream_answer(self, sequence: Sequence, turn: Turn) -> Iterator[str]:
         stop = [f"\n{USER_PREFIX}"] if self.template is None else self.template.stop_strings
-        text = TextStream(self.tokenizer, (*self.stop, *stop) if self.roles else self.stop)
+        stop = (*self.stop, *stop) if self.roles else self.stop
+        text = TextStream(self.tokenizer, stop, min_tokens=self.sampling.min_new_tokens)
         while not sequence.finish_reason:
             tokens = self._engine.step()
             if sequence.error:
@@ -215,7 +215,8 @@ class Conversation:
 
         A stop string may begin inside a token.
         """
-        kept = [token for token in tokens if token < self.tokenizer.vocab_size and token != self.tokenizer.end_of_text]
+        ends = self.tokenizer.end_tokens
+        kept = [token for token in tokens if token < self.tokenizer.vocab_size and token not in ends]
         while kept and not text.startswith(self.tokenizer.decode(kept)):
             kept.pop()
         return kept + self.tokenizer.encode(text[len(self.tokenizer.decode(kept)) :])

@@ -121,6 +121,7 @@ def contrastive_stream(
     max_new_tokens: int = 100,
     stop: abc.Sequence[str] = (),
     sampling: Sampling = NO_PENALTIES,
+    skip_special_tokens: bool = True,
 ) -> Iterator[str]:
     """Continue `prompt` by contrastive search: yields the new text in pieces of whole characters.
 
@@ -139,6 +140,8 @@ def contrastive_stream(
         penalty_alpha=penalty_alpha,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        end_tokens=(tokenizer.end_of_text,),
+        end_tokens=tokenizer.end_tokens,
     )
-    yield from stream_text(tokenizer, tokens, stop)
+    yield from stream_text(
+        tokenizer, tokens, stop, min_tokens=sampling.min_new_tokens, skip_special_tokens=skip_special_tokens
+    )

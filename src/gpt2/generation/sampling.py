@@ -15,6 +15,7 @@ order of the vocabulary at which the cumulative probability exceeds the number. 
 
 import hashlib
 import math
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -273,6 +274,11 @@ def _apply_filters(group: CandidateGroup, sampling: Sampling) -> Tensor:
     if sampling.eta_cutoff > 0:
         logits = keep_eta(logits, sampling.eta_cutoff)
     return logits
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The seed; a new random one for None and for -1, which other programs use for "random"."""
+    return secrets.randbits(32) if seed is None or seed == -1 else seed
 
 
 def make_generator(seed: int, sample_index: int) -> torch.Generator:

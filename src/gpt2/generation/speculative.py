@@ -14,12 +14,11 @@ over several tokens rounds differently, so where two logits are equal to within 
 either token may be chosen.
 """
 
-import secrets
 from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from gpt2.generation.engine import (
     eval_mode,
 )
 from gpt2.generation.filters import History
-from gpt2.generation.sampling import Sampling, logits_to_probs, sample_from_probs
+from gpt2.generation.sampling import Sampling, logits_to_probs, resolve_seed, sample_from_probs
 from gpt2.generation.text import check_stop_strings, encode_prompt, require_tokenizer, stream_text
 from gpt2.tokenizer import Tokenizer
 
@@ -303,9 +302,12 @@ def next_draft_length(length: int, accepted: int, max_length: int) -> int:
 class SpeculativeTextStream:
     """An iterator over pieces of text; its `decoder` has the statistics."""
 
-    def __init__(self, decoder: SpeculativeDecoder, tokenizer: Tokenizer, stop: abc.Sequence[str]) -> None:
+    def __init__(
+        self, decoder: SpeculativeDecoder, tokenizer: Tokenizer, stop: abc.Sequence[str], **settings: Any
+    ) -> None:
+        """settings: those of `stream_text`."""
         self.decoder = decoder
-        self._pieces = stream_text(tokenizer, chain.from_iterable(decoder), stop)
+        self._pieces = stream_text(tokenizer, chain.from_iterable(decoder), stop, **settings)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -325,6 +327,7 @@ def speculate(
     stop: abc.Sequence[str] = (),
     seed: int | None = None,
     sample_index: int = 0,
+    skip_special_tokens: bool = True,
 ) -> SpeculativeTextStream:
     """Continue `prompt` by speculative decoding: yields the new text in pieces of whole characters.
 
@@ -334,8 +337,8 @@ def speculate(
         print(text.decoder.acceptance_rate, text.decoder.tokens_per_call)
 
     stop: stop strings: the text ends before the first of them, or at the end-of-text token.
-    seed: the same seed and sample index give the same text; None draws a new seed. The text differs from that of plain
-          decoding with the same seed, but has the same distribution; at temperature 0 it is the same text.
+    seed: the same seed and sample index give the same text; None or -1 draws a new one. The text differs from that of
+          plain decoding with the same seed, but has the same distribution; at temperature 0 it is the same text.
 
     A drafter may serve one text after the other; its cache keeps their common prefix. Raises what `SpeculativeDecoder`
     does, and ModelFilesError for a draft with another tokenizer.
@@ -343,7 +346,8 @@ def speculate(
     tokenizer = require_tokenizer(tokenizer)
     check_stop_strings(stop)
     drafter.check(model.config.vocab_size, tokenizer)
-    seed = secrets.randbits(32) if seed is None else seed
-    ids, end_tokens = encode_prompt(tokenizer, prompt), (tokenizer.end_of_text,)
-    request = GenerationRequest(ids, sampling or Sampling(), max_new_tokens, seed, sample_index, end_tokens)
-    return SpeculativeTextStream(SpeculativeDecoder(model, drafter, request), tokenizer, stop)
+    sampling, seed = sampling or Sampling(), resolve_seed(seed)
+    ids, end_tokens = encode_prompt(tokenizer, prompt), tokenizer.end_tokens
+    request = GenerationRequest(ids, sampling, max_new_tokens, seed, sample_index, end_tokens)
+    settings = {"min_tokens": sampling.min_new_tokens, "skip_special_tokens": skip_special_tokens}
+    return SpeculativeTextStream(SpeculativeDecoder(model, drafter, request), tokenizer, stop, **settings)

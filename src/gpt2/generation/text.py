@@ -1,6 +1,5 @@
 """Generate text from text prompts: whole samples, or a stream of pieces."""
 
-import secrets
 from collections import abc
 from collections.abc import Iterable, Iterator
 from typing import Any, overload
@@ -8,8 +7,9 @@ from typing import Any, overload
 from gpt2.errors import ModelFilesError, RequestError, did_you_mean
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
 from gpt2.generation.inference import prepare_for_inference
-from gpt2.generation.sampling import Sampling
-from gpt2.tokenizer import StreamDecoder, Tokenizer
+from gpt2.generation.sampling import Sampling, resolve_seed
+from gpt2.generation.stream_decoder import StreamDecoder
+from gpt2.tokenizer import Tokenizer
 
 MAX_SAMPLES = 10_000  # of one prompt
 MAX_BATCH_SIZE = 64  # samples that are generated at a time; the others wait in the queue
@@ -34,6 +34,7 @@ def generate(
     max_new_tokens: int = 100,
     stop: abc.Sequence[str] = (),
     seed: int | None = None,
+    skip_special_tokens: bool = True,
     **settings: Any,
 ) -> list[str] | list[list[str]]:
     """Continue `prompt` in `num_samples` ways. Returns the texts, prompt included; a list for each of several prompts.
@@ -41,13 +42,15 @@ def generate(
         texts = gpt2.generate(model, tokenizer, "Hello", num_samples=5, temperature=0.8, top_k=50, seed=42)
 
     stop:     stop strings: a text ends before the first of them.
-    seed:     the same seed gives the same texts; None draws a new seed. Sample i of a prompt does not depend on
+    seed:     the same seed gives the same texts; None or -1 draws a new one. Sample i of a prompt does not depend on
               `num_samples` or on the other prompts.
+    skip_special_tokens: whether special tokens, such as ``<|im_start|>``, are left out of the text.
     settings: temperature, top_k, top_p, ...: the fields of `gpt2.Sampling`.
 
-    A sample ends at the end-of-text token (not part of the text) or after `max_new_tokens`. Dropout is off, and a model
-    in training mode stays in training mode. Raises RequestError for settings that are not supported and for a prompt
-    longer than the context, ModelFilesError without a tokenizer, NonFiniteLogitsError if the model computes nan or inf.
+    A sample ends at one of `tokenizer.end_tokens` (not part of the text) or after `max_new_tokens`. Dropout is off, and
+    a model in training mode stays in training mode. Raises RequestError for settings that are not supported and
+    for a prompt longer than the context, ModelFilesError without a tokenizer, NonFiniteLogitsError if the model
+    computes nan or inf.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     texts = [text for text in prompts for _ in range(num_samples)]
@@ -60,6 +63,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=stop,
         seed=seed,
+        skip_special_tokens=skip_special_tokens,
     )
     for sample, piece in pieces:
         texts[sample] += piece
@@ -78,6 +82,7 @@ def stream(
     max_new_tokens: int = 100,
     stop: abc.Sequence[str] = (),
     seed: int | None = None,
+    skip_special_tokens: bool = True,
 ) -> Iterator[tuple[int, str]]:
     """`generate` as a stream: yields (sample, text) for every new piece of text, always whole characters.
 
@@ -89,15 +94,19 @@ def stream(
         raise RequestError(message, field="num_samples")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [encode_prompt(tokenizer, text) for text in prompts]
-    seed = secrets.randbits(32) if seed is None else seed
+    sampling, seed = sampling or Sampling(), resolve_seed(seed)
     requests = [
-        GenerationRequest(tokens, sampling or Sampling(), max_new_tokens, seed, sample, (tokenizer.end_of_text,))
+        GenerationRequest(tokens, sampling, max_new_tokens, seed, sample, tokenizer.end_tokens)
         for tokens in ids
         for sample in range(num_samples)
     ]
     max_length = max((len(tokens) for tokens in ids), default=0) + max(0, max_new_tokens)
     engine = Engine(prepare_for_inference(model), max(1, min(len(requests), MAX_BATCH_SIZE)), max_length)
-    return _stream_samples(engine, requests, [TextStream(tokenizer, stop) for _ in requests])
+    texts = [
+        TextStream(tokenizer, stop, min_tokens=sampling.min_new_tokens, skip_special_tokens=skip_special_tokens)
+        for _ in requests
+    ]
+    return _stream_samples(engine, requests, texts)
 
 
 def _stream_samples(
@@ -141,9 +150,16 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt, allow_special=True) or [tokenizer.end_of_text]
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], stop: abc.Sequence[str]) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer,
+    tokens: Iterable[int],
+    stop: abc.Sequence[str],
+    *,
+    min_tokens: int = 0,
+    skip_special_tokens: bool = True,
+) -> Iterator[str]:
     """Detokenize a stream of ids up to a stop string or the end of text; takes no more ids than that needs."""
-    text = TextStream(tokenizer, stop)
+    text = TextStream(tokenizer, stop, min_tokens=min_tokens, skip_special_tokens=skip_special_tokens)
     for token in tokens:
         if piece := text.push(token):
             yield piece
@@ -160,15 +176,26 @@ class TextStream:
     wherever token boundaries lie, and is never returned in part. The results of all calls of `push` and a last `flush`,
     joined, are the text up to the first stop string or the end of text.
 
-    finish_reason: "stop" after a stop string or the end-of-text token; later tokens add no text.
+    min_tokens:    the text of this many first tokens is not searched for stop strings.
+    skip_special_tokens: special tokens add no text. One that contains a stop string ends the text all the same.
+    finish_reason: "stop" after a stop string or one of `tokenizer.end_tokens`; later tokens add no text.
 
     Raises RequestError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: abc.Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: abc.Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         check_stop_strings(stop)
+        self._hidden = {i: text for text, i in tokenizer.special_tokens.items()} if skip_special_tokens else {}
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._decoder = StreamDecoder(tokenizer)
+        self._min_tokens, self._num_tokens = min_tokens, 0
         self._pending = ""
         self.finish_reason: str | None = None
 
@@ -176,19 +203,33 @@ class TextStream:
         """Add a token; returns the text that is now decided, which may be empty."""
         if self.finish_reason:
             return ""
-        if token == self._tokenizer.end_of_text or token >= self._tokenizer.vocab_size:  # padded vocabulary
+        if token in self._tokenizer.end_tokens or token >= self._tokenizer.vocab_size:  # padded vocabulary
             piece = self.flush()
             self.finish_reason = "stop"
             return piece
+        self._num_tokens += 1
+        if self._num_tokens <= self._min_tokens:
+            return self._decoder.flush() if token in self._hidden else self._decoder.push(token)
+        if token in self._hidden:
+            return self._hide(self._hidden[token])
         return self._hold_back_stop_prefix(self._decoder.push(token))
 
     def flush(self) -> str:
-        """The text that was held back, at the end of the sequence."""
+        """The text that was held back, at the end of the sequence. A character that is not complete is dropped."""
         if self.finish_reason:
             return ""
-        piece = self._hold_back_stop_prefix(self._decoder.flush())
-        piece, self._pending = piece + self._pending, ""
+        piece, self._pending = self._pending, ""
         return piece
+
+    def _hide(self, special: str) -> str:
+        """Add a special token that is not shown; a stop string may end in it, or be part of it."""
+        piece = self._decoder.flush()
+        text = self._pending + piece
+        found = [at for at in ((text + special).find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.finish_reason, self._pending = "stop", ""
+            return text[: min(found)]
+        return self._hold_back_stop_prefix(piece)
 
     def _hold_back_stop_prefix(self, piece: str) -> str:
         text = self._pending + piece

@@ -262,7 +262,7 @@ def model_shape(config: TrainConfig) -> GPTConfig:
     """The configuration of the model that `config` trains, from its settings and its tokenizer's name, not its data."""
     if config.init_from is not None:
         initial = OPENAI_CONFIGS.get(config.init_from) or read_config(find_model_folder(config.init_from))
-        return replace(initial, dropout=config.dropout)
+        return replace(initial, dropout=config.dropout, embd_dropout=None, attn_dropout=None)
     return config.model_config(vocabulary_size(config))
 
 

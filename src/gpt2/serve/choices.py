@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gpt2.generation.engine import SampledToken
+from gpt2.generation.stream_decoder import StreamDecoder
 from gpt2.generation.text import TextStream
 from gpt2.serve.prompt_logprobs import TokenLogprob
 from gpt2.serve.schema import FinishReason
-from gpt2.tokenizer import StreamDecoder, Tokenizer
+from gpt2.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,23 @@ class Choice:
     """One generated text of a response. The deltas of `push` and a last `finish`, joined, are all of it.
 
     A token is part of the delta in which its text begins. Text that may turn out to be the beginning of a stop string
-    is held back, and so are its tokens; those of a stop string are never part of a delta. The end-of-text token has
-    no text.
+    is held back, and so are its tokens; those of a stop string are never part of a delta. Tokens that end the text
+    have no text, nor do special tokens that are skipped.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """The arguments are those of `TextStream`."""
         self.index = index
-        self._stream = TextStream(tokenizer, stop)
+        self._stream = TextStream(tokenizer, stop, min_tokens=min_tokens, skip_special_tokens=skip_special_tokens)
+        self._textless = {*tokenizer.end_tokens, *(tokenizer.special_tokens.values() if skip_special_tokens else ())}
         self._decoder = StreamDecoder(tokenizer)
         self._tokenizer = tokenizer
         self._num_characters = 0  # including text that is held back
@@ -50,9 +61,13 @@ class Choice:
     def push(self, token: SampledToken) -> ChoiceDelta:
         """Add a new token. The delta may be empty; it has the finish reason if the token ends the text."""
         self.num_tokens += 1
-        self._held_back.append(TokenLogprob(token.id, token.logprob, token.top_logprobs, self._num_characters))
-        if token.id < self._tokenizer.vocab_size and token.id != self._tokenizer.end_of_text:
+        has_text = token.id < self._tokenizer.vocab_size and token.id not in self._textless
+        offset = self._num_characters + (has_text and self._decoder.is_broken_by(token.id))
+        self._held_back.append(TokenLogprob(token.id, token.logprob, token.top_logprobs, offset))
+        if has_text:
             self._num_characters += len(self._decoder.push(token.id))
+        elif token.id in self._textless and token.id not in self._tokenizer.end_tokens:
+            self._num_characters += len(self._decoder.flush())
         text = self._stream.push(token.id)
         self.finish_reason = "stop" if self._stream.finish_reason else None
         stop_string = self._num_characters > len(self.text) + len(text)  # and not the end-of-text token

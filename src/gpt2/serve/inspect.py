@@ -15,8 +15,9 @@ from gpt2.errors import RequestError
 from gpt2.generation.engine import eval_mode
 from gpt2.generation.filters import History, topk_indices
 from gpt2.generation.sampling import Sampling, logits_to_probs
+from gpt2.generation.stream_decoder import StreamDecoder
 from gpt2.model import GPT
-from gpt2.tokenizer import StreamDecoder, Tokenizer
+from gpt2.tokenizer import Tokenizer
 
 LOGITS_CHUNK = 64  # positions whose logits are in memory at the same time: (64, V)
 

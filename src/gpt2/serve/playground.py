@@ -188,10 +188,9 @@ def _inspect_next(
     sampling = body.sampling()
     sampling.check_token_ids(served.model.config.vocab_size)
     _check_token_id(served, body.asked)
-    end = served.tokenizer.end_of_text
-    ids = ids or [end]  # an empty text begins after the end of another
+    ids = ids or [served.tokenizer.end_of_text]  # an empty text begins after the end of another
     prompt_length = len(ids) if body.prompt_length is None else min(body.prompt_length, len(ids))
-    history = History(ids, prompt_length, (end,))
+    history = History(ids, prompt_length, served.tokenizer.end_tokens)
     logits = worker.logits(served, ids)
     return asdict(top_candidates(logits, served.tokenizer, sampling, history, body.top, body.asked))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from gpt2.generation.engine import GenerationRequest
 from gpt2.generation.sampling import Sampling
+from gpt2.generation.stream_decoder import StreamDecoder
 from gpt2.serve.choices import Choice, ChoiceDelta
 from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.limits import Limits
@@ -18,7 +19,6 @@ from gpt2.serve.models import ServedModel
 from gpt2.serve.prompt_logprobs import TokenLogprob
 from gpt2.serve.scheduler import PromptLogprobsRequest, SequenceEvent, SequenceFinished
 from gpt2.serve.schema import CommonRequestFields, Usage
-from gpt2.tokenizer import StreamDecoder
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class ParsedRequest:
     seed: int
     top_logprobs: int | None = None
     echo: bool = False
+    skip_special_tokens: bool = True
 
     def engine_requests(self) -> list[GenerationRequest | PromptLogprobsRequest]:
         """One request for each choice, and after them one for each prompt whose log-probabilities are needed."""
-        end = (self.served.tokenizer.end_of_text,)
+        end = self.served.tokenizer.end_tokens
         sequences = [
             GenerationRequest(prompt, self.sampling, self.max_tokens, self.seed, sample, end, self.top_logprobs)
             for prompt in self.prompts
@@ -62,7 +63,13 @@ class ResponseStream:
     def __init__(self, request: ParsedRequest, client: str, limits: Limits, metrics: Metrics) -> None:
         self.request, self._scheduler, self._metrics = request, request.served.scheduler, metrics
         self.choices = [
-            Choice(index, request.served.tokenizer, request.stop_strings)
+            Choice(
+                index,
+                request.served.tokenizer,
+                request.stop_strings,
+                min_tokens=request.sampling.min_new_tokens,
+                skip_special_tokens=request.skip_special_tokens,
+            )
             for index in range(len(request.prompts) * request.num_samples)
         ]
         self._limits, self._start_time, self._last_token_times = limits, time.monotonic(), [0.0] * len(self.choices)

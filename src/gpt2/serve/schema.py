@@ -3,13 +3,12 @@
 Responses are built from these types, and the fields that are set are sent.
 """
 
-import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from gpt2.generation.sampling import Sampling
+from gpt2.generation.sampling import Sampling, resolve_seed
 
 MAX_TOP_LOGPROBS = 20  # for each token
 MAX_LOGIT_BIAS = 4096  # items
@@ -111,8 +110,8 @@ class CommonRequestFields(_StrictModel):
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
     def resolve_seed(self) -> int:
-        """The seed, or a random one."""
-        return secrets.randbits(32) if self.seed is None else self.seed
+        """The seed, or a random one for null and -1."""
+        return resolve_seed(self.seed)
 
     @property
     def stop_strings(self) -> list[str]:

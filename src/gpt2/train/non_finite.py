@@ -190,7 +190,7 @@ def _read_dump(folder: Path) -> tuple[GPT, Tokenizer | None, StepInputs, dict[st
             grad_norm=float(numbers["grad_norm"]),
             activation_checkpointing=bool(numbers.get("activation_checkpointing", recompute)),
         )
-        device = pick_device(numbers["device"])
+        device = pick_device(numbers["device"], fall_back=True)
         if inputs.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size {inputs.micro_batch_size}")
         if numbers["matmul_precision"] not in CHOICES["matmul_precision"]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gpt2.config import TrainConfig, read_toml
 from gpt2.errors import ConfigError, did_you_mean
+from gpt2.files import expand_path
 
 RECIPES = {
     # a small GPT-2 on the Python reference: about half a minute on two cores, offline
@@ -114,5 +115,7 @@ def load_recipe(ref: str) -> TrainConfig:
         return RECIPES[ref]
     if ref.endswith(".toml"):
         return read_toml(Path(ref))
+    if expand_path(ref).exists():
+        raise ConfigError(f"{ref} is no recipe, and no .toml file: to train on it, use --data {ref}", field="data")
     known = ", ".join(RECIPES)
     raise ConfigError(f"no recipe '{ref}'{did_you_mean(ref, RECIPES)}: there are {known}, or a file.toml")

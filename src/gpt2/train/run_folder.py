@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from gpt2.config import FIXED_ON_RESUME, TrainConfig, check_same_run, to_toml
+from gpt2.config import FIXED_ON_RESUME, MOVABLE, TrainConfig, check_same_run, to_toml
 from gpt2.data.dataset import Dataset
 from gpt2.errors import ConfigError, DataError, UserError
 from gpt2.files import LockFile, expand_path, staging_folder
@@ -131,15 +131,19 @@ def truncate_samples(path: Path, step: int, saved_bytes: int | None = None) -> N
 
 def run_metadata(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """The metadata of every checkpoint of a run: a resumed run must have the same."""
-    return {"data": data.fingerprint, "config": {name: getattr(config, name) for name in FIXED_ON_RESUME}}
+    settings = {name: getattr(config, name) for name in FIXED_ON_RESUME if name not in MOVABLE}
+    return {"data": data.fingerprint, "config": settings}
 
 
-def check_run_metadata(checkpoint: Path, metadata: dict[str, Any]) -> None:
-    """Raises DataError or ConfigError when a run that resumes from `checkpoint` has other metadata than it."""
+def check_run_metadata(checkpoint: Path, metadata: dict[str, Any], data_ref: str) -> None:
+    """Raises DataError or ConfigError when a run that resumes from `checkpoint` has other metadata than it.
+
+    data_ref: what the run calls its data.
+    """
     saved, folder = checkpoint_metadata(checkpoint), checkpoint.parents[1]
     if saved.get("data", metadata["data"]) != metadata["data"]:
         raise DataError(
-            f"the data changed since {folder} was started ({metadata['config']['data']}): "
+            f"the data changed since {folder} was started ({data_ref}): "
             f"--init-from {folder}, with another --name, starts a new run from its weights"
         )
     for name, value in metadata["config"].items():

@@ -20,11 +20,12 @@ def describe_run(run: Run) -> str:
     validation = f"{data.val_tokens:,} validation tokens" if data.val_tokens else "no validation tokens"
     compiled = ", compiled" if config.compile else ""
     parallel = "" if run.ranks.is_single_process else f"{run.ranks.world_size} ranks ({run.distributed_model.kind}) of "
+    reason = f" (--dtype auto: {run.dtype_reason})" if run.dtype_reason else ""
     trainable = sum(parameter.numel() for parameter in trainable_parameters(run.model).values())
     partly = f", {trainable:,} of them trainable" if trainable < run.model.num_parameters() else ""
     return (
         f"model: {run.model.num_parameters():,} parameters{partly}, {config.n_layer} layers of {config.n_embd}, "
-        f"context {config.block_size}, on {parallel}{run.device} in {config.dtype}{compiled}\n"
+        f"context {config.block_size}, on {parallel}{run.device} in {config.dtype}{reason}{compiled}\n"
         f"data: {data.name}, {data.train_tokens:,} training tokens, {validation}"
     )
 

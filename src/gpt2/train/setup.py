@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpt2.config import AUTO_BATCH_SIZE, TrainConfig
+from gpt2.config import AUTO_BATCH_SIZE, MOVABLE, TrainConfig
 from gpt2.data.dataset import Dataset
 from gpt2.data.instruct import InstructDataset, open_instruct
 from gpt2.data.loader import BatchLoader
 from gpt2.data.prepare import open_data
 from gpt2.data.resolve import Rows, resolve_data
+from gpt2.data.sources import BUILTIN_SOURCES
 from gpt2.distributed.parallel import DistributedModel, pick_parallel_kind
 from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt2.embeddings import extend_vocabulary
@@ -30,19 +31,20 @@ from gpt2.runtime import (
     DTYPE_NAMES,
     DTYPES,
     apply_activation_checkpointing,
+    auto_training_dtype,
     compile_blocks,
     pick_compile,
     pick_training_dtype,
     seed_everything,
 )
-from gpt2.templates import ChatTemplate, get_template, load_template
+from gpt2.templates import BUILTIN_TEMPLATES, ChatTemplate, get_template, load_template
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_added_tokens, with_special_tokens
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import latest_checkpoint, load_optimizers
 from gpt2.train.early_stopping import BestValidation
 from gpt2.train.outlier_batches import OutlierFilter
 from gpt2.train.run_folder import check_run_metadata, run_metadata
-from gpt2.weights import find_model_folder, load, model_from_state_dict
+from gpt2.weights import HUB_ALIASES, find_model_folder, load, model_from_state_dict
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Run:
     artifact: ModelArtifact
     ranks: ProcessGroup
     distributed_model: DistributedModel
+    dtype_reason: str = ""  # why `--dtype auto` chose it; "" for a dtype that was given
     step: int = 0  # updates done
     checkpoint: Path | None = None  # the one that the run resumes from
     checkpoint_metadata: dict[str, Any] = field(default_factory=dict)  # of every checkpoint: see `run_metadata`
@@ -100,6 +103,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
         if checkpoint is not None and not checkpoint.exists():
             raise ConfigError(f"{checkpoint} does not exist here: --out-dir must be on a disk that all hosts share")
     model, data, artifact = ranks.main_process_first(lambda: load_model_and_data(config, checkpoint))
+    dtype_reason = auto_training_dtype(device, model.config.n_embd)[1] if config.dtype == "auto" else ""
     config, kind = ranks.broadcast_from_main(lambda: _resolve_config(config, model, device, ranks))
     ranks = ranks.with_timeout(config.rank_timeout)
     metadata = run_metadata(config, data)
@@ -108,7 +112,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
     )
     with ranks.raise_on_all_ranks():
         if checkpoint is not None:
-            check_run_metadata(checkpoint, metadata)
+            check_run_metadata(checkpoint, metadata, config.data)
         _check_compatible(config, model, data)
         loader = data.loader(config.batch_size, config.block_size, config.seed)
         config = config.with_steps_from_epochs(loader.windows_per_epoch).check()
@@ -126,6 +130,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
         optimizers=build_optimizers(model, config),
         device=device,
         dtype=DTYPES[config.dtype],
+        dtype_reason=dtype_reason,
         artifact=artifact,
         ranks=ranks,
         distributed_model=distributed_model,
@@ -228,7 +233,8 @@ def _resolve_tokenizer(
 def _load_initial_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
     """The model in a folder, with the dropout of this run and embeddings for new tokens."""
     given, own = load(folder)
-    model = model_from_state_dict(replace(given.config, dropout=config.dropout), dict(given.named_parameters())).train()
+    shape = replace(given.config, dropout=config.dropout, embd_dropout=None, attn_dropout=None)
+    model = model_from_state_dict(shape, dict(given.named_parameters())).train()
     if own is not None and vocab_size > own.vocab_size:
         return extend_vocabulary(model, vocab_size, own.vocab_size)
     return model
@@ -275,6 +281,7 @@ def _resolve_config(
         block_size=min(config.block_size, shape.block_size),
         device=str(device),
         dtype=DTYPE_NAMES[dtype],
+        **{name: _absolute_path(getattr(config, name)) for name in MOVABLE},
         compile=pick_compile(config.compile, device, config.max_steps),
     )
     if config.batch_size == AUTO_BATCH_SIZE:
@@ -283,6 +290,20 @@ def _resolve_config(
     micro_batch_size_per_rank(config, ranks)  # for its errors
     fits = fits_full_model(config, shape, device, dtype, config.batch_size // ranks.world_size, ranks.local_world_size)
     return config, pick_parallel_kind(config, ranks, fits=fits)
+
+
+def _absolute_path(ref: str | None) -> str | None:
+    """A relative path of something that exists as an absolute one, so that a run can be resumed from another folder.
+
+    Names (of corpora, templates and models) and patterns that match nothing stay as they are.
+    """
+    if ref is None or ref in BUILTIN_SOURCES or ref in BUILTIN_TEMPLATES:
+        return ref
+    path = expand_path(ref)
+    if ref in HUB_ALIASES and not (path / "config.json").is_file():
+        return ref
+    is_pattern = any(character in ref for character in "*?[") and path.parent.is_dir()
+    return str(path.absolute()) if path.exists() or is_pattern else ref
 
 
 def micro_batch_size_per_rank(config: TrainConfig, ranks: ProcessGroup) -> int:

@@ -1,5 +1,6 @@
 """What stops a run before its last step: signals and a time limit. Both take effect at the end of a step."""
 
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
+
+_log = logging.getLogger("gpt2")
 
 TIME_LIMIT_EXIT_CODE = 75  # of a run that --max-minutes stopped: EX_TEMPFAIL of sysexits.h, "try again"
 
@@ -53,6 +56,9 @@ def catch_signals(*, restore_after_first: bool = True) -> Iterator[list[int]]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if restore_after_first:
+            name = signal.Signals(number).name
+            _log.warning("%s: saving and stopping after this step. Again: stop at once, without saving", name)
         if restore_after_first:
             signal.signal(number, previous[number])
 

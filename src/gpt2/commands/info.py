@@ -1,0 +1,96 @@
+"""gpt2 info MODEL"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2.cli import Parser
+from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
+from gpt2.reporting.units import format_bytes
+
+if TYPE_CHECKING:
+    from gpt2.resolve import ResolvedModel
+
+
+def main(argv: list[str]) -> None:
+    """Run `gpt2 info`: what a model folder or a run holds, on standard output. Weights are not loaded."""
+    parser = Parser(
+        prog="gpt2 info",
+        description="Show a model's shape, parameters, tokenizer, end tokens, template, dtype and files.",
+        examples=("gpt2 info runs/quickstart", "gpt2 info gpt2 --json"),
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_flag("json", action="store_true", help="print JSON")
+    add_adapter_flag(parser)
+    args = parser.parse_args(argv)
+    from gpt2.resolve import resolve_model
+
+    facts = model_facts(resolve_model(args.model, args.adapter))
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        return
+    for name, value in facts.items():
+        print(f"{name + ':':16}{format_bytes(value) if name == 'size' else _shown(value)}")
+
+
+def model_facts(model: "ResolvedModel") -> dict[str, Any]:
+    """The facts of a model by name: numbers, texts, or None for what it does not have."""
+    import torch
+
+    from gpt2.model import GPT
+
+    config, tokenizer = model.config, model.tokenizer
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(config).parameters())
+    end = None if tokenizer is None else tokenizer.end_of_text
+    facts: dict[str, Any] = {
+        "folder": str(model.folder),
+        "layers": config.n_layer,
+        "heads": config.n_head,
+        "width": config.n_embd,
+        "context": config.block_size,
+        "vocabulary": config.vocab_size,
+        "parameters": parameters,
+        "dtype": stored_dtypes(model.folder),
+        "tokenizer": None if tokenizer is None else f"{tokenizer.name}, {tokenizer.vocab_size:,} ids",
+        "end token": end,
+        "end tokens": end_tokens(model.folder),
+        "chat template": None if model.template is None else model.template.source,
+        "adapter": None if model.adapter is None else str(model.adapter),
+        "size": sum(path.stat().st_size for path in model.folder.iterdir() if path.is_file()),
+    }
+    run = model.folder.parent
+    if (run / "config.toml").is_file():
+        metrics = run / "metrics.jsonl"
+        facts["run"] = str(run)
+        facts["steps"] = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.is_file() else 0
+    return facts
+
+
+def stored_dtypes(folder: Path) -> str:
+    """The dtypes of the tensors in a folder's safetensors files, by their headers; "" without such files."""
+    found: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return ", ".join(sorted(found))
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The ids of `eos_token_id` in generation_config.json and config.json."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(ids))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else str(value).strip().replace("\n", "\n" + " " * 16)

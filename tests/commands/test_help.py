@@ -1,0 +1,88 @@
+"""Help: at once, in groups, with examples; and `gpt2 help`, `gpt2 info`."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import gpt2
+from gpt2.bench.decode import OUR_VARIANTS
+from gpt2.bench.decode_peers import PEERS
+from gpt2.cli import COMMANDS
+from gpt2.commands import bench_args, generation_args
+from gpt2.commands.sample import MAX_SAMPLES
+from gpt2.generation import inference, text
+from gpt2.generation.sampling import Sampling
+from gpt2.model import GPT, OPENAI_CONFIGS, GPTConfig
+from gpt2.tokenizer import get_tokenizer
+from tests.helpers.cli_helpers import run_cli
+
+VERBS = [*([verb, "--help"] for verb in COMMANDS), ["data", "list"], ["eval", "--help"]]
+VERBS += [["bench", name, "--help"] for name in ("train", "generate", "serve", "chart")]
+
+
+def test_no_help_imports_torch() -> None:
+    """Importing torch takes seconds. All in one process: the first that imports it is named."""
+    code = """
+import json, sys
+from gpt2.cli import main
+for argv in json.loads(sys.argv[1]):
+    try:
+        main(argv)
+    except SystemExit as stop:
+        assert stop.code == 0, argv
+    assert "torch" not in sys.modules, argv
+"""
+    subprocess.run([sys.executable, "-c", code, json.dumps(VERBS)], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_names_in_the_help_are_those_of_the_modules_that_import_torch() -> None:
+    defaults = {field.name: field.default for field in fields(Sampling)} | {"top_k": 50}
+    assert defaults == generation_args.SAMPLING_DEFAULTS
+    assert generation_args.PRECISIONS == inference.PRECISIONS
+    assert text.MAX_SAMPLES == MAX_SAMPLES
+    assert (tuple(OPENAI_CONFIGS), tuple(PEERS)) == (bench_args.SHAPES, bench_args.PEERS)
+    assert bench_args.OUR_VARIANTS == OUR_VARIANTS
+
+
+@pytest.mark.parametrize("verb", [verb for verb in COMMANDS if verb != "bench"])
+def test_help_has_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_cli(capsys, "help", verb)
+    assert code == 0
+    examples = out[out.index("examples:") :].splitlines()[1:]
+    assert len(examples) >= 2
+    assert all(line.startswith(f"  gpt2 {verb}") for line in examples)
+    assert run_cli(capsys, verb, "--help")[1] == out
+
+
+def test_flags_of_train_are_in_groups_and_plan_shows_only_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    train = run_cli(capsys, "train", "--help")[1]
+    assert train.index("data and run folder:") < train.index("  --data SOURCE") < train.index("\nmodel:")
+    assert train.index("\noptimizer:") < train.index("  --lr FLOAT") < train.index("device and precision:")
+    plan = run_cli(capsys, "plan", "--help")[1]
+    assert "--n-layer INT" in plan
+    assert not any(flag in plan for flag in ("--wandb", "--save-every", "--sample-prompt", "--min-lr", "--seed"))
+
+
+def test_info_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = GPT(GPTConfig(vocab_size=257, block_size=48, n_layer=1, n_head=2, n_embd=16))
+    folder = gpt2.save(model, get_tokenizer("bytes"), tmp_path / "model")
+    code, out, err = run_cli(capsys, "info", str(folder), "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (facts["layers"], facts["context"], facts["vocabulary"], facts["dtype"]) == (1, 48, 257, "F32")
+    assert facts["tokenizer"] == "bytes, 257 ids"
+    assert 256 in facts["end tokens"]
+    lines = run_cli(capsys, "info", str(folder))[1].splitlines()
+    assert "context:        48" in lines
+
+
+def test_bench_without_a_benchmark_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run_cli(capsys, "bench")
+    assert (code, out) == (2, "")
+    assert "usage: gpt2 bench WHAT" in err
+    assert run_cli(capsys, "bench", "--help")[0] == 0
