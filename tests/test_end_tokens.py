@@ -76,7 +76,7 @@ def test_extended_tokenizers_keep_the_end_tokens(tmp_path: Path) -> None:
 
 def test_every_decoder_ends_there_and_does_not_show_it(tmp_path: Path) -> None:
     model, tokenizer = load_model(save_model(tmp_path / "m", generation_config=[Z, A]))
-    limits = {"max_new_tokens": 4}
+    limits: dict[str, Any] = {"max_new_tokens": 4}
     assert gpt2.generate(model, tokenizer, "x", **limits, temperature=0, logit_bias=ALWAYS_A.logit_bias) == ["x"]
     assert beam_search_texts(model, tokenizer, "x", num_beams=1, sampling=ALWAYS_A, **limits) == ["x"]
     assert "".join(contrastive_stream(model, tokenizer, "x", sampling=ALWAYS_A, **limits)) == ""
@@ -111,7 +111,7 @@ def test_transformers_ends_an_answer_of_the_template(tmp_path: Path) -> None:
     end = tokenizer.special_tokens["<|im_end|>"]
     torch.manual_seed(0)
     gpt2.save(GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16)), tokenizer, tmp_path / "m", template=template)
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    theirs: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "m")
     assert theirs.generation_config.eos_token_id == [END, end]
     biased = {"sequence_bias": {(end,): 1000.0}, "do_sample": False, "pad_token_id": 0}
     assert theirs.generate(torch.tensor([[1]]), max_new_tokens=5, **biased)[0].tolist() == [1, end]

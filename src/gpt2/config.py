@@ -72,6 +72,9 @@ class TrainConfig:
     columns: str | None = option(
         None, "columns to read from rows of data: prompt=question,answer=reply, or text=body", fixed=True, tuning=True
     )
+    bad_rows: str = option(
+        "error", "rows of data that cannot be used: error, or skip to count and skip them", fixed=True, tuning=True
+    )
     mask_prompt: bool = option(
         True, "in rows of prompts and answers, compute the loss on the answers only", fixed=True, tuning=True
     )

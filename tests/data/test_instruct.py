@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt2.data.columns import Columns
 from gpt2.data.instruct import InstructDataset, open_instruct, tokenize_rows
 from gpt2.data.prepare import prepare
 from gpt2.data.resolve import Rows, Shards, resolve_data
-from gpt2.data.rows import Columns
 from gpt2.data.sources import Document, Texts
 from gpt2.errors import UserError
 from gpt2.loss import IGNORE_INDEX

@@ -333,3 +333,47 @@ def test_a_cache_that_cannot_be_written_is_named(gpt2_home: Path) -> None:
     (gpt2_home / "shards").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot write .*shards/python-docs-.*: set GPT2_HOME to a writable folder"):
         open_data("python-docs", "bytes")
+
+
+# <|endoftext|> in a text
+
+
+def tokens_of(folder: Path, *texts: str, val_fraction: float = 0.0) -> tuple[list[int], ShardsMeta]:
+    meta = prepare(corpus(*texts), BYTES, folder, val_fraction=val_fraction)
+    return everything(open_data(str(folder)).train), meta
+
+
+def test_end_of_text_in_a_text_separates_documents_as_one_token(tmp_path: Path) -> None:
+    mark = "<|endoftext|>"
+    tokens, meta = tokens_of(tmp_path / "a", f"{mark}one\n{mark}\ntwo{mark}{mark} \n{mark}three")
+    assert tokens == [*b"one\n", END, *b"\ntwo", END, *b"three"], "a corpus of one document has no end at its end"
+    assert meta.splits["train"].documents == 3
+    tokens, meta = tokens_of(tmp_path / "b", f"one{mark}two{mark}\n", "three")
+    assert tokens == [*b"one", END, *b"two", END, *b"three", END], "one end where a file ends with the mark"
+    assert meta.splits["train"].documents == 3
+    text = "a few words\n" * 50_000
+    tokens, meta = tokens_of(tmp_path / "c", mark.join([text] * 3) + mark)
+    assert tokens == [*text.encode(), END] * 3, "in a file of several chunks, too"
+    assert "<|endoftext|" not in "".join(BYTES.decode(tokens).split("<|endoftext|>"))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.3, 0.4, 0.5])
+def test_the_split_is_never_within_an_end_of_text(tmp_path: Path, fraction: float) -> None:
+    meta = prepare(corpus("ab<|endoftext|>" * 30), BYTES, tmp_path / "s", val_fraction=fraction)
+    data = open_data(str(tmp_path / "s"))
+    assert everything(data.train) + everything(data.val) == [*b"ab", END] * 30
+    assert sum(split.documents for split in meta.splits.values()) in (30, 31)
+
+
+def test_a_trained_vocabulary_does_not_learn_the_letters_of_end_of_text(tmp_path: Path) -> None:
+    data = open_data(Texts("t", (Document("t", b"ab cd<|endoftext|>" * 500),)), "bpe:300")
+    tokens = {data.tokenizer.decode([i]) for i in range(data.tokenizer.vocab_size - 1)}
+    assert {"ab", " cd"} <= tokens
+    assert "endoftext" not in tokens
+
+
+def test_shards_with_a_meta_pkl_are_not_taken_for_gpt2_tokens(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(np.arange(60, dtype=np.uint16).tobytes())
+    (tmp_path / "meta.pkl").write_bytes(b"a pickle that is not read")
+    with pytest.raises(UserError, match=r"have nanoGPT's meta\.pkl, a vocabulary of their own"):
+        open_data(str(tmp_path))

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2.data.columns import Columns, detect_columns
 from gpt2.data.prepare import prepare
 from gpt2.data.resolve import Rows, resolve_data, resolve_texts
-from gpt2.data.rows import Columns, detect_columns, open_rows, read_rows
+from gpt2.data.rows import open_rows, read_rows
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer
 
@@ -118,7 +119,8 @@ def test_row_files_of_a_pattern_or_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file, folder or corpus"):
         resolve_data(f"{tmp_path}/nowhere.jsonl")
     written(tmp_path, "c.txt", "text")
-    assert [document.name for document in resolve_texts(str(tmp_path)).documents] == [str(tmp_path / "c.txt")]
+    with pytest.raises(UserError, match=r"has both rows \(.*\) and text \(.*c\.txt\): name one kind"):
+        resolve_texts(str(tmp_path))
     with pytest.raises(UserError, match=r"matches both rows \(.*\) and other files \(.*c\.txt\): name one kind"):
         resolve_data(f"{tmp_path}/*.*")
 
@@ -144,23 +146,23 @@ def test_row_files_of_a_pattern_or_a_folder(tmp_path: Path) -> None:
     ],
 )
 def test_columns_are_detected_by_name(row: dict[str, Any], columns: Columns) -> None:
-    assert detect_columns("file", ("line 1", row)) == columns
+    assert detect_columns("file", "line 1", row) == columns
 
 
 def test_columns_can_be_specified() -> None:
     row = "line 1", {"question": "a", "more": "b", "reply": "c", "talk": [], "body": "text"}
-    named = detect_columns("file", row, "prompt=question, answer=reply")
-    assert named.get_messages(row) == [("user", "a"), ("assistant", "c")]
-    named = detect_columns("file", row, "prompt=question,input=more,answer=reply")
-    assert named.get_messages(row) == [("user", "a\n\nb"), ("assistant", "c")]
-    assert detect_columns("file", row, "text=body").get_text(row) == "text"
-    assert detect_columns("file", row, "messages=talk") == Columns(messages="talk")
+    named = detect_columns("file", *row, "prompt=question, answer=reply")
+    assert named.get_conversation(row).messages == [("user", "a"), ("assistant", "c")]
+    named = detect_columns("file", *row, "prompt=question,input=more,answer=reply")
+    assert named.get_conversation(row).messages == [("user", "a\n\nb"), ("assistant", "c")]
+    assert detect_columns("file", *row, "text=body").get_text(row) == "text"
+    assert detect_columns("file", *row, "messages=talk") == Columns(messages="talk")
 
 
 @pytest.mark.parametrize("wanted", ["body", "text=", "=a", "promt=a,answer=b", "prompt=a", "text=a,answer=b", ","])
 def test_invalid_column_specifications_are_refused(wanted: str) -> None:
     with pytest.raises(UserError, match="--columns '") as caught:
-        detect_columns("file", ("line 1", {}), wanted)
+        detect_columns("file", "line 1", {}, wanted)
     assert ("did you mean 'prompt'" in str(caught.value)) == (wanted == "promt=a,answer=b")
 
 
@@ -171,7 +173,7 @@ def test_conversations_of_both_formats_end_with_the_last_answer() -> None:
     names = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": names.get(role, role), "value": text} for role, text in conversation]
     for messages in (openai, sharegpt):
-        assert columns.get_messages(("line 1", {"messages": messages})) == conversation[:3]
+        assert columns.get_conversation(("line 1", {"messages": messages})).messages == conversation[:3]
 
 
 PAIR = Columns(prompt="prompt", answer="answer")
@@ -208,7 +210,7 @@ MESSAGES = Columns(messages="messages")
 )
 def test_errors_of_a_row_are_one_line(columns: Columns, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        columns.get_messages(("x line 7", row))
+        columns.get_conversation(("x line 7", row))
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +232,6 @@ def test_errors_of_a_row_are_one_line(columns: Columns, row: dict[str, Any], mes
         ("a.csv", "text,more\na,b\nc\n", r"a\.csv line 3 has 1 fields, the header has 2"),
         ("a.csv", "text,text\na,b\n", r"a\.csv line 1: two columns are called 'text'"),
         ("a.csv", 'text\na\n"b\nc\n', r"a\.csv line 3 is not CSV: unexpected end of data"),
-        ("a.csv", "text\n" + "a" * 140_000, r"a\.csv line 2 is not CSV: field larger than field limit"),
         ("a.csv", b"text\na\n\xe9\n", r"a\.csv line 3 is not UTF-8 text"),
         ("a.csv", "text\n", r"there are no rows in .*a\.csv"),
     ],
@@ -255,10 +256,10 @@ def test_parquet_rows_are_numbered_over_row_groups_and_a_broken_file_is_named(tm
     rows = list(read_rows([path]))
     assert [where for where, _ in rows] == [f"{path} row {i}" for i in range(1, 5)]
     with pytest.raises(UserError, match=r"a\.parquet row 4 has no 'answer'"):
-        PAIR.get_messages(rows[3])
+        PAIR.get_conversation(rows[3])
     conversation = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     (row,) = read_rows([written(tmp_path, "talk.parquet", as_parquet(conversation))])
-    assert MESSAGES.get_messages(row) == [("user", "a"), ("assistant", "b")]
+    assert MESSAGES.get_conversation(row).messages == [("user", "a"), ("assistant", "b")]
     with pytest.raises(UserError, match=r"b\.parquet is not a readable Parquet file: ") as caught:
         list(read_rows([written(tmp_path, "b.parquet", b"no parquet at all")]))
     assert "\n" not in str(caught.value)
@@ -322,3 +323,18 @@ def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("GPT2_HOME", str(written(tmp_path, "file", "in the way")))
     with pytest.raises(UserError, match=r"cannot write .*texts.* set GPT2_HOME to a writable folder"):
         resolve_texts(str(path))
+
+
+def test_long_csv_cells_are_read(tmp_path: Path) -> None:
+    path = written(tmp_path, "rows.csv", as_csv([{"text": "a" * 200_000}]))
+    assert [row for _, row in read_rows([path])] == [{"text": "a" * 200_000}]
+
+
+def test_bad_rows_of_text_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(tmp_path, "rows.csv", 'text,n\none,1\ntwo\n"x"y,2\nthree,3\nfour,4\n')
+    with pytest.raises(UserError, match=r"rows\.csv line 3 has 1 fields, the header has 2"):
+        resolve_texts(str(path))
+    source = resolve_texts(str(path), bad_rows="skip")
+    assert ["".join(document.iter_chunks()) for document in source.documents] == ["one", "three", "four"]
+    assert "rows: 2 of 5 rows are bad (" in caplog.text
+    assert "columns that are not read: n\n" in caplog.text

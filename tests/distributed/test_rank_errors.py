@@ -65,7 +65,7 @@ def assert_refused(ended: ExitResults, line: str, folder: Path, *, by: int = 0) 
         ("--parallel fsdp --optimizer muon", "--optimizer muon .*, and --parallel fsdp .*: --parallel ddp"),
         ("--parallel tensor", "--parallel 'tensor' is not one of auto, ddp, fsdp.*"),
         ("--data nowhere.txt", ".*nowhere.txt.*"),
-        ("--init-from nowhere", "--init-from keeps that model's own shape: leave --n-layer out"),
+        ("--init-from nowhere", "--init-from keeps that model's shape: leave --n-layer out"),
         ("--resume runs/none", "--resume runs/none: there is no run in that folder"),
     ],
 )
@@ -85,7 +85,7 @@ def test_lora_is_refused_with_fsdp(fork_server: RankForkServer, folder: Path) ->
 
 def test_max_restarts_requires_resume(fork_server: RankForkServer, folder: Path) -> None:
     ended = fork_server.run(TRAIN, folder, overrides=environment(TORCHELASTIC_MAX_RESTARTS=3))
-    assert_refused(ended, "torchrun --max-restarts starts the run again: give --resume auto, .*", folder)
+    assert_refused(ended, "torchrun --max-restarts needs --resume auto, so that a restarted run resumes", folder)
 
 
 def test_parallel_without_torchrun_says_how_to_start(fork_server: RankForkServer, folder: Path) -> None:

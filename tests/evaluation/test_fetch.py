@@ -116,7 +116,7 @@ def test_what_is_not_the_pinned_file_is_refused(hub: Hub) -> None:
     assert not origin.place.exists()
     pinned = TASKS["hellaswag"].origin
     hub.files[path_on_hub(pinned)] = b"something else"
-    with pytest.raises(UserError, match="what came has sha256"):
+    with pytest.raises(UserError, match="its sha256 is"):
         fetch(pinned)
     pinned.place.parent.mkdir(parents=True, exist_ok=True)
     pinned.place.write_bytes(b"something else")

@@ -272,7 +272,7 @@ def test_muon_and_lora_are_planned_with_ddp_only(changes: dict[str, Any], gpus: 
     config = replace(load_recipe("gpt2-124m"), **changes)
     result = plan(config, on="h100", devices=gpus)
     assert (result.parallel, set(result.ways)) == ("ddp", {"ddp"})
-    with pytest.raises(UserError, match="whole matrices, and --parallel fsdp divides them: --parallel ddp"):
+    with pytest.raises(UserError, match="whole matrices, and --parallel fsdp shards them: --parallel ddp"):
         replace(config, parallel="fsdp").check()
 
 

@@ -108,7 +108,7 @@ def test_broken_metrics_and_samples_do_not_stop_a_resumed_run(
     (folder / "samples.txt").write_bytes(b"\xff garbage\n--- step 10\nkept\n\n--- step 90\ndropped\n\n")
     train(config_for_resume(folder, {"max_steps": 30}))
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(1, 31))
-    assert "passed over 3 line(s)" in caplog.text
+    assert "skipped 3 line(s)" in caplog.text
     text = (folder / "samples.txt").read_text()
     assert "kept" in text
     assert "dropped" not in text

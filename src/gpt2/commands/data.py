@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2.cli import Parser, positive_int
+from gpt2.data.rows import BAD_ROWS_CHOICES
 from gpt2.data.sources import BUILTIN_SOURCES
 from gpt2.errors import DataError
 from gpt2.files import expand_path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gpt2.tokenizer import Tokenizer
 
 COLUMNS_HELP = "columns of rows to read [by their names]: text=NAME, prompt=NAME,answer=NAME or messages=NAME"
+BAD_ROWS_HELP = "rows that cannot be used: error, or skip to count and skip them [error]"
 MAX_SHOWN_TOKENS = 400  # of a document
 
 
@@ -33,12 +35,12 @@ def main(argv: list[str]) -> None:
     from gpt2.data.resolve import Rows, Shards, resolve_data, resolve_texts
 
     if args.verb == "prepare":
-        texts = resolve_texts(args.source, args.columns)
+        texts = resolve_texts(args.source, args.columns, args.bad_rows)
         tokenizer = make_tokenizer(texts, args.tokenizer, args.val_fraction)
         meta = prepare(texts, tokenizer, expand_path(args.out), val_fraction=args.val_fraction)
         for split, counts in meta.splits.items():
             print(f"{split}: {counts.tokens:,} tokens of {counts.bytes:,} bytes in {counts.documents} document(s)")
-    elif isinstance(data := resolve_data(args.source, args.columns), Shards):
+    elif isinstance(data := resolve_data(args.source, args.columns, args.bad_rows), Shards):
         print(describe_shards(data.path))
     elif isinstance(data, Rows):
         _inspect_rows(args, data)
@@ -63,12 +65,14 @@ def _parse(argv: list[str]) -> Namespace:
     shards.add_flag("tokenizer", default="gpt2", help="gpt2, bytes, bpe:N or a folder [gpt2]")
     shards.add_flag("val-fraction", type=float, default=0.1, help="fraction held out for validation [0.1]")
     shards.add_flag("columns", help=COLUMNS_HELP)
+    shards.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", help=BAD_ROWS_HELP)
     inspect = verbs.add_parser("inspect", help="show the tokens that would be trained on; check token shards")
     inspect.add_argument("source", metavar="SOURCE", help="as for --data: text, rows, or a folder of shards")
     inspect.add_flag("tokenizer", help="gpt2, bytes, bpe:N (for text) or a folder [gpt2]")
     inspect.add_flag("template", default="plain", help="chat template: plain, raw, chatml or a file [plain]")
     inspect.add_flag("mask-prompt", action=BooleanOptionalAction, default=True, help="train on answers only [yes]")
     inspect.add_flag("columns", help=COLUMNS_HELP)
+    inspect.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", help=BAD_ROWS_HELP)
     inspect.add_flag("block-size", type=positive_int, default=1024, help="tokens in a row of a batch [1024]")
     inspect.add_flag("rows", type=int, default=3, metavar="N", help="how many documents to show [3]")
     return parser.parse_args(argv)

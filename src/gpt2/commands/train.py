@@ -158,7 +158,7 @@ def check_rows(config: TrainConfig) -> None:
     from gpt2.data.resolve import Rows, resolve_data
 
     trained, is_file = (config.tokenizer or "").startswith("bpe:"), Path(config.data).suffix in ROW_SUFFIXES
-    if trained and is_file and isinstance(resolve_data(config.data, config.columns), Rows):
+    if trained and is_file and isinstance(resolve_data(config.data, config.columns, config.bad_rows), Rows):
         problem = f"{config.data} has prompts and answers, and --tokenizer {config.tokenizer} is trained on text"
         raise ConfigError(
             f"{problem}: use gpt2 finetune MODEL --data {config.data}, or --tokenizer bytes", field="data"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpt2.data.columns import Columns, Row
 from gpt2.data.loader import Batch
 from gpt2.data.packed import (
     PackedLoader,
@@ -24,7 +25,7 @@ from gpt2.data.packed import (
     truncate_documents,
 )
 from gpt2.data.resolve import Rows
-from gpt2.data.rows import Columns, Row, read_rows
+from gpt2.data.rows import BadRows, read_rows
 from gpt2.data.sources import holdout_stride
 from gpt2.errors import DataError, UserError
 from gpt2.templates import ChatTemplate
@@ -150,7 +151,10 @@ def open_instruct(
     Raises DataError, with file and line, for a row without anything to train on.
     """
     stride = holdout_stride(val_fraction)
-    documents = tokenize_rows(read_rows(rows.files), rows.columns, tokenizer, template, mask_prompt)
+    bad_rows = BadRows(rows.skip_bad_rows)
+    read = read_rows(rows.files, rows.columns, bad_rows)
+    documents = tokenize_rows(read, rows.columns, tokenizer, template, mask_prompt, bad_rows)
+    bad_rows.report(rows.name)
     indices = np.arange(len(documents))
     held_out = _validation_mask(len(documents), stride)
     data = InstructDataset(rows.name, tokenizer, documents, indices[~held_out], indices[held_out])
@@ -159,18 +163,32 @@ def open_instruct(
 
 
 def tokenize_rows(
-    rows: Iterator[Row], columns: Columns, tokenizer: Tokenizer, template: ChatTemplate, mask_prompt: bool = True
+    rows: Iterator[Row],
+    columns: Columns,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    mask_prompt: bool = True,
+    bad_rows: BadRows | None = None,
 ) -> TokenizedDocuments:
-    """Each row as a document: its conversation in the form of the template, and the end-of-text token."""
+    """Each row as a document: its conversation in the form of the template, and the end-of-text token.
+
+    Raises DataError for a bad row, unless `bad_rows` skips them.
+    """
+    bad_rows = bad_rows or BadRows()
     tokens, in_loss = array("i"), bytearray()
     lengths, answer_starts = array("q"), array("q")
     for row in rows:
         start, answer_start = len(tokens), 0
-        for ids, is_answer in _encode_row(row, columns, tokenizer, template):
+        try:
+            segments = _encode_row(row, columns, tokenizer, template)
+        except DataError as error:
+            bad_rows.handle(error)
+            continue
+        for ids, is_answer, counts in segments:
             if is_answer:
                 answer_start = len(tokens) - start
             tokens.extend(ids)
-            in_loss.extend(bytes([is_answer or not mask_prompt]) * len(ids))
+            in_loss.extend(bytes([counts if is_answer else not mask_prompt]) * len(ids))
         tokens.append(tokenizer.end_of_text)
         in_loss.append(True)
         answer_starts.append(answer_start)
@@ -185,16 +203,23 @@ def tokenize_rows(
 
 def _encode_row(
     row: Row, columns: Columns, tokenizer: Tokenizer, template: ChatTemplate
-) -> list[tuple[list[int], bool]]:
-    """The segments of a row, as `ChatTemplate.encode` returns them. Raises DataError that names the row."""
-    messages = columns.get_messages(row)
+) -> list[tuple[list[int], bool, bool]]:
+    """The segments of a row: their tokens, whether each is an answer, and whether the loss counts that answer.
+
+    Raises DataError that names the row.
+    """
+    messages, answers_in_loss = columns.get_conversation(row)
     try:
         segments = template.encode(tokenizer, messages)
     except UserError as error:
         raise DataError(f"{row[0]}: {error}") from None
     if not any(is_answer and ids for ids, is_answer in segments):
         raise DataError(f"{row[0]}: with this template the row has no answer to train on")
-    return segments
+    num_answers = sum(is_answer for _, is_answer in segments)
+    if num_answers != len(answers_in_loss) and not all(answers_in_loss):
+        raise DataError(f"{row[0]}: with this template single answers cannot be excluded from training")
+    in_loss = iter(answers_in_loss if num_answers == len(answers_in_loss) else [True] * num_answers)
+    return [(ids, is_answer, is_answer and next(in_loss)) for ids, is_answer in segments]
 
 
 def _validation_mask(count: int, stride: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 _CHUNK_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer busy
 _BATCH_CHARACTERS = 1 << 22  # in memory at a time; their tokens take about ten times the space
 _CHECKED_TOKENS = 1_000_000
-_CACHE_VERSION = 1  # increment when the same text and tokenizer give different shards
+_CACHE_VERSION = 2  # increment when the same text and tokenizer give different shards
 
 
 def prepare(
@@ -46,7 +46,8 @@ def prepare(
     """Tokenize a corpus into shards in `folder`, with the tokenizer's files and a `meta.json`.
 
     Each document ends with the end-of-text token, except the train part of a document that both splits share, and a
-    corpus of one document. `folder` is written completely or not at all; it must be empty, or hold the same data.
+    corpus of one document. An ``<|endoftext|>`` in a text ends a document, too. `folder` is written completely or not
+    at all; it must be empty, or hold the same data.
 
     Raises DataError for text that cannot be read or is too short, and for a folder that cannot be written; ConfigError
     for a vocabulary that does not fit 16 bits.
@@ -102,7 +103,7 @@ def make_tokenizer(texts: Texts, spec: str | Tokenizer, val_fraction: float = 0.
     if size is None:
         return _resolve_tokenizer(spec)
     train, _ = split_documents(texts, val_fraction)
-    return train_bpe(_iter_text_chunks(train), size)
+    return train_bpe((text for part in train for text in _iter_texts(part) if text is not None), size)
 
 
 def _resolve_tokenizer(spec: str | Tokenizer) -> Tokenizer:
@@ -149,6 +150,11 @@ def _shards_tokenizer(folder: Path, meta: ShardsMeta | None, requested: str | To
     """The tokenizer of the shards in `folder`. Raises DataError if it is missing, or is not the requested one."""
     own = load_tokenizer(folder)
     if own is None and meta is None:
+        if (folder / "meta.pkl").exists():
+            raise DataError(
+                f"the shards in {folder} have nanoGPT's meta.pkl, a vocabulary of their own, probably characters; a "
+                "pickle is not read: name the text that they were made from"
+            )
         return _resolve_tokenizer(requested or "gpt2")
     if own is None or (meta is not None and own.fingerprint != meta.tokenizer.fingerprint):
         raise DataError(f"{folder} lacks the tokenizer that made its shards: prepare them again")
@@ -188,38 +194,44 @@ def _write_split(
     parts: list[DocumentSlice], tokenizer: Tokenizer, writer: ShardWriter, append_end_of_text: bool
 ) -> SplitMeta:
     """Tokenize the parts in order."""
+    documents = 0
+
+    def texts() -> Iterator[str | None]:
+        nonlocal documents
+        for part in parts:
+            previous = None
+            for text in _iter_texts(part):
+                documents += previous is None and text is not None
+                previous = text
+                yield text
+            if append_end_of_text and previous is not None and part.stop == part.document.size:
+                yield None
+
     with writer:
-        for batch in _text_batches(parts):
+        for batch in _text_batches(texts()):
             tokens = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
             for text in batch:
-                if text is not None:
-                    writer.write(next(tokens))
-                elif append_end_of_text:
-                    writer.write([tokenizer.end_of_text])
+                writer.write([tokenizer.end_of_text] if text is None else next(tokens))
     size = sum(part.stop - part.start for part in parts)
-    return SplitMeta(writer.tokens, len(parts), size, tuple(writer.files))
+    return SplitMeta(writer.tokens, documents, size, tuple(writer.files))
 
 
-def _text_batches(parts: list[DocumentSlice]) -> Iterator[list[str | None]]:
-    """The chunks of all parts in lists that fit in memory, with None where a document ends."""
+def _text_batches(texts: Iterator[str | None]) -> Iterator[list[str | None]]:
+    """Texts, and None where a document ends, in lists that fit in memory."""
     batch: list[str | None] = []
     length = 0
-    for part in parts:
-        for text in _iter_text_chunks([part]):
-            batch.append(text)
-            length += len(text)
-            if length >= _BATCH_CHARACTERS:
-                yield batch
-                batch, length = [], 0
-        if part.stop == part.document.size:
-            batch.append(None)
+    for text in texts:
+        batch.append(text)
+        length += len(text or "")
+        if length >= _BATCH_CHARACTERS:
+            yield batch
+            batch, length = [], 0
     if batch:
         yield batch
 
 
-def _iter_text_chunks(parts: list[DocumentSlice]) -> Iterator[str]:
-    for part in parts:
-        yield from part.document.iter_chunks(part.start, part.stop, chunk_bytes=_CHUNK_BYTES)
+def _iter_texts(part: DocumentSlice) -> Iterator[str | None]:
+    return part.document.iter_texts(part.start, part.stop, chunk_bytes=_CHUNK_BYTES)
 
 
 @contextmanager

@@ -9,15 +9,20 @@ from itertools import compress, pairwise
 from operator import not_
 from pathlib import Path
 
-from gpt2.data.rows import ROW_SUFFIXES, Columns, open_rows
+from gpt2.data.columns import Columns
+from gpt2.data.encodings import encoding_hint
+from gpt2.data.rows import BAD_ROWS_CHOICES, ROW_SUFFIXES, BadRows, open_rows
 from gpt2.data.shards import contains_shards
 from gpt2.data.sources import BUILTIN_SOURCES, Document, Texts, builtin_texts
 from gpt2.data.text_cache import cache_texts
-from gpt2.errors import DataError, did_you_mean
+from gpt2.errors import ConfigError, DataError, did_you_mean
 from gpt2.files import check_regular_file, expand_path, known_folder_kind, read_error
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
 UNAMBIGUOUS_ROW_SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # a .json or .csv beside text files may be anything
+
+_DOCUMENTATION_STEMS = ("readme", "license", "licence", "changelog", "citation", "contributing", "notice")
+_METADATA_NAMES = ("dataset_info.json", "dataset_infos.json", "state.json")  # of the Hugging Face `datasets` library
 
 _log = logging.getLogger("gpt2")
 
@@ -36,23 +41,26 @@ class Shards:
 
 @dataclass(frozen=True)
 class Rows:
-    """Files with rows of prompts and answers, or of messages."""
+    """Files with rows of prompts and answers, or of messages. skip_bad_rows: skip and count those that are bad."""
 
     name: str
     files: tuple[Path, ...]
     columns: Columns
+    skip_bad_rows: bool = False
 
 
-def resolve_data(ref: str, columns: str | None = None) -> Shards | Rows | Texts:
+def resolve_data(ref: str, columns: str | None = None, bad_rows: str = "error") -> Shards | Rows | Texts:
     """The data that `ref` names.
 
     ref: a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a pattern such as ``notes/*.txt``. A built-in
         name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, the text files (.txt,
-        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (see `ROW_SUFFIXES`);
+        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (see `ROW_SUFFIXES`),
+        beside which a README or license is not text;
         hidden files, run folders, model folders and shard folders do not. A text column of rows gives one document per
         row.
     columns: which columns of rows to read, such as "text=NAME" or "prompt=NAME,answer=NAME"; None detects them from
-        the first row.
+        the first 1,000 rows.
+    bad_rows: "error", or "skip": rows that cannot be used are skipped, counted and logged; it is an error if most are.
 
     Raises DataError if there is no such data, if it is empty, or if it is neither text nor rows.
     """
@@ -60,7 +68,7 @@ def resolve_data(ref: str, columns: str | None = None) -> Shards | Rows | Texts:
         return shards
     row_files, text_files = ([], []) if ref in BUILTIN_SOURCES else _find_files(ref)
     if row_files:
-        return _resolve_rows(ref, row_files, columns)
+        return _resolve_rows(ref, row_files, columns, skip_bad_rows=_is_skip(bad_rows))
     if columns is not None:
         raise DataError(f"--columns '{columns}' is for rows, and {ref} has none", field="columns")
     if ref in BUILTIN_SOURCES:
@@ -79,9 +87,9 @@ def find_shards(ref: str) -> Shards | None:
     return Shards(path) if ref not in BUILTIN_SOURCES and contains_shards(path) else None
 
 
-def resolve_texts(ref: str, columns: str | None = None) -> Texts:
+def resolve_texts(ref: str, columns: str | None = None, bad_rows: str = "error") -> Texts:
     """`resolve_data` for data that must be text. Raises DataError for any other, too."""
-    data = resolve_data(ref, columns)
+    data = resolve_data(ref, columns, bad_rows)
     if isinstance(data, Shards):
         kind = "a folder of token shards" if data.path.is_dir() else "a token shard"
         raise DataError(f"{ref} is {kind}, not text to train on")
@@ -112,9 +120,11 @@ def _find_folder_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """`_find_files` for a folder; files that are skipped are logged."""
     found, skipped = _walk(folder, (*TEXT_SUFFIXES, *ROW_SUFFIXES))
     row_files, text_files = _partition(found, ROW_SUFFIXES)
-    if row_files and not text_files:
-        return row_files, []
-    skipped += [f"{file} (rows, not text)" for file in _partition(row_files, UNAMBIGUOUS_ROW_SUFFIXES)[0]]
+    if row_files and all(file.stem.lower() in _DOCUMENTATION_STEMS for file in text_files):
+        return [file for file in row_files if file.name not in _METADATA_NAMES] or row_files, []
+    if rows := _partition(row_files, UNAMBIGUOUS_ROW_SUFFIXES)[0]:
+        raise DataError(f"{folder} has both rows ({rows[0]}) and text ({text_files[0]}): name one kind, as a pattern")
+    skipped += [f"{file} (rows, not text)" for file in row_files]
     if skipped:
         others = f" and {len(skipped) - 1:,} more" if len(skipped) > 1 else ""
         _log.warning("%s: skipped %s%s", folder, min(skipped), others)
@@ -151,9 +161,22 @@ def _walk(root: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def _glob_files(pattern: Path) -> list[Path]:
-    """The regular files that match a pattern, sorted by path; ``**`` matches folders at any depth."""
-    found = [Path(name) for name in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207
-    return sorted((path for path in found if path.is_file()), key=Path.as_posix)
+    """The regular files that match a pattern, sorted by path.
+
+    ``**`` matches folders at any depth, but follows no symbolic links, which may be loops. Hidden files and folders
+    match only a pattern that starts with a dot.
+    """
+    base = next((parent for parent in pattern.parents if not glob.has_magic(str(parent))), Path())
+    parts = pattern.relative_to(base).parts
+    if parts[-1] == "**":
+        parts = (*parts, "*")
+    try:
+        found = [path for path in base.glob("/".join(parts)) if path.is_file()]
+    except (OSError, ValueError):  # a name that cannot exist, or an invalid pattern such as a**
+        return []
+    if not any(part.startswith(".") for part in parts):
+        found = [path for path in found if not any(p.startswith(".") for p in path.relative_to(base).parts)]
+    return sorted(set(found), key=Path.as_posix)
 
 
 def _partition(files: list[Path], suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -173,12 +196,19 @@ def _data_name(ref: str) -> str:
     return fixed.resolve().name or "files"
 
 
-def _resolve_rows(ref: str, files: list[Path], spec: str | None) -> Rows | Texts:
-    columns, rows = open_rows(ref, files, spec)
+def _is_skip(bad_rows: str) -> bool:
+    if bad_rows not in BAD_ROWS_CHOICES:
+        raise ConfigError(f"--bad-rows is error or skip, not '{bad_rows}'", field="bad_rows")
+    return bad_rows == "skip"
+
+
+def _resolve_rows(ref: str, files: list[Path], spec: str | None, *, skip_bad_rows: bool) -> Rows | Texts:
+    bad_rows = BadRows(skip_bad_rows)
+    columns, rows = open_rows(ref, files, spec, bad_rows)
     name = _data_name(ref)
     if columns.text is None:
-        return Rows(name, tuple(files), columns)
-    path, ends = cache_texts(name, files, columns, rows)
+        return Rows(name, tuple(files), columns, skip_bad_rows)
+    path, ends = cache_texts(name, files, columns, rows, bad_rows)
     if not len(ends):
         raise DataError(f"every text in {ref} is empty")
     spans = pairwise([0, *ends.tolist()])
@@ -194,4 +224,5 @@ def _check_is_text(path: Path) -> None:
     except OSError as error:
         raise read_error(path, error) from None
     if b"\0" in head:
-        raise DataError(f"{path} is not a text file: it has a zero byte at offset {head.index(0):,}")
+        hint = encoding_hint(path, head.index(0))
+        raise DataError(f"{path} is not a text file: it has a zero byte at offset {head.index(0):,}{hint}")

@@ -2,174 +2,110 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+import logging
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2.errors import ConfigError, DataError, did_you_mean, missing_extra
+from gpt2.data.columns import Columns, Row, detect_columns, type_name
+from gpt2.data.encodings import encoding_hint
+from gpt2.errors import DataError, missing_extra
 from gpt2.files import check_regular_file, read_error
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_PARQUET_BATCH_ROWS = 1024  # rows in memory at a time
+BAD_ROWS_CHOICES = ("error", "skip")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SAMPLED_ROWS = 1000  # whose columns are looked at to choose those to read
+_NAMED_BAD_ROWS = 3
+_MAX_UNREAD_NAMES = 20
+_LONGEST_CSV_FIELD = (1 << 31) - 1  # characters; the csv module's own default is 131,072
+_PARQUET_BATCH_ROWS = 1024  # rows in memory at a time, fewer if they may be large
+_PARQUET_BATCH_BYTES = 1 << 28
+_PARQUET_MAX_GROWTH = 1000  # decoded bytes per byte of the file
+_PARQUET_FREE_BYTES = 1 << 26  # decoded bytes that any file may have
 
-Row = tuple[str, dict[str, Any]]
-"""A location, such as ``pairs.jsonl line 7``, and the columns."""
-Message = tuple[str, str]
-"""Role ("system", "user" or "assistant") and text."""
-
-_TEXT_COLUMNS = ("text", "content")
-_PROMPT_ANSWER_COLUMNS = (  # prompt, optional input, answer: names in order of preference
-    ("prompt", (), ("answer", "completion", "response", "output")),
-    ("question", (), ("answer",)),
-    ("instruction", ("input", "context"), ("output", "response")),
-)
-_MESSAGES_COLUMNS = ("messages", "conversations")
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-_TYPE_NAMES = {
-    str: "text",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-}
+_log = logging.getLogger("gpt2")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns to read: a text, or a prompt (with an optional input) and its answer, or messages."""
+@dataclass
+class BadRows:
+    """What happens to rows that cannot be read or used: the first is an error, or they are skipped and counted."""
 
-    text: str | None = None
-    prompt: str | None = None
-    input: str | None = None
-    answer: str | None = None
-    messages: str | None = None
+    skip: bool = False
+    total: int = 0  # rows, including bad ones
+    errors: list[DataError] = field(default_factory=list)  # the first few
+    skipped: int = 0
 
-    def get_text(self, row: Row) -> str:
-        """The text of a row. Raises DataError if there is none."""
-        assert self.text is not None
-        return _get_text_field(row, self.text)
+    def handle(self, error: DataError) -> None:
+        """Count a bad row; unless bad rows are skipped, raise its error."""
+        if not self.skip:
+            raise error
+        self.skipped += 1
+        if self.skipped <= _NAMED_BAD_ROWS:
+            self.errors.append(error)
 
-    def get_messages(self, row: Row) -> list[Message]:
-        """The conversation of a row, up to its last answer.
-
-        Raises DataError for a row without an answer, or with a value that is not text where text is required.
-        """
-        location, record = row
-        if self.messages is not None:
-            return _parse_messages(location, self.messages, record.get(self.messages))
-        assert self.prompt is not None
-        assert self.answer is not None
-        prompt, answer = _get_text_field(row, self.prompt), _get_text_field(row, self.answer)
-        if self.input is not None and record.get(self.input) is not None:
-            details = _get_text_field(row, self.input)
-            prompt = f"{prompt}\n\n{details}" if details else prompt
-        if not answer.strip():
-            raise DataError(f"{location}: '{self.answer}' is empty")
-        return [("user", prompt), ("assistant", answer)]
+    def report(self, name: str) -> None:
+        """Log what was skipped. Raises DataError if most rows were."""
+        if not self.skipped:
+            return
+        named = "; ".join(str(error) for error in self.errors)
+        more = f"; and {self.skipped - len(self.errors):,} more" if self.skipped > len(self.errors) else ""
+        message = f"{name}: {self.skipped:,} of {self.total:,} rows are bad ({named}{more})"
+        if self.skipped * 2 > self.total:
+            raise DataError(f"{message}: too many to skip", field="bad_rows")
+        _log.warning("%s and were skipped", message)
 
 
-def read_rows(files: Sequence[Path]) -> Iterator[Row]:
+def read_rows(files: Sequence[Path], columns: Columns | None = None, bad_rows: BadRows | None = None) -> Iterator[Row]:
     """The rows of all files in order. Few are in memory at a time, except for a .json file that is one list.
+
+    columns:  those that are read; None reads all. Of a Parquet file the others are None. The names of columns that
+        were not read are logged at the end.
+    bad_rows: what happens to rows that cannot be read; by default they are errors.
 
     Raises DataError, with file and line, for content that does not fit the file's suffix.
     """
-    return chain.from_iterable(_READERS.get(path.suffix.lower(), _read_jsonl)(path) for path in files)
+    names = None if columns is None else columns.names
+    unread: dict[str, None] = {}
+    for row in _iter_rows(files, names, bad_rows or BadRows()):
+        if names is not None and len(unread) < _MAX_UNREAD_NAMES:
+            unread.update(dict.fromkeys(name for name in row[1] if name not in names))
+        yield row
+    if unread:
+        listed = ", ".join(islice(map(str, unread), _MAX_UNREAD_NAMES))
+        _log.warning("%s: columns that are not read: %s", files[0], listed)
 
 
-def open_rows(ref: str, files: Sequence[Path], columns: str | None = None) -> tuple[Columns, Iterator[Row]]:
-    """The columns to read (see `detect_columns`), and all rows. Raises DataError if there are no rows."""
-    rows = read_rows(files)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"there are no rows in {ref}")
-    return detect_columns(ref, first, columns), chain([first], rows)
+def _iter_rows(files: Sequence[Path], names: Collection[str] | None, bad_rows: BadRows) -> Iterator[Row]:
+    for path in files:
+        for item in _READERS.get(path.suffix.lower(), _read_jsonl)(path, names):
+            bad_rows.total += 1
+            if isinstance(item, DataError):
+                bad_rows.handle(item)
+            else:
+                yield item
 
 
-def detect_columns(ref: str, first: Row, spec: str | None = None) -> Columns:
-    """The columns to read: those of `spec`, such as ``prompt=question,answer=reply``, else by the first row's names.
+def open_rows(
+    ref: str, files: Sequence[Path], spec: str | None = None, bad_rows: BadRows | None = None
+) -> tuple[Columns, Iterator[Row]]:
+    """The columns to read (see `detect_columns`), by the names in the first 1,000 rows, and all rows.
 
-    Messages have precedence over prompt and answer, and these over text. Raises DataError if no name is known.
+    Raises DataError if there are no rows.
     """
-    if spec:
-        return _parse_columns(spec)
-    location, record = first
-    for name in _MESSAGES_COLUMNS:
-        if name in record:
-            return Columns(messages=name)
-    for prompt, inputs, answers in _PROMPT_ANSWER_COLUMNS:
-        answer = next((name for name in answers if name in record), None)
-        if prompt in record and answer:
-            return Columns(prompt=prompt, answer=answer, input=next((name for name in inputs if name in record), None))
-    for name in _TEXT_COLUMNS:
-        if name in record:
-            return Columns(text=name)
-    names = ", ".join(map(str, record)) or "none"
-    raise DataError(
-        f"{location}: no known column among those of {ref} ({names}): give --columns text=NAME, "
-        "prompt=NAME,answer=NAME or messages=NAME",
-        field="columns",
-    )
-
-
-def _parse_columns(spec: str) -> Columns:
-    given: dict[str, str] = {}
-    for part in spec.split(","):
-        key, equals, name = (piece.strip() for piece in part.partition("="))
-        keys = ("text", "prompt", "input", "answer", "messages")
-        if key not in keys or not equals or not name:
-            raise ConfigError(
-                f"--columns '{spec}': '{part}' is not {', '.join(keys[:-1])} or messages, = and a column name"
-                f"{did_you_mean(key, keys)}",
-                field="columns",
-            )
-        given[key] = name
-    if set(given) not in ({"text"}, {"messages"}, {"prompt", "answer"}, {"prompt", "input", "answer"}):
-        raise ConfigError(
-            f"--columns '{spec}' must name text, or messages, or prompt and answer (and input)", field="columns"
-        )
-    return Columns(**given)
-
-
-def _get_text_field(row: Row, column: str) -> str:
-    location, record = row
-    value = record.get(column)
-    if value is None:
-        raise DataError(f"{location} has no '{column}'")
-    if not isinstance(value, str):
-        raise DataError(f"{location}: '{column}' is {_type_name(value)}, not text")
-    return value
-
-
-def _type_name(value: Any) -> str:
-    return _TYPE_NAMES.get(type(value), type(value).__name__)
-
-
-def _parse_messages(location: str, column: str, value: Any) -> list[Message]:
-    if value is None:
-        raise DataError(f"{location} has no '{column}'")
-    if not isinstance(value, list):
-        raise DataError(f"{location}: '{column}' is {_type_name(value)}, not a list of messages")
-    messages = [_parse_message(f"{location}, message {i}", message) for i, message in enumerate(value, 1)]
-    last = max((i for i, (role, _) in enumerate(messages) if role == "assistant"), default=None)
-    if last is None:
-        raise DataError(f"{location}: the conversation has no message of the assistant")
-    return messages[: last + 1]
-
-
-def _parse_message(location: str, value: Any) -> Message:
-    if not isinstance(value, dict):
-        raise DataError(f"{location} is {_type_name(value)}, not an object with role and content")
-    keys = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
-    role, text = (_get_text_field((location, value), key) for key in keys)
-    if role not in _ROLES:
-        raise DataError(f"{location}: role '{role}' is not one of {', '.join(_ROLES)}{did_you_mean(role, _ROLES)}")
-    if _ROLES[role] == "assistant" and not text.strip():
-        raise DataError(f"{location}: the assistant's '{keys[1]}' is empty")
-    return _ROLES[role], text
+    sample: list[Row] = []
+    with suppress(DataError):  # it is raised again, unless it is skipped, when the rows are read
+        sample.extend(islice(_iter_rows(files, (), BadRows(skip=True)), _SAMPLED_ROWS))
+    if not sample:
+        deque(_iter_rows(files, (), BadRows()), maxlen=0)  # raises the error that was suppressed, if there was one
+        raise DataError(f"there are no rows in {ref}")
+    names = dict.fromkeys(chain.from_iterable(record for _, record in sample))
+    columns = detect_columns(ref, sample[0][0], names, spec)
+    return columns, read_rows(files, columns, bad_rows)
 
 
 def _open_binary(path: Path) -> BinaryIO:
@@ -180,21 +116,45 @@ def _open_binary(path: Path) -> BinaryIO:
         raise read_error(path, error) from None
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, numbered, with their line ends, without a byte order mark."""
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
+    """The lines of a UTF-8 file, numbered, with their line ends, without a byte order mark; or why one is not text."""
+    offset = 0
     with _open_binary(path) as handle:
         for number, line in enumerate(handle, 1):
+            start, offset = offset, offset + len(line)
+            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if number == 1 and b"\0" in text:
+                hint = encoding_hint(path, start)
+                yield number, DataError(f"{path} is not UTF-8 text: it has a zero byte in line 1{hint}")
+                continue
             try:
-                yield number, (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).decode()
-            except UnicodeDecodeError:
-                raise DataError(f"{path} line {number:,} is not UTF-8 text") from None
+                yield number, text.decode()
+            except UnicodeDecodeError as error:
+                hint = encoding_hint(path, start + error.start)
+                yield number, DataError(f"{path} line {number:,} is not UTF-8 text{hint}")
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file. Raises DataError for any other."""
+    for _, line in _numbered_lines(path):
+        if isinstance(line, DataError):
+            raise line
+        yield line
+
+
+def _read_jsonl(path: Path, names: Collection[str] | None = None) -> Iterator[Row | DataError]:
     for number, line in _numbered_lines(path):
-        if line.strip():
-            location = f"{path} line {number}"
-            yield location, _check_object(location, _parse_json(location, line))
+        if isinstance(line, DataError):
+            yield line
+        elif line.strip():
+            yield _parse_row(f"{path} line {number}", line)
+
+
+def _parse_row(location: str, text: str) -> Row | DataError:
+    try:
+        return _check_object(location, _parse_json(location, text))
+    except DataError as error:
+        return error
 
 
 def _parse_json(location: str, text: str) -> Any:
@@ -204,49 +164,53 @@ def _parse_json(location: str, text: str) -> Any:
         raise DataError(f"{location} is not JSON: {error}") from None
 
 
-def _check_object(location: str, record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise DataError(f"{location} is {_type_name(record)}, not an object with columns")
-    return record
+def _check_object(location: str, record: Any) -> Row | DataError:
+    if isinstance(record, dict):
+        return location, record
+    return DataError(f"{location} is {type_name(record)}, not an object with columns")
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def _read_json(path: Path, names: Collection[str] | None = None) -> Iterator[Row | DataError]:
     """A .json file: one list of rows, or one row per line."""
-    first = next((line.lstrip() for _, line in _numbered_lines(path) if line.strip()), "")
+    first = next((line.lstrip() for _, line in _numbered_lines(path) if isinstance(line, str) and line.strip()), "")
     if not first.startswith("["):
         yield from _read_jsonl(path)
         return
-    records = _parse_json(str(path), "".join(line for _, line in _numbered_lines(path)))
+    records = _parse_json(str(path), "".join(_text_lines(path)))
     for number, record in enumerate(records, 1):
-        location = f"{path} row {number}"
-        yield location, _check_object(location, record)
+        yield _check_object(f"{path} row {number}", record)
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, names: Collection[str] | None = None) -> Iterator[Row | DataError]:
     """The rows below a header, each with the number of the line on which it starts."""
-    reader = csv.reader(
-        (line for _, line in _numbered_lines(path)),
-        "excel-tab" if path.suffix.lower() == ".tsv" else "excel",
-        strict=True,
-    )
+    csv.field_size_limit(_LONGEST_CSV_FIELD)
+    dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
+    reader = csv.reader(_text_lines(path), dialect, strict=True)
     header: list[str] = []
     line = 1
-    try:
-        for fields in reader:
-            location, line = f"{path} line {line}", reader.line_num + 1
-            if header and fields:
-                if len(fields) != len(header):
-                    raise DataError(f"{location} has {len(fields)} fields, the header has {len(header)}")
+    while True:
+        location = f"{path} line {line}"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield DataError(f"{location} is not CSV: {error}")
+            fields = []
+        line = reader.line_num + 1
+        if fields is None:
+            return
+        if header and fields:
+            if len(fields) == len(header):
                 yield location, dict(zip(header, fields, strict=True))
-            elif fields:
-                header = [name.strip() for name in fields]
-                if duplicate := next((name for name in header if header.count(name) > 1), None):
-                    raise DataError(f"{location}: two columns are called '{duplicate}'")
-    except csv.Error as error:
-        raise DataError(f"{path} line {line} is not CSV: {error}") from None
+            else:
+                yield DataError(f"{location} has {len(fields)} fields, the header has {len(header)}")
+        elif fields:
+            header = [name.strip() for name in fields]
+            if duplicate := next((name for name in header if header.count(name) > 1), None):
+                raise DataError(f"{location}: two columns are called '{duplicate}'")
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, names: Collection[str] | None = None) -> Iterator[Row | DataError]:
+    """The rows of a Parquet file. Only the columns in `names` (None: all) are decoded; the others are None."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -255,13 +219,61 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     with _open_binary(path) as handle:
         try:
-            for batch in pq.ParquetFile(handle).iter_batches(_PARQUET_BATCH_ROWS):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", record
+            file = pq.ParquetFile(handle)
+            unread = {name: None for name in file.schema_arrow.names if names is not None and name not in names}
+            read = [name for name in file.schema_arrow.names if name not in unread]
+            if not read:
+                yield from ((f"{path} row {i}", dict(unread)) for i in range(1, file.metadata.num_rows + 1))
+                return
+            for batch in _iter_parquet_batches(path, file, read):
+                for row in _decode_batch(path, batch, number):
+                    yield row if isinstance(row, DataError) else (row[0], unread | row[1])
+                number += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(f"{path} is not a readable Parquet file: {reason}") from None
+
+
+def _iter_parquet_batches(path: Path, file: Any, columns: list[str]) -> Iterator[Any]:
+    """Batches of some columns. Raises DataError if they decode to far more than the size of the file."""
+    allowed = _PARQUET_FREE_BYTES + _PARQUET_MAX_GROWTH * path.stat().st_size
+    message = (
+        f"{path} decodes to more than {allowed:,} bytes, {_PARQUET_MAX_GROWTH:,} times its size: it is damaged, or "
+        "made to exhaust memory"
+    )
+    decoded = 0
+    for group in range(file.num_row_groups):
+        meta = file.metadata.row_group(group)
+        chunks = [meta.column(i) for i in range(meta.num_columns)]
+        read = [chunk for chunk in chunks if _is_in_columns(chunk.path_in_schema, columns)]
+        size = max((chunk.total_uncompressed_size for chunk in read), default=0)
+        if size > allowed:
+            raise DataError(message)
+        rows = min(_PARQUET_BATCH_ROWS, max(1, _PARQUET_BATCH_BYTES // max(1, size)))  # a value may be the whole chunk
+        for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+            decoded += batch.nbytes
+            if decoded > allowed:
+                raise DataError(message)
+            yield batch
+
+
+def _is_in_columns(path: str, columns: list[str]) -> bool:
+    """Whether a path such as ``messages.list.element.content`` belongs to one of the columns."""
+    return any(path == name or path.startswith(f"{name}.") for name in columns)
+
+
+def _decode_batch(path: Path, batch: Any, before: int) -> Iterator[Row | DataError]:
+    """The rows of a batch, after `before` earlier ones; a DataError for one that has no equal in Python."""
+    try:
+        records = batch.to_pylist()
+    except (ValueError, OverflowError):  # not UTF-8, or a time that datetime cannot hold
+        records = None
+    for i in range(batch.num_rows):
+        location = f"{path} row {before + i + 1}"
+        try:
+            yield location, batch.slice(i, 1).to_pylist()[0] if records is None else records[i]
+        except (ValueError, OverflowError) as error:
+            yield DataError(f"{location} cannot be decoded: {str(error).splitlines()[0]}")
 
 
 _READERS = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from gpt2.data.encodings import encoding_hint
 from gpt2.errors import ConfigError, DataError
 from gpt2.files import cache_home, download, read_error
+from gpt2.vocabulary import END_OF_TEXT
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -25,6 +27,7 @@ BUILTIN_SOURCES = {
 }
 CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SEPARATOR = END_OF_TEXT.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,15 @@ class Document:
     def iter_chunks(self, start: int = 0, stop: int | None = None, chunk_bytes: int = CHUNK_BYTES) -> Iterator[str]:
         """The text of bytes [start, stop), in chunks of about `chunk_bytes`.
 
-        Both ends move forward to the next character, so neighbouring ranges neither lose nor share one. Newlines are
-        unchanged; a byte order mark at the start of the document is dropped. A chunk ends only where GPT-2's
-        pre-tokenization ends a token in any context, so tokenizing the chunks one by one equals tokenizing the whole
-        text; without such a place the chunk grows.
+        Both ends move forward to the next character, and to the end of an ``<|endoftext|>``, so neighbouring ranges
+        neither lose nor share one. Newlines are unchanged; a byte order mark at the start of the document is dropped.
+        A chunk ends only where GPT-2's pre-tokenization ends a token in any context, so tokenizing the chunks one by
+        one equals tokenizing the whole text; without such a place the chunk grows.
 
         Raises DataError at the first byte that is not UTF-8, or if the file cannot be read.
         """
         with self._open() as handle:
-            position, end = (_character_boundary(handle, self._file_offset(offset)) for offset in (start, stop))
+            position, end = self._boundary(handle, start), self._boundary(handle, stop)
             handle.seek(position)
             decoder = codecs.getincrementaldecoder("utf-8")()
             text, searched = "", 0
@@ -74,7 +77,8 @@ class Document:
                     text += decoder.decode(block, final=position + len(block) >= end)
                 except UnicodeDecodeError as error:
                     offset = position - len(decoder.getstate()[0]) + error.start
-                    raise DataError(f"{self.name} is not UTF-8 text: bad byte at offset {offset:,}") from None
+                    hint = encoding_hint(self.data, offset)
+                    raise DataError(f"{self.name} is not UTF-8 text: bad byte at offset {offset:,}{hint}") from None
                 position += len(block)
                 cut = _last_safe_split(text, searched)
                 if cut:
@@ -84,10 +88,37 @@ class Document:
             if text:
                 yield text
 
-    def _file_offset(self, offset: int | None) -> int | None:
-        """The offset in the file of an offset in the document; None is the end of either."""
-        position = self.stop if offset is None else self.start + offset
-        return position if position is None or self.stop is None else min(position, self.stop)
+    def iter_texts(
+        self, start: int = 0, stop: int | None = None, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[str | None]:
+        """`iter_chunks` without ``<|endoftext|>``, which separates texts: None is yielded in its place.
+
+        A text of whitespace only is left out with its separator, unless it is the whole document.
+        """
+        empty = start == 0  # nothing but whitespace since the start or the last separator
+        held, separated = "", False  # that whitespace, and whether there was a separator
+        for chunk in self.iter_chunks(start, stop, chunk_bytes):
+            for i, text in enumerate(chunk.split(END_OF_TEXT)):
+                if i:
+                    if not empty:
+                        yield None
+                    empty, held, separated = True, "", True
+                if empty and (not text or text.isspace()):
+                    held += text
+                elif text:
+                    yield held + text
+                    empty, held = False, ""
+        if held and not separated:
+            yield held
+
+    def _boundary(self, handle: BinaryIO, offset: int | None) -> int:
+        """The offset in the file of an offset in the document, moved as `iter_chunks` says; None is the end."""
+        if offset is None:
+            return _character_boundary(handle, self.stop)
+        position = self.start + offset
+        if offset:
+            position = _separator_boundary(handle, position)
+        return _character_boundary(handle, position if self.stop is None else min(position, self.stop))
 
     def _open(self) -> BinaryIO:
         if isinstance(self.data, bytes):
@@ -186,6 +217,14 @@ def _character_boundary(handle: BinaryIO, offset: int | None) -> int:
         return 3 if following == _BYTE_ORDER_MARK else 0
     continuations = len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
     return offset + continuations
+
+
+def _separator_boundary(handle: BinaryIO, offset: int) -> int:
+    """The end of the ``<|endoftext|>`` that `offset` is within, or else `offset`."""
+    start = max(0, offset - len(_SEPARATOR) + 1)
+    handle.seek(start)
+    found = handle.read(offset - start + len(_SEPARATOR) - 1).find(_SEPARATOR)
+    return offset if found < 0 else start + found + len(_SEPARATOR)
 
 
 def _last_safe_split(text: str, start: int) -> int:

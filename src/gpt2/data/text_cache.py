@@ -9,27 +9,40 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2.data.rows import Columns, Row
+from gpt2.data.columns import Columns, Row
+from gpt2.data.rows import BadRows
+from gpt2.errors import DataError
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.vocabulary import replace_surrogates
 
 
-def cache_texts(name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row]) -> tuple[Path, np.ndarray]:
+def cache_texts(
+    name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row], bad_rows: BadRows
+) -> tuple[Path, np.ndarray]:
     """The UTF-8 file of all texts of rows, without empty ones, and the byte offset at which each ends, int64 (count,).
 
     Written under `cache_home()` unless it is there already: the key is each file's path and contents.
-    Raises DataError for a row without text, and if the cache cannot be written.
+    Raises DataError for a row without text that is not skipped, and if the cache cannot be written.
     """
-    digest = hashlib.sha256(f"{columns.text}\n".encode())
+    digest = hashlib.sha256(f"{columns.text}\n{bad_rows.skip}\n".encode())
     for file in files:
         digest.update(os.fsencode(f"{file.absolute()}\n{file_identity(file)}\n"))
     folder = cache_home() / "texts" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         try:
-            _write_texts(folder, (columns.get_text(row) for row in rows))
+            _write_texts(folder, _iter_texts(name, columns, rows, bad_rows))
         except OSError as error:
             raise write_error(folder, error) from None
     return folder / "texts.txt", np.load(folder / "ends.npy")
+
+
+def _iter_texts(name: str, columns: Columns, rows: Iterator[Row], bad_rows: BadRows) -> Iterator[str]:
+    for row in rows:
+        try:
+            yield columns.get_text(row)
+        except DataError as error:
+            bad_rows.handle(error)
+    bad_rows.report(name)
 
 
 def _write_texts(folder: Path, texts: Iterator[str]) -> None:

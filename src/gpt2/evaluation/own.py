@@ -1,12 +1,13 @@
 """Texts that are always there: a file or corpus by name, a run's own validation data, Python's language reference."""
 
 import tomllib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from gpt2.data.resolve import find_shards, resolve_texts
 from gpt2.data.shards import open_shards
-from gpt2.data.sources import Texts, split_documents
+from gpt2.data.sources import Document, Texts, split_documents
 from gpt2.errors import UserError
 from gpt2.evaluation.perplexity import Text, prepare_rolling, word_units
 from gpt2.evaluation.prepare import Part
@@ -35,8 +36,7 @@ def prepare_texts(
 def texts_of_source(ref: str) -> list[Text]:
     """The documents of what `--data` names: a text file, a folder, rows with a column of text, or a corpus."""
     source = resolve_texts(ref)
-    texts = [Text.plain("".join(document.iter_chunks()), document.name) for document in source.documents]
-    return [text for text in texts if text.scored]
+    return [text for document in source.documents for text in _plain_texts(document) if text.scored]
 
 
 def validation_texts(model: str, tokenizer: Tokenizer) -> list[Text] | None:
@@ -56,7 +56,7 @@ def validation_texts(model: str, tokenizer: Tokenizer) -> list[Text] | None:
         val = open_shards(shards.path, "val")
         ids = val.read(0, min(len(val), MOST_CHARACTERS // 4)).tolist()
         return _first([Text.plain(text, str(shards.path)) for text in _split(ids, tokenizer)])
-    return _first(_held_out(resolve_texts(ref, settings.get("columns"))))
+    return _first(_held_out(resolve_texts(ref, settings.get("columns"), settings.get("bad_rows", "error"))))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -79,7 +79,13 @@ def _split(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 
 def _held_out(source: Texts) -> list[Text]:
     _, parts = split_documents(source)
-    return [Text.plain("".join(document.iter_chunks(start, stop)), document.name) for document, start, stop in parts]
+    return [text for part in parts for text in _plain_texts(*part)]
+
+
+def _plain_texts(document: Document, start: int = 0, stop: int | None = None) -> list[Text]:
+    """The texts that <|endoftext|> separates in a part of a document."""
+    texts = groupby(document.iter_texts(start, stop), key=lambda text: text is None)
+    return [Text.plain("".join(filter(None, chunks)), document.name) for is_end, chunks in texts if not is_end]
 
 
 def _first(texts: list[Text]) -> list[Text]:

@@ -194,7 +194,7 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAn
 
 def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: ChatTemplate | None) -> Dataset:
     """The data of a run, as a tokenizer's tokens: rows of prompts and answers, or text."""
-    data = resolve_data(config.data, config.columns)
+    data = resolve_data(config.data, config.columns, config.bad_rows)
     if not isinstance(data, Rows):
         return replace(open_data(data, tokenizer), separate_documents=config.separate_documents)
     return open_instruct(
