@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
-from gpt2.commands.train import add_training_flags, resolve_config
+from gpt2.commands.train import add_training_flags, merge_flags
 from gpt2.config import TrainConfig
 from gpt2.reporting.units import format_bytes, format_count
 from gpt2.train.recipes import RECIPES
@@ -75,7 +75,7 @@ def _plan_config(recipe: str, flags: dict[str, Any]) -> TrainConfig:
     """The config of `gpt2 train`, without looking for an existing run folder."""
     if flags.get("resume") in ("never", "auto"):
         del flags["resume"]
-    return resolve_config(recipe, {"name": "plan", **flags}).check()
+    return merge_flags(recipe, {"name": "plan", **flags}).check()
 
 
 def _parse_count(text: str) -> int:

@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
             if ranks.is_main_process:
                 print(to_toml(config), end="")
             return 0
+        config.check()
         if base in GPU_RECIPES and ranks.is_main_process and pick_device(config.device).type == "cpu":
             message = f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu"
             print(f"gpt2: {message}", file=sys.stderr)
@@ -109,14 +110,15 @@ def resolve_config(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
     """The config of `gpt2 train`: the flags over the recipe's values, or over those of a resumed run."""
     if flags.get("epochs") and "max_steps" in flags:
         raise ConfigError("--epochs and --max-steps both give the length of the run: use one", field="epochs")
-    config = _merge_flags(base_recipe, flags)
+    config = merge_flags(base_recipe, flags)
     reject_unused_flags(flags, config, RULES)
     _check_given_model(config, flags)
     check_rows(config)
     return config
 
 
-def _merge_flags(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
+def merge_flags(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
+    """The values of the recipe or of the resumed run, with the flags over them; reads no model and no data."""
     resume = flags.get("resume", "never")
     if resume not in ("never", "auto"):
         out_dir = flags.get("out_dir", TrainConfig.out_dir)
