@@ -1,12 +1,15 @@
 """The CPU kernel equals the model, and is batch invariant bit for bit."""
 
 import ctypes
+import hashlib
 import logging
 import math
+import os
 import platform
 import subprocess
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,3 +291,34 @@ def test_struct_sizes_are_checked_when_the_library_is_loaded(
     size = ctypes.sizeof(structs.Layer)
     with pytest.raises(RuntimeError, match=f"struct Layer has [0-9]+ bytes in kernel.cpp and {size} in structs.py"):
         build.load_library.__wrapped__()
+
+
+def test_a_truncated_library_is_compiled_again(kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading it would end the process with SIGBUS."""
+    home = Path(os.environ["GPT2_HOME"])
+    (home / "native").unlink()
+    compiled = []
+
+    def compile_(compiler: str, path: Path) -> None:
+        compiled.append(path)
+        path.write_bytes(b"library")
+        path.with_suffix(".sha256").write_text(hashlib.sha256(b"library").hexdigest())
+
+    monkeypatch.setattr(build, "_compile", compile_)
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: kernel)
+    for _ in range(2):
+        build.load_library.__wrapped__()
+    assert len(compiled) == 1
+    assert (home / "native").stat().st_mode & 0o777 == 0o700
+    compiled[0].write_bytes(b"libr")
+    build.load_library.__wrapped__()
+    assert len(compiled) == 2
+
+
+def test_a_folder_that_others_can_write_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(os.environ["GPT2_HOME"], "native")
+    folder.unlink()
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert build.load_library.__wrapped__() is None
+    assert "other users can write" in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from gpt2.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from gpt2.tokenizer_components import SPLIT_PATTERNS
 from tests.helpers.tokenizer_samples import HARD_TEXTS, SENTENCES, gpt2_tokenizer
 
 
@@ -314,3 +316,57 @@ def test_a_tokenizer_json_that_made_the_library_panic(saved_bpe: Path, change: C
     with pytest.raises(UserError, match=r"cannot use .*tokenizer\.json: ") as caught:
         load_tokenizer(saved_bpe)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec.update(pre_tokenizer=split_by("(a+)+$", spec)),
+        lambda spec: spec.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [spec["pre_tokenizer"]] * 1000}),
+        lambda spec: spec.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        lambda spec: spec.update(
+            normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": "a", "content": "aa"}] * 3}
+        ),
+        lambda spec: spec.update(normalizer={"type": "Sequence", "normalizers": 5}),
+        lambda spec: spec.update(decoder={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}),
+        lambda spec: spec["model"].update(dropout=0.5),
+    ],
+)
+def test_components_that_are_not_of_a_gpt2_are_refused(saved_bpe: Path, change: Callable) -> None:
+    edit_json(saved_bpe / "tokenizer.json", change)
+    with pytest.raises(UserError, match=r"cannot use .*tokenizer\.json: its .*|dropout") as caught:
+        load_tokenizer(saved_bpe)
+    assert "\n" not in str(caught.value)
+
+
+def split_by(pattern: str, spec: dict) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = spec["pre_tokenizer"] | {"use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
+@pytest.mark.parametrize("pattern", sorted(SPLIT_PATTERNS))
+def test_the_known_patterns_are_accepted(pattern: str, saved_bpe: Path) -> None:
+    edit_json(saved_bpe / "tokenizer.json", lambda spec: spec.update(pre_tokenizer=split_by(pattern, spec)))
+    tokenizer = get_tokenizer(saved_bpe)
+    assert tokenizer.decode(tokenizer.encode("It's 1,234 words\n\n  so.")) == "It's 1,234 words\n\n  so."
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "merges.txt"])
+def test_a_link_out_of_the_folder_is_refused(name: str, saved_bpe: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    (saved_bpe / name).rename(secret)
+    (saved_bpe / name).symlink_to(secret)
+    with pytest.raises(UserError, match=f"{name} is a link to a file outside its folder"):
+        load_tokenizer(saved_bpe)
+
+
+def test_the_vocabulary_is_kept_in_our_own_cache(
+    gpt2_vocabulary: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = shutil.copytree(os.environ["TIKTOKEN_CACHE_DIR"], tmp_path / "home" / "tiktoken")
+    monkeypatch.setenv("GPT2_HOME", str(cache.parent))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    vocabulary.gpt2_encoding.cache_clear()
+    assert GPT2Tokenizer().fingerprint == GPT2_FINGERPRINT

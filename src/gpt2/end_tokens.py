@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import ModelFilesError
+from gpt2.files import check_inside_folder
 
 
 def read_end_tokens(folder: Path, vocab_size: int, default: int) -> tuple[int, ...]:
@@ -16,6 +17,7 @@ def read_end_tokens(folder: Path, vocab_size: int, default: int) -> tuple[int, .
     found: dict[int, None] = {}
     for name in ("config.json", "generation_config.json"):
         path = folder / name
+        check_inside_folder(path, folder)
         if path.is_file():
             found |= dict.fromkeys(_eos_token_ids(path))
     return tuple(token for token in found if token < vocab_size) or (default,)

@@ -17,6 +17,7 @@ from gpt2.errors import DataError, UserError
 
 RUN_FOLDER_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # a run folder has the first and one more
 
+_WHOLE_HASH_BYTES, _SAMPLED_BLOCKS, _SAMPLED_BLOCK_BYTES = 64 * 2**20, 16, 2**16
 _PARTIAL_SUFFIX, _LOCK_SUFFIX = ".partial", ".lock"
 NO_LOCKS_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a drive without locks
 
@@ -67,6 +68,18 @@ def check_regular_file(path: Path) -> None:
         raise UserError(f"{path} is not a regular file")
 
 
+def check_inside_folder(path: Path, folder: Path) -> None:
+    """Raise UserError for a file of `folder` that is a link to a place outside it.
+
+    The Hugging Face cache's own links, from `snapshots/REVISION` to `blobs`, are accepted. A path that does not exist
+    passes.
+    """
+    root, real = folder.resolve(), path.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if path.exists() and not any(real.is_relative_to(one) for one in allowed):
+        raise UserError(f"{path} is a link to a file outside its folder: replace it by a copy of that file")
+
+
 def read_error(path: Path, error: OSError) -> DataError:
     """The error for a file that cannot be read."""
     return DataError(f"cannot read {path} ({error.strerror or error})")
@@ -82,6 +95,24 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_identity(path: Path) -> str:
+    """A text that changes with the contents of a file: its SHA-256; of more than 64 MiB, a sample and its status.
+
+    The sample is sixteen blocks; the status is the size, the inode, and the times of modification and of change, of
+    which no program can set the last.
+    """
+    status = path.stat()
+    if status.st_size <= _WHOLE_HASH_BYTES:
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in range(_SAMPLED_BLOCKS):
+            file.seek((status.st_size - _SAMPLED_BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
+            digest.update(file.read(_SAMPLED_BLOCK_BYTES))
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{status.st_size} {status.st_ino} {times} {digest.hexdigest()}"
 
 
 def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
@@ -100,7 +131,7 @@ def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
     try:
         with staging_folder(path) as folder:
             partial = folder / path.name
-            with partial.open("wb") as file:
+            with partial.open("xb") as file:  # never through a link that is there
                 _fetch(url, file, timeout)
             found = file_sha256(partial)
             if found != sha256:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2.errors import ConfigError, ModelFilesError, did_you_mean
-from gpt2.files import expand_path, staging_folder
+from gpt2.files import check_inside_folder, expand_path, staging_folder
 from gpt2.model import GPT
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc")  # c_proj is in the attention and in the MLP
@@ -272,6 +272,8 @@ def read_adapter(ref: str | Path) -> Adapter:
     Raises ModelFilesError if there is none, if a file is broken, or if it is more than pairs of A and B.
     """
     folder = find_adapter(ref)
+    for name in (_CONFIG_FILE, _TENSOR_FILE):
+        check_inside_folder(folder / name, folder)
     raw = _read_config(folder / _CONFIG_FILE)
     tensors, metadata = _read_tensors(folder / _TENSOR_FILE)
     layers = sorted({name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors})
@@ -352,6 +354,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         value = raw.get(key)
         wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        wrong = wrong or (isinstance(value, int | float) and not abs(value) < 1e30)  # JSON's integers have no bound
         missing = value is None and key in ("lora_dropout", "use_rslora")
         if (wrong and not missing) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
             raise ModelFilesError(f"{path}: {key} cannot be {json.dumps(value)}")

@@ -10,15 +10,16 @@ These are built in. Any other is a Jinja template, as `transformers` keeps it in
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
-from gpt2.errors import ConfigError, ModelFilesError, RequestError, UserError, did_you_mean, missing_extra
-from gpt2.files import expand_path
+from gpt2.errors import ConfigError, ModelFilesError, RequestError, UserError, did_you_mean
+from gpt2.files import check_inside_folder, expand_path
+from gpt2.template_process import TemplateProcess
 from gpt2.tokenizer import Tokenizer
 from gpt2.vocabulary import END_OF_TEXT
 
@@ -83,7 +84,7 @@ _RENDERERS = {
 class ChatTemplate:
     """Renders and encodes messages, (role, text) each, as the input of a model.
 
-    source:             a Jinja template, run in a sandbox. The built-in ones do not need jinja2.
+    source:             a Jinja template, run in a process of its own under limits. The built-in ones need no jinja2.
     special_tokens_map: variables of the template, such as `eos_token`.
 
     Text in a message is never encoded as a special token: only text of the template is.
@@ -92,17 +93,23 @@ class ChatTemplate:
 
     def __init__(self, source: str = PLAIN_TEMPLATE, special_tokens_map: dict[str, str] | None = None) -> None:
         self.source, self.special_tokens_map = source, special_tokens_map or {}
-        self._render: Callable[[Messages, bool], str] = _RENDERERS.get(source) or _jinja_renderer(
-            source, self.special_tokens_map
-        )
+        self._builtin = _RENDERERS.get(source)
+        self._process = None if self._builtin else TemplateProcess(source, self.special_tokens_map)
 
     def render(self, messages: Messages) -> str:
         """The whole conversation. Raises RequestError if the template fails."""
-        return self._render(messages, False)
+        return self._render_all(messages, [(len(messages), False)])[0]
 
     def render_prompt(self, messages: Messages) -> str:
         """The conversation up to the start of the next answer. Raises RequestError if the template fails."""
-        return self._render(messages, True)
+        return self._render_all(messages, [(len(messages), True)])[0]
+
+    def _render_all(self, messages: Messages, renders: Sequence[tuple[int, bool]]) -> list[str]:
+        """The texts of the first messages, so many, with or without the start of the next answer."""
+        if self._process is not None:
+            return self._process.render(messages, renders)
+        assert self._builtin is not None
+        return [self._builtin(messages[:count], prompt) for count, prompt in renders]
 
     def segments(self, messages: Messages) -> list[Segment]:
         """The conversation in segments (text, is_answer). An answer includes the end-of-turn token.
@@ -193,79 +200,23 @@ class ChatTemplate:
 
     def _split_segments(self, messages: Messages, add_generation_prompt: bool) -> list[Segment]:
         """`segments`, including empty ones; with `add_generation_prompt`, of `render_prompt`."""
-        whole, segments, end = self._render(messages, add_generation_prompt), [], 0
-        for i, (role, _) in enumerate(messages):
-            if role == "assistant":
-                before, after = self.render_prompt(messages[:i]), self.render(messages[: i + 1])
-                if len(before) < end or not after.startswith(before) or not whole.startswith(after):
-                    raise RequestError("the chat template renders a message differently when others follow it")
-                answer = self._strip_after_end_of_turn(after[len(before) :])
-                segments += [(whole[end : len(before)], False), (answer, True)]
-                end = len(before) + len(answer)
+        answers = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
+        renders = [(len(messages), add_generation_prompt)]
+        for i in answers:
+            renders += [(i, True), (i + 1, False)]
+        (whole, *texts), segments, end = self._render_all(messages, renders), [], 0
+        for before, after in zip(texts[::2], texts[1::2], strict=True):
+            if len(before) < end or not after.startswith(before) or not whole.startswith(after):
+                raise RequestError("the chat template renders a message differently when others follow it")
+            answer = self._strip_after_end_of_turn(after[len(before) :])
+            segments += [(whole[end : len(before)], False), (answer, True)]
+            end = len(before) + len(answer)
         return [*segments, (whole[end:], False)]
 
     def _strip_after_end_of_turn(self, answer: str) -> str:
         """An answer without the whitespace after the end-of-turn token, which is never generated."""
         stripped = answer.rstrip()
         return stripped if stripped.endswith(self._special_strings) else answer
-
-
-def _jinja_renderer(source: str, special_tokens_map: dict[str, str]) -> Callable[[Messages, bool], str]:
-    """Renders a Jinja template as `transformers` does."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise missing_extra("jinja2", "serve", "the model's chat template") from error
-    try:
-        compiled = _jinja_environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise ModelFilesError(f"the model's chat template cannot be read: {error}") from error
-
-    def render(messages: Messages, add_generation_prompt: bool) -> str:
-        variables = {
-            "messages": [{"role": role, "content": text} for role, text in messages],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            return compiled.render(**(special_tokens_map | variables))
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise RequestError(f"the model's chat template cannot be used for these messages: {error}") from error
-
-    return render
-
-
-def _jinja_environment() -> Any:
-    """A Jinja environment with the settings of `transformers`."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """``{% generation %}``, which marks the assistant's text, renders its contents only."""
-
-        tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda format_: datetime.now().strftime(format_),
-    }
-    return environment
-
-
-def _raise_exception(message: str) -> Never:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
 
 
 class _EscapedMessages:
@@ -276,7 +227,13 @@ class _EscapedMessages:
         texts = sorted(map(re.escape, tokenizer.special_tokens), key=len, reverse=True)
         self._special_token_pattern = re.compile(f"({'|'.join(texts)})")
         all_text = "".join(text for message in messages for text in message)
-        self._escape_character = next(chr(i) for i in range(0xE000, 0xF900) if chr(i) not in all_text)
+        used = set(all_text)
+        candidates = chain(
+            range(0xE000, 0xF900), range(0xF0000, 0x110000), range(0x10000, 0xF0000)
+        )  # private use first
+        self._escape_character = next((chr(i) for i in candidates if chr(i) not in used), "")
+        if not self._escape_character:
+            raise RequestError("the messages use every character that could mark the special tokens in them")
         self.messages = [(self.escape(role), self.escape(text)) for role, text in messages]
 
     def escape(self, text: str) -> str:
@@ -325,6 +282,8 @@ def load_template(folder: Path) -> ChatTemplate | None:
     Raises ModelFilesError for files that cannot be read.
     """
     config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    for path in (config_file, template_file):
+        check_inside_folder(path, folder)
     try:
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         source = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
@@ -339,8 +298,8 @@ def load_template(folder: Path) -> ChatTemplate | None:
 def _default_template(value: Any) -> str | None:
     """The default template of a `chat_template` setting, which may be a list of named templates."""
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
+        named = (item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default")
+        value = next(named, None)
     return value if isinstance(value, str) else None
 
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2.end_tokens import read_end_tokens
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
-from gpt2.files import expand_path
+from gpt2.files import check_inside_folder, expand_path
+from gpt2.tokenizer_components import check_components, check_file_size
 from gpt2.vocabulary import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
 
 _LONG_WHITESPACE = 500_000  # tiktoken panics on a run of a million spaces
-_LONG_WHITESPACE_PATTERN = re.compile(rf"\s{{{_LONG_WHITESPACE}}}")
+_LONG_WHITESPACE_PATTERN = re.compile(rf"(?<!\s)\s{{{_LONG_WHITESPACE}}}")  # each run is scanned once: linear time
 
 _log = logging.getLogger("gpt2")
 
@@ -320,7 +321,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     for name, load in ("tokenizer.json", _load_tokenizer_json), ("vocab.json", _load_vocab_json):
         path = folder / name
         if path.is_file():
+            for used in (path, folder / "tokenizer_config.json", folder / "merges.txt"):
+                check_inside_folder(used, folder)
             try:
+                check_file_size(path)
                 tokenizer = load(path)
                 tokenizer.end_tokens = read_end_tokens(folder, tokenizer.vocab_size, tokenizer.end_of_text)
                 return tokenizer
@@ -336,6 +340,7 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
     vocabulary = vocabulary_from_tokenizer_json(spec)
+    check_components(spec)
     standard = uses_gpt2_pre_tokenizer(spec) and has_only_simple_special_tokens(spec)
     if standard and (known := _recognize_tokenizer(vocabulary)):
         return known

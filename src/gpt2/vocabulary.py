@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cache
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpt2.errors import ConfigError, DataError, ModelFilesError
-from gpt2.files import download, file_sha256
+from gpt2.files import cache_home, download, file_sha256
 
 if TYPE_CHECKING:
     import tiktoken
@@ -38,7 +37,7 @@ _GPT2_FILE_SHA256 = {  # file name: sha256 of its contents
 
 MAX_WORD_LENGTH = 1_000  # characters; BPE training in `tokenizers` takes time quadratic in the length of a word
 _CHARACTER_CLASSES = (r"\w", r"\s", r"(?:[^\w\s]|_)")  # no word of GPT-2's is longer than a run of one class
-_LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WORD_LENGTH}}}")
+_LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{MAX_WORD_LENGTH}}}")
 _LONG_RUN = re.compile("|".join(rf"(?<!{kind}){kind}{{{MAX_WORD_LENGTH},}}" for kind in _CHARACTER_CLASSES))
 
 _log = logging.getLogger("gpt2")
@@ -295,13 +294,12 @@ def tiktoken_encoding(vocabulary: Vocabulary) -> "tiktoken.Encoding":
 
 @cache
 def gpt2_encoding() -> "tiktoken.Encoding":
-    """tiktoken's own GPT-2 encoder. Its two files are downloaded to tiktoken's cache, as tiktoken has no timeout.
+    """GPT-2's encoder. Its two files are downloaded to tiktoken's cache where an environment variable names one.
 
-    Raises ModelFilesError that names the addresses of the files and their paths in the cache.
+    Otherwise they are in `$GPT2_HOME/tiktoken`: tiktoken's default is a folder that other users of the machine can
+    write. Raises ModelFilesError that names the addresses of the files and their paths in the cache.
     """
-    import tiktoken
-
-    default = str(Path(tempfile.gettempdir(), "data-gym-cache"))
+    default = str(cache_home() / "tiktoken")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
     paths = {name: Path(folder, hashlib.sha1((_GPT2_URL + name).encode()).hexdigest()) for name in _GPT2_FILE_SHA256}
     try:
@@ -309,7 +307,12 @@ def gpt2_encoding() -> "tiktoken.Encoding":
             if path.is_file() and file_sha256(path) != _GPT2_FILE_SHA256[name]:
                 path.unlink()
             download(_GPT2_URL + name, path, _GPT2_FILE_SHA256[name])
-        return tiktoken.get_encoding("gpt2")
+        if not folder:
+            import tiktoken
+
+            return tiktoken.get_encoding("gpt2")
+        ids = json.loads(paths["encoder.json"].read_text(encoding="utf-8"))
+        return tiktoken_encoding(vocabulary_from_token_ids(ids, frozenset({END_OF_TEXT})))
     except (OSError, ValueError, DataError) as error:
         others = [f", and {_GPT2_URL}{name} at {path}" for name, path in paths.items() if not path.is_file()][1:]
         fix = "".join(others) if folder else ": name a cache folder in TIKTOKEN_CACHE_DIR"

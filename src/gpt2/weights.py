@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2.end_tokens import format_eos_token_id, read_end_tokens
 from gpt2.errors import UserError
-from gpt2.files import expand_path, similar_model_folder, staging_folder
+from gpt2.files import check_inside_folder, expand_path, similar_model_folder, staging_folder
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
@@ -50,6 +50,7 @@ HUB_ALLOW_PATTERNS = [  # without the TensorFlow, Flax, ONNX and pickled copies
 GPT2_VOCAB_SIZE = 50257
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in old files
+MAX_CONFIG_NUMBER = 1e30  # JSON has integers that no float holds
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -174,6 +175,7 @@ def find_model_folder(ref: str | Path) -> Path:
 def read_config(folder: Path) -> GPTConfig:
     """The GPTConfig of a folder's `config.json`. Raises UserError if it is not a GPT-2."""
     path = folder / "config.json"
+    check_inside_folder(path, folder)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -207,8 +209,8 @@ def read_config(folder: Path) -> GPTConfig:
     }
     others = {key: raw[key] for key in kinds if raw.get(key) is not None}
     for key, value in others.items():
-        if not isinstance(value, kinds[key]):
-            raise UserError(f"{path}: {key} cannot be {value!r}")
+        if not isinstance(value, kinds[key]) or (not isinstance(value, str) and not abs(value) < MAX_CONFIG_NUMBER):
+            raise UserError(f"{path}: {key} cannot be {value!r:.100}")
     context, dropout = sizes.pop("n_positions"), others.pop("resid_pdrop", 0.0)
     for name in ("embd", "attn"):  # set in the config only if they differ
         rate = others.pop(f"{name}_pdrop", dropout)
@@ -302,6 +304,7 @@ def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """All weights with the names and layouts of `GPT`, copied from the files."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
+        check_inside_folder(path, folder)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)

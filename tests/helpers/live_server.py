@@ -20,7 +20,7 @@ from gpt2.serve.limits import Limits
 from gpt2.serve.middleware import AccessPolicy
 from gpt2.serve.models import ServedModel, create_served_model
 from gpt2.serve.scheduler import Scheduler
-from gpt2.serve.uvicorn_server import HeaderTimeoutProtocol
+from gpt2.serve.uvicorn_server import limited_protocol
 from gpt2.tokenizer import get_tokenizer
 from tests.helpers.transformers_reference import random_model
 
@@ -73,7 +73,7 @@ def temporary_home(native_cache: Path, folder: Path) -> Iterator[None]:
 def run_app(app: FastAPI) -> Iterator[str]:
     """Run the application in a thread; its address."""
     config = uvicorn.Config(
-        app, http=HeaderTimeoutProtocol, ws="none", port=0, log_config=None, timeout_graceful_shutdown=1
+        app, http=limited_protocol(), ws="none", port=0, log_config=None, timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -2,16 +2,20 @@
 
 import json
 import logging
+import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-from gpt2.serve import middleware, sse, uvicorn_server
+from gpt2.serve import app as app_module
+from gpt2.serve import middleware, sse, tokenizer_threads, uvicorn_server
 from gpt2.serve.limits import Limits
 from gpt2.serve.schema import ErrorBody
 from gpt2.serve.uvicorn_server import bind_socket
@@ -262,3 +266,120 @@ def test_other_content_types_are_refused(server: LiveServer, kind: str) -> None:
     with server.client() as client:
         reply = client.post(COMPLETIONS, content=b'{"prompt": "x"}', headers={"Content-Type": kind})
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/detokenize", {"tokens": [""] * 10**6}),
+        ("/detokenize", {"tokens": [-1] * 10**6}),
+        (COMPLETIONS, {"prompt": ["x", 1] * 300_000}),
+        (COMPLETIONS, {"stop": [1] * 10**6}),
+        (COMPLETIONS, {"logit_bias": {str(i): "x" for i in range(200_000)}}),
+        (COMPLETIONS, {f"unknown{i}": 1 for i in range(200_000)}),
+        (COMPLETIONS, {"bad_words": [["x"]] * 10**5}),
+        ("/v1/chat/completions", {"messages": [{}] * 10**6}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 10**6}]}),
+        ("/inspect/next", {"tokens": ["x"] * 10**6}),
+        ("/inspect/next", {"text": "x", "model": "m" * 4 * 10**6}),
+        ("/tokenize", {"text": "x" * 2 * 10**6}),
+    ],
+)
+def test_only_the_first_error_of_a_body_is_collected(
+    server: LiveServer, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    error_of = app_module._validation_error
+    monkeypatch.setattr(
+        app_module, "_validation_error", lambda errors: (counts.append(len(errors)), error_of(errors))[1]
+    )
+    with server.client() as client:
+        reply = client.post(path, json=body)
+    assert reply.status_code in (400, 404)
+    assert all(count <= 2 for count in counts)  # a required field may be missing too
+    assert len(reply.text) < 1000
+
+
+def test_a_body_where_none_is_read_is_not_read(server: LiveServer, plain: socket.socket) -> None:
+    """The response comes before the body, which never arrives."""
+    plain.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 4000000\r\n\r\n" + b"x" * 1000)
+    assert plain.recv(2**16).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_bodies_that_arrive_together_are_limited(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MAX_ARRIVING_BODIES", 1)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_SECONDS", 20)
+    half = b"x" * (LIMITS.max_body * 2 // 3)
+    head = f"{HEAD}Content-Length: {LIMITS.max_body}\r\n\r\n".encode()
+    with (
+        socket.create_connection(address_of(server), timeout=20) as one,
+        socket.create_connection(address_of(server), timeout=20) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        list(pool.map(lambda plain: plain.sendall(head + half), (one, other)))
+        ready, _, _ = select.select([one, other], [], [], 20)
+        assert "too many request bodies" in error_in(read_error(ready[0]), 429)
+
+
+def test_a_request_with_two_lengths_is_refused_and_closed(plain: socket.socket) -> None:
+    plain.sendall(request({"prompt": "x"}, "Transfer-Encoding: chunked\r\n"))
+    assert error_in(read_to_end(plain), 400)
+
+
+@pytest.mark.parametrize("host", ["evil@localhost", "localhost#.evil", "localhost/x", "localhost?x", "[::1]x", ""])
+def test_a_host_header_is_a_host_and_a_port(host: str) -> None:
+    assert middleware._hostname(host) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "name"), [("localhost", "localhost"), ("LOCALHOST:80", "localhost"), ("[::1]:8", "::1")]
+)
+def test_a_host_header_names_a_host(host: str, name: str) -> None:
+    assert middleware._hostname(host) == name
+
+
+def test_connections_beyond_the_limit_are_closed_with_one_warning(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(uvicorn_server, "max_connections", lambda: 3)
+    opened = [socket.create_connection(address_of(server), timeout=20) for _ in range(20)]
+    closed = [plain for plain in opened if is_closed(plain)]
+    assert 17 <= len(closed) <= 20
+    for plain in opened:
+        plain.close()
+    assert len([record for record in caplog.records if "connections refused" in record.getMessage()]) == 1
+
+
+def is_closed(plain: socket.socket) -> bool:
+    plain.settimeout(0.5)
+    try:
+        return plain.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_health_is_answered_while_texts_are_tokenized(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while a template is rendered: both run in threads, of which there are few."""
+    release, entered = threading.Event(), threading.Semaphore(0)
+    encode = server.models["tiny"].tokenizer.encode
+
+    def slow(*given: Any, **options: Any) -> list[int]:
+        entered.release()
+        release.wait(30)
+        return encode(*given, **options)
+
+    monkeypatch.setattr(server.models["tiny"].tokenizer, "encode", slow)
+    requests = [("/tokenize", {"text": "x"}), (COMPLETIONS, {"prompt": "x", "max_tokens": 1})] * 2
+    requests += [("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1})]
+    with ThreadPoolExecutor(len(requests)) as pool, server.client() as client:
+        replies = [pool.submit(client.post, path, json=body) for path, body in requests]
+        try:
+            for _ in range(tokenizer_threads.MAX_THREADS):
+                assert entered.acquire(timeout=20)
+            assert client.get("/health").status_code == 200
+            assert not any(reply.done() for reply in replies)
+        finally:
+            release.set()
+        assert [reply.result().status_code for reply in replies] == [200] * len(requests)

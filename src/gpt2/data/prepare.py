@@ -26,7 +26,7 @@ from gpt2.data.shards import (
 )
 from gpt2.data.sources import DocumentSlice, Texts, split_documents
 from gpt2.errors import ConfigError, DataError
-from gpt2.files import cache_home, staging_folder, write_error
+from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 
 _CHUNK_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer busy
@@ -263,7 +263,6 @@ def _cache_key(texts: Texts, tokenizer: str) -> str:
         if isinstance(document.data, bytes):
             identity = hashlib.sha256(document.data).hexdigest()
         else:
-            stat = document.data.stat()
-            identity = f"{document.data.absolute()}\n{stat.st_size} {stat.st_mtime_ns}"
+            identity = f"{document.data.absolute()}\n{file_identity(document.data)}"
         digest.update(os.fsencode(f"{identity}\n"))  # file names need not be UTF-8
     return digest.hexdigest()[:16]

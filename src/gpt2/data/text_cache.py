@@ -12,7 +12,7 @@ import numpy as np
 from gpt2.data.columns import Columns, Row
 from gpt2.data.rows import BadRows
 from gpt2.errors import DataError
-from gpt2.files import cache_home, staging_folder, write_error
+from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.vocabulary import replace_surrogates
 
 
@@ -21,13 +21,12 @@ def cache_texts(
 ) -> tuple[Path, np.ndarray]:
     """The UTF-8 file of all texts of rows, without empty ones, and the byte offset at which each ends, int64 (count,).
 
-    Written under `cache_home()` unless it is there already: the key is each file's path, size and modification time.
+    Written under `cache_home()` unless it is there already: the key is each file's path and contents.
     Raises DataError for a row without text that is not skipped, and if the cache cannot be written.
     """
     digest = hashlib.sha256(f"{columns.text}\n{bad_rows.skip}\n".encode())
     for file in files:
-        stat = file.stat()
-        digest.update(os.fsencode(f"{file.absolute()}\n{stat.st_size} {stat.st_mtime_ns}\n"))
+        digest.update(os.fsencode(f"{file.absolute()}\n{file_identity(file)}\n"))
     folder = cache_home() / "texts" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         try:

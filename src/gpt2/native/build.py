@@ -13,7 +13,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from gpt2.files import cache_home
+from gpt2.files import cache_home, file_sha256
 from gpt2.native.structs import check_struct_sizes
 
 KERNEL_SOURCE = Path(__file__).with_name("kernel.cpp")
@@ -26,7 +26,8 @@ def load_library() -> ctypes.CDLL | None:
     """The compiled kernel; None, with a warning that says why, where it cannot be compiled or loaded.
 
     Compiling takes some seconds, once. The library is in `$GPT2_HOME/native`; its name is a hash of the source, the
-    compiler, its flags and the processor. Raises RuntimeError if its structs differ from those of `native.structs`.
+    compiler, its flags and the processor. A library whose checksum is wrong is compiled again, and one in a folder
+    that other users can write is not loaded. Raises RuntimeError if its structs differ from those of `native.structs`.
     """
     if sys.platform != "linux":
         return _warn_unavailable("it supports Linux only")
@@ -35,7 +36,10 @@ def load_library() -> ctypes.CDLL | None:
         return _warn_unavailable("there is no C++ compiler (g++)")
     path = cache_home() / "native" / f"{_build_key(compiler)}.so"
     try:
-        if not path.is_file():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if problem := _find_unsafe_folder(path.parent):
+            return _warn_unavailable(problem)
+        if not _is_complete(path):
             _compile(compiler, path)
         library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
@@ -47,6 +51,28 @@ def load_library() -> ctypes.CDLL | None:
 
 def _warn_unavailable(reason: str) -> None:
     log.warning("the CPU kernel cannot be used (%s): torch's own operations are used, which is slower", reason)
+
+
+def _find_unsafe_folder(folder: Path) -> str | None:
+    """Why others could replace the files of a folder; None if only its owner, who is this user, can."""
+    status = folder.stat()
+    if status.st_uid not in (os.getuid(), 0):
+        return f"{folder} belongs to another user"
+    if status.st_mode & 0o022:
+        return f"other users can write {folder}: run chmod 700 on it, and remove what is in it"
+    return None
+
+
+def _hash_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether the library is there and has the checksum that was written beside it."""
+    try:
+        return file_sha256(path) == _hash_path(path).read_text(encoding="ascii")
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _build_key(compiler: str) -> str:
@@ -71,7 +97,6 @@ def _find_openmp_library() -> Path | None:
 
 def _compile(compiler: str, path: Path) -> None:
     log.warning("compiling the CPU kernel for this machine (once, some seconds)")
-    path.parent.mkdir(parents=True, exist_ok=True)
     openmp = _find_openmp_library()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
@@ -80,4 +105,7 @@ def _compile(compiler: str, path: Path) -> None:
         link_command = [compiler, "-shared", compiled, "-o", linked, *([openmp] if openmp else ["-fopenmp"])]
         for command in (compile_command, link_command):
             subprocess.run(command, capture_output=True, text=True, check=True)
+        checksum = Path(folder, "kernel.sha256")
+        checksum.write_text(file_sha256(linked), encoding="ascii")
         linked.replace(path)  # atomic: several processes may compile the same library
+        checksum.replace(_hash_path(path))

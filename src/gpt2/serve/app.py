@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -24,6 +23,7 @@ from gpt2.serve.models import ServedModel, find_model
 from gpt2.serve.playground import playground_router
 from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
+from gpt2.serve.tokenizer_threads import TokenizerThreads
 
 REQUEST_TYPES = {"/v1/completions": schema.CompletionRequest, "/v1/chat/completions": schema.ChatRequest}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -76,6 +76,7 @@ def create_app(
         title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES
     )
     app.state.models, app.state.limits = dict(models), limits
+    app.state.tokenizer_threads = TokenizerThreads()
     names = {**models, **{alias: models[name] for alias, name in (aliases or {}).items()}}
     _add_openai_routes(app, names, limits, metrics, log_prompts)
     _add_utility_routes(app, names, metrics)
@@ -95,6 +96,8 @@ def create_app(
 def _add_openai_routes(
     app: FastAPI, models: Mapping[str, ServedModel], limits: Limits, metrics: Metrics, log_prompts: bool
 ) -> None:
+    threads: TokenizerThreads = app.state.tokenizer_threads
+
     def start(request: Request, body: schema.CommonRequestFields, parsed: ParsedRequest) -> ResponseStream:
         if log_prompts:
             _log.info("prompt %s", body.model_dump_json(exclude_none=True))
@@ -103,7 +106,7 @@ def _add_openai_routes(
     @app.post("/v1/completions", response_model=schema.Completion)
     async def create_completion(body: schema.CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        parsed = await run_in_threadpool(completions.parse_request, body, find_model(models, body.model), limits)
+        parsed = await threads.run(completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
         if body.stream:
             return SSEResponse(completions.completion_chunks(body, response))
@@ -112,7 +115,7 @@ def _add_openai_routes(
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion)
     async def create_chat_completion(body: schema.ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
-        parsed = await run_in_threadpool(chat_completions.parse_request, body, find_model(models, body.model), limits)
+        parsed = await threads.run(chat_completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
         headers = {"Warning": ", ".join(f'299 gpt2 "{text}"' for text in body.warnings)} if body.warnings else {}
         if body.stream:
@@ -148,22 +151,17 @@ def _model_info(name: str, served: ServedModel) -> schema.ModelInfo:
 
 
 def _add_utility_routes(app: FastAPI, models: Mapping[str, ServedModel], metrics: Metrics) -> None:
+    threads: TokenizerThreads = app.state.tokenizer_threads
 
-    @app.post("/tokenize")
-    def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeResponse:
+    @app.post("/tokenize", response_model=schema.TokenizeResponse)
+    async def tokenize(body: schema.TokenizeRequest) -> Response:
         """Encode a text."""
-        tokenizer = find_model(models, body.model).tokenizer
-        tokens = tokenizer.encode(body.given_text, allow_special=True)
-        texts = [tokenizer.decode([token]) for token in tokens]
-        return schema.TokenizeResponse(tokens=tokens, texts=texts, count=len(tokens))
+        return await threads.run(_tokenize, body, find_model(models, body.model))
 
-    @app.post("/detokenize")
-    def detokenize(body: schema.DetokenizeRequest) -> schema.DetokenizeResponse:
+    @app.post("/detokenize", response_model=schema.DetokenizeResponse)
+    async def detokenize(body: schema.DetokenizeRequest) -> Response:
         """Decode tokens."""
-        try:
-            return schema.DetokenizeResponse(text=find_model(models, body.model).tokenizer.decode(body.tokens))
-        except UserError as error:
-            raise APIError(400, str(error), "tokens") from None
+        return await threads.run(_detokenize, body, find_model(models, body.model))
 
     @app.get("/health", response_model=schema.Health)
     async def health() -> JSONResponse:
@@ -182,6 +180,19 @@ def _add_utility_routes(app: FastAPI, models: Mapping[str, ServedModel], metrics
     async def read_metrics() -> Response:
         """The metrics in Prometheus' text format."""
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def _tokenize(body: schema.TokenizeRequest, served: ServedModel) -> Response:
+    tokens = served.tokenizer.encode(body.given_text, allow_special=True)
+    texts = [served.tokenizer.decode([token]) for token in tokens]
+    return JSONResponse({"tokens": tokens, "texts": texts, "count": len(tokens)})
+
+
+def _detokenize(body: schema.DetokenizeRequest, served: ServedModel) -> Response:
+    try:
+        return JSONResponse({"text": served.tokenizer.decode(body.tokens)})
+    except UserError as error:
+        raise APIError(400, str(error), "tokens") from None
 
 
 async def _error_response(request: Request, error: Exception) -> Response:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -10,6 +10,15 @@ class StrictModel(BaseModel):
     """A request, or part of one. Unknown fields and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown_field(cls, data: Any) -> Any:
+        """Without all unknown fields but the first: pydantic would collect an error for each of a million."""
+        if not isinstance(data, dict):
+            return data
+        surplus = {*[name for name in data if name not in cls.model_fields][1:]}
+        return {name: value for name, value in data.items() if name not in surplus} if surplus else data
 
 
 def expect(message: str) -> WrapValidator:
@@ -32,4 +41,4 @@ WHOLE = BeforeValidator(_whole_float_to_int)
 Int64 = Annotated[int, WHOLE, Field(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, WHOLE, Field(ge=0, le=2**31)]
 Samples = Annotated[int, WHOLE, Field(ge=1, le=128)]
-TokenIds = list[Annotated[int, Field(ge=0, le=2**31)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(fail_fast=True)]

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from gpt2.serve.metrics import Metrics
 
 PUBLIC_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")  # and /static/: they need no API key
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+MAX_ARRIVING_BODIES = 64
 BODY_TIMEOUT_SECONDS = 30.0  # for the whole body of a request to arrive
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
@@ -32,6 +34,8 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
+
+_HOST_PATTERN = re.compile(r"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")  # RFC 3986, without user names
 
 _log = logging.getLogger("gpt2.serve")
 
@@ -55,6 +59,7 @@ class RequestMiddleware:
         self, app: ASGIApp, access: AccessPolicy, max_body: int, metrics: Metrics, paths: Sequence[str]
     ) -> None:
         self._app, self._max_body, self._metrics, self._paths = app, max_body, metrics, set(paths)
+        self._num_arriving_bytes = 0
         self._digests = [_digest(key) for key in access.api_keys]
         self._hosts = None if access.allowed_hosts is None else {host.lower() for host in access.allowed_hosts}
 
@@ -79,7 +84,9 @@ class RequestMiddleware:
             self._check_host(headers)
             key = self._check_key(scope["path"], headers)
             scope["gpt2.client"] = f"{key}@{(scope.get('client') or ('', 0))[0]}"
-            receive = await self._read_body(headers, receive)
+            _check_framing(headers)
+            if scope["method"] == "POST" and scope["path"] in self._paths:  # no other route has a body to read
+                receive = await self._read_body(headers, receive)
             await self._app(scope, receive, send_with_headers)
         except APIError as error:
             await error.response()(scope, receive, send_with_headers)
@@ -93,7 +100,7 @@ class RequestMiddleware:
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self._hosts is not None and _hostname(f"//{host}") not in self._hosts:
+        if self._hosts is not None and _hostname(host) not in self._hosts:
             raise APIError(403, f"the host {host!r:.100} is not allowed: see gpt2 serve --allowed-host")
         origin = headers.get("origin")
         if origin is not None and _netloc(origin) != host.lower():
@@ -112,7 +119,10 @@ class RequestMiddleware:
         return matches.index(True)
 
     async def _read_body(self, headers: Headers, receive: Receive) -> Receive:
-        """Read the whole body, up to the size limit. Returns a channel that gives the body, and then what follows."""
+        """Read the whole body, up to the size limit. Returns a channel that gives the body, and then what follows.
+
+        All bodies that are arriving have `MAX_ARRIVING_BODIES` times the size limit together.
+        """
         length = headers.get("content-length", "")
         too_large = APIError(413, f"the request body has more than {self._max_body:,} bytes", code="request_too_large")
         if length.isdecimal() and int(length[:20]) > self._max_body:
@@ -122,12 +132,18 @@ class RequestMiddleware:
             async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
                 while more:
                     message = await receive()
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    body += part
+                    self._num_arriving_bytes += len(part)
+                    if self._num_arriving_bytes > MAX_ARRIVING_BODIES * self._max_body:
+                        raise APIError(429, "too many request bodies at the same time", retry_after=5)
                     more = message["type"] == "http.request" and message.get("more_body", False)
                     if len(body) > self._max_body:
                         raise too_large
         except TimeoutError:
             raise APIError(408, f"the request did not arrive within {BODY_TIMEOUT_SECONDS:g} seconds") from None
+        finally:
+            self._num_arriving_bytes -= len(body)
         return _ReplayReceive(bytes(body), receive)
 
 
@@ -147,9 +163,18 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _hostname(url: str) -> str | None:
+def _check_framing(headers: Headers) -> None:
+    """Refuse a request whose end two programs may see at different places (RFC 9112, section 6.3)."""
+    if "content-length" in headers and "transfer-encoding" in headers:
+        raise APIError(400, "a request has Content-Length or Transfer-Encoding, not both")
+
+
+def _hostname(host: str) -> str | None:
+    """The name or address in a Host header; None for one with more than a port beside it."""
+    if not _HOST_PATTERN.fullmatch(host):
+        return None
     try:
-        return urlsplit(url).hostname
+        return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
 

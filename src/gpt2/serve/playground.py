@@ -14,11 +14,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from gpt2.errors import RequestError
@@ -35,7 +35,7 @@ from gpt2.serve.inspect import (
     top_candidates,
 )
 from gpt2.serve.models import ServedModel, find_model
-from gpt2.serve.schema import CommonRequestFields
+from gpt2.serve.schema import CommonRequestFields, _StrictModel
 
 STATIC = Path(__file__).parent / "static"
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -51,12 +51,11 @@ MAX_INSPECT_TOKENS = 512  # of the context whose attention or layers are shown: 
 MAX_PENDING_REQUESTS = 32  # a page sends a few at a time
 
 
-class _InspectRequest(BaseModel):
+class _InspectRequest(_StrictModel):
     """A text to inspect, as `tokens` or as `text`. `model` may be omitted if there is only one."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str | None = None
-    tokens: list[int] | None = Field(default=None, max_length=MAX_TOKENS)
+    tokens: Annotated[list[int], Field(max_length=MAX_TOKENS, fail_fast=True)] | None = None
     text: str | None = Field(default=None, max_length=MAX_CHARACTERS)
 
 

@@ -5,7 +5,7 @@ Responses are built from these types, and the fields that are set are sent.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt2.errors import RequestError
@@ -14,19 +14,34 @@ from gpt2.serve.field_types import WHOLE, Count, Int64, Samples, StrictModel, To
 from gpt2.serve.neutral_fields import NeutralChatFields, NeutralFields
 
 MAX_TOP_LOGPROBS = 20  # for each token
+MAX_LOGIT_BIAS = 4096  # items
 FinishReason = Literal["stop", "length"]
 TopLogprobs = Annotated[int, WHOLE, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 StopString = Annotated[str, Field(max_length=500)]
 Prompt = Annotated[
-    str | list[str] | TokenIds | list[TokenIds],
+    str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
     expect("must be a text, a list of texts, a list of token ids, or a list of such lists"),
 ]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=16)],
+    StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)],
     expect("must be a text of up to 500 characters, or a list of up to 16 such texts"),
 ]
 CompletionTopLogprobs = Annotated[bool | TopLogprobs, expect(f"must be 0 to {MAX_TOP_LOGPROBS}, true or false")]
-Content = Annotated["str | list[TextPart]", expect("must be a text, or a list of parts of type 'text'")]
+Content = Annotated[
+    "str | Annotated[list[TextPart], Field(fail_fast=True)]",
+    expect("must be a text, or a list of parts of type 'text'"),
+]
+
+
+def _check_logit_bias_size(value: Any) -> Any:
+    """Refuse a large mapping before an error is collected for each of its items."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("too_long", "has at most {limit} items", {"limit": MAX_LOGIT_BIAS})
+    return value
+
+
+LogitBias = Annotated[dict[str, float], BeforeValidator(_check_logit_bias_size)]
+BadWords = Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000, fail_fast=True)]
 
 
 class StreamOptions(StrictModel):
@@ -53,7 +68,7 @@ class CommonRequestFields(NeutralFields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias | None = None
     top_k: Annotated[int, WHOLE, Field(ge=-1, le=2**31)] | None = Field(None, description="0 and -1 for all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -63,7 +78,7 @@ class CommonRequestFields(NeutralFields):
     no_repeat_ngram_size: Count | None = None
     min_tokens: Count | None = None
     min_new_tokens: Count | None = None
-    bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000)] | None = None
+    bad_words: BadWords | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=1000)] | None = None
     ignore_eos: bool | None = Field(None, description="whether the end-of-text token is never generated")
     skip_special_tokens: bool | None = Field(None, description="false to show special tokens in the text")
@@ -154,7 +169,7 @@ class Message(StrictModel):
 class ChatRequest(CommonRequestFields, NeutralChatFields):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     truncate: Literal["oldest", "none"] | None = Field(
@@ -173,9 +188,9 @@ class TokenizeRequest(StrictModel):
     """POST /tokenize: the text in one of three fields, `prompt` as in vLLM and `content` as in llama.cpp."""
 
     model: str | None = None
-    text: str | None = None
-    prompt: str | None = None
-    content: str | None = None
+    text: Annotated[str, Field(max_length=2**20)] | None = None
+    prompt: Annotated[str, Field(max_length=2**20)] | None = None
+    content: Annotated[str, Field(max_length=2**20)] | None = None
     add_special_tokens: bool | None = Field(None, description="no effect: GPT-2 adds no special tokens")
 
     @property

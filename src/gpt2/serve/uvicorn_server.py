@@ -2,11 +2,14 @@
 
 import asyncio
 import ipaddress
+import logging
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -20,6 +23,11 @@ from gpt2.serve.sse import SEND_TIMEOUT_SECONDS
 
 CONNECTION_CLOSE_SECONDS = 3  # for open responses, once all sequences have finished
 HEADER_TIMEOUT_SECONDS = 30.0  # for the header of a request to arrive
+BACKLOG = 64  # connections that asyncio accepts before it closes those beyond the limit
+RESERVED_DESCRIPTORS = 64  # for files, pipes and the sockets that listen
+REFUSAL_LOG_SECONDS = 60.0
+
+_log = logging.getLogger("gpt2.serve")
 
 
 def is_loopback(host: str) -> bool:
@@ -58,14 +66,51 @@ def base_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class HeaderTimeoutProtocol(H11Protocol):
-    """uvicorn's protocol with a timeout: the header of a request must arrive within `HEADER_TIMEOUT_SECONDS`."""
+def max_connections() -> int:
+    """The most open connections: fewer than the file descriptors of the process, so that accepting never fails."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 10_000
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        return 10_000
+    return max(1, min(10_000, descriptors - BACKLOG - max(RESERVED_DESCRIPTORS, descriptors // 4)))
+
+
+class RefusalLog:
+    """One warning a minute about refused connections, with their number."""
+
+    def __init__(self) -> None:
+        self._num_refused, self._next_warning = 0, 0.0
+
+    def add(self, limit: int) -> None:
+        """Count a refused connection."""
+        self._num_refused += 1
+        if time.monotonic() >= self._next_warning:
+            _log.warning("%d connections refused: %d are open, the most allowed", self._num_refused, limit)
+            self._num_refused, self._next_warning = 0, time.monotonic() + REFUSAL_LOG_SECONDS
+
+
+class LimitedProtocol(H11Protocol):
+    """uvicorn's protocol with limits: on open connections, and on the time in which the header of a request arrives.
+
+    refusal_log: counts the connections that are refused.
+    """
 
     _header_timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, refusal_log: RefusalLog, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self._refusal_log = refusal_log
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Start the timer for the first request."""
+        """Start the timer for the first request, or close the connection if there are too many."""
         super().connection_made(transport)
+        if len(self.connections) > (limit := max_connections()):
+            self._refusal_log.add(limit)
+            transport.abort()
+            return
         self._update_header_timer(True)
 
     def data_received(self, data: bytes) -> None:
@@ -94,6 +139,11 @@ class HeaderTimeoutProtocol(H11Protocol):
         self.transport.close()
 
 
+def limited_protocol() -> type[asyncio.Protocol]:
+    """`LimitedProtocol` for one server, as uvicorn's `http` setting takes it."""
+    return cast("type[asyncio.Protocol]", partial(LimitedProtocol, refusal_log=RefusalLog()))
+
+
 class Server(uvicorn.Server):
     """Runs an application until SIGTERM or Ctrl-C; then refuses new requests, and waits for `grace_seconds`.
 
@@ -110,7 +160,8 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=HeaderTimeoutProtocol,
+            http=limited_protocol(),
+            backlog=BACKLOG,
             ws="none",
             log_config=None,
             access_log=False,
