@@ -74,8 +74,7 @@ def main(argv: list[str]) -> int:
             if ranks.is_main_process:
                 print(to_toml(config), end="")
             return 0
-        config.check()
-        if base in GPU_RECIPES and ranks.is_main_process and pick_device(config.device).type == "cpu":
+        if base in GPU_RECIPES and config.data and ranks.is_main_process and pick_device(config.device).type == "cpu":
             message = f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu"
             print(f"gpt2: {message}", file=sys.stderr)
         try:
