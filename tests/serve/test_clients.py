@@ -1,4 +1,4 @@
-"""Requests as clients send them: openai-python's own objects, and recorded bodies of others."""
+"""Requests in the form in which clients send them: openai-python itself, and bodies in the shape of those of others."""
 
 import json
 from collections.abc import Iterator
@@ -172,11 +172,11 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 def test_guidellm_gets_the_number_of_tokens_it_asks_for(client: httpx.Client) -> None:
-    recorded = {
+    asked = {
         "model": "tiny", "prompt": "Hello", "stream": True, "max_tokens": 9, "max_completion_tokens": 9,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "stop": None, "ignore_eos": True,
     }  # fmt: skip
-    chunks = events_of(client.post(COMPLETIONS, json=recorded))
+    chunks = events_of(client.post(COMPLETIONS, json=asked))
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[-1] == 9
