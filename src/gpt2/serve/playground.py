@@ -24,6 +24,7 @@ from torch import Tensor
 from gpt2.errors import RequestError
 from gpt2.generation.filters import History
 from gpt2.serve.errors import APIError
+from gpt2.serve.field_types import StrictModel
 from gpt2.serve.inspect import (
     attention_weights,
     logit_lens,
@@ -35,7 +36,7 @@ from gpt2.serve.inspect import (
     top_candidates,
 )
 from gpt2.serve.models import ServedModel, find_model
-from gpt2.serve.schema import CommonRequestFields, _StrictModel
+from gpt2.serve.schema import CommonRequestFields
 
 STATIC = Path(__file__).parent / "static"
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -51,7 +52,7 @@ MAX_INSPECT_TOKENS = 512  # of the context whose attention or layers are shown: 
 MAX_PENDING_REQUESTS = 32  # a page sends a few at a time
 
 
-class _InspectRequest(_StrictModel):
+class _InspectRequest(StrictModel):
     """A text to inspect, as `tokens` or as `text`. `model` may be omitted if there is only one."""
 
     model: str | None = None
