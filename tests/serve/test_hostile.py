@@ -291,7 +291,7 @@ def test_only_the_first_error_of_a_body_is_collected(
     counts = []
     error_of = app_module._validation_error
     monkeypatch.setattr(
-        app_module, "_validation_error", lambda errors: (counts.append(len(errors)), error_of(errors))[1]
+        app_module, "_validation_error", lambda errors, kind: (counts.append(len(errors)), error_of(errors, kind))[1]
     )
     with server.client() as client:
         reply = client.post(path, json=body)
