@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
 from gpt2.evaluation import formats
 from gpt2.evaluation.choices import Choices, prepare_choices, prepare_completion
@@ -19,7 +20,6 @@ from gpt2.evaluation.measures import exp_of, mean_and_stderr, ratio_and_stderr
 from gpt2.evaluation.perplexity import Text, harness_units, prepare_rolling, word_units
 from gpt2.evaluation.prepare import Part
 from gpt2.evaluation.scorer import Scored
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS
 from gpt2.model import GPT
 from gpt2.tokenizer import BPETokenizer
@@ -243,13 +243,14 @@ def test_ranks_share_the_rows_and_agree(model: GPT, words: BPETokenizer) -> None
     alone = run_parts(parts, model, "p")
     barrier, values, results = threading.Barrier(3), [None] * 3, {}
 
-    def rank(number: int) -> None:
-        def all_gather(value: Any) -> list[Any]:
-            values[number] = value
+    class ThreadGroup(ProcessGroup):
+        def all_gather_object(self, value: Any) -> list[Any]:
+            values[self.rank] = value
             barrier.wait()
             return list(values)
 
-        results[number] = run_parts(parts, model, "p", share=Share(number, 3, all_gather))
+    def rank(number: int) -> None:
+        results[number] = run_parts(parts, model, "p", ranks=ThreadGroup(number, 3))
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
     for thread in threads:

@@ -23,7 +23,6 @@ from gpt2.evaluation.published import openai_size, run_checks
 from gpt2.evaluation.records import read_bytes
 from gpt2.evaluation.report import ModelReport, checks_table, listing, table, to_json
 from gpt2.evaluation.scorer import LanguageModel
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS
 from gpt2.files import expand_path, write_error
 from gpt2.runtime import configure_malloc, pick_device
@@ -144,7 +143,6 @@ def _run(
     report: ModelReport,
 ) -> bool:
     """Everything that was asked for, of one model; False when it was interrupted."""
-    share = Share(ranks.rank, ranks.world_size, ranks.all_gather_object)
     if chosen.published:
         with ranks.raise_on_all_ranks():
             report.checks = list(run_checks(model, tokenizer)) if ranks.is_main_process else []
@@ -162,7 +160,7 @@ def _run(
             continue
         try:
             with _bar(name, ranks) as bar:
-                report.results[name] = run_parts(parts, model, protocol, settings, share, bar)
+                report.results[name] = run_parts(parts, model, protocol, settings, ranks, bar)
         except Interrupted as stop:
             if stop.result is not None:
                 report.results[name] = stop.result

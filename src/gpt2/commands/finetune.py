@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.train import add_training_flags, broadcast_config, make_sampler, resolve_config
+from gpt2.commands.train import add_training_flags, broadcast_config, make_evaluator, make_sampler, resolve_config
 from gpt2.config import read_toml, to_toml, with_overrides
 from gpt2.distributed.process_group import process_group
 from gpt2.errors import ConfigError
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
             return 0
         sampler = make_sampler(config)
         try:
-            folder = train(config, sampler, ranks)
+            folder = train(config, sampler, ranks, make_evaluator(config, ranks))
         except Interrupted as stop:
             if ranks.is_main_process:
                 print(f"gpt2: {str(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)

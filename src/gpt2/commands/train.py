@@ -21,6 +21,7 @@ from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.non_finite import replay_dump
 from gpt2.train.recipes import RECIPES, load_recipe
+from gpt2.train.task_evaluation import TaskEvaluator
 from gpt2.train.trainer import Interrupted, Sampler, train
 
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
                 print(to_toml(config), end="")
             return 0
         try:
-            folder = train(config, make_sampler(config), ranks)
+            folder = train(config, make_sampler(config), ranks, make_evaluator(config, ranks))
         except Interrupted as stop:
             if ranks.is_main_process:
                 print(f"gpt2: {stop}", file=sys.stderr)
@@ -94,6 +95,18 @@ def make_sampler(config: TrainConfig) -> Sampler:
         return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
 
     return sampler
+
+
+def make_evaluator(config: TrainConfig, ranks: ProcessGroup) -> TaskEvaluator | None:
+    """The evaluator for --eval-tasks, with its data on every host; None without tasks. All ranks must call this.
+
+    Raises UserError for data that is missing, before anything else is loaded.
+    """
+    if not config.eval_tasks or not config.data:  # without data, `train` raises its own error
+        return None
+    from gpt2.evaluation.training import TrainingEvaluator
+
+    return ranks.main_process_first(lambda: TrainingEvaluator(config))
 
 
 def resolve_config(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:

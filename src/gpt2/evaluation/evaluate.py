@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt2.errors import UserError, did_you_mean
 from gpt2.evaluation.fetch import open_task_file
 from gpt2.evaluation.measures import Measured, Record
 from gpt2.evaluation.prepare import Part, fingerprint_of, prepare
 from gpt2.evaluation.scorer import LanguageModel, score
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS, Task
 from gpt2.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ def evaluate_tasks(
     *,
     task_data: Mapping[str, str] | None = None,
     stride: int | None = None,
-    share: Share | None = None,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, TaskResult]:
     """Run tasks by name: name -> result, the same on every rank and for any number of ranks.
@@ -78,7 +78,7 @@ def evaluate_tasks(
     limit:     the first so many rows of each; None for all.
     task_data: by task, a file to take instead of the cache's or a download.
     stride:    of the perplexity windows; None for the whole context.
-    share:     this rank's place among those that evaluate together; rank 0 must find or fetch the data first.
+    ranks:     the processes that share the rows; on each host one must have fetched the data before.
     progress:  by the task's name, what to call after each batch.
 
     Raises UserError for an unknown task, missing data, and rows that are wrong or do not fit the model.
@@ -88,7 +88,7 @@ def evaluate_tasks(
         task = TASKS[name]
         parts = prepare_task(task, tokenizer, model, limit, task_data, stride)
         results[name] = run_parts(
-            parts, model, task.protocol, {"limit": limit, "stride": stride}, share, progress and progress(name)
+            parts, model, task.protocol, {"limit": limit, "stride": stride}, ranks, progress and progress(name)
         )
     return results
 
@@ -111,11 +111,10 @@ def run_parts(
     model: LanguageModel,
     protocol: str,
     settings: dict[str, Any] | None = None,
-    share: Share | None = None,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     progress: Progress | None = None,
 ) -> TaskResult:
     """Score the passes of a task and put their metrics together. Raises `Interrupted` on Ctrl-C."""
-    share = share or Share()
     data = fingerprint_of([part.prepared.content for part in parts])
     settings = {name: value for name, value in (settings or {}).items() if value is not None}
     metrics: dict[str, float] = {}
@@ -123,14 +122,16 @@ def run_parts(
     rows = 0
     for part in parts:
         records: dict[int, Record] = {}
-        stopped = False
+        stopped, error = False, None
         try:
-            _score_part(part, model, share, records, progress)
+            _score_part(part, model, ranks, records, progress)
         except KeyboardInterrupt:
-            if share.size > 1:
+            if ranks.world_size > 1:
                 raise
             stopped = True
-        gathered = {i: record for some in share.all_gather(records) for i, record in some.items()}
+        except UserError as raised:  # of one rank, perhaps: the others wait for its records
+            error = raised
+        gathered = _gather(records, error, ranks)
         ordered = {i: gathered[i] for i in sorted(gathered)}
         if ordered:
             found = part.chosen(part.prepared.summarize(ordered))
@@ -144,13 +145,24 @@ def run_parts(
     return TaskResult(metrics, stderr, rows, protocol, data, True, settings)
 
 
+def _gather(records: dict[int, Record], error: UserError | None, ranks: ProcessGroup) -> dict[int, Record]:
+    """The records of all ranks. Raises UserError on every rank where one of them has an error."""
+    if error is not None and ranks.world_size == 1:
+        raise error
+    gathered = ranks.all_gather_object((records, None if error is None else str(error)))
+    message = next((message for _, message in gathered if message is not None), None)
+    if message is not None:
+        raise UserError(message) from error
+    return {i: record for some, _ in gathered for i, record in some.items()}
+
+
 def _score_part(
-    part: Part, model: LanguageModel, share: Share, records: dict[int, Record], progress: Progress | None
+    part: Part, model: LanguageModel, ranks: ProcessGroup, records: dict[int, Record], progress: Progress | None
 ) -> None:
     """Score one pass, filling `records` as batches are done."""
     prepared = part.prepared
-    total = -(-len(prepared.groups) // share.size)
-    for batch in score(model, prepared.groups, share):
+    total = -(-len(prepared.groups) // ranks.world_size)
+    for batch in score(model, prepared.groups, ranks):
         for index, scored in batch:
             records[index] = prepared.record(index, scored)
         if progress is not None:

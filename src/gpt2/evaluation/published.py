@@ -1,7 +1,7 @@
 """What others published for OpenAI's four models: benchmark scores, and values that prove the weights are right."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -43,6 +43,18 @@ def published_scores(size: str | None, task: str, metric: str, stride: int | Non
         and size in entry["values"]
         and entry.get("stride", stride or 1024) == (stride or 1024)
     ]
+
+
+def reference_scores(tasks: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
+    """By (task, metric): the values of OpenAI's models in one protocol, by the name of the model.
+
+    Of several protocols the last in the data file is taken, which is the one that the task follows.
+    """
+    return {
+        (entry["task"], entry["metric"]): entry["values"]
+        for entry in published()["scores"]
+        if entry["task"] in tasks and entry.get("stride", 1024) == 1024
+    }
 
 
 @dataclass(frozen=True)

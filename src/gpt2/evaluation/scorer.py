@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.cache import KVCache
+from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt2.errors import UserError
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tree import Query, Tree, TreeAttention, build_tree
 from gpt2.model import GPT, GPTConfig
 
@@ -88,24 +88,23 @@ def check_queries(queries: Sequence[Query], config: GPTConfig, where: str) -> No
 def score(
     model: LanguageModel,
     groups: Sequence[Sequence[Query]],
-    share: Share | None = None,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     batch_tokens: int | None = None,
 ) -> Iterator[list[tuple[int, list[Scored]]]]:
     """Score groups of queries, batch after batch: yields (index of the group, its queries' scores) for each batch.
 
     groups:       queries that are scored together; what they have in common at the beginning is computed once.
-    share:        this rank's place. The batches are the same for any number of ranks; each rank takes its own.
+    ranks:        the processes that share the batches, which are the same for any number of ranks; each takes its own.
     batch_tokens: positions in a batch, padding included; by default as many as suit the device.
 
     Every query must pass `check_queries`. Raises UserError when the model gives nan or inf.
     """
-    share = share or Share()
     kind = model.device.type
     trees = [build_tree(group) for group in groups]
     budget = batch_tokens or BATCH_TOKENS.get(kind, 8192)
     batches = _batches([len(tree) for tree in trees], budget, min(budget, FULL_TOKENS.get(kind, 2048)))
     rows = HEAD_ROWS.get(kind, 1024)
-    for batch in batches[share.rank :: share.size]:
+    for batch in batches[ranks.rank :: ranks.world_size]:
         with torch.inference_mode(), evaluating(model):
             chosen = [trees[i] for i in batch]
             hidden = _hidden_of_trees(model, chosen) if isinstance(model, GPT) else _hidden_through_cache(model, chosen)
