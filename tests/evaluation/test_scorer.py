@@ -158,7 +158,7 @@ def test_multi_byte_characters_divided_by_a_context() -> None:
 
 def test_what_cannot_be_scored_is_one_line(model: GPT, words: BPETokenizer) -> None:
     empty = encode_pairs(words, [("the dog", "")], 48)
-    with pytest.raises(UserError, match=r"rows\.jsonl line 3: the text to score has no tokens"):
+    with pytest.raises(UserError, match=r"rows\.jsonl line 3: there are no tokens to score"):
         check_queries(empty, model.config, "rows.jsonl line 3")
     long = encode_pairs(words, [("the", " dog" * 60)], 48)
     with pytest.raises(UserError, match=r"line 4: \d+ tokens to score do not fit the model's context of 48"):

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from gpt2.config import TrainConfig
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import ConfigError
-from gpt2.evaluation.evaluate import Interrupted, prepare_task, run_parts, task_names
+from gpt2.evaluation.evaluate import Interrupted, prepare_task, run_passes, task_names
 from gpt2.evaluation.fetch import open_task_file
-from gpt2.evaluation.prepare import Part
+from gpt2.evaluation.prepare import ScoringPass
 from gpt2.evaluation.published import reference_scores
 from gpt2.evaluation.tasks import TASKS
 from gpt2.model import GPT
@@ -26,9 +26,9 @@ class TrainingEvaluator:
         self.tasks = task_names(_names(config.eval_tasks))
         self.limit = config.eval_tasks_limit or None
         self._files = _parse_task_data(_names(config.eval_tasks_data), self.tasks)
-        self._parts: dict[str, list[Part]] = {}
+        self._passes: dict[str, list[ScoringPass]] = {}
         for name in self.tasks:
-            open_task_file(TASKS[name].origin, self._files.get(name))
+            open_task_file(TASKS[name].data_file, self._files.get(name))
 
     @property
     def published(self) -> Mapping[str, Mapping[str, float]]:
@@ -37,16 +37,16 @@ class TrainingEvaluator:
 
     def prepare(self, model: GPT, tokenizer: Tokenizer) -> None:
         """Tokenize the rows. Raises UserError for a row that is invalid or does not fit the model's context."""
-        self._parts = {
+        self._passes = {
             name: prepare_task(TASKS[name], tokenizer, model, self.limit, self._files) for name in self.tasks
         }
 
     def evaluate(self, model: GPT, ranks: ProcessGroup) -> dict[str, float]:
         """The metrics and standard errors by key, the same on every rank. `prepare` must have been called."""
         found: dict[str, float] = {}
-        for task, parts in self._parts.items():
+        for task, passes in self._passes.items():
             try:
-                result = run_parts(parts, model, TASKS[task].protocol, ranks=ranks)
+                result = run_passes(passes, model, TASKS[task].protocol, ranks=ranks)
             except Interrupted:
                 raise KeyboardInterrupt from None
             for metric, value in result.metrics.items():
