@@ -265,8 +265,8 @@ def test_hosts_leave_nothing(permitted: None, tmp_path: Path) -> None:
     assert not runs(left)
     program = f"""
 from pathlib import Path
-from tests.helpers.virtual_hosts import hosts
-with hosts(1, Path.cwd()) as (host,), open("log", "w") as log:
+from tests.helpers.virtual_hosts import virtual_hosts
+with virtual_hosts(1, Path.cwd()) as (host,), open("log", "w") as log:
     host.start(["sleep", "{killed}"], {{}}, log, Path.cwd()).wait()
 """
     path = {"PYTHONPATH": str(Path(__file__).parents[2])}

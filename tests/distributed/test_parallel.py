@@ -280,7 +280,10 @@ def test_gradients_are_all_reduced_once_per_step(micro: int, place: Path) -> Non
 def test_fsdp_shards_within_a_host_and_replicates_over_hosts(place: Path) -> None:
     given, batches = small_config("none", parallel="fsdp", micro_batch_size=1), random_batches(3)
     (alone,) = run_on_ranks(0, run_updates, replace(given, parallel="auto"), batches)
-    assert (alone.cut, alone.kept) == ((0, WEIGHTS), 2 * WEIGHTS + 28)  # two moments, and a count for each parameter
+    assert (alone.sharding, alone.optimizer_elements) == (
+        (0, WEIGHTS),
+        2 * WEIGHTS + 28,
+    )  # two moments, and a count for each parameter
     for size, local_size, parts in ((2, 0, 2), (3, 0, 3), (4, 0, 4), (4, 2, 2)):
         shared = run_on_ranks(size, run_updates, given, batches, local_size)
         assert_same_updates(alone, shared)

@@ -86,7 +86,7 @@ def test_a_hanging_rank_is_detected_within_the_timeout(soak: Any, fork_server: R
     until_it_goes_on(soak, home)
     (waiting, hung), began = fork_server.pids, time.monotonic()
     os.kill(hung, signal.SIGSTOP)
-    soak.wait_until(Living(), lambda: is_over(waiting), 60, every=0.02)
+    soak.wait_until(Living(), lambda: is_over(waiting), 60, poll_seconds=0.02)
     assert 2 < time.monotonic() - began < 30
     os.kill(hung, signal.SIGKILL)
     ended = fork_server.wait()
