@@ -161,7 +161,7 @@ def test_plot_has_a_panel_for_evaluation_tasks_with_published_values(tmp_path: P
     _, accuracy, perplexity = figures[0].axes
     curve, small, large = accuracy.lines
     assert np.asarray(curve.get_xydata()).tolist() == [[10, 0.25], [20, 0.27], [30, 0.29]]
-    assert [list(line.get_ydata()) for line in (small, large)] == [[0.3114, 0.3114], [0.5089, 0.5089]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in (small, large)] == [[0.3114, 0.3114], [0.5089, 0.5089]]
     assert [text.get_text() for text in accuracy.texts] == ["gpt2 0.3114", "gpt2-xl 0.5089"]
     assert (accuracy.get_ylabel(), legend(accuracy)) == ("accuracy", ["hellaswag acc_norm 0.29"])
     assert (perplexity.get_ylabel(), perplexity.get_yscale(), len(perplexity.lines)) == ("perplexity", "log", 1)

@@ -204,7 +204,7 @@ def test_invalid_settings_are_one_line_errors(
     capsys.readouterr()
     for arguments, output in (
         (("train", "gpt2-124m"), "--data is missing"),
-        (("train", "--init-from", str(folder), "--n-layer", "3"), "--init-from keeps that model's own shape"),
+        (("train", "--init-from", str(folder), "--n-layer", "3"), "--init-from keeps that model's shape"),
         (("train", "--n-layer", "100000000"), "more than any machine can hold"),
         (("train", "--skip-spikes", "-1"), "--skip-spikes must be at least 0"),
         (("train", "--max-minutes", "inf"), "--max-minutes must be finite"),
