@@ -23,11 +23,11 @@ import torch
 from machine import write_result
 
 from gpt2.evaluation.choices import prepare_choices
-from gpt2.evaluation.evaluate import run_parts
+from gpt2.evaluation.evaluate import run_passes
 from gpt2.evaluation.fetch import open_task_file
 from gpt2.evaluation.lambada import prepare_lambada
 from gpt2.evaluation.perplexity import harness_units, prepare_rolling
-from gpt2.evaluation.prepare import Part
+from gpt2.evaluation.prepare import ScoringPass
 from gpt2.evaluation.records import rows_of
 from gpt2.evaluation.tasks import TASKS
 from gpt2.evaluation.texts import harness_pages, wikitext_pages
@@ -45,7 +45,7 @@ FILES = {
 def read_rows(task: str, count: int, data: Path) -> list[Any]:
     """The first rows of a task as our tasks read them: `Choices`, `Passage`s, or pages of text."""
     path = str(data / FILES[task])
-    file = open_task_file(TASKS[task].origin, path)
+    file = open_task_file(TASKS[task].data_file, path)
     if task == "wikitext2-harness":
         return harness_pages(wikitext_pages(file.content, path)[:count], path)
     read: Any = TASKS[task].read
@@ -60,7 +60,7 @@ def our_run(task: str, rows: list[Any], model: GPT, tokenizer: Tokenizer) -> dic
         prepared = prepare_lambada(rows, tokenizer, model.config)
     else:
         prepared = prepare_rolling(rows, tokenizer, model.config, harness_units(rows))
-    return run_parts([Part(prepared)], model, TASKS[task].protocol).metrics
+    return run_passes([ScoringPass(prepared)], model, TASKS[task].protocol).metrics
 
 
 def harness_requests(task: str, rows: list[Any]) -> list[Any]:

@@ -151,6 +151,16 @@ class TrainConfig:
 
     eval_every: int = option(250, "steps between validations, each with a sample; 0 for only at the end")
     eval_tokens: int = option(2**20, "validation tokens per evaluation; 0 for all")
+    eval_tasks: str | None = option(
+        None,
+        "evaluation tasks to run during training, separated by commas: hellaswag,lambada; none for no tasks",
+        named_values={"none": None},
+    )
+    eval_tasks_every: int = option(500, "steps between evaluations on --eval-tasks; 0 for only at the end")
+    eval_tasks_limit: int = option(1000, "rows of each evaluation task, the first ones; 0 for all")
+    eval_tasks_data: str | None = option(
+        None, "local files of evaluation tasks, separated by commas: hellaswag=FILE,lambada=FILE"
+    )
     save_every: int = option(500, "steps between checkpoints; 0 for only at the end")
     keep_checkpoints: int = option(2, "number of checkpoints to keep")
     sample_prompt: str = option("", "prompt of the samples written during the run")
@@ -241,6 +251,7 @@ def _check_ranges(config: TrainConfig) -> None:
     at_least = {
         **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "max_steps", "keep_checkpoints"), 1),
         **dict.fromkeys(("warmup_steps", "eval_every", "eval_tokens", "save_every", "sample_tokens"), 0),
+        **dict.fromkeys(("eval_tasks_every", "eval_tasks_limit"), 0),
         **dict.fromkeys(("weight_decay", "grad_clip", "skip_spikes", "max_minutes", "seed"), 0),
         **dict.fromkeys(("freeze", "lora_rank", "epochs", "patience"), 0),
         "rank_timeout": 1,

@@ -44,6 +44,7 @@ from tests.helpers.distributed_workers import (
     run_trainings,
     run_updates,
 )
+from tests.helpers.task_files import write_hellaswag
 
 WEIGHTS = 34_720  # of the model below
 FEW = ("micro", "plain", "answers")
@@ -169,6 +170,24 @@ def test_one_rank_equals_one_process_bitwise(place: Path) -> None:
     (one,) = run_on_ranks(1, run_trainings, [replace(given, name="dropping-1", parallel="ddp")])
     name = "model/model.safetensors"
     assert (one[0].folder / name).read_bytes() == (alone[0].folder / name).read_bytes()
+
+
+def test_evaluation_tasks_give_the_same_on_any_number_of_ranks(place: Path) -> None:
+    file = write_hellaswag(place / "rows.jsonl", rows=101)
+    given = {"eval_tasks": "hellaswag", "eval_tasks_every": 3, "eval_tasks_data": f"hellaswag={file}"}
+    ((alone,),) = run_on_ranks(0, run_trainings, [small_config("tasks", **given)])
+    expected = _task_metrics(alone.folder)
+    assert list(expected) == [3, 5]
+    both = [small_config(f"tasks-{parallel}", parallel=parallel, **given) for parallel in ("ddp", "fsdp")]
+    for one in run_on_ranks(3, run_trainings, both)[0]:
+        assert _task_metrics(one.folder) == expected
+
+
+def _task_metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """The metrics of evaluation tasks by step."""
+    records = read_metrics(folder / "metrics.jsonl")
+    found = {r["step"]: {name: value for name, value in r.items() if name.startswith("eval/")} for r in records}
+    return {step: metrics for step, metrics in found.items() if metrics}
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])

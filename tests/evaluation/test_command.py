@@ -62,18 +62,18 @@ def test_without_network_the_default_set_says_what_is_left_out(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run(folder, "--limit", 2) == 0
     told = capsys.readouterr()
-    assert [line.split(":")[1].split()[0] for line in told.err.splitlines()] == ["hellaswag", "lambada", "wikitext2"]
+    assert [line.split(":")[1].split()[1] for line in told.err.splitlines()] == ["hellaswag", "lambada", "wikitext2"]
     assert "python-docs" in told.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "which model?"),
+        ((), "needs a MODEL"),
         (("{model}", "--tasks", "helaswag"), "there is no task 'helaswag' (did you mean 'hellaswag'?)"),
         (("{model}", "--tasks", ","), "--tasks names no task"),
         (("{model}", "--tasks", "piqa", "--task-data", "piqa"), "--task-data must be TASK=FILE"),
-        (("{model}", "--tasks", "piqa", "--task-data", "copa=x"), "that task is not among those to run (piqa)"),
+        (("{model}", "--tasks", "piqa", "--task-data", "copa=x"), "--tasks has no such task (piqa)"),
         (("{model}", "--tasks", "published"), "this model has another shape"),
         (("{model}", "--task-file", "{bad}"), "bad.jsonl line 2 has no 'gold'"),
         (("{model}", "--task-file", "{long}"), "tokens to score do not fit the model's context of 48"),

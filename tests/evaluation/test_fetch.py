@@ -16,7 +16,7 @@ import pytest
 
 from gpt2.errors import UserError
 from gpt2.evaluation.evaluate import evaluate_tasks
-from gpt2.evaluation.fetch import Origin, fetch, open_task_file
+from gpt2.evaluation.fetch import DatasetFile, fetch, open_task_file
 from gpt2.evaluation.records import read_bytes, rows_of
 from gpt2.evaluation.tasks import TASKS
 from gpt2.model import GPT
@@ -90,16 +90,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.shutdown()
 
 
-def path_on_hub(origin: Origin) -> str:
-    return f"/datasets/{origin.repo}/resolve/{origin.revision}/{origin.path}"
+def path_on_hub(data_file: DatasetFile) -> str:
+    return f"/datasets/{data_file.repo}/resolve/{data_file.revision}/{data_file.path}"
 
 
 def test_a_task_from_the_hub_at_its_revision(hub: Hub, model: GPT, words: BPETokenizer, tmp_path: Path) -> None:
-    origin = TASKS["winogrande"].origin
-    hub.files[path_on_hub(origin)] = parquet(ROWS)
+    data_file = TASKS["winogrande"].data_file
+    hub.files[path_on_hub(data_file)] = parquet(ROWS)
     first = evaluate_tasks(model, words, ["winogrande"])["winogrande"]
     again = evaluate_tasks(model, words, ["winogrande"])["winogrande"]
-    assert hub.asked == [f"/cdn{path_on_hub(origin)}"]  # the second time it was in the cache
+    assert hub.asked == [f"/cdn{path_on_hub(data_file)}"]  # the second time it was in the cache
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     given = evaluate_tasks(model, words, ["winogrande"], task_data={"winogrande": str(rows)})["winogrande"]
@@ -108,39 +108,39 @@ def test_a_task_from_the_hub_at_its_revision(hub: Hub, model: GPT, words: BPETok
 
 
 def test_what_is_not_the_pinned_file_is_refused(hub: Hub) -> None:
-    origin = TASKS["winogrande"].origin
-    hub.files[path_on_hub(origin)] = parquet(ROWS)
-    hub.stated[path_on_hub(origin)] = "0" * 64
+    data_file = TASKS["winogrande"].data_file
+    hub.files[path_on_hub(data_file)] = parquet(ROWS)
+    hub.stated[path_on_hub(data_file)] = "0" * 64
     with pytest.raises(UserError, match=r"its sha256 is .*put it at .*winogrande\.parquet by hand"):
-        fetch(origin)
-    assert not origin.place.exists()
-    pinned = TASKS["hellaswag"].origin
+        fetch(data_file)
+    assert not data_file.cache_path.exists()
+    pinned = TASKS["hellaswag"].data_file
     hub.files[path_on_hub(pinned)] = b"something else"
-    with pytest.raises(UserError, match="its sha256 is"):
+    with pytest.raises(UserError, match="its sha256 is "):
         fetch(pinned)
-    pinned.place.parent.mkdir(parents=True, exist_ok=True)
-    pinned.place.write_bytes(b"something else")
+    pinned.cache_path.parent.mkdir(parents=True, exist_ok=True)
+    pinned.cache_path.write_bytes(b"something else")
     with pytest.raises(UserError, match=r"hellaswag\.parquet is not the file from http.*: remove it"):
         fetch(pinned)
 
 
 def test_a_missing_file_says_where_it_is_had_and_where_to_put_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    origin = TASKS["winogrande"].origin
+    data_file = TASKS["winogrande"].data_file
     with pytest.raises(UserError) as caught:
-        fetch(origin)
+        fetch(data_file)
     assert str(caught.value) == (
-        f"cannot download winogrande.parquet from {hub.address}{path_on_hub(origin)} (HTTP 404): "
-        f"put it at {origin.place} by hand"
+        f"cannot download winogrande.parquet from {hub.address}{path_on_hub(data_file)} (HTTP 404): "
+        f"save it as {data_file.cache_path}"
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
-        fetch(origin)
+        fetch(data_file)
     assert str(caught.value) == (
         f"winogrande.parquet is not in the cache and HF_HUB_OFFLINE is set: download {hub.address}"
-        f"{path_on_hub(origin)} and put it at {origin.place}"
+        f"{path_on_hub(data_file)} and save it as {data_file.cache_path}"
     )
-    with pytest.raises(UserError, match=r"there is no file .*rows\.jsonl: it was to be had from http"):
-        open_task_file(origin, "rows.jsonl")
+    with pytest.raises(UserError, match=r"there is no file .*rows\.jsonl; its download URL is http"):
+        open_task_file(data_file, "rows.jsonl")
 
 
 def test_archives_and_labels_of_publishers(hub: Hub, model: GPT, words: BPETokenizer) -> None:
@@ -149,7 +149,7 @@ def test_archives_and_labels_of_publishers(hub: Hub, model: GPT, words: BPEToken
         row = {"goal": "see the dog", "sol1": "go", "sol2": "stay"}
         archive.writestr("physicaliqa-train-dev/dev.jsonl", f"{json.dumps(row)}\n{json.dumps(row)}\n")
         archive.writestr("physicaliqa-train-dev/dev-labels.lst", "0\n1\n")
-    place = TASKS["piqa"].origin.place.parent / "piqa.zip"
+    place = TASKS["piqa"].data_file.cache_path.parent / "piqa.zip"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(out.getvalue())
     found = evaluate_tasks(model, words, ["piqa"], task_data={"piqa": str(place)})["piqa"]

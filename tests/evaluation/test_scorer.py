@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
 from gpt2.evaluation.encode import encode_pairs, encode_separately, rolling_queries, strided_queries
 from gpt2.evaluation.scorer import LanguageModel, Scored, check_queries, score
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tree import Query, build_tree
 from gpt2.model import GPT
 from gpt2.native import build
@@ -90,7 +90,7 @@ def test_any_number_of_ranks_scores_the_same_bits() -> None:
     for size in (2, 3):
         shared: dict[int, list[Scored]] = {}
         for rank in range(size):
-            for batch in score(MODEL, groups, Share(rank, size), batch_tokens=64):
+            for batch in score(MODEL, groups, ProcessGroup(rank, size), batch_tokens=64):
                 assert not shared.keys() & dict(batch).keys()
                 shared |= dict(batch)
         assert [[one.total for one in shared[i]] for i in range(40)] == [[one.total for one in row] for row in whole]
@@ -158,7 +158,7 @@ def test_multi_byte_characters_divided_by_a_context() -> None:
 
 def test_what_cannot_be_scored_is_one_line(model: GPT, words: BPETokenizer) -> None:
     empty = encode_pairs(words, [("the dog", "")], 48)
-    with pytest.raises(UserError, match=r"rows\.jsonl line 3: the text to score has no tokens"):
+    with pytest.raises(UserError, match=r"rows\.jsonl line 3: there are no tokens to score"):
         check_queries(empty, model.config, "rows.jsonl line 3")
     long = encode_pairs(words, [("the", " dog" * 60)], 48)
     with pytest.raises(UserError, match=r"line 4: \d+ tokens to score do not fit the model's context of 48"):

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
 from gpt2.evaluation import formats
 from gpt2.evaluation.choices import Choices, prepare_choices, prepare_completion
-from gpt2.evaluation.evaluate import Interrupted, evaluate_tasks, prepare_task, run_parts, task_names
+from gpt2.evaluation.evaluate import Interrupted, evaluate_tasks, prepare_task, run_passes, task_names
 from gpt2.evaluation.lambada import Passage, prepare_lambada
 from gpt2.evaluation.measures import exp_of, mean_and_stderr, ratio_and_stderr
 from gpt2.evaluation.perplexity import Text, harness_units, prepare_rolling, word_units
-from gpt2.evaluation.prepare import Part
+from gpt2.evaluation.prepare import ScoringPass
 from gpt2.evaluation.scorer import Scored
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS
 from gpt2.model import GPT
 from gpt2.tokenizer import BPETokenizer
@@ -201,7 +201,7 @@ def test_perplexities_of_the_same_loss_in_other_units(model: GPT, words: BPEToke
     text = Text("the dog runs", "the dog runs .", "a text")
     units = word_units([text])
     assert (units.words, units.bytes, units.characters) == (4, 14, 14)
-    result = run_parts([Part(prepare_rolling([text], words, model.config, units))], model, "p")
+    result = run_passes([ScoringPass(prepare_rolling([text], words, model.config, units))], model, "p")
     tokens = len(words.encode(text.scored))
     total = result.metrics["loss"] * tokens
     assert result.metrics["token_perplexity"] == pytest.approx(math.exp(total / tokens))
@@ -217,7 +217,7 @@ def test_one_token_and_long_documents(model: GPT, words: BPETokenizer) -> None:
     long = Text.plain("the dog sleeps " * 60, "long")
     prepared = prepare_rolling([long], words, model.config, word_units([long]), stride=10)
     assert len(prepared.groups) > 5
-    assert run_parts([Part(prepared)], model, "p").rows == 1
+    assert run_passes([ScoringPass(prepared)], model, "p").rows == 1
     with pytest.raises(UserError, match="nothing to score"):
         prepare_rolling([Text.plain("", "empty.txt")], words, model.config, word_units([]))
     with pytest.raises(UserError, match="--stride must be between 1 and the model's context of 48, not 49"):
@@ -239,17 +239,18 @@ def test_the_fingerprint_is_of_the_rows_not_of_the_file(model: GPT, words: BPETo
 
 def test_ranks_share_the_rows_and_agree(model: GPT, words: BPETokenizer) -> None:
     rows = [Choices((f"the dog {i}",) * 2, (" runs", " sleeps"), i % 2, (4, 6), f"line {i}") for i in range(150)]
-    parts = [Part(prepare_choices(rows, words, model.config))]
-    alone = run_parts(parts, model, "p")
+    passes = [ScoringPass(prepare_choices(rows, words, model.config))]
+    alone = run_passes(passes, model, "p")
     barrier, values, results = threading.Barrier(3), [None] * 3, {}
 
-    def rank(number: int) -> None:
-        def all_gather(value: Any) -> list[Any]:
-            values[number] = value
+    class ThreadGroup(ProcessGroup):
+        def all_gather_object(self, value: Any) -> list[Any]:
+            values[self.rank] = value
             barrier.wait()
             return list(values)
 
-        results[number] = run_parts(parts, model, "p", share=Share(number, 3, all_gather))
+    def rank(number: int) -> None:
+        results[number] = run_passes(passes, model, "p", ranks=ThreadGroup(number, 3))
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
     for thread in threads:
@@ -270,7 +271,7 @@ def test_ctrl_c_keeps_what_is_known(model: GPT, words: BPETokenizer, monkeypatch
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as caught:
-        run_parts([Part(prepare_choices(rows, words, model.config))], model, "p", progress=progress)
+        run_passes([ScoringPass(prepare_choices(rows, words, model.config))], model, "p", progress=progress)
     result = caught.value.result
     assert result is not None
     assert not result.complete
@@ -295,8 +296,8 @@ def test_wikitext_by_two_protocols(model: GPT, words: BPETokenizer, tmp_path: Pa
     for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert both[metric] == found["wikitext2-harness"].metrics[metric]
     assert both["token_perplexity"] == found["wikitext2-raw"].metrics["token_perplexity"]
-    (part,) = prepare_task(TASKS["wikitext2-paper"], words, model, task_data={"wikitext2-paper": str(raw)})
-    assert part.prepared.content[0][0].splitlines()[-2:] == ["the sea-side.", " "]
+    (one_pass,) = prepare_task(TASKS["wikitext2-paper"], words, model, task_data={"wikitext2-paper": str(raw)})
+    assert one_pass.prepared.content[0][0].splitlines()[-2:] == ["the sea-side.", " "]
 
 
 def test_the_guides_stream_has_its_tokens(gpt2_vocabulary: None) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2.commands.finetune import main as finetune
+from gpt2.commands.train import make_evaluator
 from gpt2.config import TrainConfig, config_for_resume
 from gpt2.data.loader import Batch
 from gpt2.distributed.parallel import DistributedModel, full_tensor
@@ -53,7 +54,7 @@ class TrainingRecord:
 
 def run_trainings(ranks: ProcessGroup, configs: Sequence[TrainConfig], local_size: int = 0) -> list[TrainingRecord]:
     """Train with each of the configs, one after the other; `local_size` is the number of ranks per host."""
-    trainer.write_report = lambda run, stop_reason: None  # the plot takes longer than the training
+    trainer.write_report = lambda run, stop_reason, published=None: None  # the plot takes longer than the training
     return [_run_training(_with_local_world_size(local_size, ranks), config) for config in configs]
 
 
@@ -66,7 +67,7 @@ def _run_training(ranks: ProcessGroup, config: TrainConfig) -> TrainingRecord:
         return update(run, batch, rate)
 
     trainer.update = recorded
-    record.folder = train(config, fixed_seed_sampler, ranks)
+    record.folder = train(config, fixed_seed_sampler, ranks, make_evaluator(config, ranks))
     return record
 
 

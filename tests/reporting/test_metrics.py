@@ -143,6 +143,30 @@ def test_long_run_is_a_band_and_one_step_a_point(tmp_path: Path) -> None:
     assert plot_axes(tmp_path, [record(1)]).lines[-1].get_marker() == "o"
 
 
+def test_plot_has_a_panel_for_evaluation_tasks_with_published_values(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    records = [record(step) for step in range(1, 31)]
+    for step, value in ((10, 0.25), (20, 0.27), (30, 0.29)):
+        records[step - 1] |= {"eval/hellaswag/acc": 0.2, "eval/hellaswag/acc_norm": value, "eval/wikitext2/loss": 4.0}
+        records[step - 1] |= {"eval/hellaswag/acc_norm_stderr": 0.01, "eval/wikitext2/word_perplexity": 50.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    figures: list[Figure] = []
+    original = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k)))
+        published = {"eval/hellaswag/acc_norm": {"gpt2": 0.3114, "gpt2-xl": 0.5089}}
+        png = plot_loss(tmp_path, "title", 257, published=published).read_bytes()
+    assert struct.unpack(">II", png[16:24]) == (3 * 960, 540)
+    _, accuracy, perplexity = figures[0].axes
+    curve, small, large = accuracy.lines
+    assert np.asarray(curve.get_xydata()).tolist() == [[10, 0.25], [20, 0.27], [30, 0.29]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in (small, large)] == [[0.3114, 0.3114], [0.5089, 0.5089]]
+    assert [text.get_text() for text in accuracy.texts] == ["gpt2 0.3114", "gpt2-xl 0.5089"]
+    assert (accuracy.get_ylabel(), legend(accuracy)) == ("accuracy", ["hellaswag acc_norm 0.29"])
+    assert (perplexity.get_ylabel(), perplexity.get_yscale(), len(perplexity.lines)) == ("perplexity", "log", 1)
+
+
 def test_plot_without_steps_raises(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"metrics\.jsonl has no step to draw"):

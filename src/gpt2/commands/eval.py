@@ -15,19 +15,24 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="gpt2 eval",
-        description="How good a model is, in numbers that compare: each task follows a stated protocol.",
+        description="Evaluate models on tasks and texts. Each result names the protocol that it follows.",
         epilog="Under torchrun the ranks share the rows. gpt2 eval --list shows all tasks.",
         examples=("gpt2 eval runs/quickstart", "gpt2 eval gpt2 gpt2-medium --tasks lambada,hellaswag --limit 500"),
         stray="use --tasks {} or --data {}",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="a run folder, a model folder, or a hub name")
-    parser.add_flag("tasks", metavar="NAMES", help="tasks and sets, divided by commas [hellaswag,lambada,wikitext2]")
+    parser.add_flag(
+        "tasks", metavar="NAMES", help="tasks and sets of tasks, separated by commas [hellaswag,lambada,wikitext2]"
+    )
     parser.add_flag("limit", type=positive_int, metavar="N", help="only the first N rows of each task")
     parser.add_flag(
         "data", action="append", default=[], metavar="FILE", help="loss, perplexity, bits per byte of a text"
     )
     parser.add_flag(
-        "stride", type=positive_int, metavar="N", help="of the windows over long texts [the model's context]"
+        "stride",
+        type=positive_int,
+        metavar="N",
+        help="tokens that each window over a long text scores after the first window [the model's context]",
     )
     parser.add_flag(
         "task-file",
@@ -37,10 +42,14 @@ def _parser() -> Parser:
         help="rows {query, choices, gold} or {context_options, continuation, gold}",
     )
     parser.add_flag(
-        "task-data", action="append", default=[], metavar="TASK=FILE", help="a task's data, put there by hand"
+        "task-data",
+        action="append",
+        default=[],
+        metavar="TASK=FILE",
+        help="local file with the data of a task, instead of the download",
     )
     parser.add_flag("lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness (pip install 'gpt2[eval]')")
-    parser.add_flag("json", metavar="FILE", help="write the results there too")
+    parser.add_flag("json", metavar="FILE", help="also write the results as JSON to this file")
     parser.add_flag("list", action="store_true", help="name all tasks with rows, size and protocol")
     add_model_flags(parser)
     return parser

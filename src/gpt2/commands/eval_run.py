@@ -13,15 +13,14 @@ from gpt2.commands.generation_args import (
     resolve_from_args,
 )
 from gpt2.distributed.process_group import ProcessGroup, process_group
-from gpt2.errors import UserError
-from gpt2.evaluation.evaluate import Interrupted, TaskResult, prepare_task, run_parts, task_names
-from gpt2.evaluation.own import BUILT_IN, prepare_texts, rolling_protocol, texts_of_source, validation_texts
-from gpt2.evaluation.prepare import Part, prepare_task_file
+from gpt2.errors import ConfigError, ModelFilesError, UserError
+from gpt2.evaluation.evaluate import Interrupted, TaskResult, prepare_task, run_passes, task_names
+from gpt2.evaluation.local_texts import BUILT_IN, prepare_texts, rolling_protocol, texts_of_source, validation_texts
+from gpt2.evaluation.prepare import ScoringPass, prepare_task_file
 from gpt2.evaluation.published import openai_size, run_checks
 from gpt2.evaluation.records import read_bytes
 from gpt2.evaluation.report import ModelReport, checks_table, listing, table, to_json
 from gpt2.evaluation.scorer import LanguageModel
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import TASKS
 from gpt2.files import expand_path, write_error
 from gpt2.runtime import configure_malloc, pick_device
@@ -36,28 +35,28 @@ def run(args: Namespace) -> int:
         print(listing())
         return 0
     if not args.models:
-        raise UserError("which model? gpt2 eval MODEL: a run folder, a model folder, or a hub name")
-    chosen = _Chosen(args)
+        raise ConfigError("gpt2 eval needs a MODEL: a run folder, a model folder, or a hub name")
+    selection = _Selection(args)
     with process_group() as ranks:
         with ranks.raise_on_all_ranks():
             device = pick_device(args.device)
         ranks.set_device(device)
         if device.type == "cpu":
             configure_malloc(keep_freed=True)
-        reports, complete = _evaluate(args, chosen, ranks)
+        reports, complete = _evaluate(args, selection, ranks)
         if ranks.is_main_process:
             _show(args, reports)
     failed = any(not check.passed for report in reports for check in report.checks)
     return 130 if not complete else 1 if failed else 0
 
 
-class _Chosen:
-    """What the flags ask for, checked before anything is loaded."""
+class _Selection:
+    """The tasks and files that the flags name, checked before a model is loaded."""
 
     def __init__(self, args: Namespace) -> None:
         names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
         if args.tasks is not None and not names:
-            raise UserError("--tasks names no task: see gpt2 eval --list")
+            raise ConfigError("--tasks names no task: see gpt2 eval --list", field="tasks")
         self.published = "published" in names
         self.tasks = task_names([name for name in names if name != "published"])
         self.by_default = not (names or args.data or args.task_file or args.lm_eval)
@@ -66,33 +65,34 @@ class _Chosen:
         self.task_data = dict(map(_task_and_file, args.task_data))
         unused = next((name for name in self.task_data if name not in self.tasks), None)
         if unused is not None:
-            raise UserError(f"--task-data {unused}: that task is not among those to run ({', '.join(self.tasks)})")
+            tasks = ", ".join(self.tasks)
+            raise ConfigError(f"--task-data {unused}: --tasks has no such task ({tasks})", field="task_data")
         self.harness = [name for name in (args.lm_eval or "").split(",") if name]
 
 
 def _task_and_file(text: str) -> tuple[str, str]:
     name, equals, file = text.partition("=")
     if not equals or not file:
-        raise UserError(f"--task-data must be TASK=FILE, as hellaswag=rows.jsonl, not {text}")
+        raise ConfigError(f"--task-data must be TASK=FILE, as hellaswag=rows.jsonl, not {text}", field="task_data")
     if name not in TASKS:
         task_names([name])  # for its error
     return name, file
 
 
-def _evaluate(args: Namespace, chosen: _Chosen, ranks: ProcessGroup) -> tuple[list[ModelReport], bool]:
-    """A report for each model, and whether all was done."""
+def _evaluate(args: Namespace, selection: _Selection, ranks: ProcessGroup) -> tuple[list[ModelReport], bool]:
+    """A report for each model, and whether the evaluation is complete (False after Ctrl-C)."""
     reports: list[ModelReport] = []
     for name in args.models:
         with ranks.raise_on_all_ranks():
             load = load_model if args.dtype in THROUGH_TORCH else load_inference_model
             model, tokenizer = load(args, resolve_from_args(args, name))
             if tokenizer is None:
-                raise UserError(f"{name} has no tokenizer: text needs one")
+                raise ModelFilesError(f"{name} has no tokenizer, which an evaluation requires")
         report = ModelReport(name, openai_size(model.config))
         reports.append(report)
         try:
-            done = _run(args, chosen, ranks, model, tokenizer, report)
-        except KeyboardInterrupt:  # between two tasks, or while data was read: what is known is shown
+            done = _run(args, selection, ranks, model, tokenizer, report)
+        except KeyboardInterrupt:  # between two tasks, or while reading data: the results so far are shown
             if not ranks.is_single_process:
                 raise
             done = False
@@ -103,41 +103,40 @@ def _evaluate(args: Namespace, chosen: _Chosen, ranks: ProcessGroup) -> tuple[li
 
 def _run(
     args: Namespace,
-    chosen: _Chosen,
+    selection: _Selection,
     ranks: ProcessGroup,
     model: LanguageModel,
     tokenizer: Tokenizer,
     report: ModelReport,
 ) -> bool:
-    """Everything that was asked for, of one model; False when it was interrupted."""
-    share = Share(ranks.rank, ranks.world_size, ranks.all_gather_object)
-    if chosen.published:
+    """Evaluate one model on all tasks and texts; returns False if Ctrl-C interrupted it."""
+    if selection.published:
         with ranks.raise_on_all_ranks():
             report.checks = list(run_checks(model, tokenizer)) if ranks.is_main_process else []
     settings = {"limit": args.limit, "stride": args.stride, "dtype": args.dtype}
-    for name, protocol, prepare in _jobs(args, chosen, model, tokenizer, report.model):
+    for name, protocol, prepare in _jobs(args, selection, model, tokenizer, report.model):
         try:
-            parts = ranks.main_process_first(prepare)
+            passes = ranks.main_process_first(prepare)
         except UserError as error:
-            if not chosen.by_default:
+            if not selection.by_default:
                 raise
             if ranks.is_main_process:
-                print(f"gpt2: {name} is left out: {error}", file=sys.stderr)
+                print(f"gpt2: skipped {name}: {error}", file=sys.stderr)
             continue
-        if not parts:
+        if not passes:
             continue
         try:
             with _bar(name, ranks) as bar:
-                report.results[name] = run_parts(parts, model, protocol, settings, share, bar)
+                report.results[name] = run_passes(passes, model, protocol, settings, ranks, bar)
         except Interrupted as stop:
             if stop.result is not None:
                 report.results[name] = stop.result
             return False
-    if chosen.harness:
+    if selection.harness:
         with ranks.raise_on_all_ranks():
             if not ranks.is_single_process:
-                raise UserError("--lm-eval runs in one process: leave torchrun out")
-            report.results |= _harness(chosen.harness, model, tokenizer, args)
+                raise ConfigError("--lm-eval runs in one process: leave torchrun out", field="lm_eval")
+            report.results |= _harness(selection.harness, model, tokenizer, args)
     return True
 
 
@@ -145,19 +144,21 @@ def _bar(name: str, ranks: ProcessGroup) -> AbstractContextManager[ProgressBar |
     return ProgressBar(name) if ranks.is_main_process else nullcontext(None)
 
 
-Job = tuple[str, str, Callable[[], list[Part]]]
-"""A name in the results, a protocol, and how the data is made ready."""
+Job = tuple[str, str, Callable[[], list[ScoringPass]]]
+"""A name in the results, a protocol, and a function that prepares the data."""
 
 
-def _jobs(args: Namespace, chosen: _Chosen, model: LanguageModel, tokenizer: Tokenizer, name: str) -> Sequence[Job]:
+def _jobs(
+    args: Namespace, selection: _Selection, model: LanguageModel, tokenizer: Tokenizer, name: str
+) -> Sequence[Job]:
     config, limit, stride = model.config, args.limit, args.stride
     jobs: list[Job] = []
-    for task in (TASKS[task] for task in chosen.tasks):
+    for task in (TASKS[task] for task in selection.tasks):
         jobs.append(
             (
                 task.name,
                 task.protocol,
-                lambda task=task: prepare_task(task, tokenizer, model, limit, chosen.task_data, stride),
+                lambda task=task: prepare_task(task, tokenizer, model, limit, selection.task_data, stride),
             )
         )
     rolling = rolling_protocol(stride, config)
@@ -169,17 +170,17 @@ def _jobs(args: Namespace, chosen: _Chosen, model: LanguageModel, tokenizer: Tok
         jobs.append(
             (
                 ref,
-                "rows of a file: the likeliest choice, prompts as in lm-evaluation-harness",
+                "rows of a file: the most likely choice, prompts as in lm-evaluation-harness",
                 lambda ref=ref: prepare_task_file(read_bytes(expand_path(ref)), ref, tokenizer, config, limit),
             )
         )
-    if chosen.by_default:
+    if selection.by_default:
 
-        def own() -> list[Part]:
+        def own() -> list[ScoringPass]:
             texts = validation_texts(name, tokenizer)
             return [] if texts is None else prepare_texts(texts, tokenizer, config, stride, limit)
 
-        jobs.append(("validation", f"the run's held-out text; {rolling}", own))
+        jobs.append(("validation", f"the run's validation data; {rolling}", own))
         jobs.append(
             (BUILT_IN, rolling, lambda: prepare_texts(texts_of_source(BUILT_IN), tokenizer, config, stride, limit))
         )

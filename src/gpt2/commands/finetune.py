@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     if is_help(argv):
         parser.parse_args(argv)
-    from gpt2.commands.training import broadcast_config, make_sampler
+    from gpt2.commands.training import broadcast_config, make_evaluator, make_sampler
     from gpt2.distributed.process_group import process_group
     from gpt2.train.trainer import Interrupted, train
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             return 0
         sampler = make_sampler(config)
         try:
-            folder = train(config, sampler, ranks)
+            folder = train(config, sampler, ranks, make_evaluator(config, ranks))
         except Interrupted as stop:
             if ranks.is_main_process:
                 print(f"gpt2: {str(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     if is_help(argv):
         parser.parse_args(argv)
-    from gpt2.commands.training import broadcast_config, make_sampler
+    from gpt2.commands.training import broadcast_config, make_evaluator, make_sampler
     from gpt2.distributed.process_group import process_group
     from gpt2.runtime import pick_device
     from gpt2.train.non_finite import replay_dump
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
             message = f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu"
             print(f"gpt2: {message}", file=sys.stderr)
         try:
-            folder = train(config, make_sampler(config), ranks)
+            folder = train(config, make_sampler(config), ranks, make_evaluator(config, ranks))
         except Interrupted as stop:
             if ranks.is_main_process:
                 print(f"gpt2: {stop}", file=sys.stderr)

@@ -12,6 +12,7 @@ from gpt2.errors import ConfigError
 from gpt2.generation.text import generate
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
+from gpt2.train.task_evaluation import TaskEvaluator
 from gpt2.train.trainer import Sampler
 
 
@@ -44,3 +45,15 @@ def make_sampler(config: TrainConfig) -> Sampler:
         return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
 
     return sampler
+
+
+def make_evaluator(config: TrainConfig, ranks: ProcessGroup) -> TaskEvaluator | None:
+    """The evaluator for --eval-tasks, with its data on every host; None without tasks. All ranks must call this.
+
+    Raises UserError for data that is missing, before anything else is loaded.
+    """
+    if not config.eval_tasks or not config.data:  # without data, `train` raises its own error
+        return None
+    from gpt2.evaluation.training import TrainingEvaluator
+
+    return ranks.main_process_first(lambda: TrainingEvaluator(config))

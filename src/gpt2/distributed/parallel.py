@@ -73,16 +73,21 @@ class DistributedModel:
         if self.kind == "fsdp":
             cast("FSDPModule", self.model).reshard()
 
-    def full_model(self) -> GPT:
-        """The whole model: with FSDP, a copy with all parameters gathered, on rank 0 only. All ranks must call this."""
+    def full_model(self, *, on_all_ranks: bool = False) -> GPT:
+        """The whole model: with FSDP, a copy with all parameters gathered. All ranks must call this.
+
+        on_all_ranks: with FSDP, copy to every rank, in 4 bytes per parameter on each; otherwise to rank 0 only, and the
+            other ranks get their sharded model.
+        """
+        is_copied = on_all_ranks or self.ranks.is_main_process
         if self.kind != "fsdp":
             return self.model
         gathered = {}
         for name, parameter in self.model.named_parameters():
             full = full_tensor(parameter.detach())
-            if self.ranks.is_main_process:
+            if is_copied:
                 gathered[name] = full
-        return model_from_state_dict(self.model.config, gathered) if self.ranks.is_main_process else self.model
+        return model_from_state_dict(self.model.config, gathered) if is_copied else self.model
 
 
 class _LossModule(nn.Module):

@@ -18,7 +18,7 @@ class Choices:
 
     contexts, continuations: K texts each; a continuation begins with its delimiter.
     sizes: by how much each log-likelihood is divided for acc_norm: characters of the choice, as the harness counts.
-    where: the row's place in its file, for messages.
+    where: the name of the row, for messages.
     """
 
     contexts: tuple[str, ...]

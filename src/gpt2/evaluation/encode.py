@@ -1,4 +1,4 @@
-"""Text to queries, as lm-evaluation-harness 0.4.13 does it for decoder-only models."""
+"""From text to queries, as in lm-evaluation-harness 0.4.13 for decoder-only models."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,10 +10,10 @@ Pair = tuple[str, str]
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], context: int) -> list[Query]:
-    """Each context and continuation as a query for a model with a context of so many tokens.
+    """Each context and continuation as a query for a model with a context of `context` tokens.
 
     Whitespace at the end of the context moves to the continuation; both are tokenized together and split where the
-    context's own tokens end; an empty context becomes <|endoftext|>; what is too long loses tokens on the left.
+    context's own tokens end; an empty context becomes <|endoftext|>; longer queries are truncated on the left.
     A continuation without tokens of its own gives a query that scores nothing: see `check_queries`.
     """
     moved = [_move_spaces(*pair) for pair in pairs]
@@ -30,7 +30,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], context: int) -> l
 
 
 def encode_separately(tokenizer: Tokenizer, pairs: Sequence[Pair], context: int) -> list[Query]:
-    """The same with context and continuation tokenized apart, as llm.c and build-nanogpt do."""
+    """The same with context and continuation tokenized separately, as llm.c and build-nanogpt do."""
     befores, afters = (tokenizer.encode_batch([pair[i] for pair in pairs]) for i in (0, 1))
     return [
         Query(((before or [tokenizer.end_of_text]) + after)[-(context + 1) :], len(after))
@@ -41,8 +41,8 @@ def encode_separately(tokenizer: Tokenizer, pairs: Sequence[Pair], context: int)
 def rolling_queries(tokens: Sequence[int], prefix: int, context: int, stride: int | None = None) -> Iterator[Query]:
     """Windows over a document in which every token is scored exactly once, the first one after `prefix`.
 
-    context: tokens that the model sees. stride: how many tokens a window scores after the first window, which scores
-    `context`; None for `context`, which is what the harness does. No tokens, no windows.
+    context: tokens that the model sees. stride: tokens that each window after the first scores; the first
+    scores `context`. None for `context`, as in the harness. No tokens give no windows.
     """
     stride = context if stride is None else stride
     whole = [prefix, *tokens]

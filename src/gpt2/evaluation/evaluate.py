@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gpt2.errors import UserError, did_you_mean
+from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.evaluation.fetch import open_task_file
 from gpt2.evaluation.measures import Measured, Record
-from gpt2.evaluation.prepare import Part, fingerprint_of, prepare
+from gpt2.evaluation.prepare import ScoringPass, fingerprint_of, prepare
 from gpt2.evaluation.scorer import LanguageModel, score
-from gpt2.evaluation.share import Share
 from gpt2.evaluation.tasks import SETS, TASKS, Task
 from gpt2.tokenizer import Tokenizer
 
@@ -19,12 +19,13 @@ Progress = Callable[[int, int, Measured], None]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gave.
+    """The result of one task.
 
-    metrics, stderr: by name; a standard error is None where there is but one part to compute it from.
-    rows:            how many were scored. complete: whether these are all that were asked for.
-    protocol:        what the numbers may be compared with.
+    metrics, stderr: by name; a standard error is None if there is only one value.
+    rows:            number of rows that were scored.
+    protocol:        the reference whose results are comparable.
     data:            fingerprint of what was scored.
+    complete:        False if Ctrl-C interrupted the task.
     """
 
     metrics: dict[str, float]
@@ -41,24 +42,25 @@ class TaskResult:
 
 
 class Interrupted(Exception):
-    """Ctrl-C during a task; `result` is what its rows so far give, None when there are none."""
+    """Ctrl-C during a task; `result` is the result of the rows scored so far, None if there are none."""
 
     def __init__(self, result: TaskResult | None) -> None:
         super().__init__("interrupted")
         self.result = result
 
 
-def task_names(wanted: Sequence[str]) -> list[str]:
-    """Task names with the sets written out, each once. Raises UserError for an unknown one."""
+def task_names(names_and_sets: Sequence[str]) -> list[str]:
+    """Task names, with sets replaced by their tasks, without duplicates. Raises ConfigError for an unknown name."""
     names: list[str] = []
-    for name in wanted:
+    for name in names_and_sets:
         if name in SETS:
             names += SETS[name]
         elif name in TASKS:
             names.append(name)
         else:
             known = [*TASKS, *SETS, "published"]
-            raise UserError(f"there is no task '{name}'{did_you_mean(name, known)}: see gpt2 eval --list")
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"there is no task '{name}'{hint}: see gpt2 eval --list", field="tasks")
     return list(dict.fromkeys(names))
 
 
@@ -70,25 +72,25 @@ def evaluate_tasks(
     *,
     task_data: Mapping[str, str] | None = None,
     stride: int | None = None,
-    share: Share | None = None,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, TaskResult]:
     """Run tasks by name: name -> result, the same on every rank and for any number of ranks.
 
-    limit:     the first so many rows of each; None for all.
-    task_data: by task, a file to take instead of the cache's or a download.
+    limit:     number of rows of each, the first ones; None for all.
+    task_data: by task, a local file to read instead of the download.
     stride:    of the perplexity windows; None for the whole context.
-    share:     this rank's place among those that evaluate together; rank 0 must find or fetch the data first.
-    progress:  by the task's name, what to call after each batch.
+    ranks:     the processes that share the rows; on each host one must have fetched the data before.
+    progress:  returns, for the name of a task, the function to call after each batch.
 
-    Raises UserError for an unknown task, missing data, and rows that are wrong or do not fit the model.
+    Raises UserError for an unknown task, missing data, and rows that are invalid or do not fit the model's context.
     """
     results: dict[str, TaskResult] = {}
     for name in task_names(tasks):
         task = TASKS[name]
-        parts = prepare_task(task, tokenizer, model, limit, task_data, stride)
-        results[name] = run_parts(
-            parts, model, task.protocol, {"limit": limit, "stride": stride}, share, progress and progress(name)
+        passes = prepare_task(task, tokenizer, model, limit, task_data, stride)
+        results[name] = run_passes(
+            passes, model, task.protocol, {"limit": limit, "stride": stride}, ranks, progress and progress(name)
         )
     return results
 
@@ -100,58 +102,74 @@ def prepare_task(
     limit: int | None = None,
     task_data: Mapping[str, str] | None = None,
     stride: int | None = None,
-) -> list[Part]:
-    """The passes of a task for this model, its file found or fetched."""
-    file = open_task_file(task.origin, (task_data or {}).get(task.name))
+) -> list[ScoringPass]:
+    """The scoring passes of a task for this model; its file is downloaded if it is missing."""
+    file = open_task_file(task.data_file, (task_data or {}).get(task.name))
     return prepare(task, file, tokenizer, model.config, limit, stride)
 
 
-def run_parts(
-    parts: Sequence[Part],
+def run_passes(
+    passes: Sequence[ScoringPass],
     model: LanguageModel,
     protocol: str,
     settings: dict[str, Any] | None = None,
-    share: Share | None = None,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     progress: Progress | None = None,
 ) -> TaskResult:
-    """Score the passes of a task and put their metrics together. Raises `Interrupted` on Ctrl-C."""
-    share = share or Share()
-    data = fingerprint_of([part.prepared.content for part in parts])
+    """Score the passes of a task and merge their metrics. Raises `Interrupted` on Ctrl-C."""
+    data = fingerprint_of([one_pass.prepared.content for one_pass in passes])
     settings = {name: value for name, value in (settings or {}).items() if value is not None}
     metrics: dict[str, float] = {}
     stderr: dict[str, float | None] = {}
     rows = 0
-    for part in parts:
+    for one_pass in passes:
         records: dict[int, Record] = {}
-        stopped = False
+        stopped, error = False, None
         try:
-            _score_part(part, model, share, records, progress)
+            _score_pass(one_pass, model, ranks, records, progress)
         except KeyboardInterrupt:
-            if share.size > 1:
+            if ranks.world_size > 1:
                 raise
             stopped = True
-        gathered = {i: record for some in share.all_gather(records) for i, record in some.items()}
+        except UserError as raised:  # of one rank, perhaps: the others wait for its records
+            error = raised
+        gathered = _gather(records, error, ranks)
         ordered = {i: gathered[i] for i in sorted(gathered)}
         if ordered:
-            found = part.chosen(part.prepared.summarize(ordered))
+            found = one_pass.select(one_pass.prepared.summarize(ordered))
             metrics |= found.metrics
             stderr |= found.stderr
-        done = len(ordered) == len(part.prepared.groups)
-        rows = part.prepared.rows if done else min(len(ordered), part.prepared.rows)
+        done = len(ordered) == len(one_pass.prepared.groups)
+        rows = one_pass.prepared.rows if done else min(len(ordered), one_pass.prepared.rows)
         if stopped:
             result = TaskResult(metrics, stderr, rows, protocol, data, False, settings) if metrics else None
             raise Interrupted(result)
     return TaskResult(metrics, stderr, rows, protocol, data, True, settings)
 
 
-def _score_part(
-    part: Part, model: LanguageModel, share: Share, records: dict[int, Record], progress: Progress | None
+def _gather(records: dict[int, Record], error: UserError | None, ranks: ProcessGroup) -> dict[int, Record]:
+    """The records of all ranks. Raises UserError on every rank where one of them has an error."""
+    if error is not None and ranks.world_size == 1:
+        raise error
+    gathered = ranks.all_gather_object((records, None if error is None else str(error)))
+    message = next((message for _, message in gathered if message is not None), None)
+    if message is not None:
+        raise UserError(message) from error
+    return {i: record for some, _ in gathered for i, record in some.items()}
+
+
+def _score_pass(
+    one_pass: ScoringPass,
+    model: LanguageModel,
+    ranks: ProcessGroup,
+    records: dict[int, Record],
+    progress: Progress | None,
 ) -> None:
-    """Score one pass, filling `records` as batches are done."""
-    prepared = part.prepared
-    total = -(-len(prepared.groups) // share.size)
-    for batch in score(model, prepared.groups, share):
+    """Score one pass; each batch is added to `records`."""
+    prepared = one_pass.prepared
+    total = -(-len(prepared.groups) // ranks.world_size)
+    for batch in score(model, prepared.groups, ranks):
         for index, scored in batch:
             records[index] = prepared.record(index, scored)
         if progress is not None:
-            progress(len(records), total, part.chosen(prepared.summarize(records)))
+            progress(len(records), total, one_pass.select(prepared.summarize(records)))

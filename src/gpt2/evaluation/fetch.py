@@ -1,10 +1,10 @@
-"""Where task data comes from: the cache, the hub at a pinned revision, its publisher, or a file put there by hand."""
+"""The data files of tasks: a local file, the cache, or a download from the hub at a pinned revision or a publisher."""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.errors import UserError
+from gpt2.errors import DataError
 from gpt2.evaluation.records import read_bytes
 from gpt2.files import cache_home, download, expand_path, file_sha256
 
@@ -12,14 +12,15 @@ _log = logging.getLogger("gpt2")
 
 
 @dataclass(frozen=True)
-class Origin:
-    """One file of a task, and where it is had.
+class DatasetFile:
+    """The data file of a task, and its download URL.
 
-    name:     what the file is called in the cache.
-    sha256:   of the file as it is downloaded; None for a hub file whose checksum the hub itself states.
-    url:      at its publisher's; or
-    repo, revision, path: a data set of the hub, a commit of it, and a file in it.
-    member:   of an archive, the file that is meant: its path ends so. labels: one more, a label a line (PIQA).
+    name:     file name in the cache.
+    sha256:   checksum of the download; None for a hub file, whose checksum the hub sends.
+    url:      download URL at the publisher; or
+    repo, revision, path: data set on the hub, commit, and file in it.
+    member:   in an archive, the end of the path of the file to read.
+    labels:   in an archive, a second file with one label per line (PIQA).
     """
 
     name: str
@@ -32,68 +33,63 @@ class Origin:
     labels: str | None = None
 
     @property
-    def address(self) -> str:
-        """Where a person could fetch the file."""
+    def download_url(self) -> str:
+        """The URL of the file."""
         return self.url or f"{_endpoint()}/datasets/{self.repo}/resolve/{self.revision}/{self.path}"
 
     @property
-    def place(self) -> Path:
-        """Where the file lies in the cache."""
+    def cache_path(self) -> Path:
+        """The path of the file in the cache."""
         return cache_home() / "evaluation" / self.name
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The content of a task's file, uncompressed; `where` is how messages call it, `labels` are PIQA's."""
+    """The uncompressed content of a task's file, its name in messages (`where`), and PIQA's `labels`."""
 
     content: bytes
     where: str
     labels: bytes | None = None
 
 
-def open_task_file(origin: Origin, given: str | None) -> TaskFile:
-    """The file of a task: `given` by hand, or from the cache, fetched into it first where it is missing.
+def open_task_file(data_file: DatasetFile, local_file: str | None) -> TaskFile:
+    """The file of a task: the local file, or the one in the cache, downloaded if it is missing.
 
-    Raises UserError in one line that names the file, where it is had, and where to put it.
+    Raises DataError with the file, its download URL, and its path in the cache.
     """
-    if given is not None:
-        path = expand_path(given)
+    if local_file is not None:
+        path = expand_path(local_file)
         if not path.is_file():
-            raise UserError(f"there is no file {path}: it was to be had from {origin.address}")
+            raise DataError(f"there is no file {path}; its download URL is {data_file.download_url}", field="task_data")
         archive = path.name.lower().endswith((".zip", ".tgz", ".tar.gz"))
-        return _opened(path, origin, archived=archive)
-    path = fetch(origin)
-    return _opened(path, origin, archived=origin.member is not None)
+        return _opened(path, data_file, archived=archive)
+    path = fetch(data_file)
+    return _opened(path, data_file, archived=data_file.member is not None)
 
 
-def _opened(path: Path, origin: Origin, *, archived: bool) -> TaskFile:
-    member = origin.member if archived else None
-    labels = read_bytes(path, origin.labels) if archived and origin.labels else None
+def _opened(path: Path, data_file: DatasetFile, *, archived: bool) -> TaskFile:
+    member = data_file.member if archived else None
+    labels = read_bytes(path, data_file.labels) if archived and data_file.labels else None
     return TaskFile(read_bytes(path, member), str(path), labels)
 
 
-def fetch(origin: Origin) -> Path:
-    """The file in the cache, downloaded if it is not there: whole and with its checksum, or not at all."""
-    if origin.place.is_file():
-        if origin.sha256 is not None and file_sha256(origin.place) != origin.sha256:
-            raise UserError(
-                f"{origin.place} is not the file from {origin.address} (its sha256 differs): "
-                "remove it, or name it with --task-data"
+def fetch(data_file: DatasetFile) -> Path:
+    """The path of the file in the cache, downloaded if it is missing. The checksum is verified."""
+    if data_file.cache_path.is_file():
+        if data_file.sha256 is not None and file_sha256(data_file.cache_path) != data_file.sha256:
+            raise DataError(
+                f"{data_file.cache_path} is not the file from {data_file.download_url} (its sha256 differs): "
+                "remove it, or name a local file with --task-data (gpt2 train: --eval-tasks-data)"
             )
-        return origin.place
+        return data_file.cache_path
     if _offline():
-        raise UserError(
-            f"{origin.name} is not in the cache and HF_HUB_OFFLINE is set: download {origin.address} "
-            f"and put it at {origin.place}"
+        raise DataError(
+            f"{data_file.name} is not in the cache and HF_HUB_OFFLINE is set: download {data_file.download_url} "
+            f"and save it as {data_file.cache_path}"
         )
-    address, sha256 = origin.address, origin.sha256 or _stated_sha256(origin)
-    _log.info("downloading %s", address)
-    return download(address, origin.place, sha256)
-
-
-def is_at_hand(origin: Origin) -> bool:
-    """Whether the file is in the cache."""
-    return origin.place.is_file()
+    url, sha256 = data_file.download_url, data_file.sha256 or _hub_sha256(data_file)
+    _log.info("downloading %s", url)
+    return download(url, data_file.cache_path, sha256)
 
 
 def _endpoint() -> str:
@@ -108,24 +104,25 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _stated_sha256(origin: Origin) -> str:
-    """The checksum that the hub states for a large file at a revision. Raises UserError where it states none."""
+def _hub_sha256(data_file: DatasetFile) -> str:
+    """The checksum that the hub sends for a large file. Raises DataError if it sends none."""
     import requests
 
-    problem, mend = f"cannot download {origin.name} from {origin.address}", f"put it at {origin.place} by hand"
+    problem = f"cannot download {data_file.name} from {data_file.download_url}"
+    fix = f"save it as {data_file.cache_path}"
     try:
-        response = requests.head(origin.address, allow_redirects=False, timeout=30)
+        response = requests.head(data_file.download_url, allow_redirects=False, timeout=30)
         response.raise_for_status()
     except requests.RequestException as error:
-        raise UserError(f"{problem} ({_short(error)}): {mend}") from None
-    stated = response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or ""
-    sha256 = stated.removeprefix("W/").strip('"')
+        raise DataError(f"{problem} ({_short(error)}): {fix}") from None
+    etag = response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or ""
+    sha256 = etag.removeprefix("W/").strip('"')
     if len(sha256) != 64:
-        raise UserError(f"{problem} (the hub states no sha256): {mend}")
+        raise DataError(f"{problem} (the hub sends no sha256): {fix}")
     return sha256
 
 
 def _short(error: Exception) -> str:
-    """The kind of a connection error, or the HTTP status: what `requests` adds to it does not fit a line."""
+    """The HTTP status or the type of a connection error: the messages of `requests` are longer than a line."""
     response = getattr(error, "response", None)
     return f"HTTP {response.status_code}" if response is not None else type(error).__name__

@@ -1,11 +1,11 @@
-"""Rows as their publishers, the hub or llm-foundry write them, made into what is scored.
+"""Rows as their publishers, the hub or llm-foundry write them, converted to what is scored.
 
 Each function follows the prompt of lm-evaluation-harness's task of the same name, 0-shot, version as in `tasks.py`.
 """
 
 import re
 
-from gpt2.errors import UserError
+from gpt2.errors import DataError
 from gpt2.evaluation.choices import Choices
 from gpt2.evaluation.detokenize import detokenize_cbt, detokenize_lambada
 from gpt2.evaluation.lambada import Passage
@@ -41,7 +41,7 @@ def _partial(row: Row, delimiter: str) -> Choices:
 def _answer_key(row: Row, labels: list[str]) -> int:
     key = text_field(row, "answerKey").strip()
     if key not in labels:
-        raise UserError(f"{row[0]}: the answerKey '{key}' is not one of its labels: {', '.join(labels)}")
+        raise DataError(f"{row[0]}: the answerKey '{key}' is not one of its labels: {', '.join(labels)}")
     return labels.index(key)
 
 
@@ -106,12 +106,12 @@ def _question(row: Row, name: str) -> tuple[str, list[str], list[str]]:
         where, record = row = f"{where}, question", record["question"]
         listed, name = record.get("choices"), "stem"
         if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-            raise UserError(f"{where}: 'choices' must be a list of objects")
+            raise DataError(f"{where}: 'choices' must be a list of objects")
         texts, labels = ([text_field((where, one), key) for one in listed] for key in ("text", "label"))
         return text_field(row, name), texts, labels
     choices = record.get("choices")
     if not isinstance(choices, dict):
-        raise UserError(f"{where}: 'choices' must be an object with 'text' and 'label'")
+        raise DataError(f"{where}: 'choices' must be an object with 'text' and 'label'")
     return text_field(row, name), texts_field((where, choices), "text"), texts_field((where, choices), "label")
 
 
@@ -122,11 +122,11 @@ def winogrande(row: Row) -> Choices:
     sentence = text_field(row, "sentence")
     before, blank, after = sentence.partition("_")
     if not blank:
-        raise UserError(f"{row[0]}: the sentence has no blank '_'")
+        raise DataError(f"{row[0]}: the sentence has no blank '_'")
     options = [before + text_field(row, name) for name in ("option1", "option2")]
     rest, gold = " " + after.strip(), text_field(row, "answer")
     if gold not in ("1", "2"):
-        raise UserError(f"{row[0]}: 'answer' must be 1 or 2, not '{gold}'")
+        raise DataError(f"{row[0]}: 'answer' must be 1 or 2, not '{gold}'")
     return Choices(tuple(options), (rest, rest), int(gold) - 1, (len(rest),) * 2, row[0])
 
 
@@ -158,7 +158,7 @@ def copa(row: Row) -> Choices:
         return _foundry(row, text_field(row, "query"), "  ")
     connectors, question = {"cause": "because", "effect": "therefore"}, text_field(row, "question")
     if question not in connectors:
-        raise UserError(f"{row[0]}: 'question' must be cause or effect, not '{question}'")
+        raise DataError(f"{row[0]}: 'question' must be cause or effect, not '{question}'")
     query = f"{text_field(row, 'premise').strip()[:-1]} {connectors[question]}"
     choices = [text_field(row, name) for name in ("choice1", "choice2")]
     choices = [choice[:1].lower() + choice[1:] for choice in choices]
@@ -183,9 +183,9 @@ def cbt(row: Row) -> Choices:
     sentences, options = texts_field(row, "sentences"), texts_field(row, "options")
     question, answer = text_field(row, "question"), text_field(row, "answer")
     if "XXXXX" not in question:
-        raise UserError(f"{row[0]}: the question has no blank 'XXXXX'")
+        raise DataError(f"{row[0]}: the question has no blank 'XXXXX'")
     if answer not in options:
-        raise UserError(f"{row[0]}: the answer '{answer}' is not one of the options")
+        raise DataError(f"{row[0]}: the answer '{answer}' is not one of the options")
     before, _, after = question.partition("XXXXX")
     story = detokenize_cbt(" ".join(sentence.strip() for sentence in sentences)).text
     wholes = [detokenize_cbt(f"{before}{option}{after}".strip()).text for option in options]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gpt2.errors import UserError
+from gpt2.errors import DataError
 from gpt2.evaluation.encode import encode_pairs
 from gpt2.evaluation.measures import Measured, Prepared, Record, exp_of, mean_and_stderr, means
 from gpt2.evaluation.scorer import Scored, check_queries
@@ -13,7 +13,7 @@ from gpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Passage:
-    """A text whose last word, divided off by its last space, is to be predicted; `where` is its place in its file."""
+    """A text whose last word, after its last space, is to be predicted; `where` names its row in the file."""
 
     text: str
     where: str
@@ -31,7 +31,9 @@ def prepare_lambada(rows: Sequence[Passage], tokenizer: Tokenizer, config: GPTCo
     for row in rows:
         context, space, word = row.text.rpartition(" ")
         if not space or not word or not context.strip():
-            raise UserError(f"{row.where}: the text has no last word: at least two words divided by a space are needed")
+            raise DataError(
+                f"{row.where}: the text has no last word: at least two words separated by a space are required"
+            )
         pairs.append((context, f" {word}"))
     groups = [[query] for query in encode_pairs(tokenizer, pairs, config.block_size)]
     for row, group in zip(rows, groups, strict=True):

@@ -1,4 +1,4 @@
-"""Metrics with their standard errors, from what was scored row by row."""
+"""Metrics and their standard errors from the scores of the rows."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from gpt2.evaluation.scorer import Scored
 from gpt2.evaluation.tree import Query
 
 Record = tuple[float, ...]
-"""What is kept of one group of queries: a few numbers."""
+"""The numbers that are kept of one scored group of queries."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Prepared:
     """A task, ready to be scored.
 
     groups:    the queries, those with a common context together.
-    record:    what to keep of a scored group: a few numbers.
-    summarize: metrics from the records by the index of their group; some may be missing when it was interrupted.
-    rows:      how many rows of the data the groups are.
-    content:   what was scored, as text: its hash is the data's fingerprint.
+    record:    from the scores of a group to its record.
+    summarize: metrics from the records by the index of their group; incomplete if it was interrupted.
+    rows:      number of rows in the data.
+    content:   the scored texts, whose hash is the fingerprint of the data.
     """
 
     groups: list[list[Query]]

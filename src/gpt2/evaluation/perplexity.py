@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gpt2.errors import UserError
+from gpt2.errors import ConfigError, DataError
 from gpt2.evaluation.encode import rolling_queries, strided_queries
 from gpt2.evaluation.measures import Measured, Prepared, Record, exp_of, ratio_and_stderr
 from gpt2.evaluation.scorer import Scored, check_queries
@@ -99,14 +99,16 @@ def prepare_strided(
 def check_stride(stride: int | None, config: GPTConfig) -> None:
     """Raise UserError for a stride that no window of the model can take."""
     if stride is not None and not 1 <= stride <= config.block_size:
-        raise UserError(f"--stride must be between 1 and the model's context of {config.block_size}, not {stride}")
+        raise ConfigError(
+            f"--stride must be between 1 and the model's context of {config.block_size}, not {stride}", field="stride"
+        )
 
 
 def _prepared(
     groups: list[list[Query]], texts: Sequence[Text], units: Units, tokens: int, rows: int | None
 ) -> Prepared:
     if not groups:
-        raise UserError(f"{texts[0].where if texts else 'the text'}: there is nothing to score: too few tokens")
+        raise DataError(f"{texts[0].where if texts else 'the text'}: there is nothing to score: too few tokens")
 
     def record(index: int, scored: list[Scored]) -> Record:
         (one,) = scored

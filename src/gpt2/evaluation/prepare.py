@@ -1,4 +1,4 @@
-"""From a task's file to what is scored."""
+"""From the file of a task to its scoring passes."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from gpt2.errors import UserError
+from gpt2.errors import DataError
 from gpt2.evaluation import formats
 from gpt2.evaluation.choices import prepare_choices, prepare_completion
 from gpt2.evaluation.detokenize import detokenize_1bw, detokenize_ptb, detokenize_wikitext
@@ -33,55 +33,55 @@ GUIDE_METRICS = ("loss", "token_perplexity")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One pass over the data, and which of its metrics count; None for all."""
+class ScoringPass:
+    """One pass over the data, and the metrics to report from it; None for all."""
 
     prepared: Prepared
     metrics: tuple[str, ...] | None = None
 
-    def chosen(self, found: Measured) -> Measured:
-        """The metrics that count."""
+    def select(self, found: Measured) -> Measured:
+        """The metrics to report."""
         names = [name for name in found.metrics if self.metrics is None or name in self.metrics]
         return Measured({n: found.metrics[n] for n in names}, {n: found.stderr.get(n) for n in names})
 
 
 def prepare(
     task: Task, file: TaskFile, tokenizer: Tokenizer, config: GPTConfig, limit: int | None, stride: int | None
-) -> list[Part]:
-    """The passes of a task over its first `limit` rows; None for all. Raises UserError for what is wrong with a row."""
+) -> list[ScoringPass]:
+    """The passes of a task over its first `limit` rows; None for all. Raises DataError for an invalid row."""
     if task.kind in ("choices", "completion", "lambada"):
         assert callable(task.read)
         rows = [task.read(row) for row in islice(_rows(task, file), limit)]
         if not rows:
-            raise UserError(f"there are no rows in {file.where}")
+            raise DataError(f"there are no rows in {file.where}")
         if task.kind == "lambada":
-            return [Part(prepare_lambada(rows, tokenizer, config))]
+            return [ScoringPass(prepare_lambada(rows, tokenizer, config))]
         if task.kind == "completion":
-            return [Part(prepare_completion(rows, tokenizer, config))]
-        return [Part(prepare_choices(rows, tokenizer, config, normalized=task.normalized))]
+            return [ScoringPass(prepare_completion(rows, tokenizer, config))]
+        return [ScoringPass(prepare_choices(rows, tokenizer, config, normalized=task.normalized))]
     if task.kind == "paper":
         texts, rows, newlines = _paper_texts(task, file, limit)
         units = word_units(texts, newlines=newlines)
-        return [Part(prepare_rolling(texts, tokenizer, config, units, stride, rows=rows))]
+        return [ScoringPass(prepare_rolling(texts, tokenizer, config, units, stride, rows=rows))]
     return _wikitext(task.kind, file, tokenizer, config, limit, stride)
 
 
 def _wikitext(
     kind: str, file: TaskFile, tokenizer: Tokenizer, config: GPTConfig, limit: int | None, stride: int | None
-) -> list[Part]:
+) -> list[ScoringPass]:
     pages = wikitext_pages(file.content, file.where)
     original = wikitext_text(file.content, file.where) if limit is None else "\n".join(pages[:limit])
     pages = pages[:limit]
-    parts = []
+    passes = []
     if kind in ("guide", "harness"):
         texts = harness_pages(pages, file.where)
         rolling = prepare_rolling(texts, tokenizer, config, harness_units(texts))
-        parts.append(Part(rolling, HARNESS_METRICS if kind == "guide" else None))
+        passes.append(ScoringPass(rolling, HARNESS_METRICS if kind == "guide" else None))
     if kind in ("guide", "strided"):
         text = Text(guide_text(original), original, file.where)
         strided = prepare_strided(text, tokenizer, config, word_units([text]), stride, rows=len(pages))
-        parts.append(Part(strided, GUIDE_METRICS if kind == "guide" else None))
-    return parts
+        passes.append(ScoringPass(strided, GUIDE_METRICS if kind == "guide" else None))
+    return passes
 
 
 def _rows(task: Task, file: TaskFile) -> Iterable[Row]:
@@ -96,7 +96,7 @@ def _rows(task: Task, file: TaskFile) -> Iterable[Row]:
     rows = list(rows_of(content, where))
     labels = text_of(file.labels, f"the labels in {where}").split()
     if len(labels) != len(rows):
-        raise UserError(f"{where} has {len(rows)} rows and {len(labels)} labels")
+        raise DataError(f"{where} has {len(rows)} rows and {len(labels)} labels")
     return [(place, {**record, "label": label}) for (place, record), label in zip(rows, labels, strict=True)]
 
 
@@ -113,7 +113,9 @@ def _cbt_rows(text: str, where: str) -> list[Row]:
             continue
         fields = rest.split("\t")
         if len(fields) < 4:
-            raise UserError(f"{where} line {number}: a question, an answer and options divided by tabs are needed")
+            raise DataError(
+                f"{where} line {number}: a question, an answer and options, separated by tabs, are required"
+            )
         options = [option for option in fields[-1].strip().split("|") if option]
         record = {"sentences": sentences, "question": fields[0], "answer": fields[1], "options": options}
         rows.append((f"{where} line {number}", record))
@@ -122,7 +124,7 @@ def _cbt_rows(text: str, where: str) -> list[Row]:
 
 
 def _paper_texts(task: Task, file: TaskFile, limit: int | None) -> tuple[list[Text], int, bool]:
-    """The texts of a perplexity set, how many rows they are, and whether the end of a line is a word there."""
+    """The texts of a perplexity set, their number of rows, and whether the end of a line counts as a word."""
     content, where = file.content, file.where
     if task.read == "wikitext":
         pages = wikitext_pages(content, where)[:limit]
@@ -140,17 +142,17 @@ def _paper_texts(task: Task, file: TaskFile, limit: int | None) -> tuple[list[Te
 
 def prepare_task_file(
     content: bytes, where: str, tokenizer: Tokenizer, config: GPTConfig, limit: int | None
-) -> list[Part]:
+) -> list[ScoringPass]:
     """Any file of rows {query, choices, gold} or {context_options, continuation, gold}."""
     rows = [formats.generic(row) for row in islice(rows_of(content, where), limit)]
     if not rows:
-        raise UserError(f"there are no rows in {where}")
+        raise DataError(f"there are no rows in {where}")
     normalized = not any(len(set(row.contexts)) > 1 for row in rows)
-    return [Part(prepare_choices(rows, tokenizer, config, normalized=normalized))]
+    return [ScoringPass(prepare_choices(rows, tokenizer, config, normalized=normalized))]
 
 
 def fingerprint_of(contents: Sequence[Any]) -> str:
-    """SHA-256, in hex, of what is scored: equal data in another file format has the same."""
+    """SHA-256, in hex, of what is scored. It does not depend on the file format."""
     import hashlib
 
     text = json.dumps(list(contents), ensure_ascii=True, sort_keys=True, separators=(",", ":"))

@@ -1,7 +1,7 @@
-"""What others published for OpenAI's four models: benchmark scores, and values that prove the weights are right."""
+"""Values published for OpenAI's four models: benchmark scores, and checks of the weights."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpt2.errors import UserError
+from gpt2.errors import ConfigError
 from gpt2.evaluation.encode import encode_separately, rolling_queries
 from gpt2.evaluation.scorer import LanguageModel, evaluating, score
 from gpt2.evaluation.tree import Query
@@ -32,9 +32,9 @@ def openai_size(config: GPTConfig) -> str | None:
 
 
 def published_scores(size: str | None, task: str, metric: str, stride: int | None = None) -> list[tuple[float, str]]:
-    """(value, protocol) of what was published for one of OpenAI's models; nothing for other models.
+    """(value, protocol) of the published values for one of OpenAI's models; empty for other models.
 
-    stride: of this run's windows; values of another stride are left out.
+    stride: of the windows; values with another stride are excluded.
     """
     return [
         (entry["values"][size], entry["protocol"])
@@ -45,11 +45,23 @@ def published_scores(size: str | None, task: str, metric: str, stride: int | Non
     ]
 
 
+def reference_scores(tasks: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
+    """By (task, metric): the values of OpenAI's models in one protocol, by the name of the model.
+
+    Of several protocols the last in the data file is taken, which is the one that the task follows.
+    """
+    return {
+        (entry["task"], entry["metric"]): entry["values"]
+        for entry in published()["scores"]
+        if entry["task"] in tasks and entry.get("stride", 1024) == 1024
+    }
+
+
 @dataclass(frozen=True)
 class Check:
-    """One published value beside what this model gives.
+    """One published value and the value of this model.
 
-    difference: the largest absolute one of numbers; None for tokens and texts, which must be equal.
+    difference: the largest absolute difference of numbers; None for tokens and texts, which must be equal.
     """
 
     name: str
@@ -63,13 +75,14 @@ class Check:
 
 
 def run_checks(model: LanguageModel, tokenizer: Tokenizer) -> Iterator[Check]:
-    """Every published value for a model of this shape, checked.
+    """Check every published value for a model of this shape.
 
-    Raises UserError where the model has none of OpenAI's four shapes.
+    Raises ConfigError if the model has none of OpenAI's four shapes.
     """
     size = openai_size(model.config)
     if size is None:
-        raise UserError(f"published values exist for {', '.join(OPENAI_CONFIGS)}: this model has another shape")
+        sizes = ", ".join(OPENAI_CONFIGS)
+        raise ConfigError(f"published values exist for {sizes}: this model has another shape", field="tasks")
     for check in published()["checks"]:
         if check["model"] == size:
             yield _run(check, model, tokenizer)
@@ -140,7 +153,7 @@ def _rolling(check: Mapping[str, Any], model: LanguageModel, tokenizer: Tokenize
 
 @torch.inference_mode()
 def _greedy(check: Mapping[str, Any], model: LanguageModel, tokenizer: Tokenizer) -> list[int] | str:
-    """What greedy decoding writes, as many tokens as are expected."""
+    """The greedy continuation, with as many tokens as are expected."""
     ids, expected = _ids(check, tokenizer), check["expected"]
     count = len(tokenizer.encode(expected)) if isinstance(expected, str) else len(expected)
     cache = model.make_cache(1, len(ids) + count)

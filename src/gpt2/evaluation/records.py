@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2.errors import UserError, missing_extra
+from gpt2.errors import DataError, missing_extra
 from gpt2.files import check_regular_file
 
 Row = tuple[str, dict[str, Any]]
@@ -33,19 +33,19 @@ def read_bytes(path: Path, member: str | None = None) -> bytes:
         with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
             return _read_all(file, path)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _read_all(file: Any, path: Path) -> bytes:
     content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise UserError(f"{path} holds more than {MOST_BYTES >> 30} GiB")
+        raise DataError(f"{path} holds more than {MOST_BYTES >> 30} GiB")
     return content
 
 
 def _read_member(path: Path, member: str | None) -> bytes:
     if member is None:
-        raise UserError(f"{path} is an archive: unpack it and name the file in it")
+        raise DataError(f"{path} is an archive: unpack it and name the file in it")
     if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(member)]
@@ -57,7 +57,7 @@ def _read_member(path: Path, member: str | None) -> bytes:
             for info in archive:
                 if info.isfile() and info.name.endswith(member):
                     return _read_all(archive.extractfile(info), path)
-    raise UserError(f"{path} holds no {member}")
+    raise DataError(f"{path} holds no {member}")
 
 
 def is_parquet(content: bytes) -> bool:
@@ -70,7 +70,7 @@ def text_of(content: bytes, where: str) -> str:
     try:
         return content.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: bad byte at offset {error.start:,}") from None
+        raise DataError(f"{where} is not UTF-8 text: bad byte at offset {error.start:,}") from None
 
 
 def rows_of(content: bytes, where: str) -> Iterator[Row]:
@@ -83,7 +83,7 @@ def rows_of(content: bytes, where: str) -> Iterator[Row]:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
+            raise DataError(f"{where} is not JSON: {error}") from None
         yield from ((f"{where} row {i}", _object(value, f"{where} row {i}")) for i, value in enumerate(values, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -92,13 +92,13 @@ def rows_of(content: bytes, where: str) -> Iterator[Row]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{place} is not JSON: {error}") from None
+                raise DataError(f"{place} is not JSON: {error}") from None
             yield place, _object(value, place)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where} is {_kind(value)}, not an object with fields")
+        raise DataError(f"{where} is {_kind(value)}, not an object with fields")
     return value
 
 
@@ -113,14 +113,14 @@ def _parquet_rows(content: bytes, where: str) -> Iterator[Row]:
             yield f"{where} row {number}", record
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{where} is not a readable Parquet file: {reason}") from None
+        raise DataError(f"{where} is not a readable Parquet file: {reason}") from None
 
 
 def text_field(row: Row, name: str) -> str:
     """A field that is text. Raises UserError where it is missing or something else."""
     value = _field(row, name)
     if not isinstance(value, str):
-        raise UserError(f"{row[0]}: '{name}' is {_kind(value)}, not text")
+        raise DataError(f"{row[0]}: '{name}' is {_kind(value)}, not text")
     return value
 
 
@@ -128,7 +128,7 @@ def texts_field(row: Row, name: str) -> list[str]:
     """A field that is a list of at least two texts."""
     value = _field(row, name)
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
-        raise UserError(f"{row[0]}: '{name}' must be a list of two texts or more")
+        raise DataError(f"{row[0]}: '{name}' must be a list of two texts or more")
     return value
 
 
@@ -138,14 +138,14 @@ def index_field(row: Row, name: str, count: int) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
     if not isinstance(value, int) or not 0 <= value < count:
-        raise UserError(f"{row[0]}: '{name}' must be a whole number from 0 to {count - 1}, not {value!r}")
+        raise DataError(f"{row[0]}: '{name}' must be a whole number from 0 to {count - 1}, not {value!r}")
     return int(value)
 
 
 def _field(row: Row, name: str) -> Any:
     where, record = row
     if record.get(name) is None:
-        raise UserError(f"{where} has no '{name}'")
+        raise DataError(f"{where} has no '{name}'")
     return record[name]
 
 

@@ -1,4 +1,4 @@
-"""Results as JSON, and as a table with what was published for OpenAI's models beside."""
+"""Results as JSON, and as a table with the values published for OpenAI's models."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,9 @@ FRACTIONS = ("acc", "acc_norm", "acc_last_token")
 
 @dataclass
 class ModelReport:
-    """Everything that was measured of one model.
+    """All results of one model.
 
-    size: which of OpenAI's four shapes it has; None for another.
+    size: the name of OpenAI's model of the same shape; None if there is none.
     """
 
     model: str
@@ -25,7 +25,7 @@ class ModelReport:
     checks: list[Check] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON of one model; what is infinite becomes null."""
+        """The JSON of one model; infinite values become null."""
         found: dict[str, Any] = {
             "model": self.model,
             "results": {name: _finite(result.to_json()) for name, result in self.results.items()},
@@ -82,7 +82,7 @@ def _cell(result: TaskResult | None, metric: str) -> str:
 
 
 def shown(metric: str, value: float) -> str:
-    """A metric's value with as many digits as are worth reading."""
+    """The value of a metric, rounded for display."""
     if metric in FRACTIONS:
         return f"{value:.4f}"
     return f"{value:.4g}" if abs(value) >= 1e5 else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"

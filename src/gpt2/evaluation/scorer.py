@@ -1,7 +1,7 @@
 """The log-likelihood scorer: log-probabilities of given tokens after given contexts.
 
-Three things make it fast. Sequences with a common beginning share its computation (`gpt2.evaluation.tree`); batches
-hold groups of about equal length, so that little is padding; and logits are computed only where a token is scored.
+Sequences with a common prefix share its computation (`gpt2.evaluation.tree`). Batches hold groups of similar length, so
+that there is little padding. Logits are computed only at positions where a token is scored.
 """
 
 import random
@@ -15,27 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.cache import KVCache
-from gpt2.errors import UserError
-from gpt2.evaluation.share import Share
+from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from gpt2.errors import DataError, NonFiniteLogitsError
 from gpt2.evaluation.tree import Query, Tree, TreeAttention, build_tree
 from gpt2.model import GPT, GPTConfig
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # positions in a batch, padding included
 HEAD_ROWS = {"cpu": 512, "cuda": 4096}  # positions whose logits are held at a time
-CACHE_ELEMENTS = 2**21  # of those, what a CPU works on at once, so that it stays in the cache
-FULL_TOKENS = {"cpu": 512, "cuda": 8192}  # a batch that has so many may end, rather than take much shorter rows
-MOST_PADDING = 0.1
+CACHE_ELEMENTS = 2**21  # logits that a CPU processes at once, so that they stay in its cache
+FULL_TOKENS = {"cpu": 512, "cuda": 8192}  # from this size on, a batch does not take much shorter rows
+MAX_PADDING = 0.1
 SHUFFLE_SEED = 20190214  # batches are visited in a fixed random order, so that a running score is representative
 
 
 class LanguageModel(Protocol):
-    """What can be scored: a `gpt2.model.GPT`, or the CPU kernel's stand-in for it."""
+    """A model that can be scored: a `gpt2.model.GPT`, or the CPU kernel with the same interface."""
 
     config: GPTConfig
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are put."""
+        """The device for input tokens."""
         ...
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
@@ -54,10 +54,10 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Scored:
-    """What the model gives one query.
+    """The scores of one query.
 
     logprobs: float32 (scored,): log-probabilities of the scored tokens, in nats.
-    greedy:   bool (scored,): whether each is the most likely token at its place.
+    greedy:   bool (scored,): whether each is the most likely token at its position.
     """
 
     logprobs: np.ndarray
@@ -75,12 +75,12 @@ class Scored:
 
 
 def check_queries(queries: Sequence[Query], config: GPTConfig, where: str) -> None:
-    """Raise UserError for a query that the model cannot score; `where` names the row."""
+    """Raises DataError for a query that the model cannot score; `where` names the row."""
     for query in queries:
         if query.scored < 1:
-            raise UserError(f"{where}: the text to score has no tokens")
+            raise DataError(f"{where}: there are no tokens to score")
         if query.scored > config.block_size or len(query.tokens) > config.block_size + 1:
-            raise UserError(
+            raise DataError(
                 f"{where}: {query.scored} tokens to score do not fit the model's context of {config.block_size}"
             )
 
@@ -88,24 +88,23 @@ def check_queries(queries: Sequence[Query], config: GPTConfig, where: str) -> No
 def score(
     model: LanguageModel,
     groups: Sequence[Sequence[Query]],
-    share: Share | None = None,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     batch_tokens: int | None = None,
 ) -> Iterator[list[tuple[int, list[Scored]]]]:
     """Score groups of queries, batch after batch: yields (index of the group, its queries' scores) for each batch.
 
-    groups:       queries that are scored together; what they have in common at the beginning is computed once.
-    share:        this rank's place. The batches are the same for any number of ranks; each rank takes its own.
-    batch_tokens: positions in a batch, padding included; by default as many as suit the device.
+    groups:       queries that are scored together; their common prefix is computed once.
+    ranks:        the processes that share the batches, which are the same for any number of ranks; each takes its own.
+    batch_tokens: positions in a batch, padding included; by default chosen by device type.
 
-    Every query must pass `check_queries`. Raises UserError when the model gives nan or inf.
+    Every query must pass `check_queries`. Raises NonFiniteLogitsError when the model computes nan or inf.
     """
-    share = share or Share()
     kind = model.device.type
     trees = [build_tree(group) for group in groups]
     budget = batch_tokens or BATCH_TOKENS.get(kind, 8192)
     batches = _batches([len(tree) for tree in trees], budget, min(budget, FULL_TOKENS.get(kind, 2048)))
     rows = HEAD_ROWS.get(kind, 1024)
-    for batch in batches[share.rank :: share.size]:
+    for batch in batches[ranks.rank :: ranks.world_size]:
         with torch.inference_mode(), evaluating(model):
             chosen = [trees[i] for i in batch]
             hidden = _hidden_of_trees(model, chosen) if isinstance(model, GPT) else _hidden_through_cache(model, chosen)
@@ -116,13 +115,13 @@ def score(
 def _batches(lengths: Sequence[int], budget: int, full: int) -> list[list[int]]:
     """Indices of groups, about equal lengths together, at most `budget` positions or one group in a batch.
 
-    full: a batch of so many positions takes no row that is mostly shorter: padding costs more than another batch.
+    full: a batch with this many positions takes no much shorter row: padding would cost more than another batch.
     """
     batches: list[list[int]] = []
     width = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         size = len(batches[-1]) if batches else 0
-        shorter = lengths[i] < (1 - MOST_PADDING) * width and size * width >= full
+        shorter = lengths[i] < (1 - MAX_PADDING) * width and size * width >= full
         if not batches or (size + 1) * width > budget or shorter:
             batches.append([])
             width = lengths[i]
@@ -191,7 +190,7 @@ def _score_rows(
     own = logits[at, ids]
     best, total = _max_and_logsumexp(logits)
     if not total.isfinite().all():
-        raise UserError("the model gives nan or inf: its weights are damaged, or too large for its dtype")
+        raise NonFiniteLogitsError("the model computes nan or inf: its weights are damaged, or too large for its dtype")
     return (own - total[at]).cpu().numpy(), _is_first_best(logits, best, at, ids, own).cpu().numpy()
 
 
@@ -217,7 +216,7 @@ def _is_first_best(logits: Tensor, best: Tensor, at: Tensor, ids: Tensor, own: T
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """No dropout within; every module's mode is restored afterwards."""
+    """Evaluation mode (no dropout) in the block; the mode of every module is restored afterwards."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False

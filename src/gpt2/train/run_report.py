@@ -1,6 +1,7 @@
 """The description of a run at its start, and its loss plot and report at its end."""
 
 import logging
+from collections.abc import Mapping
 
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, measure_matmul, peak_memory
@@ -30,17 +31,20 @@ def describe_run(run: Run) -> str:
     )
 
 
-def write_report(run: Run, stop_reason: str) -> None:
-    """Write the loss plot and the report of a run that ends here; `stop_reason` is empty if it is finished."""
+def write_report(run: Run, stop_reason: str, published: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    """Write the loss plot and the report of a run that ends here; `stop_reason` is empty if it is finished.
+
+    published: values of OpenAI's models on the evaluation tasks: see `task_evaluation.TaskEvaluator`.
+    """
     vocab_size = run.data.tokenizer.vocab_size
     peak = peak_memory(run.device)  # before the measurement below uses memory
     entropy = unigram_entropy(run.data.token_counts(MAX_ENTROPY_TOKENS))
     title = f"{run.config.name}: {run.model.num_parameters() / 1e6:.1f}M parameters on {run.data.name}"
     try:
-        plot_loss(run.folder, title, vocab_size, entropy)
+        plot_loss(run.folder, title, vocab_size, entropy, published)
     except UserError as error:  # matplotlib is an optional dependency
         log.warning("%s", error)
-    write_markdown_report(run.folder, _run_facts(run, entropy, peak, stop_reason))
+    write_markdown_report(run.folder, _run_facts(run, entropy, peak, stop_reason), published)
 
 
 def _run_facts(run: Run, entropy: float, peak: int, stop_reason: str) -> RunFacts:

@@ -26,17 +26,24 @@ from gpt2.train.run_folder import RunFolder
 from gpt2.train.run_report import describe_run, write_report
 from gpt2.train.setup import Run, setup_run
 from gpt2.train.stopping import Interrupted, StopCondition, catch_signals
+from gpt2.train.task_evaluation import TaskEvaluator, evaluate_on_tasks
 
 Sampler = Callable[[GPT, Tokenizer, str, int], str]  # (model, tokenizer, prompt, max_new_tokens) -> text
 
 OVERFITTING_EVALS = 2  # validations in a row without improvement, after which overfitting is reported
 
 
-def train(config: TrainConfig, sampler: Sampler | None = None, ranks: ProcessGroup = SINGLE_PROCESS) -> Path:
+def train(
+    config: TrainConfig,
+    sampler: Sampler | None = None,
+    ranks: ProcessGroup = SINGLE_PROCESS,
+    evaluator: TaskEvaluator | None = None,
+) -> Path:
     """Train as `config` says, and return the run folder.
 
-    sampler: generates a text with the current model, after every validation.
-    ranks:   the processes that train together, each of which calls this; only the main process writes the run folder.
+    sampler:   generates a text with the current model, after every validation.
+    ranks:     the processes that train together, each of which calls this; only the main process writes the run folder.
+    evaluator: evaluates the current model on the tasks of the config, every `eval_tasks_every` steps and at the last.
 
     Raises UserError for mistakes that the user can fix, and Interrupted when a signal or --max-minutes stopped the run.
     """
@@ -47,21 +54,25 @@ def train(config: TrainConfig, sampler: Sampler | None = None, ranks: ProcessGro
         stop = StopCondition(stack.enter_context(catch_signals(restore_after_first=ranks.is_single_process)), deadline)
         run = setup_run(config, ranks.broadcast_from_main(lambda: locked.path if locked else Path()), ranks)
         with ranks.raise_on_all_ranks():
+            if evaluator is not None:
+                evaluator.prepare(run.model, run.data.tokenizer)
             if locked is not None:
                 locked.initialize(run.config, run.checkpoint, published=run.should_publish)
-        train_loop(run, sampler, stop)
+        train_loop(run, sampler, stop, evaluator)
         finished = run.step == run.config.max_steps or run.early_stopped
         code, reason = (0, "") if finished else max(ranks.all_gather_object((stop.exit_code(), stop.reason())))
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
                 run.artifact.save_merged(run.model, run.folder)
-                write_report(run, reason)
+                write_report(run, reason, evaluator.published if evaluator else None)
     if not finished:
         raise Interrupted(run.folder, run.step, reason, code)
     return run.folder
 
 
-def train_loop(run: Run, sampler: Sampler | None, stop_condition: StopCondition) -> None:
+def train_loop(
+    run: Run, sampler: Sampler | None, stop_condition: StopCondition, evaluator: TaskEvaluator | None = None
+) -> None:
     """Train from the run's current step to its last one, or until `stop_condition` holds. The end state is saved."""
     config, ranks, is_main = run.config, run.ranks, run.ranks.is_main_process
     last_step = run.step if run.early_stopped else config.max_steps
@@ -93,6 +104,8 @@ def train_loop(run: Run, sampler: Sampler | None, stop_condition: StopCondition)
                 record |= _evaluate_and_sample(run, sampler)
             improved = run.best_validation.update(record)
             _report_overfitting(run, record, logger)
+            if evaluator and (is_last or run.early_stopped or _is_due(run.step, config.eval_tasks_every)):
+                record |= evaluate_on_tasks(run, evaluator, logger)
             writer.raise_if_failed()
             record["seconds"] = time.perf_counter() - started
             record["tokens_per_second"] = run.tokens_per_step / record["update_seconds"]
