@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2.commands.finetune import main as finetune
-from gpt2.commands.train import make_evaluator
+from gpt2.commands.training import make_evaluator
 from gpt2.config import TrainConfig, config_for_resume
 from gpt2.data.loader import Batch
 from gpt2.distributed.parallel import DistributedModel, full_tensor
