@@ -249,7 +249,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+    def wait_for(self, pattern: str, seconds: float = 240) -> str:
         """Return the screen since the last call, up to the pattern."""
         end = time.monotonic() + seconds
         while (found := re.search(pattern, self.screen)) is None:
@@ -259,7 +259,7 @@ class Terminal:
 
     def rest(self) -> str:
         """Return all output until the program exits."""
-        while self._read(60):
+        while self._read(240):
             pass
         self.process.wait(60)
         return self.screen
