@@ -24,10 +24,9 @@ def model_folder(tmp_path: Path) -> str:
 def test_train_then_sample_then_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 100)
     flags = "--tokenizer bpe:300 --n-layer 1 --n_head 2 --n-embd=16 --block-size 16 --batch_size 4 --max-steps 6"
-    more = f"--warmup-steps 2 --eval-every 3 --device cpu --dtype float32 --out-dir {tmp_path}/runs --sample-tokens 5"
-    code, out, err = run_cli(
-        capsys, "train", "shakespeare", "--data", str(tmp_path / "text.txt"), *flags.split(), *more.split()
-    )
+    more = "--warmup-steps 2 --eval-every 3 --device cpu --dtype float32 --sample-tokens 5"
+    paths = ["--data", str(tmp_path / "text.txt"), "--out-dir", str(tmp_path / "runs")]
+    code, out, err = run_cli(capsys, "train", "shakespeare", *paths, *flags.split(), *more.split())
     assert (code, out) == (0, f"{tmp_path}/runs/shakespeare\n"), err
     assert "step 6/6" in err
     assert "run folder" in err
@@ -67,8 +66,9 @@ def test_print_config_can_be_fed_back(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_training_uses_the_tokenizer_of_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
-    flags = f"--data {tmp_path}/docs --max-steps 2 --warmup-steps 1 --n-embd 16 --n-layer 1 --out-dir {tmp_path}/runs"
-    code, out, err = run_cli(capsys, "train", "quickstart", *flags.split())  # whose own tokenizer is bpe:1024
+    paths = ["--data", str(tmp_path / "docs"), "--out-dir", str(tmp_path / "runs")]
+    flags = "--max-steps 2 --warmup-steps 1 --n-embd 16 --n-layer 1".split()
+    code, out, err = run_cli(capsys, "train", "quickstart", *paths, *flags)  # whose own tokenizer is bpe:1024
     assert code == 0, err
     _, tokenizer = gpt2.load(out.strip())
     assert tokenizer is not None
@@ -161,7 +161,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "shards"), "--tokenizer", "bytes")
     places = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "short", "latin")}
     places |= {"shards": str(tmp_path / "shards"), "file": str(tmp_path / "file"), "tmp": str(tmp_path)}
-    arguments = argv.format(**places, model_folder=model_folder, long="x" * 70, endless="x" * 300).split(" ")
+    places |= {"model_folder": model_folder, "long": "x" * 70, "endless": "x" * 300}
+    arguments = [word.format(**places) for word in argv.split(" ")]  # a path may have spaces
     if arguments[0] == "train" and "--out-dir" not in arguments:
         arguments += ["--out-dir", str(tmp_path / "runs")]
     before = sorted(tmp_path.rglob("*"))
