@@ -67,7 +67,7 @@ def test_print_config_can_be_fed_back(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_training_uses_the_tokenizer_of_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_cli(capsys, "data", "prepare", "python-docs", str(tmp_path / "docs"), "--tokenizer", "bytes")
     paths = ["--data", str(tmp_path / "docs"), "--out-dir", str(tmp_path / "runs")]
-    flags = "--max-steps 2 --warmup-steps 1 --n-embd 16 --n-layer 1".split()
+    flags = ["--max-steps", "2", "--warmup-steps", "1", "--n-embd", "16", "--n-layer", "1"]
     code, out, err = run_cli(capsys, "train", "quickstart", *paths, *flags)  # whose own tokenizer is bpe:1024
     assert code == 0, err
     _, tokenizer = gpt2.load(out.strip())
