@@ -22,12 +22,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gpt2.characters import characters_of
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import path_of
 from gpt2.vocabulary import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
     Table,
+    added_tokens_beside,
     build_backend,
     cut_long_words,
     cuts_like_gpt2,
@@ -35,7 +37,6 @@ from gpt2.vocabulary import (
     extended,
     fingerprint_of,
     gpt2_encoding,
-    marks_of_config,
     only_plain_marks,
     read_merges,
     recover_merges,
@@ -182,7 +183,7 @@ class BPETokenizer(_ByteLevelTokenizer):
         self._backend = backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BPETokenizer, (self._backend,)  # pickling forgets encode_special_tokens
+        return BPETokenizer, (self._backend,), {"end_of_text": self.end_of_text}  # forgets encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return _encode_with_library(self._backend, texts)
@@ -307,11 +308,13 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer whose files lie in `folder`, or None when there are none.
 
-    `tokenizer.json` is read where there is one, else `vocab.json` with `merges.txt`. GPT-2's vocabulary and
+    `tokenizer.json` is read where there is one, else `vocab.json` with `merges.txt`, which OpenAI called
+    `encoder.json` and `vocab.bpe`. GPT-2's vocabulary and
     the plain bytes are known by what they hold, and need no merges. A file that is broken, or no byte-level
     BPE, is a `UserError` that names it.
     """
-    for name, load in ("tokenizer.json", _load_tokenizer_json), ("vocab.json", _load_vocab_json):
+    readers = {"tokenizer.json": _load_tokenizer_json, "vocab.json": _load_vocab_json, "encoder.json": _load_vocab_json}
+    for name, load in readers.items():
         path = folder / name
         if path.is_file():
             try:
@@ -327,6 +330,8 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
+    if characters := characters_of(spec):
+        return characters
     table = table_of_json(spec)
     if cuts_like_gpt2(spec) and only_plain_marks(spec) and (known := _known_tokenizer(table)):
         return known
@@ -339,11 +344,12 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
 def _load_vocab_json(path: Path) -> Tokenizer:
     """The tokenizer in a `vocab.json`, or a `ValueError`; a `UserError` when a file beside it is at fault."""
-    marks = marks_of_config(path.with_name("tokenizer_config.json"))
-    table = table_of_ids(json.loads(path.read_text(encoding="utf-8")), added={END_OF_TEXT, *marks})
+    marks = added_tokens_beside(path)
+    ids = json.loads(path.read_text(encoding="utf-8"))
+    table = table_of_ids({**ids, **marks} if isinstance(ids, dict) else ids, added={END_OF_TEXT, *marks})
     if known := _known_tokenizer(table):
         return known
-    merges_path = path.with_name("merges.txt")
+    merges_path = path.with_name("vocab.bpe" if path.name == "encoder.json" else "merges.txt")  # OpenAI's names
     try:
         merges = read_merges(merges_path)
         made = {left + right for left, right in merges}
@@ -355,6 +361,59 @@ def _load_vocab_json(path: Path) -> Tokenizer:
         raise UserError(f"no {merges_path}, without which vocab.json is of no use") from None
     except Exception as error:  # the library raises nothing more precise
         raise UserError(f"cannot use {merges_path}: {error}") from error
+
+
+def tokenizer_of(
+    tokens: Sequence[str], merges: Iterable[tuple[str, str]], special: Sequence[int] = (), symbols: Sequence[int] = ()
+) -> Tokenizer:
+    """The tokenizer of a list of tokens and merges, spelled as in `vocab.json`.
+
+    special: ids of the tokens that no text can spell; symbols: of those that a text becomes wherever it has them.
+    Raises ValueError for what is no byte-level BPE.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    added = {tokens[i] for i in (*special, *symbols)} | {END_OF_TEXT}
+    if len(set(tokens)) != len(tokens):
+        raise ValueError("a token is there twice")
+    table = table_of_ids({token: i for i, token in enumerate(tokens)}, added)
+    if not symbols and (known := _known_tokenizer(table)):
+        return known
+    try:
+        spec = json.loads(build_backend(table, [(unspell(left), unspell(right)) for left, right in merges]).to_str())
+        for token in spec["added_tokens"]:
+            token["special"] = token["id"] not in symbols
+        return BPETokenizer(Backend.from_str(json.dumps(spec)))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(str(error)) from error
+
+
+def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The tokenizer without the added tokens for which a model of `vocab_size` has no embedding.
+
+    Raises ValueError when ordinary tokens are among them, so that it is the tokenizer of another model.
+    """
+    if tokenizer.vocab_size <= vocab_size:
+        return tokenizer
+    table = tokenizer._table if isinstance(tokenizer, _ByteLevelTokenizer) else None
+    if table is None or not table.added.issuperset(range(vocab_size, len(table.tokens))):
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
+    left = Table(table.tokens[:vocab_size], frozenset(i for i in table.added if i < vocab_size))
+    if not isinstance(tokenizer, BPETokenizer):
+        return GPT2Tokenizer(encoding_of(left)) if isinstance(tokenizer, GPT2Tokenizer) else _bytes_of(left)
+    from tokenizers import Tokenizer as Backend
+
+    spec = json.loads(tokenizer._backend.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < vocab_size]
+    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if i < vocab_size}
+    return BPETokenizer(Backend.from_str(json.dumps(spec)))
+
+
+def ending_with(tokenizer: Tokenizer, token: int) -> Tokenizer:
+    """The same tokenizer, of which a text ends with another of its special tokens, as a model may want."""
+    other = copy.copy(tokenizer)
+    other.end_of_text = token
+    return other
 
 
 def _known_tokenizer(table: Table) -> Tokenizer | None:

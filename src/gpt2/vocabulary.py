@@ -114,15 +114,28 @@ def only_plain_marks(spec: dict[str, Any]) -> bool:
     return all(token.get("special") and not any(token.get(name) for name in unusual) for token in others)
 
 
-def marks_of_config(path: Path) -> list[str]:
-    """The added tokens that a `tokenizer_config.json` names, if there is one. A broken one is a `UserError`."""
-    try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
-        return [str(token["content"]) for token in named.values()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"cannot use {path}: {error!r}") from error
+def added_tokens_beside(path: Path) -> dict[str, int]:
+    """The added tokens and ids in `added_tokens.json` and `tokenizer_config.json` beside `path`, where they are.
+
+    Raises UserError for a broken one.
+    """
+    added: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        file = path.with_name(name)
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            named = raw if name == "added_tokens.json" else raw.get("added_tokens_decoder") or {}
+            added |= {
+                str(key if name == "added_tokens.json" else value["content"]): int(
+                    value if name == "added_tokens.json" else key
+                )
+                for key, value in named.items()
+            }
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"cannot use {file}: {error!r}") from error
+    return added
 
 
 def extended(table: Table, texts: Sequence[str]) -> Table:

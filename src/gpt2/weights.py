@@ -1,31 +1,32 @@
-"""The model folder, the one currency: weights in and out in Hugging Face's form.
+"""Models in and out: every known checkpoint format in, the model folder of `transformers` out.
 
 A model folder holds `config.json`, `model.safetensors` (or shards with an index), tokenizer files and
-`generation_config.json`, as `transformers` writes and reads them. There the attention and MLP matrices are kept
-(in, out), a habit of OpenAI's TensorFlow code ("Conv1D"); in memory ours are `nn.Linear`'s (out, in).
+`generation_config.json`. There the matrices of the blocks are kept (in, out), a habit of OpenAI's TensorFlow code
+("Conv1D"); in memory ours are `nn.Linear`'s (out, in). The other formats are in `gpt2.formats`.
 """
 
-import json
 import logging
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from safetensors import SafetensorError
 
 from gpt2.errors import UserError
 from gpt2.files import path_of, work_folder
+from gpt2.formats import gguf_file, huggingface
+from gpt2.formats.config import hf_config, text_ends
+from gpt2.formats.names import TRANSPOSED
+from gpt2.formats.stored import build, model_of, read_json, write_json
+from gpt2.formats.table import format_of, recognize
 from gpt2.lora import merge_into, read_adapter
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import DTYPE_NAMES, pick_device
+from gpt2.runtime import pick_device
 from gpt2.templates import Template, save_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+from gpt2.tokenizer import Tokenizer, ending_with, fitted, get_tokenizer
+
+__all__ = ["HUB_NAMES", "TRANSPOSED", "find_model", "hf_config", "load", "model_of", "read_config", "save"]
 
 log = logging.getLogger("gpt2")
 
@@ -34,8 +35,10 @@ WORD_FILES = [  # how text becomes tokens
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "spiece.model",
     "chat_template.jinja",
 ]
 HUB_FILES = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled copies, which nobody here needs
@@ -46,10 +49,12 @@ HUB_FILES = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled c
     "model-*-of-*.safetensors",
     *WORD_FILES,
 ]
+OTHER_HUB_FILES = [  # where there are no safetensors: one after another, until there are weights
+    ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"],
+    ["flax_model.msgpack"],
+]
 GPT2_VOCABULARY = 50257
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-STALE_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry along
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = huggingface.SHARD_BYTES
 
 
 def load(
@@ -61,61 +66,26 @@ def load(
 ) -> tuple[GPT, Tokenizer | None]:
     """Load a model, in evaluation mode, and its tokenizer.
 
-    ref:     a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
+    ref:     a model folder, a run folder, a file or folder of another known format (docs/formats.md), or a hub name:
+             "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
     device:  a name that `pick_device` knows, so one that this machine lacks becomes the CPU, with a warning.
-    dtype:   what the weights become; None keeps what the file has.
+    dtype:   what the weights become; None keeps that of the file's token embedding.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
-    The tokenizer is the folder's own; without tokenizer files it is GPT-2's for a vocabulary of 50,257, else None.
+    The tokenizer is the model's own; without one it is GPT-2's for a vocabulary of 50,257, else None.
     Raises UserError when nothing is found under `ref`, a file is broken or does not fit its config, or the adapter is
     for another model.
     """
     if isinstance(device, str) or device.type == "cuda":
         device = pick_device(str(device))
     added = None if adapter is None else read_adapter(adapter)  # a wrong name is known before gigabytes are read
-    folder = find_model(ref)
-    config = read_config(folder)
-    tensors = _read_tensors(folder, dtype if added is None or dtype is None else torch.float32)
-    if config.tie_word_embeddings and _has_own_head(tensors):
-        log.warning("%s: lm_head differs from the token embedding, so the two are not tied", folder)
-        config = replace(config, tie_word_embeddings=False)
-    _check_shapes(_outer_shapes(config), tensors, folder)  # or a mistyped config would build a model of any size
-    expected = {name: tuple(p.shape) for name, p in _unfilled(config).named_parameters()}
-    _check_shapes(expected, tensors, folder)
-    for name in tensors:
-        if name not in expected and name != "lm_head.weight":
-            raise UserError(f"{folder}: the weights hold {name}, which config.json does not call for")
-    model = model_of(config, tensors)
+    path = find_model(ref)
+    config, stored = format_of(path).read(path)
+    model = build(config, stored, dtype if added is None or dtype is None else torch.float32, path)
     if added is not None:
         merge_into(model, added)
         model = model.to(dtype or model.transformer.wte.weight.dtype)
-    return model.to(device).eval(), _tokenizer_of(folder, config)
-
-
-def model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    """A model whose parameters are these very tensors, by name; what else there is by name is left out.
-
-    Nothing is copied, and no random numbers are drawn.
-    """
-    model = _unfilled(config)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model
-
-
-def _unfilled(config: GPTConfig) -> GPT:
-    with torch.device("meta"), _Unfilled():
-        return GPT(config)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Parameters without memory are not initialized; merely to try it, torch would import its compiler for a second."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+    return model.to(device).eval(), _tokenizer_of(path, config)
 
 
 def save(
@@ -125,123 +95,73 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     template: Template | None = None,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
-    dtype:    what the weights become on disk; None keeps theirs.
-    template: how the model was taught to write a conversation, if it was.
+    dtype:          what the weights become on disk; None keeps theirs.
+    template:       how the model was taught to write a conversation, if it was.
+    max_shard_size: of a weight file, in bytes or as "5GB", which is the default.
 
     The files are written beside `folder` first and moved in when they are whole.
     Raises UserError when the folder cannot be written.
     """
     folder = path_of(folder)
-    dtype = dtype or model.transformer.wte.weight.dtype
     try:
         with work_folder(folder.resolve()) as written:
-            _write_tensors(model, written, dtype)
-            _write_json(written / "generation_config.json", {"_from_model_config": True, **_text_ends(tokenizer)})
-            if tokenizer is not None:
-                tokenizer.save(written)
-            if template is not None:
-                save_template(template, written)
-            _write_json(written / "config.json", hf_config(model.config, tokenizer, dtype))
+            write_model_folder(model, tokenizer, written, dtype, template, max_shard_size or SHARD_BYTES)
             _move_in(written, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model folder {folder}: {error}") from error
     return folder
 
 
+def write_model_folder(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    template: Template | None = None,
+    max_shard_size: int | str = SHARD_BYTES,
+) -> None:
+    """The files of `save`, into an empty folder."""
+    dtype = dtype or model.transformer.wte.weight.dtype
+    huggingface.write_weights(model, folder, dtype, max_shard_size)
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **text_ends(tokenizer)})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    if template is not None:
+        save_template(template, folder)
+    write_json(folder / "config.json", hf_config(model.config, tokenizer, dtype))
+
+
 def find_model(ref: str | Path) -> Path:
-    """The model folder `ref` stands for; a hub name is fetched into Hugging Face's cache if it is not there."""
+    """The file or folder `ref` stands for; a hub name is fetched into Hugging Face's cache if it is not there."""
     path = path_of(ref)
-    for folder in (path, path / "model"):  # a model folder, a run folder
-        if (folder / "config.json").is_file():
-            return folder
+    known = recognize(path)
+    if known is not None:
+        return known[1]
     if path.exists():
-        raise UserError(f"{path} is no model folder: it has no config.json (nor model/config.json, as a run has)")
+        what = "model folder: it has no config.json (nor model/config.json, as a run has)"
+        raise UserError(f"{path} is no {what if path.is_dir() else 'model of a format that gpt2 convert --list names'}")
     name = str(ref)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {path}")
     return _fetch(HUB_NAMES.get(name, name))
 
 
-def read_config(folder: Path) -> GPTConfig:
-    """The GPTConfig of a folder's `config.json`. Raises UserError for what is not a GPT-2."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(raw, dict) or raw.get("model_type", "gpt2") != "gpt2":
-        raise UserError(f"{path} does not describe a GPT-2 model")
-    unsupported = {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    for key, usual in unsupported.items():
-        if raw.get(key, usual) != usual:
-            raise UserError(f"{path}: {key}={raw[key]} is not supported")
-    sizes = {
-        "vocab_size": raw.get("vocab_size"),
-        "n_positions": raw.get("n_positions", raw.get("n_ctx")),
-        **{name: raw.get(name) for name in ("n_layer", "n_head", "n_embd")},
-        **({"n_inner": raw["n_inner"]} if raw.get("n_inner") is not None else {}),
-    }
-    for key, value in sizes.items():
-        if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{path}: {key} is missing or no integer that a size can be")
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "activation_function": str,
-        "layer_norm_epsilon": (int, float),
-        "tie_word_embeddings": bool,
-        "resid_pdrop": (int, float),
-    }
-    others = {key: raw[key] for key in kinds if raw.get(key) is not None}
-    for key, value in others.items():
-        if not isinstance(value, kinds[key]):
-            raise UserError(f"{path}: {key} cannot be {value!r}")
-    context, dropout = sizes.pop("n_positions"), others.pop("resid_pdrop", 0.0)
-    try:
-        return GPTConfig(block_size=context, dropout=dropout, **sizes, **others)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` for `transformers`, and `n_ctx` for llama.cpp's converter."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.n_inner,
-        "activation_function": config.activation_function,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "initializer_range": 0.02,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "dtype": DTYPE_NAMES[dtype],
-        "torch_dtype": DTYPE_NAMES[dtype],  # what transformers before 5 called it
-        **_text_ends(tokenizer),
-    }
-
-
-def _text_ends(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    end = tokenizer.end_of_text if tokenizer is not None else None
-    return {"bos_token_id": end, "eos_token_id": end}
+def read_config(path: Path) -> GPTConfig:
+    """The GPTConfig of what `find_model` found. Raises UserError for what is not a GPT-2."""
+    return format_of(path).read_config(path)
 
 
 def _fetch(repository: str) -> Path:
     where = f"'{repository}' is no folder here and could not be fetched from the hub"
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
+        for patterns in OTHER_HUB_FILES:
+            if not any(folder.glob("model*.safetensors*")) and not any(folder.glob("pytorch_model*")):
+                huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
     except RepositoryNotFoundError as error:
         raise UserError(f"{where}: there is no such repository, or it is private") from error
     except HFValidationError as error:
@@ -257,93 +177,34 @@ def _fetch(repository: str) -> Path:
     return folder
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of the index if it is sharded."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        try:
-            names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [folder / Path(name).name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(f"{index} is broken: {error!r}") from error
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{folder} is not complete: {file.name} is named in {index.name} and missing")
-        return files
-    hint = "; pickled weights are not loaded" if list(folder.glob("*.bin")) else ""
-    raise UserError(f"{folder} has no model.safetensors{hint}")
+def _tokenizer_of(path: Path, config: GPTConfig) -> Tokenizer | None:
+    tokenizer = format_of(path).read_tokenizer(path)
+    if tokenizer is None:
+        return get_tokenizer("gpt2") if config.vocab_size == GPT2_VOCABULARY else None
+    try:
+        fit = fitted(tokenizer, config.vocab_size)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if fit is not tokenizer:
+        names = ", ".join(name for name, i in tokenizer.special_tokens.items() if i >= config.vocab_size)
+        log.warning("%s: the model has no embedding for %s of its tokenizer, left out", path, names)
+    end = _end_of_text(path)
+    if end is None or end == fit.end_of_text or end not in fit.special_tokens.values():
+        return fit
+    return ending_with(fit, end)
 
 
-def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All weights under this program's names and layouts, copied out of the files."""
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if key.endswith(STALE_BUFFERS):
-                        continue
-                    name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-                    tensor = file.get_tensor(key)
-                    if tensor.dtype not in DTYPE_NAMES:
-                        raise UserError(f"{path}: {key} is {tensor.dtype}, which is not read here")
-                    if name.endswith(TRANSPOSED) and tensor.dim() == 2:
-                        tensor = tensor.t()
-                    tensors[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no whole safetensors file: {error}") from error
-    return tensors
-
-
-def _has_own_head(tensors: dict[str, Tensor]) -> bool:
-    """Is there an output head that is not the token embedding?"""
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
-    return head is not None and embedding is not None and not torch.equal(head, embedding)
-
-
-def _outer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes from which all numbers of a config can be told."""
-    return {
-        "transformer.wte.weight": (config.vocab_size, config.n_embd),
-        "transformer.wpe.weight": (config.block_size, config.n_embd),
-        f"transformer.h.{config.n_layer - 1}.mlp.c_fc.weight": (config.n_inner or 4 * config.n_embd, config.n_embd),
-    }
-
-
-def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], folder: Path) -> None:
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError(f"{folder}: the weights lack {name}, which config.json calls for")
-        if tensors[name].shape != shape:
-            raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)} in the weights, {shape} by config.json")
-
-
-def _tokenizer_of(folder: Path, config: GPTConfig) -> Tokenizer | None:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None and config.vocab_size == GPT2_VOCABULARY:
-        return get_tokenizer("gpt2")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
-    return tokenizer
-
-
-def _write_tensors(model: GPT, folder: Path, dtype: torch.dtype) -> None:
-    tensors = {
-        name: (p.detach().t() if name.endswith(TRANSPOSED) else p.detach()).to("cpu", dtype).contiguous()
-        for name, p in model.named_parameters()
-    }
-    plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
-    for filename, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / filename, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _end_of_text(path: Path) -> int | None:
+    """The token that ends a text, as generation_config.json, config.json or the GGUF file says; the first of several."""
+    if path.is_file():
+        return gguf_file.end_of_text(path) if path.suffix == ".gguf" else None
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).is_file():
+            end = read_json(path / name).get("eos_token_id")
+            end = end[0] if isinstance(end, list) and end else end
+            if type(end) is int:
+                return end
+    return None
 
 
 def _move_in(written: Path, folder: Path) -> None:

@@ -10,11 +10,18 @@ from torch import Tensor
 
 from gpt2.cache import KVCache
 from gpt2.errors import UserError
-from gpt2.model import GPT, GPTConfig
+from gpt2.model import GPT, GPTConfig, scaled_queries
 from gpt2.native.pack import GROUPS, pack
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-ACTIVATIONS = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
+ACTIVATIONS = {  # their numbers in the kernel
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), 0),
+    **dict.fromkeys(("gelu", "gelu_python"), 1),
+    "relu": 2,
+    **dict.fromkeys(("silu", "swish"), 3),
+    "quick_gelu": 4,
+    "tanh": 5,
+}
 
 PRODUCTS = {"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"}
 
@@ -155,6 +162,8 @@ class NativeGPT:
                     setattr(layer, f"{name}_{kind}", self._vector(weights[f"transformer.h.{i}.{name}.{kind}"]))
             for ours, name in PRODUCTS.items():
                 weight, bias = (weights[f"transformer.h.{i}.{name}.{kind}"] for kind in ("weight", "bias"))
+                if ours == "c_attn" and (factor := self.config.query_factor(i)) != 1:
+                    weight, bias = scaled_queries(weight, factor), scaled_queries(bias, factor)
                 setattr(layer, ours, self._matrix(weight, bias, self.precision))
         return layers
 

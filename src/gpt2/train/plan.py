@@ -256,7 +256,7 @@ def model_shape(config: TrainConfig) -> GPTConfig:
     """The model that `config` trains, from its settings and its tokenizer's name; no data is read."""
     if config.init_from is not None:
         given = OPENAI_SIZES.get(config.init_from) or read_config(find_model(config.init_from))
-        return replace(given, dropout=config.dropout)
+        return replace(given, dropout=config.dropout, embd_dropout=None, attn_dropout=None)
     return config.model_config(vocabulary_size(config))
 
 

@@ -108,7 +108,8 @@ def _tokenizer_of(
 def _given_model(config: TrainConfig, folder: Path, vocab_size: int) -> GPT:
     """The model in a folder, with this run's dropout, and with as many tokens as there are."""
     given, own = load(folder)
-    model = model_of(replace(given.config, dropout=config.dropout), dict(given.named_parameters())).train()
+    own_config = replace(given.config, dropout=config.dropout, embd_dropout=None, attn_dropout=None)
+    model = model_of(own_config, dict(given.named_parameters())).train()
     if own is not None and vocab_size > own.vocab_size:  # there are new tokens
         return extend_vocabulary(model, vocab_size, own.vocab_size)
     return model

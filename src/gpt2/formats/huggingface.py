@@ -1,0 +1,103 @@
+"""The model folder of `transformers`: safetensors, PyTorch's pickles, or Flax's msgpack, beside a `config.json`."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt2.errors import UserError
+from gpt2.formats import flax
+from gpt2.formats.names import TRANSPOSED, by_our_names
+from gpt2.formats.pickled import read_pickle, stored_tensors
+from gpt2.formats.stored import Stored, Weights, read_json, write_json
+from gpt2.model import GPT
+
+SHARD_BYTES = 5 * 10**9
+
+
+def find(path: Path) -> Path | None:
+    """The model folder that `path` is, or that is in the run folder `path`; of a weight file, the folder it is in."""
+    if path.is_file() and path.name.endswith((".safetensors", "pytorch_model.bin", "flax_model.msgpack")):
+        path = path.parent
+    return next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)
+
+
+def read_weights(folder: Path) -> Weights:
+    """All weights of a model folder. Raises UserError when there are none, or a file is broken."""
+    for name, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickles)):
+        if files := _files(folder, name):
+            return by_our_names([stored for file in files for stored in read(file)], folder, conv1d=True)
+    if (folder / "flax_model.msgpack").is_file():
+        return flax.read_weights(folder / "flax_model.msgpack")
+    hint = "; TensorFlow's tf_model.h5 is not read" if (folder / "tf_model.h5").is_file() else ""
+    raise UserError(f"{folder} has no model.safetensors (nor pytorch_model.bin, nor flax_model.msgpack){hint}")
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """The file of this name, or its shards in the order of the index; [] when neither is there."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        return [folder / name]
+    if not index.is_file():
+        return []
+    try:
+        names = dict.fromkeys(read_json(index)["weight_map"].values())
+        files = [folder / Path(name).name for name in names]
+    except (UserError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is broken: {error}") from error
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{folder} is not complete: {file.name} is named in {index.name} and missing")
+    return files
+
+
+def _safetensors(path: Path) -> Iterable[Stored]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file: {error}") from error
+    return [Stored(key, shape, _reader(path, key)) for key, shape in shapes.items()]
+
+
+def _reader(path: Path, key: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        try:
+            with safe_open(path, framework="pt") as file:  # opened anew: a mapping that stays would count as memory
+                return file.get_tensor(key).clone()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no whole safetensors file: {error}") from error
+
+    return read
+
+
+def _pickles(path: Path) -> list[Stored]:
+    return stored_tensors(read_pickle(path), path)
+
+
+def write_weights(model: GPT, folder: Path, dtype: torch.dtype, max_shard_size: int | str = SHARD_BYTES) -> None:
+    """`model.safetensors`, or shards of at most `max_shard_size` (bytes, or "5GB") with their index.
+
+    A tied model gets the names of openai-community's files (`wte.weight`), which more programs read than those with
+    `transformer.`: mlx-lm and tinygrad read no others. With a head of its own it needs the prefix, by which
+    transformers tells whether `lm_head.weight` is there.
+    """
+    prefix = "" if model.config.tie_word_embeddings else "transformer."
+    tensors = {
+        name.replace("transformer.", prefix, 1): _on_disk(name, parameter.detach(), dtype)
+        for name, parameter in model.named_parameters()
+    }
+    plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for filename, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / filename, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (tensor.t() if name.endswith(TRANSPOSED) else tensor).to("cpu", dtype).contiguous()
