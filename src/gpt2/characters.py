@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gpt2.errors import UserError
 
-_EVERY_CHARACTER = r"(?s:.)"
+_EVERY_CHARACTER = r"[\s\S]"
 
 
 class CharacterTokenizer:

@@ -188,7 +188,8 @@ class _Reader:
             settings[key] = self._value(self._number("<I"))
         infos: dict[str, _Info] = {}
         for _ in range(tensors):
-            infos[self._string()] = self._info()
+            name = self._string()
+            infos[name] = self._info()
         alignment = settings.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**16:
             raise ValueError("its alignment is broken")

@@ -56,6 +56,6 @@ def with_zero_biases(weights: Weights) -> Weights:
     filled = dict(weights)
     for name, each in weights.items():
         bias = name.removesuffix("weight") + "bias"
-        if name != HEAD and ".wte." not in name and ".wpe." not in name and bias not in filled:
+        if name.endswith(".weight") and name != HEAD and ".wte." not in name and ".wpe." not in name and bias not in filled:
             filled[bias] = zeros(bias, each.shape[0])
     return filled
