@@ -168,6 +168,7 @@ usage: gpt2 COMMAND ...
 {verbs}
 
 A MODEL is a run folder, a model folder, or a name on the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name.
+A checkpoint of another program is one, too: gpt2 convert --list.
 gpt2 COMMAND --help says more."""
 
 
@@ -177,7 +178,8 @@ VERBS = {
     "sample": "continue a prompt",
     "chat": "talk with a model",
     "serve": "answer OpenAI's API, and show the playground",
-    "export": "write a model for other programs",
+    "convert": "write a model for other programs: transformers, llama.cpp, ONNX and more",
+    "export": "the old name of convert",
     "data": "prepare token shards, and look into them",
     "bench": "measure: training, generation, and peers side by side",
     "plan": "memory, time and cost before you spend them",

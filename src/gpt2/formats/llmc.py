@@ -22,7 +22,7 @@ _PADDING = 128
 
 def find(path: Path) -> Path | None:
     """`path` if it is a file with llm.c's magic number for models."""
-    if path.suffix != ".bin" or not path.is_file():
+    if not path.is_file():
         return None
     with path.open("rb") as file:
         return path if file.read(4) == MAGIC.to_bytes(4, "little") else None

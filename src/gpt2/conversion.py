@@ -1,0 +1,257 @@
+"""Models out: every format that is written, each with the proof that it gives what the original gives."""
+
+import copy
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gpt2 import runners
+from gpt2.errors import UserError, did_you_mean
+from gpt2.files import path_of, work_folder
+from gpt2.formats import ctranslate, exported, gguf_writer, llmc, nanogpt, onnx_graph
+from gpt2.formats.parity import Parity, Runner, compare
+from gpt2.formats.stored import model_of
+from gpt2.model import GPT, scaled_queries
+from gpt2.runtime import DTYPE_NAMES
+from gpt2.templates import Template
+from gpt2.tokenizer import Tokenizer
+from gpt2.weights import HUB_FILES, WORD_FILES, write_model_folder
+
+log = logging.getLogger("gpt2")
+
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion: what is written, and how."""
+
+    model: GPT
+    tokenizer: Tokenizer | None
+    template: Template | None
+    dtype: str
+    max_shard_size: int | str = "5GB"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format that is written.
+
+    tolerances: of the dtypes it has, the largest difference of a logit from the original's, relative to the largest.
+        The first is the default where the model's own dtype is not among them.
+    files:      of a folder, the names it may hold; () for a format of one file.
+    file:       of one file, its usual name, whose suffix OUT must have.
+    scaled:     whether it can have scale_attn_weights and scale_attn_by_inverse_layer_idx; else the queries are scaled.
+    """
+
+    name: str
+    about: str
+    tolerances: dict[str, float]
+    write: Callable[[Job, Path], None]
+    run: Callable[[Path], list[tuple[str, Runner]]]
+    files: tuple[str, ...] = ()
+    file: str = ""
+    scaled: bool = False
+
+
+def _write_hf(job: Job, out: Path) -> None:
+    if not job.model.config.tie_word_embeddings:
+        log.warning("SGLang ties the head to the token embedding whatever config.json says: this model is not for it")
+    write_model_folder(job.model, job.tokenizer, out, job.torch_dtype, job.template, job.max_shard_size)
+
+
+def _write_gguf(job: Job, out: Path) -> None:
+    precision = {"float32": "f32", "float16": "f16"}.get(job.dtype, job.dtype)
+    gguf_writer.write(job.model, job.tokenizer, out, precision, job.template.source if job.template else None)
+
+
+def _write_onnx(job: Job, out: Path) -> None:
+    onnx_graph.write(job.model, out)
+    if job.dtype == "int8":
+        onnx_graph.quantize(out)
+    _write_words(job, out)
+
+
+def _write_ctranslate2(job: Job, out: Path) -> None:
+    ctranslate.write(job.model, job.tokenizer, out, job.dtype)
+    _write_words(job, out)
+
+
+def _write_words(job: Job, out: Path) -> None:
+    """The tokenizer, beside the model."""
+    if job.tokenizer is not None:
+        job.tokenizer.save(out)
+
+
+_HALVES = {"float16": 1e-2, "bfloat16": 5e-2}
+_FLOATS = {"float32": 1e-4, **_HALVES}
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "hf",
+            "model folder of transformers, vLLM, mlx-lm and others",
+            _FLOATS,
+            _write_hf,
+            runners.hf,
+            (*HUB_FILES, "README.md"),
+            scaled=True,
+        ),
+        Target(
+            "gguf",
+            "llama.cpp and ollama: one file, tokenizer and chat template inside",
+            {"float16": 1e-2, "float32": 1e-3, "q8_0": 5e-2, "q4_0": 3e-1},
+            _write_gguf,
+            runners.gguf,
+            file="model.gguf",
+        ),
+        Target(
+            "onnx",
+            "ONNX Runtime: graphs with and without KV cache",
+            {"float32": 1e-4, "int8": 2e-1},
+            _write_onnx,
+            runners.onnx,
+            ("*.onnx", "*.onnx_data", "*.onnx.data", *WORD_FILES),
+        ),
+        Target(
+            "llmc",
+            "llm.c: gpt2_124M.bin and its like",
+            {"float32": 1e-4, "bfloat16": 5e-2},
+            lambda job, out: llmc.write(job.model, out, job.torch_dtype),
+            runners.read_back,
+            file="model.bin",
+        ),
+        Target(
+            "nanogpt",
+            "nanoGPT: ckpt.pt",
+            _FLOATS,
+            lambda job, out: nanogpt.write(job.model, out, job.torch_dtype),
+            runners.read_back,
+            file="ckpt.pt",
+        ),
+        Target(
+            "ctranslate2",
+            "CTranslate2: a folder",
+            {"float32": 1e-4, **_HALVES, "int8": 2e-1},
+            _write_ctranslate2,
+            runners.ctranslate2,
+            ("model.bin", "config.json", "vocabulary.*", *WORD_FILES),
+        ),
+        Target(
+            "torch",
+            "a torch.export program: one .pt2 file",
+            _FLOATS,
+            lambda job, out: exported.write(job.model, out, job.torch_dtype),
+            runners.exported,
+            file="model.pt2",
+        ),
+    )
+}
+
+
+def target_of(name: str) -> Target:
+    """The format of this name. Raises UserError when there is none."""
+    if name not in TARGETS:
+        raise UserError(f"there is no format '{name}'{did_you_mean(name, TARGETS)}: there are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def dtype_for(target: Target, dtype: str | None, model: GPT) -> str:
+    """The dtype that was asked for, else the model's own if the format has it. Raises UserError for another one."""
+    own = DTYPE_NAMES[model.transformer.wte.weight.dtype]
+    if dtype is None:
+        return own if own in target.tolerances else next(iter(target.tolerances))
+    if dtype not in target.tolerances:
+        raise UserError(f"{target.name} has no dtype '{dtype}': there are {', '.join(target.tolerances)}")
+    return dtype
+
+
+def check_free(target: Target, out: Path, overwrite: bool) -> None:
+    """Raise UserError when `out` is of the wrong kind, or taken: by anything else, or by a model without `overwrite`."""
+    if target.file and out.suffix != Path(target.file).suffix and not out.is_dir():
+        raise UserError(f"{out} cannot be read as {target.name} without the suffix {Path(target.file).suffix}")
+    if not out.exists():
+        return
+    if target.file:
+        if out.is_dir():
+            raise UserError(f"{out} is a folder, and {target.name} is one file: name it")
+        if not overwrite:
+            raise UserError(f"{out} is there already: name another file, or add --overwrite")
+        return
+    if not out.is_dir():
+        return  # the error of whoever tries to write there says it all
+    held = [path.name for path in out.iterdir()]
+    if any(not any(Path(name).match(pattern) for pattern in target.files) for name in held):
+        raise UserError(f"{out} has something else in it: name a new folder")
+    if held and not overwrite:
+        raise UserError(f"{out} has a model in it: name another folder, or add --overwrite")
+
+
+def convert(target: Target, job: Job, out: str | Path) -> Parity:
+    """Write a model to `out`, if what is written gives what the model gives; else nothing is left there.
+
+    Raises UserError when the format cannot have the model, the two differ by more than the format's tolerance, or
+    `out` cannot be written.
+    """
+    out = path_of(out)
+    job = job if target.scaled else replace(job, model=without_scales(job.model))
+    reference = copy.deepcopy(job.model).float() if job.model.lm_head.weight.dtype != torch.float32 else job.model
+    try:
+        with work_folder(out.resolve()) as work:
+            written = work / target.file if target.file else work
+            target.write(job, written)
+            tolerance = target.tolerances[job.dtype]
+            found = [compare(reference, job.tokenizer, run, name, tolerance) for name, run in target.run(written)]
+            parity = max(found, key=lambda each: each.difference / each.scale)
+            if not parity.passed:
+                raise UserError(f"the {target.name} model is not equal to the original and was not kept: {parity}")
+            _move(written, out, target)
+    except OSError as error:
+        raise UserError(f"cannot write the model {'' if target.file else 'folder '}{out}: {error}") from error
+    return parity
+
+
+def _move(written: Path, out: Path, target: Target) -> None:
+    """Put what was written in its place, `config.json` last, and take away what else a folder of the format held."""
+    mode = 0o666 & ~_umask()
+    if target.file:
+        written.chmod(mode)
+        written.replace(out)
+        return
+    out.mkdir(exist_ok=True)
+    names = sorted((path.name for path in written.iterdir()), key=lambda name: (name == "config.json", name))
+    for name in names:
+        (written / name).chmod(mode)
+        (written / name).replace(out / name)
+    for path in out.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def without_scales(model: GPT) -> GPT:
+    """The same function with GPT-2's own scale of the attention scores: other scales are multiplied into the queries."""
+    c = model.config
+    if c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx:
+        return model
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    for i in range(c.n_layer):
+        for kind in ("weight", "bias"):
+            name = f"transformer.h.{i}.attn.c_attn.{kind}"
+            tensors[name] = scaled_queries(tensors[name], c.query_factor(i))
+    plain = replace(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    return model_of(plain, tensors).train(model.training)
