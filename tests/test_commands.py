@@ -136,7 +136,7 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("data prepare /dev/zero {tmp}/shards --tokenizer bytes", "/dev/zero is not a regular file"),
         ("data inspect {empty}", "is empty"),
         ("train --data {tmp}/\x1b[31m", "/\\x1b[31m'"),
-        ("export {talker} {tmp}/new --format onnx", "--format 'onnx' is not one of hf"),
+        ("export {talker} {tmp}/new --format onx", "there is no format 'onx' (did you mean 'onnx'?)"),
         ("data", "the following arguments are required"),
         ("data inspect {tmp} --tokenizer bytes", "is not UTF-8"),
     ],
@@ -194,7 +194,7 @@ def test_an_earlier_export_is_written_over_and_home_is_written_out(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for dtype in ("float32", "float16"):
-        assert run(capsys, "export", talker, "~/out", "--dtype", dtype)[:2] == (0, f"{tmp_path}/out\n")
+        assert run(capsys, "export", talker, "~/out", "--dtype", dtype, "--overwrite")[:2] == (0, f"{tmp_path}/out\n")
     assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {"torch.float16"}
     assert run(capsys, "data", "prepare", "python-docs", "~/docs", "--tokenizer", "bytes")[0] == 0
     code, out, _ = run(capsys, "data", "inspect", "~/docs/train_000000.bin")

@@ -19,7 +19,7 @@ from gpt2.model import GPT, scaled_queries
 from gpt2.runtime import DTYPE_NAMES
 from gpt2.templates import Template
 from gpt2.tokenizer import Tokenizer
-from gpt2.weights import HUB_FILES, WORD_FILES, write_model_folder
+from gpt2.weights import HUB_FILES, WORD_FILES, read_config, write_model_folder
 
 log = logging.getLogger("gpt2")
 
@@ -190,10 +190,19 @@ def check_free(target: Target, out: Path, overwrite: bool) -> None:
     if not out.is_dir():
         return  # the error of whoever tries to write there says it all
     held = [path.name for path in out.iterdir()]
-    if any(not any(Path(name).match(pattern) for pattern in target.files) for name in held):
+    strange = any(not any(Path(name).match(pattern) for pattern in target.files) for name in held)
+    if strange or (target.name == "hf" and held and not _holds_gpt2(out)):
         raise UserError(f"{out} has something else in it: name a new folder")
     if held and not overwrite:
         raise UserError(f"{out} has a model in it: name another folder, or add --overwrite")
+
+
+def _holds_gpt2(folder: Path) -> bool:
+    """Does its `config.json` describe a GPT-2, and not the settings of something else?"""
+    try:
+        return (folder / "config.json").is_file() and read_config(folder) is not None
+    except UserError:
+        return False
 
 
 def convert(target: Target, job: Job, out: str | Path) -> Parity:

@@ -45,26 +45,34 @@ def hf(folder: Path) -> Programs:
 
 
 def gguf(path: Path) -> Programs:
-    """llama.cpp, by xllamacpp: one request a position, each with the log-probabilities of the likeliest tokens."""
-    if not _installed("xllamacpp"):
+    """llama.cpp, by xllamacpp, which generates greedily and tells the log-probabilities of the likeliest tokens.
+
+    What it gives after another token than the original's is not compared.
+    """
+    model, tokenizer = load(path)
+    if tokenizer is None or not _installed("xllamacpp"):  # without a vocabulary its server aborts the process
         return read_back(path)
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
-    config = load(path)[0].config
+    config = model.config
+    del model
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(path), config.block_size, 1, 0
     params.warmup, params.fit_params, params.verbosity = False, False, -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
     told = min(config.vocab_size, MOST_TOLD)
 
     def run(ids: list[int], start: int) -> Tensor:
         logits = torch.full((len(ids) - start, config.vocab_size), torch.nan)
-        for row, end in enumerate(range(start + 1, len(ids) + 1)):
-            request = {"prompt": ids[:end], "n_predict": 1, "n_probs": told, "temperature": 0.0, "cache_prompt": True}
-            (choice,) = server.handle_completions(request)["choices"]
-            for token in choice["logprobs"]["content"][0]["top_logprobs"]:
-                logits[row, token["id"]] = token["logprob"]
+        settings = {"n_predict": len(logits), "n_probs": told, "temperature": 0.0}
+        (choice,) = server.handle_completions({"prompt": ids[: start + 1], **settings})["choices"]
+        for row, token in enumerate(choice["logprobs"]["content"][: len(logits)]):
+            for each in token["top_logprobs"]:
+                logits[row, each["id"]] = each["logprob"]
+            if ids[start + 1 + row : start + 2 + row] != [token["id"]]:
+                break  # from here on it continues another text
         return logits
 
     return [("llama.cpp", run)]

@@ -14,7 +14,7 @@ from gpt2.formats import flax
 from gpt2.formats.names import TRANSPOSED, by_our_names
 from gpt2.formats.pickled import read_pickle, stored_tensors
 from gpt2.formats.stored import Stored, Weights, read_json, write_json
-from gpt2.model import GPT
+from gpt2.model import GPT, GPTConfig
 
 SHARD_BYTES = 5 * 10**9
 
@@ -80,15 +80,9 @@ def _pickles(path: Path) -> list[Stored]:
 
 
 def write_weights(model: GPT, folder: Path, dtype: torch.dtype, max_shard_size: int | str = SHARD_BYTES) -> None:
-    """`model.safetensors`, or shards of at most `max_shard_size` (bytes, or "5GB") with their index.
-
-    A tied model gets the names of openai-community's files (`wte.weight`), which more programs read than those with
-    `transformer.`: mlx-lm and tinygrad read no others. With a head of its own it needs the prefix, by which
-    transformers tells whether `lm_head.weight` is there.
-    """
-    prefix = "" if model.config.tie_word_embeddings else "transformer."
+    """`model.safetensors`, or shards of at most `max_shard_size` (bytes, or "5GB") with their index."""
     tensors = {
-        name.replace("transformer.", prefix, 1): _on_disk(name, parameter.detach(), dtype)
+        disk_name(name, model.config): _on_disk(name, parameter.detach(), dtype)
         for name, parameter in model.named_parameters()
     }
     plan = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
@@ -97,6 +91,16 @@ def write_weights(model: GPT, folder: Path, dtype: torch.dtype, max_shard_size: 
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def disk_name(name: str, config: GPTConfig) -> str:
+    """What a parameter is called in the files that are written.
+
+    A tied model has the names of openai-community's files (`wte.weight`), which more programs read than those with
+    `transformer.`: mlx-lm and tinygrad read no others. With a head of its own it needs the prefix, by which
+    transformers tells whether `lm_head.weight` is there.
+    """
+    return name.removeprefix("transformer.") if config.tie_word_embeddings else name
 
 
 def _on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

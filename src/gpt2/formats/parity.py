@@ -67,8 +67,10 @@ def compare(model: GPT, tokenizer: Tokenizer | None, run: Runner, program: str, 
         difference = max(difference, (expected - got)[told].abs().max().item())
         scale = max(scale, expected[told].abs().max().item())
         agree = (got.masked_fill(~told, -torch.inf).argmax(-1) == torch.tensor(ids[len(prompt) :])).tolist()
-        same += agree.index(False) if False in agree else len(agree)
-        tokens += len(agree)
+        if all(agree[: (rows := int(told.any(-1).sum()))]):  # fewer rows than asked for where the text has ended
+            same, tokens = same + rows, tokens + rows
+        else:
+            same, tokens = same + agree.index(False), tokens + len(agree)
     return Parity(program, difference, scale, tolerance, same, tokens)
 
 
@@ -87,7 +89,7 @@ def prompts_of(model: GPT, tokenizer: Tokenizer | None) -> list[list[int]]:
 def _centred(logits: Tensor, told: Tensor) -> Tensor:
     """Less the mean at each position: logits that differ by a constant mean the same, as do log-probabilities."""
     sums = logits.masked_fill(~told, 0.0).sum(-1, keepdim=True)
-    return logits - sums / told.sum(-1, keepdim=True)
+    return logits - sums / told.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _greedy(model: GPT, prompt: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gpt2.formats.huggingface import disk_name
 from gpt2.lora import LoRAConfig, adapter_tensors, load_into, merge, peft_name, read_adapter, save_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.templates import Template, save_template
@@ -51,7 +52,10 @@ class Product:
         weights = {name: weight.cpu() for name, weight in weights.items()}
         if self.lora is not None:
             return "adapter/*.safetensors", {peft_name(name): weight for name, weight in weights.items()}
-        return "model/*.safetensors", {n: w.t() if n.endswith(TRANSPOSED) else w for n, w in weights.items()}
+        return "model/*.safetensors", {
+            disk_name(name, self.config): weight.t() if name.endswith(TRANSPOSED) else weight
+            for name, weight in weights.items()
+        }
 
     def save_merged(self, model: GPT, run_folder: Path) -> None:
         """Where it is an adapter: write the whole model that it makes of `model`, too, whose own weights are lost."""
