@@ -17,7 +17,8 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -335,10 +336,8 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
     table = table_of_json(spec)
     if cuts_like_gpt2(spec) and only_plain_marks(spec) and (known := _known_tokenizer(table)):
         return known
-    try:
+    with _library_errors():
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
-        raise ValueError(str(error)) from error
     return BPETokenizer(backend)
 
 
@@ -356,10 +355,12 @@ def _load_vocab_json(path: Path) -> Tokenizer:
         for i, token in enumerate(table.tokens):
             if len(token) > 1 and token not in made and i not in table.added:
                 raise ValueError(f"no merge in it makes token {i} of vocab.json; is it cut short?")
-        return BPETokenizer(build_backend(table, merges))
+        with _library_errors():
+            backend = build_backend(table, merges)
+        return BPETokenizer(backend)
     except FileNotFoundError:
         raise UserError(f"no {merges_path}, without which vocab.json is of no use") from None
-    except Exception as error:  # the library raises nothing more precise
+    except ValueError as error:
         raise UserError(f"cannot use {merges_path}: {error}") from error
 
 
@@ -379,13 +380,30 @@ def tokenizer_of(
     table = table_of_ids({token: i for i, token in enumerate(tokens)}, added)
     if not symbols and (known := _known_tokenizer(table)):
         return known
-    try:
-        spec = json.loads(build_backend(table, [(unspell(left), unspell(right)) for left, right in merges]).to_str())
+    known_tokens = {token for i, token in enumerate(table.tokens) if i not in table.added}
+    pairs = [(unspell(left), unspell(right)) for left, right in merges if left not in added]
+    for left, right in pairs:
+        if not known_tokens.issuperset((left, right, left + right)):
+            raise ValueError(f"a merge makes {(left + right)!r} of {left!r} and {right!r}, not all of which are tokens")
+    with _library_errors():
+        spec = json.loads(build_backend(table, pairs).to_str())
         for token in spec["added_tokens"]:
             token["special"] = token["id"] not in symbols
-        return BPETokenizer(Backend.from_str(json.dumps(spec)))
-    except Exception as error:  # the library raises nothing more precise
+        backend = Backend.from_str(json.dumps(spec))
+    return BPETokenizer(backend)
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """Make what `tokenizers` raises a ValueError: it has nothing more precise, and panics of Rust in between."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library panicked: {error}") from error
 
 
 def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
