@@ -13,7 +13,7 @@ from gpt2.errors import UserError
 from gpt2.formats import flax
 from gpt2.formats.names import TRANSPOSED, by_our_names
 from gpt2.formats.pickled import read_pickle, stored_tensors
-from gpt2.formats.stored import Stored, Weights, read_json, write_json
+from gpt2.formats.stored import Stored, Weights, own_copy, read_json, write_json
 from gpt2.model import GPT, GPTConfig
 
 SHARD_BYTES = 5 * 10**9
@@ -68,7 +68,7 @@ def _reader(path: Path, key: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         try:
             with safe_open(path, framework="pt") as file:  # opened anew: a mapping that stays would count as memory
-                return file.get_tensor(key).clone()
+                return own_copy(file.get_tensor(key))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is no whole safetensors file: {error}") from error
 

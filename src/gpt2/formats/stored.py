@@ -22,6 +22,7 @@ log = logging.getLogger("gpt2")
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_JSON = 2**28  # bytes; the largest tokenizer.json there are have some 20 MB
+_LARGE = 2**20  # bytes, from which memory is mapped
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
@@ -67,18 +68,33 @@ def read_part(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtyp
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if offset < 0 or offset + size > path.stat().st_size:
         raise UserError(f"{path} is cut short: it ends before byte {offset + size:,}")
-    buffer = bytearray(size)
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    buffer = _buffer(size)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         at, view = 0, memoryview(buffer)
         while at < size and (got := file.readinto(view[at : at + 2**30])):
             at += got
-    return torch.frombuffer(buffer, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor.clone()
+    return torch.frombuffer(_buffer(size), dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _buffer(size: int) -> bytearray | mmap.mmap:
+    """Memory that goes back to the system when it is let go of; on the heap, what is short-lived would leave holes."""
+    return bytearray(size) if size < _LARGE else mmap.mmap(-1, size)
 
 
 def copied_out(tensor: Tensor) -> Tensor:
     """A copy of a tensor in a private, read-only mapping of a file, whose pages are given back at once."""
-    copy = tensor.clone(memory_format=torch.contiguous_format)
+    copy = own_copy(tensor)
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     if sys.platform == "linux" and end > begin:
