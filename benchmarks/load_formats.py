@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 import gpt2
 from gpt2.formats import gguf_writer, llmc, nanogpt
-from gpt2.formats.names import TRANSPOSED
 from gpt2.model import GPT, OPENAI_SIZES
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "formats")]

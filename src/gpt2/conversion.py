@@ -176,7 +176,7 @@ def dtype_for(target: Target, dtype: str | None, model: GPT) -> str:
 
 
 def check_free(target: Target, out: Path, overwrite: bool) -> None:
-    """Raise UserError when `out` is of the wrong kind, or taken: by anything else, or by a model without `overwrite`."""
+    """Raise UserError when `out` is of the wrong kind, or taken by anything but a model that may be replaced."""
     if target.file and out.suffix != Path(target.file).suffix and not out.is_dir():
         raise UserError(f"{out} cannot be read as {target.name} without the suffix {Path(target.file).suffix}")
     if not out.exists():
@@ -253,7 +253,7 @@ def _umask() -> int:
 
 
 def without_scales(model: GPT) -> GPT:
-    """The same function with GPT-2's own scale of the attention scores: other scales are multiplied into the queries."""
+    """The same function with GPT-2's own scale of the attention scores: others are multiplied into the queries."""
     c = model.config
     if c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx:
         return model

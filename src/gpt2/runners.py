@@ -135,8 +135,10 @@ def ctranslate2(folder: Path) -> Programs:
 
     def run(ids: list[int], start: int) -> Tensor:
         logits = generator.forward_batch([ids], return_log_probs=False)
-        array = np.array(logits) if logits.dtype == package.DataType.float32 else np.array(
-            logits.to(package.DataType.float32)
+        array = (
+            np.array(logits)
+            if logits.dtype == package.DataType.float32
+            else np.array(logits.to(package.DataType.float32))
         )
         return torch.from_numpy(array)[0, start:].clone()
 

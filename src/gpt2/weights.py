@@ -195,7 +195,7 @@ def _tokenizer_of(path: Path, config: GPTConfig) -> Tokenizer | None:
 
 
 def _end_of_text(path: Path) -> int | None:
-    """The token that ends a text, as generation_config.json, config.json or the GGUF file says; the first of several."""
+    """The token that ends a text by generation_config.json, config.json or the GGUF file; the first of several."""
     if path.is_file():
         return gguf_file.end_of_text(path) if path.suffix == ".gguf" else None
     for name in ("generation_config.json", "config.json"):

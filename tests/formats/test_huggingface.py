@@ -106,9 +106,7 @@ def test_config_with_the_names_of_other_models(tmp_path: Path) -> None:
     model = random_model(SMALL)
     folder = folder_of(model, tmp_path)
     old = ("n_embd", "n_layer", "n_head", "n_positions", "n_ctx")
-    edit_config(
-        folder, old, hidden_size=40, num_hidden_layers=2, num_attention_heads=5, max_position_embeddings=17
-    )
+    edit_config(folder, old, hidden_size=40, num_hidden_layers=2, num_attention_heads=5, max_position_embeddings=17)
     assert_same(gpt2.load(folder)[0], model)
 
 
@@ -140,7 +138,9 @@ def test_pytorch_model_bin_and_its_shards(shard: str | None, tmp_path: Path) -> 
 def test_pytorch_model_bin_of_before_zip(tmp_path: Path) -> None:
     model = random_model(SMALL)
     folder = folder_of(model, tmp_path)
-    torch.save(transformers_twin(model).state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        transformers_twin(model).state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     (folder / "model.safetensors").unlink()
     assert_same(gpt2.load(folder)[0], model)  # lm_head and wte are one tensor there
 

@@ -100,7 +100,7 @@ def test_characters_of_meta_pkl(tmp_path: Path) -> None:
     config = replace(SMALL, vocab_size=len(characters), activation_function="gelu")
     model = random_model(config)
     torch.save({"model": nanogpt_state(model), "model_args": nanogpt_args(config)}, tmp_path / "ckpt.pt")
-    table = {i: each for i, each in enumerate(characters)}
+    table = dict(enumerate(characters))
     meta = {"vocab_size": len(characters), "itos": table, "stoi": {each: i for i, each in table.items()}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     loaded, tokenizer = gpt2.load(tmp_path)
@@ -189,7 +189,10 @@ def hparams(folder: Path, c: GPTConfig) -> None:
 def test_openais_download(tmp_path: Path) -> None:
     model = random_model(SMALL)
     hparams(tmp_path, SMALL)
-    bundle(tmp_path, openai_variables(model) | {"beta1_power": np.float32([1]), "model/wte/Adam": np.float32([1])})
+    bundle(
+        tmp_path,
+        openai_variables(model) | {"beta1_power": np.ones(1, np.float32), "model/wte/Adam": np.ones(1, np.float32)},
+    )
     assert_same(gpt2.load(tmp_path)[0], model)
     assert read_config(find_model(tmp_path)) == SMALL
 

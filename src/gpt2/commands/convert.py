@@ -10,7 +10,7 @@ from gpt2.files import RUN_FILES, made_by_program, path_of
 
 DESCRIPTION = """Write a model for other programs, and check that they compute the same.
 
-The last line on standard error is the parity report. A conversion that is not equal within its tolerance leaves nothing.
+The last line on standard error is the parity report. A conversion that is not equal within its tolerance is not kept.
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gpt2.errors import UserError
-from gpt2.formats.stored import read_json
+from gpt2.formats.stored import read_json, sizes_of
 from gpt2.model import GPTConfig
 from gpt2.runtime import DTYPE_NAMES
 from gpt2.tokenizer import Tokenizer
@@ -70,10 +70,7 @@ def _sizes(raw: dict[str, Any], path: Path) -> dict[str, int]:
     if sizes["n_head"] is None:
         log.warning("%s does not have n_head: %d is assumed, as transformers does", path, _DEFAULT_HEADS)
         sizes["n_head"] = _DEFAULT_HEADS
-    for key, value in sizes.items():
-        if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{path}: {key} is missing or no integer that a size can be")
-    return sizes
+    return sizes_of(sizes, sizes, path)
 
 
 def _dropouts(residual: float, embedding: float, attention: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2.errors import UserError, missing_extra
 from gpt2.files import check_regular
-from gpt2.formats.stored import Stored, Weights, read_part
+from gpt2.formats.stored import Stored, Weights, read_part, sizes_of
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import Tokenizer, tokenizer_of
 
@@ -73,9 +73,9 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     model = settings.get("tokenizer.ggml.model", "no_vocab")
     if model == "no_vocab":
         return None
-    tokens, kinds = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.token_type")
+    tokens, kinds = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.token_type", [])
     merges = settings.get("tokenizer.ggml.merges", [])
-    if model != "gpt2" or not _are(str, tokens) or not _are(str, merges):
+    if model != "gpt2" or tokens is None or not _are(str, tokens) or not _are(str, merges):
         raise UserError(f"{path}: its tokenizer '{model}' is no byte-level BPE")
     kinds = kinds if _are(int, kinds) and len(kinds) == len(tokens) else [NORMAL] * len(tokens)
     special = [i for i, kind in enumerate(kinds) if kind in (CONTROL, UNUSED)]
@@ -120,15 +120,12 @@ def _config(settings: dict[str, Any], infos: dict[str, _Info], path: Path) -> GP
     if embedding is None or len(embedding.shape) != 2:
         raise UserError(f"{path} has no token_embd.weight")
     names = ("context_length", "block_count", "attention.head_count", "embedding_length", "feed_forward_length")
-    sizes = [settings.get(f"gpt2.{name}") for name in names]
+    sizes = sizes_of(settings, [f"gpt2.{name}" for name in names], path)
     epsilon = settings.get("gpt2.attention.layer_norm_epsilon", 1e-5)
-    for name, value in zip(names, sizes, strict=True):
-        if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{path}: gpt2.{name} is missing or no integer that a size can be")
     if not isinstance(epsilon, float):
         raise UserError(f"{path}: gpt2.attention.layer_norm_epsilon is no number")
     epsilon = float(f"{epsilon:.7g}")  # it is float32 there
-    context, layers, heads, channels, inner = sizes
+    context, layers, heads, channels, inner = sizes.values()
     width = None if inner == 4 * channels else inner
     try:
         return GPTConfig(embedding.shape[0], context, layers, heads, channels, width, layer_norm_epsilon=epsilon)

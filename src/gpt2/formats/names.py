@@ -19,7 +19,7 @@ _ADAPTED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|m
 
 
 def canonical(name: str) -> str | None:
-    """This program's name for a tensor of a file, None for a buffer; `name` itself without wrappers if it is unknown."""
+    """This program's name for a tensor of a file, None for a buffer, the name without wrappers for any other."""
     plain = _PREFIXES.sub("", _WRAPPERS.sub("", name))
     if _BUFFERS.search(plain):
         return None
@@ -56,6 +56,12 @@ def with_zero_biases(weights: Weights) -> Weights:
     filled = dict(weights)
     for name, each in weights.items():
         bias = name.removesuffix("weight") + "bias"
-        if name.endswith(".weight") and name != HEAD and ".wte." not in name and ".wpe." not in name and bias not in filled:
+        if (
+            name.endswith(".weight")
+            and name != HEAD
+            and ".wte." not in name
+            and ".wpe." not in name
+            and bias not in filled
+        ):
             filled[bias] = zeros(bias, each.shape[0])
     return filled

@@ -15,7 +15,7 @@ from gpt2.characters import CharacterTokenizer
 from gpt2.errors import UserError
 from gpt2.formats.names import by_our_names, with_zero_biases
 from gpt2.formats.pickled import Settings, read_pickle, stored_tensors
-from gpt2.formats.stored import HEAD, WTE, Weights, first_rows
+from gpt2.formats.stored import HEAD, WTE, Weights, first_rows, sizes_of
 from gpt2.model import GPT, GPTConfig
 
 GPT2_VOCABULARY, PADDED_VOCABULARY = 50257, 50304
@@ -23,8 +23,25 @@ _SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 _OURS = "gpt2_config"  # what nanoGPT has no setting for, in checkpoints that this program wrote
 _LARGEST_META = 2**24
 _PLAIN_OPCODES = frozenset(
-    "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET "
-    "BINUNICODE SHORT_BINUNICODE BININT BININT1 BININT2".split()
+    [
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+        "MEMOIZE",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+    ]
 )
 
 
@@ -55,10 +72,7 @@ def _config(checkpoint: Mapping[str, Any], path: Path) -> GPTConfig:
         args, activation = vars(checkpoint["config"]), "gelu_new"  # build-nanogpt
     if not isinstance(args, Mapping):
         raise UserError(f"{path} is no checkpoint of nanoGPT: it has no 'model_args'")
-    sizes = {name: args.get(name) for name in _SIZES}
-    for name, value in sizes.items():
-        if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{path}: {name} is missing or no integer that a size can be")
+    sizes = sizes_of(args, _SIZES, path)
     if GPT2_VOCABULARY < sizes["vocab_size"] <= PADDED_VOCABULARY and not path.with_name("meta.pkl").exists():
         sizes["vocab_size"] = GPT2_VOCABULARY
     dropout = args.get("dropout") or 0.0
@@ -67,7 +81,7 @@ def _config(checkpoint: Mapping[str, Any], path: Path) -> GPTConfig:
     if isinstance(own, Mapping) and isinstance(own.get("activation_function"), str):
         activation = own["activation_function"]
     try:
-        return GPTConfig(**sizes, dropout=float(dropout), activation_function=activation)
+        return GPTConfig(*sizes.values(), dropout=float(dropout), activation_function=activation)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -98,7 +112,7 @@ def _plain_value(content: bytes) -> Any:
     """The value of a pickle of strings, integers and dictionaries."""
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(content):
         name = opcode.name
         if name == "EMPTY_DICT":

@@ -22,7 +22,7 @@ from gpt2.model import GPT
 OPSET, IR_VERSION = 20, 10
 FILES = ("model.onnx", "model_with_past.onnx")
 DATA_FILE = "model.onnx_data"
-_MASKED = np.float32(-3e38)
+_MASKED = -3e38
 
 
 def write(model: GPT, folder: Path) -> None:
@@ -32,7 +32,9 @@ def write(model: GPT, folder: Path) -> None:
         initializers = [_external(onnx, name, p, file) for name, p in model.named_parameters()]
     for name, past in zip(FILES, (False, True), strict=True):
         graph = _Graph(onnx, model, past)
-        made = onnx.helper.make_graph(graph.nodes, "gpt2", graph.inputs, graph.outputs, [*initializers, *graph.constants])
+        made = onnx.helper.make_graph(
+            graph.nodes, "gpt2", graph.inputs, graph.outputs, [*initializers, *graph.constants]
+        )
         opsets = [onnx.helper.make_opsetid("", OPSET)]
         proto = onnx.helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gpt2")
         (folder / name).write_bytes(proto.SerializeToString())

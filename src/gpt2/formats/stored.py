@@ -1,11 +1,11 @@
-"""Tensors that stay in their file until they are wanted, and a model made of them in little more than its own memory."""
+"""Tensors that stay in their file until they are wanted, and a model made of them in little more than its memory."""
 
 import ctypes
 import json
 import logging
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +115,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def sizes_of(raw: Mapping[str, Any], names: Iterable[str], where: object) -> dict[str, int]:
+    """The settings of these names. Raises UserError for one that is missing or no size."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        value = raw.get(name)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise UserError(f"{where}: {name} is missing or no integer that a size can be")
+        sizes[name] = value
+    return sizes
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object as transformers does: indented, sorted."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -189,7 +200,9 @@ def check_shapes(expected: dict[str, tuple[int, ...]], weights: Weights, path: P
             shown = name.removeprefix("transformer.") if unprefixed else name
             raise UserError(f"{path}: the weights lack {shown}, which config.json calls for")
         if weights[name].shape != shape:
-            raise UserError(f"{path}: {weights[name].key} is {weights[name].shape} in the weights, {shape} by config.json")
+            raise UserError(
+                f"{path}: {weights[name].key} is {weights[name].shape} in the weights, {shape} by config.json"
+            )
 
 
 def model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:

@@ -14,7 +14,7 @@ import torch
 
 from gpt2.errors import UserError
 from gpt2.files import check_regular
-from gpt2.formats.stored import Stored, Weights, read_json, read_part, transposed
+from gpt2.formats.stored import Stored, Weights, read_json, read_part, sizes_of, transposed
 from gpt2.model import GPTConfig
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
@@ -52,12 +52,10 @@ def find(path: Path) -> Path | None:
 def read(folder: Path) -> tuple[GPTConfig, Weights]:
     """Config and weights. Raises UserError for a broken file."""
     raw = read_json(folder / "hparams.json")
-    sizes = {name: raw.get(name) for name in ("n_vocab", "n_ctx", "n_layer", "n_head", "n_embd")}
-    for name, value in sizes.items():
-        if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{folder / 'hparams.json'}: {name} is missing or no integer that a size can be")
+    sizes = sizes_of(raw, ("n_vocab", "n_ctx", "n_layer", "n_head", "n_embd"), folder / "hparams.json")
     try:
-        config = GPTConfig(*sizes.values())
+        vocabulary, context, layers, heads, channels = sizes.values()
+        config = GPTConfig(vocabulary, context, layers, heads, channels)
     except UserError as error:
         raise UserError(f"{folder / 'hparams.json'}: {error}") from error
     index = _index_of(folder)
@@ -157,9 +155,14 @@ def _entry(value: bytes) -> tuple[int, tuple[int, ...], int]:
     if fields.get(3, 0) != 0:
         raise ValueError("it has several data files, which is not supported")
     shape = fields.get(2, b"")
-    sizes = [dict(_fields(each)).get(1, 0) for number, each in _fields(shape) if number == 2] if shape else []
-    if any(not isinstance(each, int) or each >= 2**31 for each in sizes):
+    if not isinstance(shape, bytes):
         raise ValueError("a shape is broken")
+    sizes = []
+    for number, each in _fields(shape):
+        size = dict(_fields(each)).get(1, 0) if number == 2 and isinstance(each, bytes) else 0
+        if number != 2 or not isinstance(size, int) or size >= 2**31:
+            raise ValueError("a shape is broken")
+        sizes.append(size)
     return int(fields.get(1, 0)), tuple(sizes), int(fields.get(4, 0))
 
 
