@@ -1,25 +1,26 @@
-# make demo: train a small GPT-2 here and let it talk.  make test: check the project.  make test-all: the slow checks too.
-# make soak: kill trainings at random, fifty times, and compare them with one that was left alone.
+# make demo: train a small GPT-2 here and sample from it.  make test: check the project.  make test-all: the slow checks too.
+# make soak: kill training runs at random moments, fifty times, and compare them with an uninterrupted run.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: demo test test-all soak lint clean
 
 demo: $(VENV)/demo
-	@$(BIN)/gpt2 train quickstart > $(VENV)/last-run
-	@run=$$(cat $(VENV)/last-run); \
-	echo "--- what it says now:"; \
-	$(BIN)/gpt2 sample $$run --num-samples 3 --max-new-tokens 120 --temperature 0.7 --seed 1; \
-	echo "--- the loss: $$run/loss.png; more talk: $(BIN)/gpt2 sample $$run"
+	@$(BIN)/gpt2 train quickstart $(DEMO_FLAGS) > $(VENV)/last-run
+	@run="$$(cat $(VENV)/last-run)"; \
+	echo "--- samples:"; \
+	$(BIN)/gpt2 sample "$$run" --num-samples 3 --max-new-tokens 120 --temperature 0.7 --seed 1; \
+	echo "--- the loss: $$run/loss.png; more samples: $(BIN)/gpt2 sample $$run"
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 soak: $(VENV)/test
 	$(BIN)/python benchmarks/soak.py --kills 50

@@ -1,8 +1,8 @@
-"""What a checkpoint costs the training: GPT-2 124M with AdamW, 1.5 GB, saved while the steps go on.
+"""Cost of asynchronous checkpoints: GPT-2 124M with AdamW, 1.5 GB, saved while training continues.
 
     python benchmarks/checkpoint_stall.py
 
-Writes results/checkpoint_stall.json. The stall is what `save` takes; the write goes on beside the steps that follow.
+Writes results/checkpoint_stall.json. The stall is the time of `save`; the write runs in parallel with later steps.
 """
 
 import json
@@ -14,46 +14,46 @@ from pathlib import Path
 import torch
 from machine import write_result
 
+from gpt2.config import TrainConfig
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import manage_freed_memory, pick_device
+from gpt2.optimizers import build_optimizers
+from gpt2.runtime import configure_malloc, pick_device
+from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import CheckpointWriter
-from gpt2.train.config import TrainConfig
-from gpt2.train.optim import build_optimizers
-from gpt2.train.product import Product
 
-SAVES = 4
+NUM_SAVES = 4
 
 
 def main() -> None:
     device = pick_device()
-    manage_freed_memory(keep=True)
+    configure_malloc(keep_freed=True)
     model = GPT(GPTConfig()).to(device)
     optimizers = build_optimizers(model, TrainConfig())
     tokens = torch.randint(50257, (1, 256), device=device)
 
     def step() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         model.loss(tokens, tokens).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     step()
-    alone, beside, stalls, writes = [step() for _ in range(5)], [], [], []
-    product = Product(model.config, None)
-    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), product, keep=1) as writer:
-        for number in range(SAVES):
+    alone, during_write, stalls, writes = [step() for _ in range(5)], [], [], []
+    artifact = ModelArtifact(model.config, None)
+    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), artifact, keep=1) as writer:
+        for number in range(NUM_SAVES):
             writer.save(number, model, optimizers)
             stalls.append(writer.stall_seconds)
-            beside.append(step())
+            during_write.append(step())
             writer.wait()
             writes.append(writer.write_seconds)
     found = {
         "device": str(device),
         "stall_seconds": {"first": stalls[0], "later": statistics.median(stalls[1:])},
         "write_seconds": statistics.median(writes),
-        "step_seconds": {"alone": statistics.median(alone), "beside_a_write": statistics.median(beside)},
+        "step_seconds": {"alone": statistics.median(alone), "beside_a_write": statistics.median(during_write)},
     }
     result = write_result("checkpoint_stall", "python benchmarks/checkpoint_stall.py", found)
     print(json.dumps(result, indent=2))

@@ -1,11 +1,10 @@
-"""A cold start of the server: seconds from the command `gpt2 serve MODEL` until it answers, and to the first token.
+"""Cold start of the server: seconds from `gpt2 serve MODEL` until it responds, and to the first token.
 
     python benchmarks/cold_start.py
 
-Starts the server five times as usual, with the CPU kernel compiled before, and five times as on a machine that never
-ran it, compiling included; in turns. MODEL is GPT-2 124M with random weights in a temporary folder, unless another is
-named. Its files were read before: this is not the disk's speed. Writes results/cold_start.json; the times are medians,
-and all of them are there too.
+Starts the server five times with the CPU kernel already compiled, and five times with an empty cache, which includes
+compilation; alternating. MODEL is GPT-2 124M with random weights in a temporary folder by default. Its files are in the
+page cache, so disk speed is not measured. Writes results/cold_start.json: the medians and all times.
 """
 
 import argparse
@@ -20,20 +19,20 @@ from typing import Any
 import torch
 from machine import write_result
 
-from gpt2.bench.decode import Decoding
-from gpt2.bench.load import cold_start
-from gpt2.bench.timing import Failed
+from gpt2.bench.common import BenchmarkError
+from gpt2.bench.decode import DecodeWorkload
+from gpt2.bench.serving import cold_start
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import pick_device
 from gpt2.tokenizer import get_tokenizer
-from gpt2.weights import find_model, load, save
+from gpt2.weights import find_model_folder, load, save
 
 PROMPT_TOKENS = 64
 
 
-def measure(work: Decoding, dtype: str, times: int) -> dict[str, Any]:
-    """Both kinds of start, in turns; one more comes first, so that the kernel is there."""
+def measure(work: DecodeWorkload, dtype: str, times: int) -> dict[str, Any]:
+    """Both kinds of start, alternating, after one that compiles the kernel."""
     starts: dict[str, list[dict[str, float]]] = {"kernel_compiled_before": [], "first_time_ever": []}
     cold_start(work, dtype)
     for number in range(1, times + 1):
@@ -45,7 +44,7 @@ def measure(work: Decoding, dtype: str, times: int) -> dict[str, Any]:
 
 
 def _medians(found: list[dict[str, float]]) -> dict[str, Any]:
-    """Seconds, by what they lead to: the median, and each."""
+    """The seconds by name: the median, and all."""
     seconds = {name: [round(start[name], 3) for start in found] for name in found[0]}
     return {name: {"median_seconds": statistics.median(each), "seconds": each} for name, each in seconds.items()}
 
@@ -64,9 +63,9 @@ def main() -> None:
             model = Path(folder, "random-124m")
             save(GPT(GPTConfig()), get_tokenizer("gpt2"), model)
         else:
-            model = find_model(args.model)
+            model = find_model_folder(args.model)
         config = load(model)[0].config
-        work = Decoding(str(device), config, str(model), PROMPT_TOKENS, new_tokens=2, batch_sizes=(1,))
+        work = DecodeWorkload(str(device), config, str(model), PROMPT_TOKENS, new_tokens=2, batch_sizes=(1,))
         found = {
             "model": args.model or "GPT-2 124M, random weights",
             "device": str(device),
@@ -81,5 +80,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, Failed) as error:
+    except (UserError, BenchmarkError) as error:
         sys.exit(f"error: {error}")

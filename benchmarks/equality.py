@@ -1,12 +1,12 @@
-"""How far apart are 1, 2 and 4 processes after the same steps? One process by itself says what is right.
+"""Equality of training with 1, 2 and 4 processes: differences to a single process after the same steps.
 
     python benchmarks/equality.py --steps 50
 
-A small model learns the Python documentation, byte by byte, in float32, through the real command: alone, and under
-torchrun with DDP and with FSDP2, at the same global batch; of four ranks also as two hosts with two each, in whose
-hosts FSDP2 cuts the model up and between which it is copied. Then the weights they end with, the loss of each step and
-the validation losses are compared. What float32 rounding alone does is in the row of one process that adds up its
-gradients from micro-batches of one row. Every process has one thread. Writes benchmarks/results/equality.json.
+Trains a small model on the Python documentation as bytes in float32 with the real command: in a single process, and
+under torchrun with DDP and FSDP2 at the same global batch; four ranks also as two hosts with two ranks each, where
+FSDP2 shards within a host and replicates across hosts. Compares final weights, the loss of each step, and validation
+losses. The effect of float32 rounding alone is in the row of a single process with gradient accumulation over
+micro-batches of one row. Each process has one thread. Writes benchmarks/results/equality.json.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import torch
 from machine import write_result
 
 import gpt2
-from gpt2.train.config import TrainConfig, to_toml
-from gpt2.train.report import read_metrics
+from gpt2.config import TrainConfig, to_toml
+from gpt2.reporting.metrics import read_metrics
 
 CONFIG = TrainConfig(
     data="python-docs",
@@ -44,12 +44,12 @@ CONFIG = TrainConfig(
     save_every=0,
     sample_tokens=0,
 )
-SECONDS = 600  # that one run may take
+TIMEOUT_SECONDS = 600  # for one run
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a run is done: by so many processes (0: one, without torchrun) on so many hosts, which share it somehow."""
+class RunVariant:
+    """A way to run the training: number of processes (0: one without torchrun), parallelism, number of hosts."""
 
     processes: int
     parallel: str = "auto"
@@ -62,7 +62,7 @@ class Way:
         return f"{self.processes} {self.parallel}" + (f", {self.hosts} hosts" if self.hosts > 1 else "")
 
     def commands(self) -> list[list[str]]:
-        """What is started, one command a host."""
+        """The commands to start, one per host."""
         program = ["-m", "gpt2", "train", "equality.toml", "--parallel", self.parallel, *self.flags]
         if not self.processes:
             return [[sys.executable, *program]]
@@ -73,47 +73,47 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run left: its weights by name, the loss of every step, and the validation losses."""
+class RunResult:
+    """The results of a run: weights by name, the loss of each step, and the validation losses."""
 
     weights: dict[str, torch.Tensor]
     losses: torch.Tensor
     val_losses: torch.Tensor
 
 
-def run(way: Way, place: Path) -> Trained:
-    """Do the run, in a folder of its own under `place`."""
-    name = str(way).replace(",", "").replace(" ", "-")
+def run_variant(variant: RunVariant, parent: Path) -> RunResult:
+    """Do the run in its own folder under `parent`."""
+    name = str(variant).replace(",", "").replace(" ", "-")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
             [*command, "--name", name],
-            cwd=place,
+            cwd=parent,
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for command in way.commands()
+        for command in variant.commands()
     ]
     try:
-        said = [process.communicate(timeout=SECONDS)[1] for process in running]
+        errors = [process.communicate(timeout=TIMEOUT_SECONDS)[1] for process in running]
     finally:
         for process in running:
             process.kill()
     if any(process.returncode for process in running):
-        sys.exit("\n".join(said))
-    folder = place / "runs" / name
+        sys.exit("\n".join(errors))
+    folder = parent / "runs" / name
     records = read_metrics(folder / "metrics.jsonl")
-    return Trained(
+    return RunResult(
         weights={name: p.detach() for name, p in gpt2.load(folder)[0].named_parameters()},
         losses=torch.tensor([record["loss"] for record in records], dtype=torch.float64),
         val_losses=torch.tensor([record["val_loss"] for record in records if "val_loss" in record]).double(),
     )
 
 
-def differences(one: Trained, other: Trained) -> dict[str, float]:
-    """The largest of each kind."""
+def differences(one: RunResult, other: RunResult) -> dict[str, float]:
+    """The largest differences between two runs: of weights, losses, and validation losses."""
     return {
         "weights": max(float((p - other.weights[name]).abs().max()) for name, p in one.weights.items()),
         "loss": float((one.losses - other.losses).abs().max()),
@@ -122,35 +122,35 @@ def differences(one: Trained, other: Trained) -> dict[str, float]:
 
 
 def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("localhost", 0))
-        return held.getsockname()[1]
+    with socket.socket() as bound:
+        bound.bind(("localhost", 0))
+        return bound.getsockname()[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], help="they must divide 8, the batch")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], help="divisors of 8, the batch size")
     args = parser.parse_args()
-    ways = [Way(0, flags=("--micro-batch-size", "1"))]
-    ways += [Way(ranks, parallel) for ranks in args.ranks for parallel in ("ddp", "fsdp")]
+    variants = [RunVariant(0, flags=("--micro-batch-size", "1"))]
+    variants += [RunVariant(ranks, parallel) for ranks in args.ranks for parallel in ("ddp", "fsdp")]
     if 4 in args.ranks:
-        ways.append(Way(4, "fsdp", hosts=2))
+        variants.append(RunVariant(4, "fsdp", hosts=2))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        parent = Path(folder)
         config = replace(CONFIG, max_steps=args.steps, name="equality")
-        (place / "equality.toml").write_text(to_toml(config), encoding="utf-8")
-        alone = run(Way(0), place)
+        (parent / "equality.toml").write_text(to_toml(config), encoding="utf-8")
+        alone = run_variant(RunVariant(0), parent)
         scale = max(float(p.abs().max()) for p in alone.weights.values())
         print(f"one process: loss {alone.losses[0]:.3f} -> {alone.losses[-1]:.3f}, largest weight {scale:.2f}")
-        print(f"largest difference from it after {args.steps} steps:\n")
+        print(f"largest differences to it after {args.steps} steps:\n")
         print("| processes | weights | loss of a step | validation loss |\n|:--|--:|--:|--:|")
-        for way in ways:
-            found = differences(alone, run(way, place))
-            rows.append({"processes": max(1, way.processes), "parallel": way.parallel, "hosts": way.hosts, **found})
-            rows[-1] |= {"way": str(way)}
-            print(f"| {way} | {found['weights']:.1e} | {found['loss']:.1e} | {found['val_loss']:.1e} |", flush=True)
+        for variant in variants:
+            found = differences(alone, run_variant(variant, parent))
+            row = {"processes": max(1, variant.processes), "parallel": variant.parallel, "hosts": variant.hosts}
+            rows.append({**row, **found, "way": str(variant)})
+            print(f"| {variant} | {found['weights']:.1e} | {found['loss']:.1e} | {found['val_loss']:.1e} |", flush=True)
     result: dict[str, Any] = {"steps": args.steps, "rows": rows, "largest_weight": scale}
     result |= {"first_loss": alone.losses[0].item(), "last_loss": alone.losses[-1].item()}
     write_result("equality", f"python benchmarks/equality.py --steps {args.steps}", result)

@@ -1,10 +1,10 @@
-"""A small model from random weights learns to follow instructions: sums, reversals, the prices of a shop.
+"""Instruction tuning of a small model from random weights: sums, reversals, and prices.
 
     python benchmarks/instructions.py [--steps 2000]
 
-The rows are made here, so all of it runs anywhere. The prompts of the end were never seen: other sums, other words,
-and of the shop's things in words that this thing was never asked for in. It learns twice from the same rows in the
-same order: once from the answers alone, once from the prompts, too.
+The rows are generated here. The test prompts do not occur in training: other sums, other words, and other phrasings of
+the question about a thing. Trains twice on the same rows in the same order: with the loss on the answers alone, and on
+the prompts too. Writes results/instructions.json.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from machine import write_result
 import gpt2
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
-from gpt2.train.recipes import recipe
+from gpt2.train.recipes import load_recipe
 from gpt2.train.trainer import train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -36,54 +36,56 @@ QUESTIONS = (
     "tell me about {}: ",
     "{} sells for ",
 )
-_shop = random.Random(7)
-PRICES = {"".join(_shop.choices(LETTERS, k=5)): str(_shop.randrange(100, 1000)) for _ in range(120)}
-ROWS, ASKED = 30_000, 600  # to learn from (a tenth of them held out), and to answer in the end
+NUM_TRAIN_ROWS, NUM_TEST_PROMPTS = 30_000, 600  # a tenth of the training rows is held out for validation
 SHAPE = GPTConfig(vocab_size=257, block_size=128, n_layer=4, n_head=4, n_embd=128)
 
 
-def make_row(random: random.Random) -> tuple[str, str, str]:
-    """A task, its prompt and its answer."""
-    task = random.choice(("sum", "reversal", "look-up"))
+def make_prices() -> list[tuple[str, str]]:
+    """120 things and their prices."""
+    rng = random.Random(7)
+    return list({"".join(rng.choices(LETTERS, k=5)): str(rng.randrange(100, 1000)) for _ in range(120)}.items())
+
+
+def make_row(rng: random.Random, prices: list[tuple[str, str]]) -> tuple[str, str, str]:
+    """A random row: task, prompt, answer."""
+    task = rng.choice(("sum", "reversal", "look-up"))
     if task == "sum":
-        a, b = random.randrange(100), random.randrange(100)
+        a, b = rng.randrange(100), rng.randrange(100)
         return task, f"{a}+{b}=", str(a + b)
     if task == "reversal":
-        word = "".join(random.choices(LETTERS, k=random.randrange(3, 7)))
+        word = "".join(rng.choices(LETTERS, k=rng.randrange(3, 7)))
         return task, f"reverse {word}: ", word[::-1]
-    thing, price = random.choice(list(PRICES.items()))
-    return task, random.choice(QUESTIONS).format(thing), price
+    thing, price = rng.choice(prices)
+    return task, rng.choice(QUESTIONS).format(thing), price
 
 
 def make_rows(seed: int = 0) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    """Rows to learn from, and rows whose prompts are not among them."""
-    numbers = random.Random(seed)
-    asked = list({row[1]: row for row in (make_row(numbers) for _ in range(ASKED))}.values())
-    never = {row[1] for row in asked}
-    rows = [row for row in (make_row(numbers) for _ in range(ROWS)) if row[1] not in never]
-    return rows, asked
+    """Training rows, and test rows whose prompts are not among them."""
+    rng, prices = random.Random(seed), make_prices()
+    test_rows = list({row[1]: row for row in (make_row(rng, prices) for _ in range(NUM_TEST_PROMPTS))}.values())
+    test_prompts = {row[1] for row in test_rows}
+    rows = [row for row in (make_row(rng, prices) for _ in range(NUM_TRAIN_ROWS)) if row[1] not in test_prompts]
+    return rows, test_rows
 
 
-def exact_matches(folder: Path, asked: list[tuple[str, str, str]]) -> dict[str, float]:
-    """The share of prompts that are answered to the letter, by task; the model takes what is likeliest."""
+def exact_matches(folder: Path, test_rows: list[tuple[str, str, str]]) -> dict[str, float]:
+    """The exact-match accuracy of greedy decoding, by task."""
     model, tokenizer = gpt2.load(folder)
-    prompts = [prompt for _, prompt, _ in asked]
+    prompts = [prompt for _, prompt, _ in test_rows]
     texts = gpt2.generate(model, tokenizer, prompts, max_new_tokens=8, temperature=0.0, seed=0)
-    right: dict[str, list[bool]] = {}
-    for (task, prompt, answer), (text,) in zip(asked, texts, strict=True):
-        right.setdefault(task, []).append(text.removeprefix(prompt) == answer)
-    everything = [one for ones in right.values() for one in ones]
-    return {task: sum(ones) / len(ones) for task, ones in sorted(right.items())} | {
-        "all": sum(everything) / len(everything)
-    }
+    correct: dict[str, list[bool]] = {}
+    for (task, prompt, answer), (text,) in zip(test_rows, texts, strict=True):
+        correct.setdefault(task, []).append(text.removeprefix(prompt) == answer)
+    groups = dict(sorted(correct.items())) | {"all": [value for values in correct.values() for value in values]}
+    return {task: sum(values) / len(values) for task, values in groups.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args().steps
-    rows, asked = make_rows()
-    found: dict[str, Any] = {"steps": steps, "rows": len(rows), "asked": len(asked)}
+    rows, test_rows = make_rows()
+    found: dict[str, Any] = {"steps": steps, "rows": len(rows), "asked": len(test_rows)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = [json.dumps({"prompt": prompt, "answer": answer}) for _, prompt, answer in rows]
@@ -91,7 +93,7 @@ def main() -> None:
         torch.manual_seed(1)
         gpt2.save(GPT(SHAPE), get_tokenizer("bytes"), folder / "random")
         common = replace(
-            recipe("finetune"),
+            load_recipe("finetune"),
             init_from=str(folder / "random"),
             data=str(folder / "rows.jsonl"),
             out_dir=name,
@@ -111,11 +113,11 @@ def main() -> None:
             sample_tokens=0,
             save_every=0,
         )
-        for how, masked in (("answers only", True), ("prompts too", False)):
-            began = time.perf_counter()
-            run = train(replace(common, name=how.replace(" ", "-"), mask_prompt=masked))
-            seconds = time.perf_counter() - began
-            found[how] = {"exact_match": exact_matches(run, asked), "seconds": round(seconds, 1)}
+        for variant, masked in (("answers only", True), ("prompts too", False)):
+            start = time.perf_counter()
+            run = train(replace(common, name=variant.replace(" ", "-"), mask_prompt=masked))
+            seconds = time.perf_counter() - start
+            found[variant] = {"exact_match": exact_matches(run, test_rows), "seconds": round(seconds, 1)}
     command = f"python benchmarks/instructions.py --steps {steps}"
     print(json.dumps(write_result("instructions", command, found), indent=2))
 

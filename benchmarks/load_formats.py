@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 import gpt2
 from gpt2.formats import gguf_writer, llmc, nanogpt
-from gpt2.model import GPT, OPENAI_SIZES
+from gpt2.model import GPT, OPENAI_CONFIGS
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "formats")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CHILD = """
 import resource, sys, time
@@ -49,7 +49,7 @@ def pickled(model: GPT, out: Path) -> Path:
 
 
 def flax(model: GPT, out: Path) -> Path:
-    from test_huggingface import flax_bytes, flax_tree
+    from tests.formats.test_huggingface import flax_bytes, flax_tree
 
     folder = gpt2.save(model, None, out / "flax")
     for path in folder.glob("model*.safetensors"):
@@ -59,7 +59,7 @@ def flax(model: GPT, out: Path) -> Path:
 
 
 def openai(model: GPT, out: Path) -> Path:
-    from test_other_formats import bundle, hparams, openai_variables
+    from tests.formats.test_other_formats import bundle, hparams, openai_variables
 
     (out / "openai").mkdir()
     hparams(out / "openai", model.config)
@@ -90,7 +90,7 @@ FORMATS: dict[str, Callable[[GPT, Path], Path]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="gpt2-xl", choices=OPENAI_SIZES)
+    parser.add_argument("--shape", default="gpt2-xl", choices=OPENAI_CONFIGS)
     parser.add_argument("--work", type=Path, required=True, help="a folder for the files")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--dtype", default="float32")
@@ -98,7 +98,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     for name in args.formats.split(","):
         with torch.device("meta"):
-            model = GPT(replace(OPENAI_SIZES[args.shape], vocab_size=50256))  # one less: no tokenizer is looked for
+            model = GPT(replace(OPENAI_CONFIGS[args.shape], vocab_size=50256))  # one less: no tokenizer is looked for
         model = model.to_empty(device="cpu")
         model.tie_weights()
         for parameter in model.parameters():

@@ -1,9 +1,9 @@
-"""GPT-2 124M, fine-tuned whole and with adapters: the memory of the whole command, and the time of a step.
+"""Full fine-tuning and LoRA of GPT-2 124M: peak memory of the command, and step time.
 
     python benchmarks/lora_memory.py [--rounds 2]
 
-Random weights in OpenAI's shape, rows of 512 tokens, one at a time; `gpt2 finetune` from beginning to end, the
-comparison included, in processes of their own and in turns.
+Random weights in OpenAI's shape, micro-batches of one row of 512 tokens; the whole command `gpt2 finetune` including
+its final comparison, each in a separate process, alternating. Writes results/lora_memory.json.
 """
 
 import argparse
@@ -31,18 +31,18 @@ MODES = {
 STEPS = 6
 
 
-def tune(base: Path, folder: Path, flags: list[str]) -> dict[str, float]:
-    """One run of the command: its peak memory in GB, and the median of its steps, less the first two, in seconds."""
+def run_finetune(base: Path, folder: Path, flags: list[str]) -> dict[str, float]:
+    """Run the command; return its peak memory in GB and its median step time in seconds, without the first two."""
     command = [sys.executable, "-m", "gpt2", "finetune", str(base), "--data", "python-docs", "--name", folder.name]
     command += ["--out-dir", str(folder.parent), "--batch-size", "1", "--block-size", "512", "--max-steps", str(STEPS)]
     command += ["--eval-every", "0", "--eval-tokens", "4096", "--sample-tokens", "20", "--dtype", "float32", *flags]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        told = process.stderr.read().decode()
+        stderr = process.stderr.read().decode()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(told)
+        raise SystemExit(stderr)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = statistics.median(line["update_seconds"] for line in lines[2:])
     return {"peak_gb": usage.ru_maxrss * 1024 / 1e9, "step_seconds": seconds}
@@ -58,14 +58,13 @@ def main() -> None:
         base = gpt2.save(GPT(GPTConfig()), get_tokenizer("bytes"), Path(name) / "base")
         for number in range(rounds):
             for mode, flags in MODES.items():
-                runs[mode].append(tune(base, Path(name) / f"{number}-{len(flags)}", flags))
+                runs[mode].append(run_finetune(base, Path(name) / f"{number}-{len(flags)}", flags))
     found: dict[str, Any] = {
-        mode: {key: round(statistics.median(run[key] for run in some), 3) for key in some[0]}
-        for mode, some in runs.items()
+        mode: {key: round(statistics.median(run[key] for run in results), 3) for key in results[0]}
+        for mode, results in runs.items()
     }
-    print(
-        json.dumps(write_result("lora_memory", f"python benchmarks/lora_memory.py --rounds {rounds}", found), indent=2)
-    )
+    command = f"python benchmarks/lora_memory.py --rounds {rounds}"
+    print(json.dumps(write_result("lora_memory", command, found), indent=2))
 
 
 if __name__ == "__main__":

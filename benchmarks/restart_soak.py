@@ -1,13 +1,13 @@
-"""The soak of several ranks: one of them is killed again and again, torchrun starts all anew, and nothing is lost.
+"""Soak test of distributed training: ranks are killed, torchrun restarts them, and the result must not change.
 
     python benchmarks/restart_soak.py --kills 20
 
-A tiny training with dropout is run by two ranks under torchrun, once undisturbed with DDP and once with FSDP. Then it
-is run anew, with each in turn, under `torchrun --max-restarts`, and a rank (either of them) killed with SIGKILL: at
-random moments while it starts, while it trains, and while a checkpoint is being written. torchrun ends the other one
-and starts both again, and they go on by `--resume auto`. Every file that is left in the end is compared with the
-undisturbed run's, byte for byte (in metrics.jsonl all but what the clock says). New runs are begun until there were
-enough kills. The summary is written to benchmarks/results/restart_soak.json; the exit code is 1 if anything differed.
+A tiny training with dropout runs with two ranks under torchrun, once without interruption with DDP and once with FSDP.
+Then it runs again, alternating DDP and FSDP, under `torchrun --max-restarts`, and a random rank is killed with SIGKILL:
+at random moments during start, during training, and while a checkpoint is written. torchrun stops the other rank and
+restarts both, which resume with `--resume auto`. The final files are compared with those of the uninterrupted run, byte
+for byte (metrics.jsonl without timings). New runs start until there were enough kills. Writes
+results/restart_soak.json; the exit code is 1 if anything differed.
 """
 
 import argparse
@@ -27,43 +27,43 @@ from pathlib import Path
 from typing import Any
 
 from machine import write_result
-from soak import CONFIG, MOMENTS, Home, differences, reached, wait_until
+from soak import CONFIG, MOMENTS, Workspace, differences, wait_for_moment, wait_until
 
 RANKS = 2
 KINDS = ("ddp", "fsdp")
-KILLS_A_RUN = 5
+MAX_KILLS_PER_RUN = 5
 TRAIN = ("train", "soak.toml", "--resume", "auto")
 
 
 @dataclass
-class Tally:
-    """What happened to one run on its way."""
+class SoakResult:
+    """The kills of one run, and the files that differ."""
 
     kind: str
     moments: Counter[str] = field(default_factory=Counter[str])
     ranks: Counter[int] = field(default_factory=Counter[int])
-    mid_save: int = 0  # kills that left a half-written checkpoint or model folder behind
+    mid_save: int = 0  # kills that left an incomplete checkpoint or model folder
     differences: list[str] = field(default_factory=list)
 
 
-class RanksHome(Home):
-    """A working directory whose run is trained by two ranks under torchrun."""
+class TorchrunWorkspace(Workspace):
+    """A working directory with a run of two ranks under torchrun."""
 
     def start_ranks(self, *flags: str, restarts: int = 0, shutdown: int = 30) -> subprocess.Popen[bytes]:
-        """Start the run, or go on with it. flags: of `gpt2 train`."""
+        """Start or resume the run. flags: of `gpt2 train`."""
         launch = ["--standalone", f"--nproc-per-node={RANKS}", f"--max-restarts={restarts}"]
         launch += [f"--shutdown-timeout={shutdown}", "-m", "gpt2", *TRAIN, *flags]
-        with (self.folder / "said.txt").open("ab") as said:
+        with self.log_path.open("ab") as log:
             command = [sys.executable, "-m", "torch.distributed.run", *launch]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            return subprocess.Popen(command, cwd=self.folder, stdout=said, stderr=said, env=environment)
+            return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, env=environment)
 
 
-def ranks_of(torchrun: int) -> dict[int, int]:
-    """The processes that torchrun has started as ranks and that live, by rank."""
+def rank_pids(torchrun: int) -> dict[int, int]:
+    """The process ids of torchrun's live ranks, by rank."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # it just exited
             parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
             environment = (process / "environ").read_bytes() if int(parent) == torchrun else b""
             rank = next((word for word in environment.split(b"\0") if word.startswith(b"RANK=")), None)
@@ -72,25 +72,30 @@ def ranks_of(torchrun: int) -> dict[int, int]:
     return found
 
 
-def fresh_ranks(torchrun: subprocess.Popen[bytes], seen: set[int]) -> dict[int, int]:
-    """Wait until torchrun has started all ranks (anew); they are added to the processes `seen` before."""
+def wait_for_ranks(torchrun: subprocess.Popen[bytes], seen: set[int]) -> dict[int, int]:
+    """Wait until torchrun has (re)started all ranks; add their process ids to `seen`, those of earlier starts."""
     found: dict[int, int] = {}
 
-    def are_there() -> bool:
+    def all_started() -> bool:
         found.clear()
-        found.update(ranks_of(torchrun.pid))
+        found.update(rank_pids(torchrun.pid))
         return len(found) == RANKS and not seen & set(found.values())
 
-    wait_until(torchrun, are_there, every=0.02)
+    wait_until(torchrun, all_started, poll_seconds=0.02)
     seen.update(found.values())
     return found
 
 
-def strike(
-    home: Home, torchrun: subprocess.Popen[bytes], pids: dict[int, int], moment: str, rank: int, chance: random.Random
+def kill_rank_at_moment(
+    workspace: Workspace,
+    torchrun: subprocess.Popen[bytes],
+    pids: dict[int, int],
+    moment: str,
+    rank: int,
+    rng: random.Random,
 ) -> bool:
-    """Wait for the moment and kill a rank, whose processes are `pids`; False when the run was done before that."""
-    if not reached(home, torchrun, moment, chance, start_seconds=6.0):
+    """Wait for the moment and kill a rank; pids: process ids by rank. Return False if the run finished before."""
+    if not wait_for_moment(workspace, torchrun, moment, rng, start_seconds=6.0):
         return False
     try:
         os.kill(pids[rank], signal.SIGKILL)
@@ -99,42 +104,42 @@ def strike(
     return True
 
 
-def disturbed_run(home: RanksHome, kind: str, kills: int, chance: random.Random) -> Tally:
-    """One run under one torchrun, in which a rank is killed, at most so many times, until it is done."""
-    tally, seen = Tally(kind), set[int]()
-    torchrun = home.start_ranks("--parallel", kind, restarts=kills)
+def interrupted_run(workspace: TorchrunWorkspace, kind: str, kills: int, rng: random.Random) -> SoakResult:
+    """One run under one torchrun, whose ranks are killed at most `kills` times until it finishes."""
+    tally, seen = SoakResult(kind), set[int]()
+    torchrun = workspace.start_ranks("--parallel", kind, restarts=kills)
     try:
         while tally.moments.total() < kills:
-            left_before = home.unfinished()
-            pids = fresh_ranks(torchrun, seen)
-            moment, rank = chance.choice(MOMENTS), chance.randrange(RANKS)
-            if len(pids) < RANKS or not strike(home, torchrun, pids, moment, rank, chance):
+            partial_before = workspace.partial_folders()
+            pids = wait_for_ranks(torchrun, seen)
+            moment, rank = rng.choice(MOMENTS), rng.randrange(RANKS)
+            if len(pids) < RANKS or not kill_rank_at_moment(workspace, torchrun, pids, moment, rank, rng):
                 break
             tally.moments[moment] += 1
             tally.ranks[rank] += 1
-            tally.mid_save += bool(home.unfinished() - left_before)
-        home.finish(torchrun)
+            tally.mid_save += bool(workspace.partial_folders() - partial_before)
+        workspace.wait_until_done(torchrun)
     finally:
-        torchrun.terminate()  # it ends its ranks
+        torchrun.terminate()  # torchrun stops its ranks
         torchrun.wait()
     return tally
 
 
-def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Begin runs in `folder` and kill their ranks until so many kills happened; returns what came of it."""
-    chance = random.Random(seed)
-    whole = {kind: RanksHome(folder / f"undisturbed-{kind}") for kind in KINDS}
-    for kind, home in whole.items():
-        home.finish(home.start_ranks("--parallel", kind))
-    tallies: list[Tally] = []
-    while (left := kills - sum(tally.moments.total() for tally in tallies)) > 0:
+def soak(kills: int, seed: int, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Start runs in `folder` and kill their ranks until there were `kills` kills; return the summary."""
+    rng = random.Random(seed)
+    references = {kind: TorchrunWorkspace(folder / f"uninterrupted-{kind}") for kind in KINDS}
+    for kind, workspace in references.items():
+        workspace.wait_until_done(workspace.start_ranks("--parallel", kind))
+    tallies: list[SoakResult] = []
+    while (remaining := kills - sum(tally.moments.total() for tally in tallies)) > 0:
         kind = KINDS[len(tallies) % len(KINDS)]
-        home = RanksHome(folder / f"run-{len(tallies) + 1}")
-        tally = disturbed_run(home, kind, min(left, KILLS_A_RUN), chance)
-        tally.differences = differences(whole[kind].run, home.run)
+        workspace = TorchrunWorkspace(folder / f"run-{len(tallies) + 1}")
+        tally = interrupted_run(workspace, kind, min(remaining, MAX_KILLS_PER_RUN), rng)
+        tally.differences = differences(references[kind].run, workspace.run)
         tallies.append(tally)
-        say(
-            f"run {len(tallies)} ({kind}): {tally.moments.total()} kills, {tally.mid_save} in the middle of a save: "
+        report(
+            f"run {len(tallies)} ({kind}): {tally.moments.total()} kills, {tally.mid_save} during a save: "
             + (f"differs in {', '.join(tally.differences)}" if tally.differences else "no difference")
         )
     return {
@@ -150,15 +155,15 @@ def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill ranks of a training at random moments, and compare.")
+    parser = argparse.ArgumentParser(description="Kill ranks of a training at random moments, and compare the result.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = soak(args.kills, args.seed, Path(folder), lambda line: print(line, flush=True))
     command = f"python benchmarks/restart_soak.py --kills {args.kills} --seed {args.seed}"
-    result = write_result("restart_soak", command, {"seconds": round(time.monotonic() - began), **found})
+    result = write_result("restart_soak", command, {"seconds": round(time.monotonic() - start), **found})
     print(json.dumps(result, indent=2))
     return 1 if found["differences"] else 0
 

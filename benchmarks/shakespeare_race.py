@@ -1,11 +1,11 @@
-"""The Shakespeare race: nanoGPT's CPU recipe against ours, on this machine, in turns.
+"""Shakespeare race: nanoGPT's CPU recipe against `gpt2 train shakespeare-cpu` on this machine, alternating.
 
     python benchmarks/shakespeare_race.py --nanogpt PATH_OF_A_CHECKOUT --data input.txt
 
-Both see the official 90/10 split of tinyshakespeare. nanoGPT runs the command its README gives for a computer without
-a GPU; we run `gpt2 train shakespeare-cpu`. What counts is the wall-clock time of the whole process and, at its end,
-the loss over the whole validation split in nats per character (the text is ASCII: a byte is a character), in
-non-overlapping windows of 64 for both. The result is written to benchmarks/results/shakespeare_race.json.
+Both use the official 90/10 split of tinyshakespeare. nanoGPT runs the command of its README for a computer without a
+GPU. Compared are the wall-clock time of the whole process, and its final loss over the whole validation split in nats
+per character (the text is ASCII: a byte is a character), in non-overlapping windows of 64. Writes
+results/shakespeare_race.json.
 """
 
 import argparse
@@ -34,22 +34,22 @@ def run_nanogpt(checkout: Path, data: Path, folder: Path) -> dict[str, float]:
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git"))
     shutil.copy(data, folder / "data/shakespeare_char/input.txt")
     subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=folder, check=True, capture_output=True)
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "train.py", *NANOGPT_FLAGS.split()], cwd=folder, check=True, capture_output=True, text=True
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     own = next(line for line in done.stdout.splitlines() if line.startswith("step 2000"))
     return {"seconds": seconds, "own_estimate": float(own.split()[-1]), "val_loss": nanogpt_loss(folder)}
 
 
 def nanogpt_loss(folder: Path) -> float:
-    """nanoGPT's checkpoint over its whole validation file."""
+    """The loss of nanoGPT's checkpoint over its whole validation file."""
     sys.path.insert(0, str(folder))
     from model import GPT, GPTConfig  # pyright: ignore[reportMissingImports]
 
     sys.path.pop(0)
-    checkpoint = torch.load(folder / "out-shakespeare-char" / "ckpt.pt", weights_only=False)  # written a moment ago
+    checkpoint = torch.load(folder / "out-shakespeare-char" / "ckpt.pt", weights_only=False)  # written by this script
     model = GPT(GPTConfig(**checkpoint["model_args"]))
     model.load_state_dict(checkpoint["model"])
     model.eval()
@@ -65,15 +65,15 @@ def nanogpt_loss(folder: Path) -> float:
 
 def run_ours(data: Path, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "gpt2", "train", "shakespeare-cpu", "--data", str(data), "--out-dir", str(folder)]
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     last = json.loads((folder / "shakespeare-cpu" / "metrics.jsonl").read_text().splitlines()[-1])
     return {"seconds": seconds, "steps": last["step"], "val_loss": last["val_loss"]}
 
 
 def write_rounds(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Write the JSON of the rounds so far; returns the medians."""
+    """Write the results of the rounds so far; return the medians."""
     assert all(math.isfinite(r["ours"]["val_loss"]) for r in rounds)
     found = {
         "rounds": rounds,
@@ -89,7 +89,7 @@ def write_rounds(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The Shakespeare race against nanoGPT on this machine.")
+    parser = argparse.ArgumentParser(description="Shakespeare race against nanoGPT on this machine.")
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--data", type=Path, required=True, help="tinyshakespeare's input.txt")
     parser.add_argument("--rounds", type=int, default=3)

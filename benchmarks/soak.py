@@ -1,12 +1,12 @@
-"""The soak: a run that is killed again and again must end as the run that never was.
+"""Soak test of checkpoints: a run that is killed and resumed many times must give the same files as one that is not.
 
     python benchmarks/soak.py --kills 50
 
-A tiny training is run once undisturbed, through the real command. Then it is run anew, and its process killed with
-SIGKILL: at random moments while it starts, while it trains, and while a checkpoint is being written; each time it is
-resumed, until it is done, and then every file it leaves is compared with the first run's, byte for byte (in
-metrics.jsonl all but what the clock says). New runs are begun until there were enough kills. The summary is written
-to benchmarks/results/soak.json; the exit code is 1 if anything differed.
+A tiny training runs once without interruption, with the real command. Then it runs again, and its process is killed
+with SIGKILL: at random moments during start, during training, and while a checkpoint is written. It is resumed each
+time until it finishes. Its files are compared with those of the first run, byte for byte (metrics.jsonl without
+timings). New runs start until there were enough kills. Writes results/soak.json; the exit code is 1 if anything
+differed.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from typing import Any
 
 from machine import write_result
 
-from gpt2.train.config import TrainConfig, to_toml
-from gpt2.train.report import read_metrics, without_times
+from gpt2.config import TrainConfig, to_toml
+from gpt2.reporting.metrics import read_metrics, without_timings
 
-MOMENTS = ("starting", "training", "saving", "saving")  # when to kill; saving is what this is about
-NOT_COMPARED = (".png", ".md", ".jsonl")  # pictures and words with times in them; metrics.jsonl is compared by line
-TIMEOUT = 600.0  # seconds that one process may take
+MOMENTS = ("starting", "training", "saving", "saving")  # when to kill, with saving twice as likely
+SKIPPED_SUFFIXES = (".png", ".md", ".jsonl")  # files with timings; metrics.jsonl is compared by line
+TIMEOUT_SECONDS = 600.0  # for one process
 
 CONFIG = TrainConfig(
     name="soak",
@@ -56,130 +56,132 @@ TEXT = "".join(f"The number {i} comes before the number {i + 1},\r\nas everybody
 
 
 @dataclass
-class Tally:
-    """What happened to one run on its way."""
+class SoakResult:
+    """The kills of one run, and the files that differ."""
 
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(dict.fromkeys(MOMENTS), 0))
-    mid_save: int = 0  # kills that left a half-written checkpoint or model folder behind
+    mid_save: int = 0  # kills that left an incomplete checkpoint or model folder
     before_first_checkpoint: int = 0
     differences: list[str] = field(default_factory=list)
 
 
-class Home:
-    """A working directory with the data and the config of a run, which lives in `runs/soak` there."""
+class Workspace:
+    """A working directory with the data and the config of a run, and the run in `runs/soak`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "numbers.txt").write_bytes(TEXT.encode())
         (folder / "soak.toml").write_text(to_toml(CONFIG), encoding="utf-8")
-        self.folder, self.run = folder, folder / "runs" / "soak"
+        self.folder, self.run, self.log_path = folder, folder / "runs" / "soak", folder / "log.txt"
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start the run, or go on with it."""
-        begun = (self.run / "config.toml").exists()
-        what = ["--resume", "runs/soak"] if begun else ["soak.toml"]
-        with (self.folder / "said.txt").open("wb") as said:
-            command = [sys.executable, "-m", "gpt2", "train", *what]
-            return subprocess.Popen(command, cwd=self.folder, stdout=said, stderr=said)
+    def start_process(self) -> subprocess.Popen[bytes]:
+        """Start or resume the run."""
+        arguments = ["--resume", "runs/soak"] if (self.run / "config.toml").exists() else ["soak.toml"]
+        with self.log_path.open("wb") as log:
+            command = [sys.executable, "-m", "gpt2", "train", *arguments]
+            return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
 
-    def finish(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for a process that nobody disturbs, or that ended by itself."""
-        if process.wait(TIMEOUT) != 0:
-            raise RuntimeError(f"the training failed: {(self.folder / 'said.txt').read_text(errors='replace')}")
+    def wait_until_done(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for a process that is not to be killed. Raises RuntimeError if it fails."""
+        if process.wait(TIMEOUT_SECONDS) != 0:
+            raise RuntimeError(f"the training failed: {self.log_path.read_text(errors='replace')}")
 
     def steps_recorded(self) -> int:
         path = self.run / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def unfinished(self) -> set[tuple[str, int]]:
-        """The hidden folders that are there while a checkpoint or the model folder is being written."""
+    def partial_folders(self) -> set[tuple[str, int]]:
+        """The hidden folders that exist while a checkpoint or the model folder is written."""
         found = set()
         for path in [*self.run.glob("checkpoints/.step-*"), *self.run.glob(".model*")]:
-            with suppress(FileNotFoundError):  # it has just become a checkpoint
+            with suppress(FileNotFoundError):  # just renamed to a checkpoint
                 found.add((path.name, path.stat().st_ctime_ns))
         return found
 
 
-def kill(home: Home, process: subprocess.Popen[bytes], moment: str, chance: random.Random) -> bool:
-    """Wait for the moment and kill the process; False when it was done before that."""
-    if not reached(home, process, moment, chance, start_seconds=4.0):
+def kill_at_moment(workspace: Workspace, process: subprocess.Popen[bytes], moment: str, rng: random.Random) -> bool:
+    """Wait for the moment and kill the process; return False if it finished before."""
+    if not wait_for_moment(workspace, process, moment, rng, start_seconds=4.0):
         return False
     process.kill()
     process.wait()
     return True
 
 
-def reached(
-    home: Home, process: subprocess.Popen[bytes], moment: str, chance: random.Random, start_seconds: float
+def wait_for_moment(
+    workspace: Workspace, process: subprocess.Popen[bytes], moment: str, rng: random.Random, start_seconds: float
 ) -> bool:
-    """Wait for the moment; False when the process was done before that. start_seconds: how long a start may last."""
+    """Wait for the moment; return False if the process finished before. start_seconds: upper limit for "starting"."""
     if moment == "starting":
-        wait_until(process, lambda: False, chance.uniform(0.0, start_seconds))
+        wait_until(process, lambda: False, rng.uniform(0.0, start_seconds))
     else:
-        before = home.steps_recorded()  # of the life before, to be cut back when this one begins
-        wait_until(process, lambda: home.steps_recorded() != before)
-        wait_until(process, lambda: False, chance.random() ** 3)  # mostly soon, a second at most
+        before = workspace.steps_recorded()  # by earlier processes; truncated when this one starts
+        wait_until(process, lambda: workspace.steps_recorded() != before)
+        wait_until(process, lambda: False, rng.random() ** 3)  # at most a second, mostly much less
         if moment == "saving":
-            wait_until(process, lambda: bool(home.unfinished()))
-            wait_until(process, lambda: False, chance.uniform(0.0, 0.03))
+            wait_until(process, lambda: bool(workspace.partial_folders()))
+            wait_until(process, lambda: False, rng.uniform(0.0, 0.03))
     return process.poll() is None
 
 
 def wait_until(
-    process: subprocess.Popen[bytes], happened: Callable[[], bool], seconds: float = TIMEOUT, every: float = 0.0005
+    process: subprocess.Popen[bytes],
+    condition: Callable[[], bool],
+    seconds: float = TIMEOUT_SECONDS,
+    poll_seconds: float = 0.0005,
 ) -> None:
-    """Wait for something, for the end of the process, or for so many seconds, whatever is first."""
+    """Wait for the condition, the end of the process, or the timeout, whichever comes first."""
     end = time.monotonic() + seconds
-    while not happened() and process.poll() is None and (left := end - time.monotonic()) > 0:
-        time.sleep(min(every, left))
+    while not condition() and process.poll() is None and (remaining := end - time.monotonic()) > 0:
+        time.sleep(min(poll_seconds, remaining))
 
 
-def disturbed_run(home: Home, chance: random.Random, kills: int) -> Tally:
-    """One run that is killed, at most so many times, and resumed until it is done."""
-    tally = Tally()
+def interrupted_run(workspace: Workspace, rng: random.Random, kills: int) -> SoakResult:
+    """One run that is killed at most `kills` times, and resumed until it finishes."""
+    tally = SoakResult()
     while True:
-        left_before = home.unfinished()
-        process, moment = home.start(), chance.choice(MOMENTS)
+        partial_before = workspace.partial_folders()
+        process, moment = workspace.start_process(), rng.choice(MOMENTS)
         try:
-            killed = sum(tally.kills.values()) < kills and kill(home, process, moment, chance)
+            killed = sum(tally.kills.values()) < kills and kill_at_moment(workspace, process, moment, rng)
             if not killed:
-                home.finish(process)
+                workspace.wait_until_done(process)
                 return tally
         finally:
             process.kill()
             process.wait()
         tally.kills[moment] += 1
-        tally.mid_save += bool(home.unfinished() - left_before)
-        tally.before_first_checkpoint += not any(home.run.glob("checkpoints/step-*"))
+        tally.mid_save += bool(workspace.partial_folders() - partial_before)
+        tally.before_first_checkpoint += not any(workspace.run.glob("checkpoints/step-*"))
 
 
-def differences(whole: Path, cut: Path) -> list[str]:
-    """The files of two run folders that are not the same."""
-    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*")} for folder in (whole, cut)]
+def differences(whole: Path, interrupted: Path) -> list[str]:
+    """The files that differ between two run folders."""
+    names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*")} for folder in (whole, interrupted)]
     found = sorted(names[0] ^ names[1])
     for name in sorted(names[0] & names[1]):
-        one, other = whole / name, cut / name
-        if one.is_file() and not name.endswith(NOT_COMPARED) and one.read_bytes() != other.read_bytes():
+        one, other = whole / name, interrupted / name
+        if one.is_file() and not name.endswith(SKIPPED_SUFFIXES) and one.read_bytes() != other.read_bytes():
             found.append(name)
-    metrics = [without_times(read_metrics(folder / "metrics.jsonl")) for folder in (whole, cut)]
+    metrics = [without_timings(read_metrics(folder / "metrics.jsonl")) for folder in (whole, interrupted)]
     if metrics[0] != metrics[1]:
         found.append("metrics.jsonl")
     return found
 
 
-def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Begin, kill and resume runs in `folder` until so many kills happened; returns what came of it."""
-    chance = random.Random(seed)
-    whole = Home(folder / "undisturbed")
-    whole.finish(whole.start())
-    tallies: list[Tally] = []
-    while (left := kills - sum(sum(tally.kills.values()) for tally in tallies)) > 0:
-        home = Home(folder / f"run-{len(tallies) + 1}")
-        tally = disturbed_run(home, chance, left)
-        tally.differences = differences(whole.run, home.run)
+def soak(kills: int, seed: int, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Start, kill and resume runs in `folder` until there were `kills` kills; return the summary."""
+    rng = random.Random(seed)
+    reference = Workspace(folder / "uninterrupted")
+    reference.wait_until_done(reference.start_process())
+    tallies: list[SoakResult] = []
+    while (remaining := kills - sum(sum(tally.kills.values()) for tally in tallies)) > 0:
+        workspace = Workspace(folder / f"run-{len(tallies) + 1}")
+        tally = interrupted_run(workspace, rng, remaining)
+        tally.differences = differences(reference.run, workspace.run)
         tallies.append(tally)
-        say(
-            f"run {len(tallies)}: killed {sum(tally.kills.values())} times, {tally.mid_save} in the middle of a save: "
+        report(
+            f"run {len(tallies)}: killed {sum(tally.kills.values())} times, {tally.mid_save} during a save: "
             + (f"differs in {', '.join(tally.differences)}" if tally.differences else "no difference")
         )
     return {
@@ -195,15 +197,15 @@ def soak(kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> dic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill a training at random moments, resume it, compare.")
+    parser = argparse.ArgumentParser(description="Kill a training at random moments, resume it, compare the result.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = soak(args.kills, args.seed, Path(folder), lambda line: print(line, flush=True))
     command = f"python benchmarks/soak.py --kills {args.kills} --seed {args.seed}"
-    result = write_result("soak", command, {"seconds": round(time.monotonic() - began), **found})
+    result = write_result("soak", command, {"seconds": round(time.monotonic() - start), **found})
     print(json.dumps(result, indent=2))
     return 1 if found["differences"] else 0
 

@@ -2,9 +2,8 @@
 
     python benchmarks/time_to_quality.py --data input.txt
 
-Same model (the recipe shakespeare-cpu: GPT-2's architecture, 2 layers of 128), same batches, same schedule; only
-the optimizer and its rate differ. A run's seconds are those of its updates, validation left out. Writes
-results/time_to_quality.json and .png.
+Same model (recipe shakespeare-cpu: GPT-2's architecture, 2 layers of 128), batches and schedule; only the optimizer and
+its learning rate differ. Times are of the updates, without validation. Writes results/time_to_quality.json and .png.
 """
 
 import argparse
@@ -19,17 +18,17 @@ from typing import Any
 from machine import RESULTS, write_result
 from matplotlib.figure import Figure
 
-RATES = {"adamw": (3e-3, 6e-3, 1e-2, 2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
+CANDIDATE_LRS = {"adamw": (3e-3, 6e-3, 1e-2, 2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2)}
 COLOURS = {"adamw": "#1f77b4", "muon": "#d62728"}
 
 
-def learn(optimizer: str, rate: float, steps: int, data: Path, folder: Path) -> dict[str, Any]:
-    """One run; returns its validation losses, and the seconds of the updates up to each."""
-    name = f"{optimizer}-{rate}"
+def train_with_optimizer(optimizer: str, lr: float, steps: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Train once; return its validation losses, each with the seconds of the updates so far."""
+    name = f"{optimizer}-{lr}"
     flags = {
         "data": data,
         "optimizer": optimizer,
-        "lr": rate,
+        "lr": lr,
         "max-steps": steps,
         "eval-every": max(1, steps // 12),
         "eval-tokens": 0,
@@ -47,16 +46,15 @@ def learn(optimizer: str, rate: float, steps: int, data: Path, folder: Path) -> 
         seconds += record["data_seconds"] + record["update_seconds"]
         if "val_loss" in record:
             curve.append({"step": record["step"], "seconds": round(seconds, 2), "val_loss": record["val_loss"]})
-    return {"optimizer": optimizer, "lr": rate, "curve": curve}
+    return {"optimizer": optimizer, "lr": lr, "curve": curve}
 
 
-def reached(run: dict[str, Any], loss: float) -> dict[str, float] | None:
-    """Where a run's validation loss first falls to `loss`, between two measurements by a straight line."""
-    curve = run["curve"]
-    for before, after in pairwise(curve):
+def first_reached(run: dict[str, Any], loss: float) -> dict[str, float] | None:
+    """The step and seconds at which a run first reaches `loss`, by linear interpolation between two measurements."""
+    for before, after in pairwise(run["curve"]):
         if after["val_loss"] <= loss < before["val_loss"]:
-            part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
-            return {key: round(before[key] + part * (after[key] - before[key]), 1) for key in ("step", "seconds")}
+            fraction = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
+            return {key: round(before[key] + fraction * (after[key] - before[key]), 1) for key in ("step", "seconds")}
     return None
 
 
@@ -64,17 +62,17 @@ def draw(runs: list[dict[str, Any]], best: dict[str, dict[str, Any]], path: Path
     figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
     for axes, key in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
         for run in runs:
-            chosen = run is best[run["optimizer"]]
+            is_best = run is best[run["optimizer"]]
             points = run["curve"]
             axes.plot(
                 [p[key] for p in points],
                 [p["val_loss"] for p in points],
                 color=COLOURS[run["optimizer"]],
-                linewidth=2 if chosen else 0.8,
-                alpha=1 if chosen else 0.4,
+                linewidth=2 if is_best else 0.8,
+                alpha=1 if is_best else 0.4,
                 label=f"{run['optimizer']}, lr {run['lr']:g}: {points[-1]['val_loss']:.3f}",
             )
-        axes.set(xlabel="steps" if key == "step" else "seconds of updates", yscale="log")
+        axes.set(xlabel="step" if key == "step" else "training time (s, updates only)", yscale="log")
         axes.set_yticks([1.6, 1.8, 2.0, 2.4, 3.0], labels=["1.6", "1.8", "2.0", "2.4", "3.0"])
         axes.minorticks_off()
         axes.set_ylim(top=3.2)
@@ -82,7 +80,7 @@ def draw(runs: list[dict[str, Any]], best: dict[str, dict[str, Any]], path: Path
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("validation loss (nats per byte)")
     figure.axes[1].legend(frameon=False)
-    figure.suptitle("Shakespeare, GPT-2 of 2 layers of 128: the same batches, another optimizer")
+    figure.suptitle("AdamW and Muon on Shakespeare: GPT-2 with 2 layers of 128, same batches")
     figure.savefig(path)
 
 
@@ -93,18 +91,18 @@ def main() -> None:
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for rates in zip(*RATES.values(), strict=True):  # the two in turns, so that a busy spell hits both
-            for optimizer, rate in zip(RATES, rates, strict=True):
-                runs.append(learn(optimizer, rate, args.steps, args.data.absolute(), Path(folder)))
+        for rates in zip(*CANDIDATE_LRS.values(), strict=True):  # alternating, so that other load affects both
+            for optimizer, rate in zip(CANDIDATE_LRS, rates, strict=True):
+                runs.append(train_with_optimizer(optimizer, rate, args.steps, args.data.absolute(), Path(folder)))
                 print(f"{optimizer} {rate:g}: {runs[-1]['curve'][-1]}", flush=True)
     best = {
         name: min((run for run in runs if run["optimizer"] == name), key=lambda run: run["curve"][-1]["val_loss"])
-        for name in RATES
+        for name in CANDIDATE_LRS
     }
     goal = best["adamw"]["curve"][-1]["val_loss"]
     found = {
         "goal": goal,
-        "to_goal": {name: reached(run, goal) for name, run in best.items()},
+        "to_goal": {name: first_reached(run, goal) for name, run in best.items()},
         "best_lr": {name: run["lr"] for name, run in best.items()},
         "runs": runs,
     }

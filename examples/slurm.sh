@@ -3,12 +3,12 @@
 #
 #     VENV=/shared/gpt2/.venv DATA=/shared/fineweb10B sbatch examples/slurm.sh
 #
-# Change the nodes, the GPUs and the time below, and add what your cluster asks for (--partition, --account). Where it does
-# not know --gpus-per-node, it is --gres=gpu:8. --batch-size (512 in this recipe) must be a multiple of all GPUs together.
+# Change the nodes, the GPUs and the time below, and add the options your cluster requires (--partition, --account). If it
+# does not support --gpus-per-node, use --gres=gpu:8. --batch-size (512 in this recipe) must be a multiple of all GPUs.
 #
-# Out of time, the run is saved, queued again under the same job id, and goes on. --signal has SLURM tell this shell
-# (B: for the batch shell alone) 300 seconds before the limit, or up to a minute earlier. After the loss of a host
-# or a preemption, --requeue has SLURM itself queue the job again.
+# At the time limit, the run is saved, requeued under the same job id, and resumed. --signal makes SLURM signal this shell
+# (B: the batch shell only) 300 seconds before the limit, or up to a minute earlier. After the loss of a host or a
+# preemption, --requeue makes SLURM itself requeue the job.
 #
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=2
@@ -22,24 +22,24 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-shared=${SHARED:-$SLURM_SUBMIT_DIR}  # a folder on a disk that all hosts see: the runs, and what they go on from
-venv=${VENV:-$shared/.venv}          # where pip installed gpt2, there too
-data=${DATA:-$shared/data}           # token shards that `gpt2 data prepare` has made, there too
+shared=${SHARED:-$SLURM_SUBMIT_DIR}  # a folder on a disk that all hosts share: the runs and their checkpoints
+venv=${VENV:-$shared/.venv}          # where pip installed gpt2, also shared
+data=${DATA:-$shared/data}           # token shards from `gpt2 data prepare`, also shared
 
-export GPT2_HOME=${GPT2_HOME:-/tmp/gpt2-$(id -u)}  # of each host: a text given as --data is tokenized into it, once a host
+export GPT2_HOME=${GPT2_HOME:-/tmp/gpt2-$(id -u)}  # local to each host: cache for text given as --data, once tokenized
 export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$shared/tiktoken}  # GPT-2's vocabulary, for hosts without a network
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds to save in, before torchrun kills; an older torch gives 30
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or a torchrun that is started anew cannot join one that lives
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds to save before torchrun kills the ranks; older versions of torch: 30
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise a restarted torchrun cannot join a running one
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-# export NCCL_SOCKET_IFNAME=ib0  # if hosts have several networks, the one between them
+# export NCCL_SOCKET_IFNAME=ib0  # if the hosts have several networks: the one that connects them
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
-# TERM goes to the steps, which is to say to each torchrun, and not to srun, which would kill them on the spot.
+# TERM goes to the job steps, that is, to each torchrun; srun would kill them immediately.
 out_of_time=
 trap 'out_of_time=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-# One torchrun a host. When one has ended, the others have --wait seconds for what they may be saving.
+# One torchrun per host. When one has exited, the others have --wait seconds to save.
 result=$(mktemp)
 {
     code=0
@@ -59,7 +59,7 @@ result=$(mktemp)
 } &
 step=$!
 
-while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a signal ends the wait, not the step
+while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a signal interrupts wait, not the step
 code=$(<"$result")
 rm "$result"
 if [[ $out_of_time && $code != 0 ]]; then

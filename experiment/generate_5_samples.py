@@ -1,10 +1,10 @@
-"""Five continuations of "Hello, I'm a language model,": the original project's command, as written.
+"""Generate five samples after "Hello, I'm a language model,": the original project's command, unchanged.
 
     cd experiment
     python generate_5_samples.py --hf_weight --no-train
 
-The random numbers are drawn as there: one `multinomial` over the top 50 probabilities of the whole batch a token.
-`gpt2 sample gpt2 --prompt "Hello, I'm a language model," --num-samples 5` is this program's own way.
+Sampling is the original's: one `multinomial` per token over the top 50 probabilities of the whole batch. This program's
+own command is `gpt2 sample gpt2 --prompt "Hello, I'm a language model," --num-samples 5`.
 """
 
 from argparse import BooleanOptionalAction
@@ -12,18 +12,19 @@ from argparse import BooleanOptionalAction
 import torch
 
 import gpt2
-from gpt2.cli import Parser, counting, exit_after
+from gpt2.cli import Parser, positive_int, run_and_exit
+from gpt2.errors import NonFiniteLogitsError
 from gpt2.runtime import pick_device, seed_everything
 
-parser = Parser(description="Five continuations of a prefix.")
-parser.flag("model-type", default="gpt2", help="a hub name or a model folder")
-parser.flag("hf-weight", default=True, action=BooleanOptionalAction, help="OpenAI's weights, or fresh ones")
-parser.flag("train", default=True, action=BooleanOptionalAction, help="training mode, with fresh weights")
-parser.flag("prefix", default="Hello, I'm a language model,")
-parser.flag("num-return-sequences", type=counting, default=5)
-parser.flag("max-length", type=counting, default=30, help="tokens in all, the prefix included")
-parser.flag("seed", type=int, default=1337)
-parser.flag("device", default="cuda", help="cpu where there is no such device")
+parser = Parser(description="Generate samples after a prefix.")
+parser.add_flag("model-type", default="gpt2", help="a hub name or a model folder")
+parser.add_flag("hf-weight", default=True, action=BooleanOptionalAction, help="OpenAI's weights, or random ones")
+parser.add_flag("train", default=True, action=BooleanOptionalAction, help="training mode, with random weights")
+parser.add_flag("prefix", default="Hello, I'm a language model,")
+parser.add_flag("num-return-sequences", type=positive_int, default=5)
+parser.add_flag("max-length", type=positive_int, default=30, help="tokens in total, including the prefix")
+parser.add_flag("seed", type=int, default=1337)
+parser.add_flag("device", default="cuda", help="falls back to the CPU")
 
 
 @torch.no_grad()
@@ -43,11 +44,11 @@ def main() -> None:
     while tokens.size(1) < args.max_length:
         probs, candidates = model(tokens)[:, -1].softmax(-1).topk(min(50, model.config.vocab_size))  # (B, 50) each
         if not probs.isfinite().all():
-            raise gpt2.UserError("the model gives nan or inf: its weights are damaged")
+            raise NonFiniteLogitsError("the model computes nan or inf: its weights are damaged")
         tokens = torch.cat((tokens, candidates.gather(-1, torch.multinomial(probs, 1))), 1)
     for row in tokens[:, : args.max_length].tolist():
         print(">> ", tokenizer.decode(row))
 
 
 if __name__ == "__main__":
-    exit_after(main)
+    run_and_exit(main)

@@ -1,4 +1,4 @@
-"""The settings of a run: recipes, TOML, and what cannot be."""
+"""Training settings: recipes, TOML files, aliases and invalid values."""
 
 import math
 from dataclasses import replace
@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from gpt2.errors import UserError
-from gpt2.train.config import TrainConfig, read_toml, run_name, to_toml, with_values
-from gpt2.train.recipes import RECIPES, recipe
+from gpt2.config import TrainConfig, read_toml, run_name, to_toml, with_overrides
+from gpt2.errors import ConfigError, UserError
+from gpt2.train.recipes import RECIPES, load_recipe
+from tests.helpers.cli_helpers import run_cli
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_sound_and_survive_toml(name: str, tmp_path: Path) -> None:
-    config = recipe(name).check()
+    config = load_recipe(name).check()
     (tmp_path / "r.toml").write_text(to_toml(config))
-    assert recipe(str(tmp_path / "r.toml")) == config
+    assert load_recipe(str(tmp_path / "r.toml")) == config
 
 
 def test_toml_keeps_any_text(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_toml_keeps_any_text(tmp_path: Path) -> None:
         ({"keep_checkpoints": 0}, "--keep-checkpoints must be at least 1"),
     ],
 )
-def test_impossible_settings(values: dict[str, Any], message: str) -> None:
+def test_invalid_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         replace(TrainConfig(), **values).check()
     assert message in str(error.value)
@@ -63,11 +64,11 @@ def test_impossible_settings(values: dict[str, Any], message: str) -> None:
 def test_bad_toml(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(UserError) as error:
-        recipe(str(tmp_path / "bad.toml"))
+        load_recipe(str(tmp_path / "bad.toml"))
     assert message in str(error.value)
 
 
-def test_names_of_runs(tmp_path: Path) -> None:
+def test_run_names(tmp_path: Path) -> None:
     out = str(tmp_path)
     assert run_name(out, "quick", resume=False) == run_name(out, "quick", resume=True) == "quick"
     (tmp_path / "quick").mkdir()
@@ -76,7 +77,32 @@ def test_names_of_runs(tmp_path: Path) -> None:
     assert run_name(out, "quick", resume=True) == "quick-2"
 
 
-def test_with_values_takes_an_integer_for_a_float_only() -> None:
-    assert with_values(TrainConfig(), {"lr": 1, "min_lr": 0}, "here").lr == 1.0
+def test_with_overrides_accepts_an_integer_for_a_float() -> None:
+    assert with_overrides(TrainConfig(), {"lr": 1, "min_lr": 0}, "here").lr == 1.0
     with pytest.raises(UserError, match=r"here: max_steps cannot be 1\.5"):
-        with_values(TrainConfig(), {"max_steps": 1.5}, "here")
+        with_overrides(TrainConfig(), {"max_steps": 1.5}, "here")
+
+
+def test_the_older_name_of_activation_checkpointing_is_still_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config.toml of an older run folder, and the older flag."""
+    (tmp_path / "config.toml").write_text('name = "old"\nrecompute = true\n')
+    assert read_toml(tmp_path / "config.toml") == TrainConfig(name="old", activation_checkpointing=True)
+    assert "\nactivation_checkpointing = true\n" in to_toml(read_toml(tmp_path / "config.toml"))
+    for flags in (
+        ["--recompute"],
+        ["--activation-checkpointing"],
+        ["--no-recompute"],
+        ["--no_activation_checkpointing"],
+    ):
+        code, out, _ = run_cli(capsys, "train", *flags, "--print-config")
+        assert code == 0
+        expected = "false" if flags[0].startswith("--no") else "true"
+        assert f"\nactivation_checkpointing = {expected}\n" in out
+
+
+def test_errors_name_the_setting() -> None:
+    with pytest.raises(ConfigError) as error:
+        replace(TrainConfig(), min_lr=1.0).check()
+    assert (error.value.field, error.value.code) == ("min_lr", "invalid_config")

@@ -1,17 +1,17 @@
-"""More tokens: what the model knew it still knows, and transformers reads it."""
+"""Extending the vocabulary keeps the known tokens, and transformers reads the result."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from reference import random_model
 
 import gpt2
 from gpt2.embeddings import extend_vocabulary
 from gpt2.errors import UserError
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import get_tokenizer, with_special_tokens
+from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=16)
 TOKENS = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -19,7 +19,7 @@ TOKENS = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_the_known_tokens_stay_and_the_new_ones_are_near_the_mean(tied: bool) -> None:
+def test_known_rows_are_unchanged_and_new_rows_are_near_the_mean(tied: bool) -> None:
     model = random_model(replace(CONFIG, tie_word_embeddings=tied))
     before = [p.clone() for p in model.parameters()]
     torch.manual_seed(3)
@@ -40,13 +40,13 @@ def test_the_known_tokens_stay_and_the_new_ones_are_near_the_mean(tied: bool) ->
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     logits = more(TOKENS)
     assert logits[..., 257:].softmax(-1).isfinite().all()
-    assert (logits.softmax(-1)[..., 257:].sum(-1) < 2 * 43 / 300).all()  # no more than their share, or little
+    assert (logits.softmax(-1)[..., 257:].sum(-1) < 2 * 43 / 300).all()  # close to their uniform share at most
 
 
 @torch.no_grad()
-def test_rows_that_stood_for_nothing_are_made_anew() -> None:
+def test_padding_rows_are_initialized_again() -> None:
     model = random_model(replace(CONFIG, vocab_size=320))
-    more = extend_vocabulary(model, 259, known=257)
+    more = extend_vocabulary(model, 259, num_known_tokens=257)
     assert more.config.vocab_size == 320
     assert torch.equal(more.transformer.wte.weight[:257], model.transformer.wte.weight[:257])
     assert not (more.transformer.wte.weight[257:] == model.transformer.wte.weight[257:]).any()
@@ -56,7 +56,7 @@ def test_rows_that_stood_for_nothing_are_made_anew() -> None:
 
 
 @torch.no_grad()
-def test_transformers_reads_it(tmp_path: Path) -> None:
+def test_transformers_reads_the_extended_model(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
     tokenizer = with_special_tokens(get_tokenizer("bytes"), ["<|user|>", "<|reply|>"])

@@ -1,5 +1,7 @@
-"""Work folders: gone when their owner is, safe while it is not."""
+"""Staging folders and locks, paths, and kinds of folders."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,37 +12,37 @@ from pathlib import Path
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.files import check_regular, made_by_program, path_of, work_folder
+from gpt2.files import LockFile, check_regular_file, expand_path, known_folder_kind, staging_folder
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from gpt2.files import work_folder
-with work_folder(Path(sys.argv[1])) as folder:
+from gpt2.files import staging_folder
+with staging_folder(Path(sys.argv[1])) as folder:
     (folder / "half.bin").write_bytes(b"half")
     print(folder, flush=True)
     time.sleep(60)
 """
 
 
-def test_a_work_folder_is_gone_afterwards_and_may_be_moved_away(tmp_path: Path) -> None:
+def test_a_staging_folder_is_removed_unless_it_was_renamed(tmp_path: Path) -> None:
     target = tmp_path / "new" / "thing"
-    with work_folder(target) as folder:
+    with staging_folder(target) as folder:
         (folder / "file").write_text("x")
     assert not list(target.parent.iterdir())
-    with work_folder(target) as folder:
+    with staging_folder(target) as folder:
         (folder / "file").write_text("x")
         folder.rename(target)
     assert [path.name for path in target.parent.rglob("*")] == ["thing", "file"]
 
 
-def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -> None:
+def test_the_staging_folder_of_another_process_is_kept_until_it_is_killed(tmp_path: Path) -> None:
     target = tmp_path / "a[b]*"
     process = subprocess.Popen([sys.executable, "-c", HOLDS, str(target)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     theirs = Path(process.stdout.readline().strip())
     try:
-        with work_folder(target) as ours:
+        with staging_folder(target) as ours:
             assert ours != theirs
         assert (theirs / "half.bin").exists()
     finally:
@@ -48,18 +50,19 @@ def test_another_process_work_is_left_alone_until_it_is_killed(tmp_path: Path) -
         process.wait()
         process.stdout.close()
     assert (theirs / "half.bin").exists()
-    with work_folder(tmp_path / "a"):
+    with staging_folder(tmp_path / "a"):
         assert theirs.exists(), "another target's"
-    with work_folder(target) as ours:
-        assert list(tmp_path.iterdir()) == [ours]
+    with staging_folder(target) as ours:
+        assert sorted(tmp_path.iterdir()) == [ours, ours.with_name(f"{ours.name}.lock")]
+    assert not list(tmp_path.iterdir())
 
 
-def test_many_at_once_never_lose_a_file(tmp_path: Path) -> None:
+def test_concurrent_staging_folders_lose_no_file(tmp_path: Path) -> None:
     lost: list[int] = []
 
     def work(number: int) -> None:
         for _ in range(30):
-            with work_folder(tmp_path / "thing") as folder:
+            with staging_folder(tmp_path / "thing") as folder:
                 (folder / "file").write_text(str(number))
                 if (folder / "file").read_text() != str(number):
                     lost.append(number)
@@ -73,22 +76,48 @@ def test_many_at_once_never_lose_a_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".thing*"))
 
 
-def test_paths_as_people_type_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_lock_is_exclusive_and_its_file_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    lock = LockFile(path)
+    with pytest.raises(BlockingIOError):
+        LockFile(path)
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved" / ".lock")
+    other = LockFile(path)
+    lock.release(path)  # is another file now
+    assert path.exists()
+    assert moved.exists()
+    other.release(path)
+    assert not path.exists()
+
+
+def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert not LockFile(tmp_path / ".lock").is_held
+    with staging_folder(tmp_path / "thing") as first, staging_folder(tmp_path / "thing"):
+        assert first.exists()
+    assert not list(tmp_path.glob(".thing*"))
+
+
+def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert path_of("~/x") == tmp_path / "x"
-    assert path_of("a/~") == Path("a/~")
+    assert expand_path("~/x") == tmp_path / "x"
+    assert expand_path("a/~") == Path("a/~")
     with pytest.raises(UserError, match="nobody-of-this-name/x cannot be found: could not determine home"):
-        path_of("~nobody-of-this-name/x")
+        expand_path("~nobody-of-this-name/x")
 
 
-def test_only_regular_files_are_regular(tmp_path: Path) -> None:
+def test_folders_and_pipes_are_not_regular_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    check_regular(tmp_path / "file")
-    check_regular(tmp_path / "not there, which is another error")
+    check_regular_file(tmp_path / "file")
+    check_regular_file(tmp_path / "not there, which is another error")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path(os.devnull)):
         with pytest.raises(UserError, match="is not a regular file"):
-            check_regular(path)
+            check_regular_file(path)
 
 
 @pytest.mark.parametrize(
@@ -104,5 +133,5 @@ def test_only_regular_files_are_regular(tmp_path: Path) -> None:
         ("", None),
     ],
 )
-def test_what_programs_make_is_known_by_its_files(names: str, kind: str | None) -> None:
-    assert made_by_program(names.split()) == kind
+def test_known_folders_are_recognized_by_their_files(names: str, kind: str | None) -> None:
+    assert known_folder_kind(names.split()) == kind

@@ -1,14 +1,14 @@
-"""What machines can do: datasheets by name, and this one measured."""
+"""Datasheets by name, and measured rates and memory of this machine."""
 
 import pytest
 import torch
 
 from gpt2.hardware import (
-    KNOWN,
-    accelerator,
+    ACCELERATORS,
     available_memory,
     device_name,
-    known_accelerator,
+    find_accelerator,
+    get_accelerator,
     measure_bandwidth,
     measure_matmul,
     peak_memory,
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("name", "expected"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
@@ -34,22 +34,22 @@ CPU = torch.device("cpu")
         ("H100", "h100"),
     ],
 )
-def test_gpus_are_known_by_what_torch_and_people_call_them(said: str, meant: str) -> None:
-    assert known_accelerator(said) is KNOWN[meant]
+def test_find_accelerator_by_device_name_or_short_name(name: str, expected: str) -> None:
+    assert find_accelerator(name) is ACCELERATORS[expected]
 
 
 @pytest.mark.parametrize(
     "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "AMD EPYC"]
 )
-def test_other_chips_of_the_same_number_are_not_mistaken_for_them(name: str) -> None:
-    assert known_accelerator(name) is None
+def test_variants_are_not_mistaken_for_the_full_chip(name: str) -> None:
+    assert find_accelerator(name) is None
 
 
-def test_every_short_name_finds_its_own_datasheet() -> None:
-    assert all(accelerator(name) is KNOWN[name] for name in KNOWN)
+def test_every_short_name_finds_its_datasheet() -> None:
+    assert all(get_accelerator(name) is ACCELERATORS[name] for name in ACCELERATORS)
 
 
-def test_rates_and_memory_of_this_machine() -> None:
+def test_measured_rates_and_memory_are_plausible() -> None:
     small = measure_matmul(CPU, torch.float32, 0.01, size=64)
     assert 1e6 < small < 1e15
     assert 1e7 < measure_bandwidth(CPU, 0.01) < 1e14

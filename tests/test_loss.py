@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2 import loss as loss_module
-from gpt2.loss import IGNORE, next_token_loss
+from gpt2.loss import IGNORE_INDEX, next_token_loss
 
 
 def inputs(n: int = 37, c: int = 12, v: int = 53, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,12 +15,12 @@ def inputs(n: int = 37, c: int = 12, v: int = 53, dtype: torch.dtype = torch.flo
     hidden = torch.randn(n, c, dtype=dtype, requires_grad=True)
     weight = torch.randn(v, c, dtype=dtype, requires_grad=True)
     targets = torch.randint(v, (n,))
-    targets[::5] = IGNORE
+    targets[::5] = IGNORE_INDEX
     return hidden, weight, targets
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE)
+    return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 5, 37, 100])
@@ -48,12 +48,12 @@ def test_gradcheck() -> None:
 def test_divisor_makes_parts_add_up_to_the_whole() -> None:
     hidden, weight, targets = inputs()
     whole = torch.autograd.grad(next_token_loss(hidden, weight, targets), weight)[0]
-    count = float((targets != IGNORE).sum())
+    count = float((targets != IGNORE_INDEX).sum())
     parts = [next_token_loss(hidden[s], weight, targets[s], count) for s in (slice(0, 9), slice(9, 37))]
     torch.testing.assert_close(torch.autograd.grad(parts[0] + parts[1], weight)[0], whole)
 
 
-def test_any_leading_shape_and_no_gradient_without_need() -> None:
+def test_any_leading_shape_and_gradients_only_where_needed() -> None:
     hidden, weight, targets = inputs(n=36)
     flat = next_token_loss(hidden, weight, targets)
     assert torch.equal(next_token_loss(hidden.view(4, 9, 12), weight, targets.view(4, 9)), flat)
@@ -63,7 +63,7 @@ def test_any_leading_shape_and_no_gradient_without_need() -> None:
         assert not next_token_loss(hidden, weight, targets).requires_grad
 
 
-def test_under_autocast_only_the_products_are_rounded() -> None:
+def test_under_autocast_only_the_matrix_products_are_rounded() -> None:
     hidden, weight, targets = inputs(n=200, c=64, v=300, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = next_token_loss(hidden, weight, targets)
@@ -85,7 +85,7 @@ def test_a_retained_graph_gives_the_same_gradients_again() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation inside makes."""
+    """Records the size of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,15 +122,15 @@ def test_the_padded_vocabulary_of_a_gpu_does_not_show() -> None:
 
 
 def test_padding_rows_take_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU's path, on the CPU: the padded head gives the loss and gradients of the plain one."""
+    """The GPU path on a CPU: the padded head gives the loss and gradients of the plain one."""
 
     def padded_anywhere(weight: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = weight.new_zeros(-weight.size(0) % loss_module.PAD_TO, weight.size(1))
+        rows = weight.new_zeros(-weight.size(0) % loss_module.VOCAB_PAD_MULTIPLE, weight.size(1))
         return torch.cat((weight, rows)).to(dtype)
 
     hidden, weight, targets = inputs()
     expected = torch.autograd.grad(next_token_loss(hidden, weight, targets), (hidden, weight))
-    monkeypatch.setattr(loss_module, "_padded", padded_anywhere)
+    monkeypatch.setattr(loss_module, "_pad_vocab", padded_anywhere)
     loss = next_token_loss(hidden, weight, targets)
     torch.testing.assert_close(loss, plain(hidden, weight, targets))
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), expected)

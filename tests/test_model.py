@@ -1,35 +1,42 @@
-"""The model equals `transformers`, and is initialized as the paper says."""
+"""The model equals `transformers`, and its initialization is that of the paper."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, relative_error, transformers_twin
 from torch.nn import functional as F
 
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
+from tests.helpers.transformers_reference import (
+    ODD_CONFIGS,
+    as_conv1d,
+    random_batch,
+    random_model,
+    relative_error,
+    to_transformers,
+)
 
 
 @pytest.mark.parametrize("config", ODD_CONFIGS, ids=lambda c: f"{c.n_layer}x{c.n_embd}/{c.n_head}")
 @pytest.mark.parametrize("attention", ["sdpa", "plain"])
 def test_logits_loss_and_gradients_equal_transformers(config: GPTConfig, attention: str) -> None:
     model = random_model(replace(config, attention=attention))
-    assert_equal_to_twin(model, *random_batch(config))
+    assert_equal_to_transformers(model, *random_batch(config))
 
 
 def test_full_size_equals_transformers() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig())
     assert model.num_parameters() == 124_439_808
-    assert_equal_to_twin(model, *random_batch(model.config, rows=1, length=48))
+    assert_equal_to_transformers(model, *random_batch(model.config, rows=1, length=48))
 
 
-def assert_equal_to_twin(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-    """Logits, loss and every gradient are those of transformers with the same weights."""
-    twin = transformers_twin(model)
-    logits, theirs = model(tokens), twin(tokens).logits
+def assert_equal_to_transformers(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+    """Logits, loss and every gradient equal those of transformers with the same weights."""
+    reference = to_transformers(model)
+    logits, theirs = model(tokens), reference(tokens).logits
     assert logits.shape == (*tokens.shape, model.config.vocab_size)
     assert (logits - theirs).abs().max() < 1e-4
 
@@ -37,7 +44,7 @@ def assert_equal_to_twin(model: GPT, tokens: torch.Tensor, targets: torch.Tensor
     assert abs(loss - their_loss) < 1e-5
     loss.backward()
     their_loss.backward()
-    their_gradients = {name: p.grad for name, p in twin.named_parameters()}
+    their_gradients = {name: p.grad for name, p in reference.named_parameters()}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert relative_error(as_conv1d(name, parameter.grad), their_gradients[name]) < 1e-4, name
@@ -56,7 +63,7 @@ def test_cached_logits_equal_uncached(cuts: list[int], attention: str) -> None:
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
-def test_a_repeated_cache_goes_on_on_its_own() -> None:
+def test_a_repeated_cache_is_independent() -> None:
     model = random_model(ODD_CONFIGS[0])
     tokens, _ = random_batch(model.config, rows=2)
     with torch.no_grad():
@@ -68,7 +75,7 @@ def test_a_repeated_cache_goes_on_on_its_own() -> None:
         torch.testing.assert_close(got, model(tokens).repeat_interleave(2, 0)[:, 10:], rtol=0, atol=1e-5)
 
 
-def test_a_token_sees_nothing_after_it() -> None:
+def test_attention_is_causal() -> None:
     model = random_model(ODD_CONFIGS[1])
     tokens, _ = random_batch(model.config)
     changed = tokens.clone()
@@ -78,7 +85,7 @@ def test_a_token_sees_nothing_after_it() -> None:
     assert not torch.allclose(before[:, 20:], after[:, 20:])
 
 
-def test_initialization_is_the_papers() -> None:
+def test_initialization_is_that_of_the_paper() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=5000, block_size=256, n_layer=8, n_head=4, n_embd=256))
     for name, p in model.named_parameters():
@@ -93,9 +100,9 @@ def test_initialization_is_the_papers() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_scaled_initialization_keeps_the_residual_stream_from_growing_with_depth() -> None:
+def test_scaled_initialization_keeps_the_residual_stream_independent_of_depth() -> None:
     def growth(n_layer: int, scaled: bool) -> float:
-        """The standard deviation that all blocks together add to the residual stream."""
+        """The standard deviation of what all blocks together add to the residual stream."""
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=n_layer, n_head=4, n_embd=128))
         if not scaled:
@@ -115,7 +122,7 @@ def test_scaled_initialization_keeps_the_residual_stream_from_growing_with_depth
     assert growth(32, scaled=False) / growth(2, scaled=False) == pytest.approx(math.sqrt(16), rel=0.3)
 
 
-def test_untrained_124m_on_shakespeare_starts_at_ln_vocab(gpt2_vocabulary: None, shakespeare_file) -> None:
+def test_the_loss_of_an_untrained_124m_on_shakespeare_is_ln_vocab(gpt2_vocabulary: None, shakespeare_file) -> None:
     from gpt2.tokenizer import get_tokenizer
 
     tokens = torch.tensor(get_tokenizer("gpt2").encode(shakespeare_file.read_text()[:1000])[:129])
@@ -153,7 +160,7 @@ def test_too_many_tokens_are_refused_with_and_without_a_cache() -> None:
         ({"attention": "flash"}, "attention 'flash' is not one of sdpa, plain"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(values: dict, message: str) -> None:
+def test_unsupported_config_values_are_refused(values: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
         GPTConfig(**values)
     assert message in str(error.value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt2.model import GPT, GPTConfig, sdpa_attention
-from gpt2.runtime import recompute_blocks
+from gpt2.runtime import apply_activation_checkpointing
 
 
 def model_of(dropout: float = 0.0) -> GPT:
@@ -32,11 +32,11 @@ def saved_bytes(model: GPT, tokens: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_recomputed_activations_give_the_same_gradients_and_are_not_kept() -> None:
+def test_activation_checkpointing_gives_the_same_gradients_with_less_memory() -> None:
     """With dropout, whose masks have to be the same the second time."""
     tokens = torch.randint(61, (4, 32), generator=torch.Generator().manual_seed(1))
     plain, recomputed = model_of(dropout=0.1), model_of(dropout=0.1)
-    recompute_blocks(recomputed.transformer.h)
+    apply_activation_checkpointing(recomputed.transformer.h)
     torch.manual_seed(5)
     everything = saved_bytes(plain, tokens)
     torch.manual_seed(5)
@@ -61,7 +61,7 @@ def test_attention_under_autocast_on_a_cpu_is_float32_of_the_rounded_inputs() ->
 def test_freed_memory_is_kept_and_comes_back_without_page_faults() -> None:
     program = """
 import resource, torch
-from gpt2.runtime import manage_freed_memory
+from gpt2.runtime import configure_malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -71,7 +71,7 @@ def faults():
 
 faults()
 without = faults()
-manage_freed_memory(keep=True)
+configure_malloc(keep_freed=True)
 faults(), faults()
 print(without, faults())
 """

@@ -1,4 +1,4 @@
-"""Tokenizers against transformers, tiktoken and themselves: the same tokens, and the same text again."""
+"""Tokenizers: parity with transformers and tiktoken, round trips, training, special tokens."""
 
 import hashlib
 import logging
@@ -16,7 +16,6 @@ import tiktoken
 import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from texts import HARD_TEXTS, SENTENCES, gpt2
 
 from gpt2.errors import UserError
 from gpt2.tokenizer import (
@@ -31,13 +30,14 @@ from gpt2.tokenizer import (
     train_bpe,
     with_special_tokens,
 )
-from gpt2.vocabulary import cut_long_words
+from gpt2.vocabulary import split_long_words
+from tests.helpers.tokenizer_samples import HARD_TEXTS, SENTENCES, gpt2_tokenizer
 
-# The same as others
+# Parity
 
 
 def test_gpt2_tokens_of_shakespeare(gpt2_vocabulary: None, shakespeare_file: Path) -> None:
-    tokenizer = gpt2()
+    tokenizer = gpt2_tokenizer()
     text = shakespeare_file.read_text(encoding="utf-8")
     tokens = tokenizer.encode(text[:100])
     assert len(tokens) == 31
@@ -48,7 +48,7 @@ def test_gpt2_tokens_of_shakespeare(gpt2_vocabulary: None, shakespeare_file: Pat
 
 
 @pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
-def test_transformers_reads_what_we_save(
+def test_transformers_reads_saved_tokenizers(
     any_tokenizer: Tokenizer, files: list[str], shakespeare_file: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -77,7 +77,7 @@ def test_transformers_reads_what_we_save(
 def test_gpt2_merges_recovered_from_ranks_encode_like_tiktoken(
     gpt2_vocabulary: None, shakespeare_file: Path, tmp_path: Path
 ) -> None:
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     library.encode_special_tokens = True
     reference = tiktoken.get_encoding("gpt2")
@@ -93,14 +93,14 @@ def test_gpt2_merges_are_those_of_openai(gpt2_vocabulary: None, tmp_path: Path) 
     openai = cache / hashlib.sha1(address.encode()).hexdigest()
     if not openai.is_file():
         pytest.skip(f"no {openai}")
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     assert (tmp_path / "merges.txt").read_text(encoding="utf-8") == openai.read_text(encoding="utf-8")
 
 
 def test_gpt2_from_a_folder_encodes_like_tiktoken(
     gpt2_vocabulary: None, shakespeare_file: Path, tmp_path: Path
 ) -> None:
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     reference = tiktoken.get_encoding("gpt2")
     loaded = load_tokenizer(tmp_path)
     assert isinstance(loaded, GPT2Tokenizer)
@@ -116,7 +116,7 @@ def test_bytes_are_the_ids() -> None:
     assert [tokenizer.token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
 
 
-# There and back
+# Round trips
 
 BYTES = ByteTokenizer()
 BPE = train_bpe(SENTENCES, 300)
@@ -136,14 +136,14 @@ def test_round_trip_of_any_text(text: str) -> None:
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_round_trip_of_any_text_in_gpt2(gpt2_vocabulary: None, text: str) -> None:
-    tokenizer = gpt2()
+    tokenizer = gpt2_tokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(0, 256)))
 @example([0xE2, 0x82, 256, 0xAC, 0xF0, 0x9F, 0x99, 0x82, 0xED, 0xA0, 0x80, 0xC3])
-def test_stream_shows_the_same_text_as_decode(tokens: list[int]) -> None:
+def test_streamed_text_equals_decode(tokens: list[int]) -> None:
     for tokenizer in (BYTES, BPE):
         stream = StreamDecoder(tokenizer)
         pieces = [stream.push(token) for token in tokens]
@@ -152,21 +152,21 @@ def test_stream_shows_the_same_text_as_decode(tokens: list[int]) -> None:
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=st.lists(st.integers(0, 50256)))
-def test_stream_shows_the_same_text_as_decode_in_gpt2(gpt2_vocabulary: None, tokens: list[int]) -> None:
-    tokenizer = gpt2()
+def test_streamed_text_equals_decode_in_gpt2(gpt2_vocabulary: None, tokens: list[int]) -> None:
+    tokenizer = gpt2_tokenizer()
     stream = StreamDecoder(tokenizer)
     assert "".join(map(stream.push, tokens)) + stream.flush() == tokenizer.decode(tokens)
 
 
-def test_stream_never_shows_half_a_character() -> None:
+def test_stream_never_returns_half_a_character() -> None:
     stream = StreamDecoder(BYTES)
     assert [stream.push(byte) for byte in "a🙂é".encode()] == ["a", "", "", "", "🙂", "", "é"]
     assert stream.flush() == ""
     assert [stream.push(0xF0), stream.push(0x9F), stream.flush()] == ["", "", "\ufffd"]
-    assert stream.push(ord("b")) == "b"  # flushed, it starts anew
+    assert stream.push(ord("b")) == "b"  # after a flush it starts again
 
 
-def test_batch_is_each_by_itself(any_tokenizer: Tokenizer) -> None:
+def test_encode_batch_equals_encode(any_tokenizer: Tokenizer) -> None:
     assert any_tokenizer.encode_batch(HARD_TEXTS) == [any_tokenizer.encode(text) for text in HARD_TEXTS]
     assert any_tokenizer.encode_batch([]) == []
 
@@ -179,7 +179,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(any_tokenizer: 
 
 def test_a_million_spaces(gpt2_vocabulary: None) -> None:
     text = " " * 1_000_001 + "x"  # tiktoken alone panics here
-    tokenizer = gpt2()
+    tokenizer = gpt2_tokenizer()
     tokens, short = tokenizer.encode_batch([text, "a b"])
     assert tokenizer.decode(tokens) == text
     assert short == [64, 275]
@@ -198,20 +198,20 @@ def test_text_cannot_inject_the_special_token(any_tokenizer: Tokenizer) -> None:
     assert any_tokenizer.encode(text, allow_special=True) == expected
 
 
-def test_text_cannot_inject_the_special_token_after_a_trip(any_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_text_cannot_inject_the_special_token_after_save_or_pickle(any_tokenizer: Tokenizer, tmp_path: Path) -> None:
     any_tokenizer.save(tmp_path)
-    for travelled in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(any_tokenizer))):
-        assert travelled is not None
-        assert travelled.encode(END_OF_TEXT) == any_tokenizer.encode(END_OF_TEXT) != [travelled.end_of_text]
+    for loaded in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(any_tokenizer))):
+        assert loaded is not None
+        assert loaded.encode(END_OF_TEXT) == any_tokenizer.encode(END_OF_TEXT) != [loaded.end_of_text]
 
 
 # Training
 
 
-def test_trained_bpe_keeps_gpt2s_order(small_bpe: BPETokenizer) -> None:
+def test_trained_bpe_has_gpt2s_byte_order(small_bpe: BPETokenizer) -> None:
     assert small_bpe.vocab_size == 300
     assert small_bpe.end_of_text == 299
-    assert small_bpe.token_bytes(0) == b"!"  # GPT-2's own first byte
+    assert small_bpe.token_bytes(0) == b"!"  # the first byte of GPT-2
     assert sorted(small_bpe.token_bytes(i) for i in range(256)) == [bytes([i]) for i in range(256)]
     assert len(small_bpe.encode(SENTENCES[0])) < len(SENTENCES[0]) * 0.7
     assert any(small_bpe.token_bytes(i).startswith(b" ") for i in range(256, 299))
@@ -275,8 +275,8 @@ def test_unknown_ids(any_tokenizer: Tokenizer) -> None:
 
 # Special tokens
 
-MARKS = ["<|user|>", "a long mark", "<|user|>s", "日"]
-MARKED_TEXT = f"Hi<|user|>there,<|user|>s a long mark!日{END_OF_TEXT}<|user"
+SPECIAL = ["<|user|>", "a long mark", "<|user|>s", "日"]
+SPECIAL_TEXT = f"Hi<|user|>there,<|user|>s a long mark!日{END_OF_TEXT}<|user"
 
 
 @pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
@@ -285,15 +285,15 @@ def test_special_tokens_are_added_saved_and_read_here_and_in_transformers(
 ) -> None:
     from transformers import AutoTokenizer
 
-    more = with_special_tokens(any_tokenizer, MARKS)
+    more = with_special_tokens(any_tokenizer, SPECIAL)
     size = any_tokenizer.vocab_size
     assert (type(more), more.name, more.end_of_text) == (type(any_tokenizer), any_tokenizer.name, size - 1)
-    assert more.special_tokens == {END_OF_TEXT: size - 1, **{text: size + i for i, text in enumerate(MARKS)}}
+    assert more.special_tokens == {END_OF_TEXT: size - 1, **{text: size + i for i, text in enumerate(SPECIAL)}}
     assert more.vocab_size == size + 4
     assert more.fingerprint != any_tokenizer.fingerprint
-    ids = more.encode(MARKED_TEXT, allow_special=True)
+    ids = more.encode(SPECIAL_TEXT, allow_special=True)
     assert [i for i in ids if i >= size - 1] == [size, size + 2, size + 1, size + 3, size - 1]
-    for text in [*HARD_TEXTS, MARKED_TEXT]:
+    for text in [*HARD_TEXTS, SPECIAL_TEXT]:
         assert more.encode(text) == any_tokenizer.encode(text)
         assert more.decode(more.encode(text, allow_special=True)) == text
     more.save(tmp_path)
@@ -302,26 +302,26 @@ def test_special_tokens_are_added_saved_and_read_here_and_in_transformers(
     for loaded in (get_tokenizer(tmp_path), pickle.loads(pickle.dumps(more))):
         assert type(loaded) is type(more)
         assert (loaded.fingerprint, loaded.special_tokens) == (more.fingerprint, more.special_tokens)
-        assert loaded.encode(MARKED_TEXT) == more.encode(MARKED_TEXT)
-        assert loaded.encode(MARKED_TEXT, allow_special=True) == ids
+        assert loaded.encode(SPECIAL_TEXT) == more.encode(SPECIAL_TEXT)
+        assert loaded.encode(SPECIAL_TEXT, allow_special=True) == ids
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     reference = AutoTokenizer.from_pretrained(tmp_path)
-    assert reference(MARKED_TEXT)["input_ids"] == ids
-    assert reference.decode(ids) == MARKED_TEXT
+    assert reference(SPECIAL_TEXT)["input_ids"] == ids
+    assert reference.decode(ids) == SPECIAL_TEXT
     assert reference.decode(ids, skip_special_tokens=True) == "Hithere, !<|user"
-    assert set(reference.all_special_tokens) == {END_OF_TEXT, *MARKS}
+    assert set(reference.all_special_tokens) == {END_OF_TEXT, *SPECIAL}
     assert len(reference) == more.vocab_size
 
 
 @pytest.mark.parametrize(
     ("texts", "complaint"),
     [
-        ([""], "characters that can be seen, not ''"),
-        (["\n "], "characters that can be seen"),
+        ([""], "needs visible characters, not ''"),
+        (["\n "], "visible characters"),
         (["\ud800"], "not UTF-8"),
         (["<|a|>", "<|a|>"], "'<|a|>' is a token of the vocabulary already"),
         (["a"], "'a' is a token"),
-        (["Ġ"], "is a token"),  # how files spell the space
+        (["Ġ"], "is a token"),  # the space in vocabulary files
         ([END_OF_TEXT], "overlaps"),
         ([f"<{END_OF_TEXT}"], "overlaps"),
         (["endof"], "overlaps"),
@@ -330,17 +330,17 @@ def test_special_tokens_are_added_saved_and_read_here_and_in_transformers(
         ([f"<{i}>" for i in range(65536 - 257 + 1)], "make 65,537, and a vocabulary has 65,536 at most"),
     ],
 )
-def test_special_tokens_that_cannot_be(texts: list[str], complaint: str) -> None:
+def test_invalid_special_tokens(texts: list[str], complaint: str) -> None:
     with pytest.raises(UserError, match=re.escape(complaint)):
         with_special_tokens(BYTES, texts)
 
 
-def test_a_mark_of_letters_that_stand_for_bytes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_special_token_of_byte_level_characters_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with_special_tokens(BYTES, ["µ§"])
-    assert "'µ§' keeps its id in transformers" in caplog.text
+    assert "transformers encodes 'µ§' to the same id, but decodes it as bytes" in caplog.text
 
 
-def test_added_tokens_of_others_that_match_in_plain_text_are_left_to_the_library(tmp_path: Path) -> None:
+def test_added_tokens_that_match_in_plain_text_use_the_library(tmp_path: Path) -> None:
     with_special_tokens(BYTES, ["<think>"]).save(tmp_path)
     spec = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(re.sub(r'(<think>"[^}]*"special": )true', r"\1false", spec))
@@ -349,13 +349,13 @@ def test_added_tokens_of_others_that_match_in_plain_text_are_left_to_the_library
     assert loaded.encode("a<think>") == [97, 257]
 
 
-def test_importing_is_light() -> None:
+def test_importing_loads_no_heavy_module() -> None:
     heavy = "{'tiktoken', 'tokenizers', 'torch', 'requests'}"
     code = f"import sys, gpt2.tokenizer; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
-def test_an_endless_word_is_learned_from_in_time_that_grows_with_its_length() -> None:
+def test_training_on_a_very_long_word_is_fast() -> None:
     def seconds(length: int) -> float:
         rng = random.Random(0)
         text = "".join(rng.choice("abcdefgh") for _ in range(length))
@@ -363,17 +363,17 @@ def test_an_endless_word_is_learned_from_in_time_that_grows_with_its_length() ->
         assert train_bpe([text], 300).vocab_size == 300
         return time.process_time() - began
 
-    assert seconds(200_000) < 10  # one word made of all would take minutes
+    assert seconds(200_000) < 10  # as one word it would take minutes
 
 
 @pytest.mark.parametrize("text", ["a" * 5000, " " * 5000, "_-" * 2500, "字" * 5000, "x " * 2000 + "1" * 3500 + " y\n"])
-def test_endless_words_are_cut_and_nothing_is_lost(text: str) -> None:
-    pieces = list(cut_long_words(text))
+def test_very_long_words_are_split_without_loss(text: str) -> None:
+    pieces = list(split_long_words(text))
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert max(map(len, re.findall(r"\w+|\s+|(?:[^\w\s]|_)+", max(pieces, key=len)))) <= 1000
 
 
 @given(st.text(alphabet="ab1_-'! \n\t\u3000é字😀", max_size=300))
-def test_words_of_all_days_are_not_cut(text: str) -> None:
-    assert list(cut_long_words(text)) == [text]
+def test_ordinary_words_are_not_split(text: str) -> None:
+    assert list(split_long_words(text)) == [text]

@@ -1,4 +1,4 @@
-"""Where a tokenizer comes from: the files of a folder, sound or broken, and the network, which may be silent."""
+"""Tokenizer files: saved, loaded, invalid, or downloaded without a network."""
 
 import json
 import os
@@ -8,14 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tokenizers
-from texts import HARD_TEXTS, SENTENCES, gpt2
 
 from gpt2 import vocabulary
 from gpt2.errors import UserError
+from gpt2.files import download
 from gpt2.tokenizer import (
     END_OF_TEXT,
     GPT2_FINGERPRINT,
@@ -27,6 +28,7 @@ from gpt2.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from tests.helpers.tokenizer_samples import HARD_TEXTS, SENTENCES, gpt2_tokenizer
 
 
 @pytest.fixture
@@ -47,11 +49,11 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
 # Folders
 
 
-def test_fingerprint_survives_the_folder(any_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_fingerprint_is_the_same_after_save_and_load(any_tokenizer: Tokenizer, tmp_path: Path) -> None:
     any_tokenizer.save(tmp_path)
     for file in (None, "tokenizer.json", "merges.txt"):
         if file == "merges.txt" and any_tokenizer.name == "bpe":
-            break  # a trained one needs its merges, the others do not
+            break  # only a trained tokenizer needs its merges
         if file:
             (tmp_path / file).unlink()
         loaded = get_tokenizer(tmp_path)
@@ -75,21 +77,21 @@ def test_saving_again_writes_the_same_files(any_tokenizer: Tokenizer, tmp_path: 
     assert set(contents[0]) == {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
 
 
-def test_fingerprints_tell_the_kinds_apart(gpt2_vocabulary: None, small_bpe: BPETokenizer) -> None:
+def test_fingerprints_of_different_tokenizers_differ(gpt2_vocabulary: None, small_bpe: BPETokenizer) -> None:
     assert GPT2Tokenizer().fingerprint == GPT2_FINGERPRINT
-    # 257 tokens each, and the same bytes; but not in the same order.
+    # 257 tokens each with the same bytes, in another order.
     assert train_bpe([], 257).fingerprint != ByteTokenizer().fingerprint
     assert len({GPT2_FINGERPRINT, ByteTokenizer().fingerprint, small_bpe.fingerprint}) == 3
 
 
-def test_gpt2_words_cut_another_way_are_not_gpt2(gpt2_vocabulary: None, tmp_path: Path) -> None:
+def test_gpt2_vocabulary_with_another_pre_tokenizer_is_not_gpt2(gpt2_vocabulary: None, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     edit_json(tmp_path / "tokenizer.json", lambda spec: spec["pre_tokenizer"].update({"add_prefix_space": True}))
     loaded = get_tokenizer(tmp_path)
     assert loaded.name == "bpe"
-    assert loaded.encode("Hello") == gpt2().encode(" Hello")
+    assert loaded.encode("Hello") == gpt2_tokenizer().encode(" Hello")
     loaded.save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert AutoTokenizer.from_pretrained(tmp_path)("Hello")["input_ids"] == loaded.encode("Hello")
@@ -142,13 +144,13 @@ def replace_end_of_text(vocab: dict[str, int]) -> None:
         (lambda spec: spec.clear(), "not byte-level BPE"),
         (lambda spec: spec["model"].update(vocab=[]), "not byte-level BPE"),
         (lambda spec: spec["model"]["merges"].append(["q", "q"]), "qq"),
-        (lambda spec: spec["model"]["vocab"].update({"a b": 300}), "'a b' is not spelled"),
+        (lambda spec: spec["model"]["vocab"].update({"a b": 300}), "'a b' has characters that do not represent bytes"),
         (lambda spec: spec["model"]["vocab"].update(qq=400), "ids are not 0 to 300"),
         (lambda spec: spec["model"]["vocab"].update(qq=1.5), "ids are not 0 to 300"),
         (lambda spec: spec["added_tokens"][0].update(id=300), "ids are not 0 to 299"),
     ],
 )
-def test_a_tokenizer_json_that_will_not_do(saved_bpe: Path, change: Callable, complaint: str) -> None:
+def test_an_invalid_tokenizer_json(saved_bpe: Path, change: Callable, complaint: str) -> None:
     edit_json(saved_bpe / "tokenizer.json", change)
     with pytest.raises(UserError, match=complaint) as caught:
         load_tokenizer(saved_bpe)
@@ -179,16 +181,16 @@ def test_a_truncated_json_file(saved_bpe: Path, name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_merges_that_will_not_do(saved_bpe: Path) -> None:
+def test_invalid_merges(saved_bpe: Path) -> None:
     (saved_bpe / "tokenizer.json").unlink()
     merges = saved_bpe / "merges.txt"
     whole = merges.read_text(encoding="utf-8")
     half_lines = "\n".join(whole.split("\n")[:20]) + "\n"
     for broken, complaint in {
-        half_lines: "cut short",
+        half_lines: "is it truncated",
         whole + "three words here\n": "line 45 is not a pair",
         whole + "q q\n": "qq",
-        "": "cut short",
+        "": "is it truncated",
     }.items():
         merges.write_text(broken, encoding="utf-8")
         with pytest.raises(UserError, match=complaint) as caught:
@@ -209,7 +211,7 @@ def test_a_broken_tokenizer_config_beside_vocab_json(broken: str, saved_bpe: Pat
     assert load_tokenizer(saved_bpe) is not None
 
 
-# Without a network
+# Network
 
 
 def run_gpt2_tokenizer(cache: Path, code: str = "") -> subprocess.CompletedProcess[str]:
@@ -229,14 +231,17 @@ def run_gpt2_tokenizer(cache: Path, code: str = "") -> subprocess.CompletedProce
     )
 
 
-def test_without_network_the_error_says_what_to_put_where(tmp_path: Path) -> None:
+def test_without_network_the_error_names_addresses_and_paths(tmp_path: Path) -> None:
     damaged = tmp_path / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
     for case in ("nothing there", "a damaged file"):
         if case == "a damaged file":
             damaged.write_bytes(b"#version: 0.2\n")
         run = run_gpt2_tokenizer(tmp_path)
         message = run.stderr.strip().split("\n")[-1]
-        assert message.startswith("gpt2.errors.UserError: cannot get GPT-2's vocabulary (ProxyError)"), run.stderr
+        assert message.startswith("gpt2.errors.ModelFilesError: cannot get GPT-2's vocabulary: cannot download"), (
+            run.stderr
+        )
+        assert "(Connection refused): put it at" in message
         for name in ("vocab.bpe", "encoder.json"):
             assert f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}" in message
         assert str(damaged) in message
@@ -244,16 +249,16 @@ def test_without_network_the_error_says_what_to_put_where(tmp_path: Path) -> Non
 
 
 def test_a_folder_needs_no_network(gpt2_vocabulary: None, tmp_path: Path) -> None:
-    gpt2().save(tmp_path)
+    gpt2_tokenizer().save(tmp_path)
     code = f"print(load_tokenizer(Path({str(tmp_path)!r})).encode('Hello'))"
     run = run_gpt2_tokenizer(tmp_path / "empty", code)
     assert run.stdout == "[15496]\n"
-    assert "UserError: cannot get GPT-2's vocabulary" in run.stderr
+    assert "ModelFilesError: cannot get GPT-2's vocabulary" in run.stderr
 
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """The address of a server that takes connections and never says a word."""
+    """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         accepted: list[socket.socket] = []
         done = threading.Event()
@@ -275,20 +280,20 @@ def silent_server() -> Iterator[str]:
             connection.close()
 
 
-def test_a_silent_server_is_not_waited_for(silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_times_out(silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(vocabulary, "_GPT2_URL", silent_server)
-    monkeypatch.setattr(vocabulary, "_CONNECT_AND_READ_SECONDS", (0.2, 0.2))
+    monkeypatch.setattr(vocabulary, "download", partial(download, timeout=0.2))
     vocabulary.gpt2_encoding.cache_clear()
     start = time.monotonic()
-    with pytest.raises(UserError, match="ReadTimeout"):
+    with pytest.raises(UserError, match="timed out"):
         GPT2Tokenizer()
     assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
-def test_a_file_nested_without_end_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_deeply_nested_file_is_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("[" * 100_000)
     with pytest.raises(UserError, match=f"cannot use .*{name}: "):
         load_tokenizer(tmp_path)

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hub import serve_hub
-from reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, transformers_twin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +18,8 @@ from gpt2 import weights
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
+from tests.helpers.fake_hub import serve_hub
+from tests.helpers.transformers_reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, to_transformers
 
 SMALL = ODD_CONFIGS[0]
 BYTES = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -27,7 +27,7 @@ BYTES = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 
 def hf_folder(model: GPT, folder: Path, **kwargs: Any) -> Path:
     """A folder as transformers itself writes it."""
-    transformers_twin(model).save_pretrained(folder, **kwargs)
+    to_transformers(model).save_pretrained(folder, **kwargs)
     return folder
 
 
@@ -141,7 +141,7 @@ def test_shards_with_an_index_both_ways(tmp_path: Path, monkeypatch: pytest.Monk
     assert (theirs / "model.safetensors.index.json").is_file()
     assert_same_model(gpt2.load(theirs)[0], model)
 
-    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 20_000)
     gpt2.save(model, None, tmp_path / "ours")
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
     assert_same_model(gpt2.load(tmp_path / "ours")[0], model)
@@ -157,9 +157,9 @@ def test_shards_with_an_index_both_ways(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_saving_again_leaves_no_stale_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = random_model(SMALL), random_model(SMALL, seed=5)
-    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 20_000)
     gpt2.save(model, None, tmp_path / "m")
-    monkeypatch.setattr(weights, "SHARD_BYTES", 10**9)
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 10**9)
     gpt2.save(other, None, tmp_path / "m")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
@@ -251,11 +251,11 @@ def load_elsewhere(ref: str, tmp_path: Path, **env: str) -> subprocess.Completed
     """`gpt2.load` in a process of its own: huggingface_hub reads its switches once, when it is imported."""
     code = (
         "import sys, gpt2, torch\n"
-        "from gpt2.cli import exit_after\n"
+        "from gpt2.cli import run_and_exit\n"
         "def main():\n"
         "    model, tokenizer = gpt2.load(sys.argv[1])\n"
         "    print(model(torch.arange(9)[None]).sum().item(), tokenizer and tokenizer.name)\n"
-        "exit_after(main)\n"
+        "run_and_exit(main)\n"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment = clean | {"HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1"} | env

@@ -1,18 +1,20 @@
 """GPT-2 in plain PyTorch."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt2.cache import KVCache
     from gpt2.errors import UserError
+    from gpt2.generation.inference import prepare_for_inference
     from gpt2.generation.sampling import Sampling
     from gpt2.generation.text import generate, stream
     from gpt2.model import GPT, GPTConfig
     from gpt2.tokenizer import Tokenizer, get_tokenizer
     from gpt2.weights import load, save
 
-_HOME_OF = {
+_LAZY_IMPORTS = {
     "GPT": "gpt2.model",
     "GPTConfig": "gpt2.model",
     "KVCache": "gpt2.cache",
@@ -22,6 +24,7 @@ _HOME_OF = {
     "generate": "gpt2.generation.text",
     "get_tokenizer": "gpt2.tokenizer",
     "load": "gpt2.weights",
+    "prepare_for_inference": "gpt2.generation.inference",
     "save": "gpt2.weights",
     "stream": "gpt2.generation.text",
 }
@@ -36,6 +39,7 @@ __all__ = [
     "generate",
     "get_tokenizer",
     "load",
+    "prepare_for_inference",
     "save",
     "stream",
 ]
@@ -44,9 +48,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import gpt2` and `gpt2 --help` stay instant."""
-    if name not in _HOME_OF:
+    if name == "accelerated":
+        warnings.warn("gpt2.accelerated is now gpt2.prepare_for_inference", DeprecationWarning, stacklevel=2)
+        name = "prepare_for_inference"
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'gpt2' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    value = getattr(import_module(_LAZY_IMPORTS[name]), name)
     globals()[name] = value
     return value
 

@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gpt2.errors import UserError
+from gpt2.errors import RequestError
 
 _EVERY_CHARACTER = r"[\s\S]"
 
 
 class CharacterTokenizer:
-    """Token i is the i-th of `characters`. A text with any other character cannot be encoded, which is a `UserError`.
+    """Token i is the i-th of `characters`. Encoding a text with any other character raises RequestError.
 
     There is no end of text: `end_of_text` is -1, which no model generates. The empty text becomes a newline, with which
     nanoGPT, too, begins.
@@ -31,7 +31,9 @@ class CharacterTokenizer:
         try:
             return [self._ids[character] for character in text] or [self._ids.get("\n", 0)]
         except KeyError as error:
-            raise UserError(f"the model's vocabulary of {self.vocab_size} characters lacks {error.args[0]!r}") from None
+            raise RequestError(
+                f"the model's vocabulary of {self.vocab_size} characters lacks {error.args[0]!r}"
+            ) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -41,7 +43,7 @@ class CharacterTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
-            raise UserError(f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}")
+            raise RequestError(f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}")
         return self._characters[token].encode()
 
     def save(self, folder: Path) -> None:

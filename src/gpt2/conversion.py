@@ -11,17 +11,17 @@ import torch
 
 from gpt2 import runners
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import path_of, work_folder
+from gpt2.files import expand_path, staging_folder
 from gpt2.formats import ctranslate, exported, gguf_writer, llmc, nanogpt, onnx_graph
 from gpt2.formats.parity import Parity, Runner, compare
-from gpt2.formats.stored import model_of
+from gpt2.formats.stored import model_from_state_dict
 from gpt2.model import GPT, scaled_queries
 from gpt2.runtime import DTYPE_NAMES
-from gpt2.templates import Template
+from gpt2.templates import ChatTemplate
 from gpt2.tokenizer import Tokenizer
-from gpt2.weights import HUB_FILES, WORD_FILES, read_config, write_model_folder
+from gpt2.weights import HUB_ALLOW_PATTERNS, TOKENIZER_FILES, read_config, write_model_folder
 
-log = logging.getLogger("gpt2")
+_log = logging.getLogger("gpt2")
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -32,7 +32,7 @@ class Job:
 
     model: GPT
     tokenizer: Tokenizer | None
-    template: Template | None
+    template: ChatTemplate | None
     dtype: str
     max_shard_size: int | str = "5GB"
 
@@ -64,7 +64,7 @@ class Target:
 
 def _write_hf(job: Job, out: Path) -> None:
     if not job.model.config.tie_word_embeddings:
-        log.warning("SGLang ties the head to the token embedding whatever config.json says: this model is not for it")
+        _log.warning("SGLang ties the head to the token embedding whatever config.json says: this model is not for it")
     write_model_folder(job.model, job.tokenizer, out, job.torch_dtype, job.template, job.max_shard_size)
 
 
@@ -77,15 +77,15 @@ def _write_onnx(job: Job, out: Path) -> None:
     onnx_graph.write(job.model, out)
     if job.dtype == "int8":
         onnx_graph.quantize(out)
-    _write_words(job, out)
+    _write_tokenizer(job, out)
 
 
 def _write_ctranslate2(job: Job, out: Path) -> None:
     ctranslate.write(job.model, job.tokenizer, out, job.dtype)
-    _write_words(job, out)
+    _write_tokenizer(job, out)
 
 
-def _write_words(job: Job, out: Path) -> None:
+def _write_tokenizer(job: Job, out: Path) -> None:
     """The tokenizer, beside the model."""
     if job.tokenizer is not None:
         job.tokenizer.save(out)
@@ -103,7 +103,7 @@ TARGETS = {
             _FLOATS,
             _write_hf,
             runners.hf,
-            (*HUB_FILES, "README.md"),
+            (*HUB_ALLOW_PATTERNS, "README.md"),
             scaled=True,
         ),
         Target(
@@ -120,7 +120,7 @@ TARGETS = {
             {"float32": 1e-4, "int8": 2e-1},
             _write_onnx,
             runners.onnx,
-            ("*.onnx", "*.onnx_data", "*.onnx.data", *WORD_FILES),
+            ("*.onnx", "*.onnx_data", "*.onnx.data", *TOKENIZER_FILES),
         ),
         Target(
             "llmc",
@@ -144,7 +144,7 @@ TARGETS = {
             {"float32": 1e-4, **_HALVES, "int8": 2e-1},
             _write_ctranslate2,
             runners.ctranslate2,
-            ("model.bin", "config.json", "vocabulary.*", *WORD_FILES),
+            ("model.bin", "config.json", "vocabulary.*", *TOKENIZER_FILES),
         ),
         Target(
             "torch",
@@ -211,11 +211,11 @@ def convert(target: Target, job: Job, out: str | Path) -> Parity:
     Raises UserError when the format cannot have the model, the two differ by more than the format's tolerance, or
     `out` cannot be written.
     """
-    out = path_of(out)
+    out = expand_path(out)
     job = job if target.scaled else replace(job, model=without_scales(job.model))
     reference = copy.deepcopy(job.model).float() if job.model.lm_head.weight.dtype != torch.float32 else job.model
     try:
-        with work_folder(out.resolve()) as work:
+        with staging_folder(out.resolve()) as work:
             written = work / target.file if target.file else work
             target.write(job, written)
             tolerance = target.tolerances[job.dtype]
@@ -263,4 +263,4 @@ def without_scales(model: GPT) -> GPT:
             name = f"transformer.h.{i}.attn.c_attn.{kind}"
             tensors[name] = scaled_queries(tensors[name], c.query_factor(i))
     plain = replace(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-    return model_of(plain, tensors).train(model.training)
+    return model_from_state_dict(plain, tensors).train(model.training)

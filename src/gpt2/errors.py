@@ -1,27 +1,94 @@
-"""What a user can do wrong: one exception type, one clear line each."""
+"""User errors: one exception type with a few subclasses, one clear line each."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: a wrong name, a broken file, a machine without what was asked for.
+    """A mistake that the user can fix: a wrong name, a broken file, a machine without what was requested.
 
-    The message is one line that names the thing and, where there is one, the mend.
-    The command line prints it without a traceback and exits with `exit_code`.
+    The message is one line that names the thing and, where there is one, the fix. The command line prints it without a
+    traceback and exits with `exit_code`; the server sends it with `field` and `code`.
+
+    field: the setting, flag or request field that is at fault, if there is exactly one.
+    code:  what kind of mistake it is, for programs: each subclass has its own default.
     """
 
     exit_code = 2
+    code: str | None = None
+
+    def __init__(self, message: str = "", *, field: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        if code is not None:
+            self.code = code
 
 
-class ToldElsewhere(UserError):
-    """A UserError that another rank of the run tells of: this one ends without a word."""
+class ConfigError(UserError):
+    """A setting or flag has a value that is not supported."""
+
+    code = "invalid_config"
 
 
-class LostRanks(UserError):
-    """The other ranks of the run are gone, or hang: the run can go on from its last checkpoint."""
+class DataError(UserError):
+    """A data file, row or shard cannot be used."""
+
+    code = "invalid_data"
+
+
+class ModelFilesError(UserError):
+    """A model folder, tokenizer, template, adapter or checkpoint cannot be used."""
+
+    code = "invalid_model_files"
+
+
+class NonFiniteLogitsError(ModelFilesError):
+    """The model computes nan or inf: its weights are damaged, or too large for its dtype."""
+
+    code = "non_finite_logits"
+
+
+class RequestError(UserError):
+    """A generation request that the engine cannot serve: wrong type, out of range, or too long."""
+
+    code = "invalid_request"
+
+
+class InsufficientMemoryError(UserError):
+    """The device or the machine does not have the memory that is needed."""
+
+    code = "out_of_memory"
+
+
+class ReportedByOtherRank(UserError):
+    """A UserError that another rank of the run reports: this rank exits silently."""
+
+
+class RankFailure(UserError):
+    """Other ranks of the run are lost or hang: the run can be resumed from its last checkpoint."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h, "try again"
+
+
+OUT_OF_MEMORY_ADVICE = (
+    "this needs more memory than there is: for training, lower --micro-batch-size or add --activation-checkpointing "
+    "(gpt2 plan estimates what a run needs); for sampling, lower --num-samples"
+)
+OUT_OF_MEMORY_MARKS = (  # how torch, cuBLAS and the CPU allocator report it, where the exception type does not
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+
+
+def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
+    """Return an InsufficientMemoryError for an error of Python or torch that reports too little memory, else None.
+
+    Most of torch's allocators raise a plain RuntimeError, so this is the one place that reads error messages.
+    """
+    is_marked = isinstance(error, RuntimeError) and any(mark in str(error) for mark in OUT_OF_MEMORY_MARKS)
+    return InsufficientMemoryError(OUT_OF_MEMORY_ADVICE) if isinstance(error, MemoryError) or is_marked else None
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

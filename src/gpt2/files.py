@@ -1,5 +1,6 @@
-"""What all that reads or writes files has to know: paths as people type them, and folders that appear whole."""
+"""Files and folders: user-typed paths, the cache, downloads, and folders that are written completely or not at all."""
 
+import errno
 import hashlib
 import os
 import re
@@ -9,21 +10,18 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from gpt2.errors import UserError
+from gpt2.errors import DataError, UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows, where leftovers of a killed process stay until someone removes them
-    fcntl = None
+RUN_FOLDER_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # a run folder has the first and one more
 
-RUN_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # by the first and one more a run folder is known
-
-_PARTIAL = ".partial"
+_PARTIAL_SUFFIX, _LOCK_SUFFIX = ".partial", ".lock"
+NO_LOCKS_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a drive without locks
 
 
-def path_of(text: str | Path) -> Path:
-    """The path that a person typed, `~` and `~name` written out. Raises `UserError` when there is no such home."""
+def expand_path(text: str | Path) -> Path:
+    """The path that a user typed, with `~` and `~name` expanded. Raises UserError for an unknown home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -31,14 +29,14 @@ def path_of(text: str | Path) -> Path:
 
 
 def cache_home() -> Path:
-    """Where downloads, prepared data and compiled code are kept: $GPT2_HOME, or ~/.cache/gpt2."""
-    return path_of(os.environ.get("GPT2_HOME") or "~/.cache/gpt2")
+    """The folder of downloads, prepared data and compiled code: $GPT2_HOME, or ~/.cache/gpt2."""
+    return expand_path(os.environ.get("GPT2_HOME") or "~/.cache/gpt2")
 
 
-def check_regular(path: Path) -> None:
-    """Raise `UserError` for a pipe, socket or device, which could be waited for without end, and for a folder.
+def check_regular_file(path: Path) -> None:
+    """Raise UserError for a folder, and for a pipe, socket or device, which could block forever.
 
-    A path that cannot be looked at passes: opening it gives the better message.
+    A path without a readable status passes: opening it gives the better message.
     """
     try:
         mode = path.stat().st_mode
@@ -48,15 +46,99 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path} is not a regular file")
 
 
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hex."""
+def read_error(path: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be read."""
+    return DataError(f"cannot read {path} ({error.strerror or error})")
+
+
+def write_error(path: Path, error: OSError) -> DataError:
+    """The error for a path that cannot be written. For a path in the cache it names GPT2_HOME."""
+    fix = ": set GPT2_HOME to a writable folder" if path.is_relative_to(cache_home()) else ""
+    return DataError(f"cannot write {path} ({error.strerror or error}){fix}")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def made_by_program(names: Collection[str]) -> str | None:
-    """What a folder with files of these names is, if this program (or its like) made it; else None."""
-    if RUN_FILES[0] in names and any(name in names for name in RUN_FILES[1:]):
+def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
+    """Fetch `url` to `path`, unless the file is there already; returns `path`.
+
+    The file is complete and has this checksum (hex), or is not there. An existing file is never overwritten.
+    timeout: seconds without a byte from the server.
+
+    Raises DataError that names the file, the address and where to put the file by hand.
+    """
+    import requests
+
+    if path.exists():
+        _check_sha256(path, sha256, url)
+        return path
+    try:
+        with staging_folder(path) as folder:
+            partial = folder / path.name
+            with partial.open("wb") as file:
+                _fetch(url, file, timeout)
+            found = file_sha256(partial)
+            if found != sha256:
+                raise _download_error(url, path, f"its sha256 is {found[:12]}…, not {sha256[:12]}…")
+            partial.replace(path)
+    except requests.RequestException as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:  # "Connection refused", under three layers of wrappers
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        raise _download_error(url, path, reason) from error
+    except OSError as error:
+        raise write_error(path, error) from None
+    return path
+
+
+def _fetch(url: str, out: BinaryIO, timeout: float) -> None:
+    """Stream `url` into `out`, with a progress bar on a terminal."""
+    import requests
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    with (
+        requests.get(url, stream=True, timeout=timeout, headers={"Accept-Encoding": "identity"}) as response,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        if not response.ok:
+            raise requests.HTTPError(f"HTTP {response.status_code} {response.reason}")
+        length = int(response.headers.get("Content-Length") or 0)
+        task = progress.add_task(_url_filename(url), total=length or None)
+        for block in response.iter_content(1 << 16):
+            out.write(block)
+            progress.update(task, advance=len(block))
+
+
+def _url_filename(url: str) -> str:
+    return url.rsplit("/", 1)[-1]
+
+
+def _download_error(url: str, path: Path, reason: str) -> DataError:
+    return DataError(f"cannot download {_url_filename(url)} from {url} ({reason}): put it at {path} by hand")
+
+
+def _check_sha256(path: Path, sha256: str, url: str) -> None:
+    check_regular_file(path)
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise read_error(path, error) from None
+    if found != sha256:
+        difference = f"its sha256 is {found[:12]}…, not {sha256[:12]}…"
+        raise DataError(f"{path} is not the file from {url} ({difference}): remove it to download that file")
+
+
+def known_folder_kind(names: Collection[str]) -> str | None:
+    """The kind of a folder that contains these names, for folders that training programs write; None for any other."""
+    if RUN_FOLDER_FILES[0] in names and any(name in names for name in RUN_FOLDER_FILES[1:]):
         return "a run folder"
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return "a model folder"
@@ -65,65 +147,75 @@ def made_by_program(names: Collection[str]) -> str | None:
     return None
 
 
-@contextmanager
-def work_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` to write in, gone when the block ends unless it was moved away.
+class LockFile:
+    """An exclusive lock that is a file; the system releases it when this process dies. Whoever releases it removes it.
 
-    Its owner holds a lock on it, which the system takes back when the owner dies. So what killed processes left
-    behind beside the same target is told from what others are writing at this moment, and is removed first.
-    Raises `OSError` when it cannot be made.
+    On a drive without locks, `is_held` is False and nothing is locked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock, without waiting. Raises `BlockingIOError` when another holds it, `OSError` without access."""
+        from filelock import FileLock, Timeout  # takes a fifth of a second to import
+
+        self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise BlockingIOError(errno.EWOULDBLOCK, "it is locked", str(path)) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS_ERRNOS:
+                raise
+        self.is_held = self._lock.is_locked
+        self._stat = path.stat()
+
+    def release(self, path: Path) -> None:
+        """Remove the file, which is now at `path`, unless another file has replaced it; then release the lock."""
+        with suppress(OSError):
+            if os.path.samestat(self._stat, path.stat()):
+                path.unlink()
+        self._lock.release()
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` to write in, removed when the block ends unless it was moved away.
+
+    A lock file beside it is held until then. So leftovers of killed processes, whose locks are free, can be told from
+    folders that are in use; they are removed first. Raises `OSError` when the folder cannot be created.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{_literal(target.name)}.{'[0-9a-f]' * 8}{_PARTIAL}"):
-        _sweep(leftover)
-    folder, lock = _locked_folder(target)
+    for leftover in target.parent.glob(f".{_glob_escape(target.name)}.{'[0-9a-f]' * 8}{_PARTIAL_SUFFIX}*"):
+        _remove_abandoned(leftover.with_name(leftover.name.removesuffix(_LOCK_SUFFIX)))
+    folder, lock = _new_staging_path(target)
     try:
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        lock.release(_lock_path(folder))
 
 
-def _locked_folder(target: Path) -> tuple[Path, int | None]:
-    """A new folder, and the descriptor that holds its lock."""
+def _new_staging_path(target: Path) -> tuple[Path, LockFile]:
+    """An unused path, and the lock for it."""
     while True:
-        folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
-        folder.mkdir()
-        with suppress(FileNotFoundError, BlockingIOError):  # swept away by another process before it was locked
-            lock = _lock(folder)
-            if folder.exists():
-                return folder, lock
+        folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_PARTIAL_SUFFIX}"
+        with suppress(BlockingIOError):  # another process took the new lock file for a leftover
+            return folder, LockFile(_lock_path(folder))
 
 
-def _sweep(folder: Path) -> None:
-    """Remove a work folder whose owner is no more. Where that cannot be told, it stays."""
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a staging folder and its lock file, unless the lock is held or there are no locks."""
     with suppress(OSError):
-        lock = _lock(folder)
-        if lock is not None:
+        lock = LockFile(_lock_path(folder))
+        if lock.is_held:
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+        lock.release(_lock_path(folder))
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder: the descriptor to close at the end, None on systems and drives without locks.
-
-    Raises `BlockingIOError` when someone else holds the lock, `FileNotFoundError` when there is no such folder.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(folder.name + _LOCK_SUFFIX)
 
 
-def _literal(name: str) -> str:
+def _glob_escape(name: str) -> str:
     """`name` as a glob pattern that matches nothing else."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,4 +1,4 @@
-"""What this machine can do: its matmul rate and bandwidth, measured or known; its memory, and how much was used."""
+"""Hardware: FLOP/s and memory bandwidth, measured or from datasheets; memory size, free memory, and peak memory."""
 
 import ctypes
 import os
@@ -14,20 +14,20 @@ from pathlib import Path
 
 import torch
 
-from gpt2.errors import UserError, did_you_mean
+from gpt2.errors import ConfigError, did_you_mean
 
 GiB = 2**30
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One GPU as its maker describes it: dense rates, without structured sparsity, at boost clock.
+    """The datasheet of a GPU: dense rates, without structured sparsity, at boost clock.
 
-    bf16, tf32, fp32: FLOP/s of matrix products (accumulated in float32); where a GPU has no bfloat16 or no TF32,
-    `bf16` is its float16 rate and `tf32` its float32 rate.
-    bandwidth: bytes/s of its memory. memory: bytes that a program can have, as torch reports them.
-    link: bytes/s, each way, to the other GPUs of its machine. network: bytes/s, each way, of the network card that such
-    a GPU usually has to itself; 0 where all GPUs of a machine share one.
+    bf16, tf32, fp32:  FLOP/s of matrix products (accumulated in float32). Without bfloat16 or TF32 in hardware, `bf16`
+                       is the float16 rate and `tf32` the float32 rate.
+    bandwidth, memory: bytes/s of its memory; bytes available to a program, as torch reports them.
+    link_bandwidth:    bytes/s in each direction to the other GPUs of its machine.
+    network_bandwidth: bytes/s in each direction of its own network card; 0 where all GPUs of a machine share one.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Accelerator:
     fp32: float
     bandwidth: float
     memory: int
-    link: float
-    network: float
-    bfloat16: bool = True  # has it bfloat16 in hardware?
+    link_bandwidth: float
+    network_bandwidth: float
+    bfloat16: bool = True  # in hardware
 
     def flops(self, dtype: torch.dtype, matmul_precision: str = "high") -> float:
         """Peak FLOP/s of matrix products in `dtype`; float32 at "high" or "medium" precision runs in TF32."""
@@ -46,19 +46,19 @@ class Accelerator:
             return self.bf16
         return self.fp32 if matmul_precision == "highest" else self.tf32
 
-    def host_network(self, gpus: int) -> float:
-        """Bytes/s, each way, that a machine with so many of these usually has to other machines."""
-        return gpus * self.network or SHARED_NETWORK
+    def node_bandwidth(self, gpus: int) -> float:
+        """The usual bytes/s in each direction between machines with `gpus` of these."""
+        return gpus * self.network_bandwidth or SHARED_NETWORK_BANDWIDTH
 
 
-# GB/s each way. Sources: NVIDIA's whitepapers of V100, A100, H100 and Blackwell (half of what they give for both ways
-# together), AMD's of CDNA 3 (seven links of 64), PCI Express of 16 lanes. Bridges between PCIe cards are not counted.
+# GB/s in each direction. Sources: NVIDIA's whitepapers of V100, A100, H100 and Blackwell (half of the bidirectional
+# rates), AMD's of CDNA 3 (seven links of 64), PCI Express with 16 lanes. NVLink bridges of PCIe cards are not counted.
 NVLINK_2, NVLINK_3, NVLINK_4, NVLINK_5, INFINITY_FABRIC = 150, 300, 450, 900, 448
 PCIE_3, PCIE_4, PCIE_5 = 16, 32, 64
-# A GPU's part of the network in the makers' own machines of eight (DGX-1 with V100: four cards of 100 Gbit/s; DGX A100:
-# eight of 200; DGX H100, DGX B200 and MI300X platforms: eight of 400). Machines with PCIe cards share one of 100.
+# A GPU's share of the network in the vendors' own machines with eight GPUs (DGX-1 with V100: four cards of 100 Gbit/s;
+# DGX A100: eight of 200; DGX H100, DGX B200 and MI300X platforms: eight of 400). PCIe GPUs share one card of 100.
 GBIT_400, GBIT_200, GBIT_50 = 50, 25, 6.25
-SHARED_NETWORK = 12.5e9
+SHARED_NETWORK_BANDWIDTH = 12.5e9
 
 
 def _gpu(
@@ -73,14 +73,14 @@ def _gpu(
     *,
     bfloat16: bool = True,
 ) -> Accelerator:
-    """From TFLOP/s, GB/s and GiB."""
+    """An accelerator from TFLOP/s, GB/s and GiB."""
     rates = (bf16 * 1e12, tf32 * 1e12, fp32 * 1e12)
     return Accelerator(name, *rates, bandwidth * 1e9, int(memory * GiB), link * 1e9, network * 1e9, bfloat16)
 
 
 # Sources: NVIDIA's datasheets of each board and the whitepapers of GA102, AD102 and GB202 (GeForce: tensor cores with
-# float32 accumulation), AMD's datasheets of the Instinct series. Where a sheet gives rates "with sparsity", half of it.
-KNOWN: dict[str, Accelerator] = {
+# float32 accumulation), AMD's datasheets of the Instinct series. Rates given "with sparsity" are halved.
+ACCELERATORS: dict[str, Accelerator] = {
     "b200": _gpu("NVIDIA B200", 2250, 1100, 75, 7700, 178.3, NVLINK_5, GBIT_400),
     "gh200": _gpu("NVIDIA GH200", 989.4, 494.7, 66.9, 4000, 94.5, NVLINK_4, GBIT_400),
     "h200-nvl": _gpu("NVIDIA H200 NVL", 835.5, 417.5, 60, 4800, 139.8, PCIE_5),
@@ -110,36 +110,36 @@ KNOWN: dict[str, Accelerator] = {
     "mi325x": _gpu("AMD Instinct MI325X", 1307.4, 653.7, 163.4, 6000, 255.9, INFINITY_FABRIC, GBIT_400),
     "mi300x": _gpu("AMD Instinct MI300X", 1307.4, 653.7, 163.4, 5300, 191.9, INFINITY_FABRIC, GBIT_400),
 }
-OTHER_CHIPS = {"laptop", "mobile", "mig", "d", "ti", "super", "max"}  # words after which a name means another chip
+VARIANT_WORDS = {"laptop", "mobile", "mig", "d", "ti", "super", "max"}  # words that denote another chip
 
 
-def known_accelerator(name: str) -> Accelerator | None:
-    """The datasheet of `name`: what `torch.cuda.get_device_name()` says, or a short name (h100, rtx4090, a100-40gb).
+def find_accelerator(name: str) -> Accelerator | None:
+    """The datasheet for a name from `torch.cuda.get_device_name()`, or a short name (h100, rtx4090, a100-40gb).
 
-    None for a device that is not in the table (a laptop's 4090, or a slice of an H100, is not what its name suggests).
+    None for a device that is not in the table, such as a laptop's 4090 or a MIG slice of an H100.
     """
     words = set(re.split(r"[^a-z0-9]+", name.lower().replace("rtx", " ").replace("tesla", " ")))
-    if words & OTHER_CHIPS:
+    if words & VARIANT_WORDS:
         return None
-    matching = [key for key in KNOWN if set(key.split("-")) <= words]
-    return KNOWN[max(matching, key=lambda key: key.count("-"))] if matching else None
+    matching = [key for key in ACCELERATORS if set(key.split("-")) <= words]
+    return ACCELERATORS[max(matching, key=lambda key: key.count("-"))] if matching else None
 
 
-def accelerator(name: str) -> Accelerator:
-    """The datasheet of `name`. Raises UserError, in one line, for one that is not known."""
-    found = known_accelerator(name)
+def get_accelerator(name: str) -> Accelerator:
+    """The datasheet for `name`. Raises ConfigError for an unknown name."""
+    found = find_accelerator(name)
     if found is None:
-        known = ", ".join(sorted(KNOWN))
-        raise UserError(f"no datasheet of '{name}'{did_you_mean(name.lower(), KNOWN)}: there are {known}")
+        known = ", ".join(sorted(ACCELERATORS))
+        hint = did_you_mean(name.lower(), ACCELERATORS)
+        raise ConfigError(f"no datasheet of '{name}'{hint}: there are {known}", field="on")
     return found
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.5, size: int | None = None) -> float:
-    """FLOP/s that matrix products sustain on `device`, the best of three shapes, in about `seconds`.
+    """FLOP/s of matrix products on `device`: the best of three shapes, of each the median, in about `seconds`.
 
-    size: the shapes are (size, size) @ (size, size), and the two of a GPT-2 MLP with size/4 channels; by default what
-    fills the device. Of each shape it is the median of its repeats. On a GPU float32 runs at the precision set by
-    `torch.set_float32_matmul_precision`.
+    size: the shapes are (size, size) @ (size, size), and the two of a GPT-2 MLP with size/4 channels; None for a size
+    that saturates the device. On a GPU float32 uses the precision set by `torch.set_float32_matmul_precision`.
     """
     size = size or (8192 if device.type == "cuda" else 4096 if device.type == "mps" else 1024)
     best = 0.0
@@ -147,42 +147,42 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.
         a = torch.randn(m, k, device=device, dtype=dtype)
         b = torch.randn(n, k, device=device, dtype=dtype)  # (out, in), as nn.Linear keeps its weights
         out = torch.empty(m, n, device=device, dtype=dtype)
-        took = _median_seconds(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), device, seconds / 3)
-        best = max(best, 2 * m * k * n / took)
+        elapsed = _median_seconds(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), device, seconds / 3)
+        best = max(best, 2 * m * k * n / elapsed)
     return best
 
 
 def measure_bandwidth(device: torch.device, seconds: float = 0.3) -> float:
-    """Bytes/s at which `device` reads its memory: the sum over a buffer far larger than any cache."""
+    """Bytes/s at which `device` reads its memory: the sum over a buffer much larger than any cache."""
     size = min(GiB if device.type == "cuda" else GiB // 2, available_memory(device) // 4)
     buffer = torch.ones(max(1, size // 4), device=device)  # float32
     return 4 * buffer.numel() / _median_seconds(lambda: buffer.sum(), device, seconds)
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median time of `work`, done at least three times and until `seconds` have passed.
+    """Median time of `work`, repeated at least three times and until `seconds` have passed.
 
-    On a GPU a repeat is as many calls as last about 10 ms, so that the clock measures the device and not the launch.
+    On a GPU each repetition is a batch of calls of about 10 ms, so that launch overhead does not count.
     """
-    work()  # warm up: kernels are chosen and memory is touched
-    _wait(device)
+    work()  # warm-up
+    _synchronize(device)
     calls, times = 1, []
     if device.type != "cpu":
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        _wait(device)
-        calls = max(1, round(0.01 / (time.perf_counter() - began)))
-    until = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < until:
-        began = time.perf_counter()
+        _synchronize(device)
+        calls = max(1, round(0.01 / (time.perf_counter() - start)))
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
         for _ in range(calls):
             work()
-        _wait(device)
-        times.append((time.perf_counter() - began) / calls)
+        _synchronize(device)
+        times.append((time.perf_counter() - start) / calls)
     return statistics.median(times)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -190,19 +190,18 @@ def _wait(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself: "NVIDIA H100 80GB HBM3", "AMD EPYC", "Apple M2"."""
+    """The product name of the device: "NVIDIA H100 80GB HBM3", "AMD EPYC", "Apple M2"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if sys.platform == "darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
-        ).stdout.strip()
-    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read_text("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that `device` has; for the CPU, what this process's control group may use of the machine's."""
+    """Bytes of memory of `device`; for the CPU, the smaller of the machine's memory and this process's cgroup limit."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
@@ -214,33 +213,33 @@ def total_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process could still take on `device`, counting what torch has set aside and does not use."""
+    """Bytes that this process can still allocate on `device`, including memory that torch reserved and does not use."""
     if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + idle
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return max(0, total_memory(device) - torch.mps.driver_allocated_memory())
-    available = _kibibytes("MemAvailable", _text("/proc/meminfo"))
+    available = _proc_field_bytes("MemAvailable", _read_text("/proc/meminfo"))
     free = total_memory(device) if available is None else available
     return max(0, min([free, *(limit - used for limit, used in _cgroup_limits())]))
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use at once since the start, or since `reset_peak_memory`.
+    """The peak of bytes in use since the start, or since `reset_peak_memory`.
 
-    CUDA: what torch's tensors took (`max_memory_allocated`), without the context and torch's reserve.
-    CPU: the resident memory of the whole process, with the program itself (VmHWM on Linux, getrusage elsewhere).
-    MPS: what is allocated now, as there is no record of a peak.
+    CUDA: torch's tensors (`max_memory_allocated`), without the context and the allocator's cache.
+    CPU: the resident memory of the process (VmHWM on Linux, getrusage elsewhere; 0 on Windows).
+    MPS: the bytes allocated now, as no peak is recorded.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    peak = _kibibytes("VmHWM", _text("/proc/self/status"))
+    peak = _proc_field_bytes("VmHWM", _read_text("/proc/self/status"))
     if peak is not None:
         return peak
     if sys.platform == "win32":
-        return 0  # there is no getrusage
+        return 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -248,7 +247,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Count the peak anew from now on. False where the system does not allow it: there it counts since the start."""
+    """Restart the record of the peak. Return False where the system does not allow it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -260,43 +259,43 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now (on systems without /proc: the most there ever were)."""
-    resident = _kibibytes("VmRSS", _text("/proc/self/status"))
+    """Resident bytes of this process (on systems without /proc: the peak)."""
+    resident = _proc_field_bytes("VmRSS", _read_text("/proc/self/status"))
     return peak_memory(torch.device("cpu")) if resident is None else resident
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, used) of this process's control group and those above it, in bytes; what has no limit is left out."""
+    """(limit, used) in bytes of this process's control group and its ancestors, without those that have no limit."""
     found = []
-    v2 = re.search(r"^0::(/.*)$", _text("/proc/self/cgroup"), re.MULTILINE)
+    v2 = re.search(r"^0::(/.*)$", _read_text("/proc/self/cgroup"), re.MULTILINE)
     folder = Path("/sys/fs/cgroup") / v2[1].strip("/") if v2 else Path("/sys/fs/cgroup")
     for place in (folder, *folder.parents):
-        limit, used = _text(place / "memory.max").strip(), _text(place / "memory.current").strip()
+        limit, used = _read_text(place / "memory.max").strip(), _read_text(place / "memory.current").strip()
         if limit.isdigit() and used.isdigit():
             found.append((int(limit), int(used) - _file_cache(place)))
         if place == Path("/sys/fs/cgroup"):
             break
     old = Path("/sys/fs/cgroup/memory")  # version 1
-    limit, used = _text(old / "memory.limit_in_bytes").strip(), _text(old / "memory.usage_in_bytes").strip()
+    limit, used = _read_text(old / "memory.limit_in_bytes").strip(), _read_text(old / "memory.usage_in_bytes").strip()
     if limit.isdigit() and used.isdigit() and int(limit) < 2**60:
         found.append((int(limit), int(used) - _file_cache(old)))
     return found
 
 
 def _file_cache(group: Path) -> int:
-    """Bytes of files that a control group keeps in memory, and would drop if it needed the room."""
-    found = re.search(r"^inactive_file (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
+    """Bytes of a control group's file cache that can be reclaimed."""
+    found = re.search(r"^inactive_file (\d+)$", _read_text(group / "memory.stat"), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
-def _kibibytes(field: str, text: str) -> int | None:
-    """A line such as ``VmHWM:   1234 kB`` of a file in /proc, in bytes."""
+def _proc_field_bytes(field: str, text: str) -> int | None:
+    """The value in bytes of a line such as ``VmHWM:   1234 kB`` of a file in /proc."""
     found = re.search(rf"^{field}:\s*(\d+) kB$", text, re.MULTILINE)
     return 1024 * int(found[1]) if found else None
 
 
-def _text(path: str | Path) -> str:
-    """A small file of the system's; "" where there is none, or it may not be read."""
+def _read_text(path: str | Path) -> str:
+    """The text of a small system file; "" if it does not exist or cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:

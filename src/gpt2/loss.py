@@ -1,8 +1,8 @@
-"""Next-token loss from hidden states, without ever holding all logits.
+"""Next-token loss (mean negative log-likelihood) from hidden states, without ever holding all logits.
 
-A vocabulary of 50,257 is where a small GPT-2 spends its memory: at batch 16 x 1024 the float32 logits alone
-are 3.3 GB, and their gradient as much again. Here the head and the cross-entropy are done a few hundred rows at a
-time, and the gradient of a chunk is taken while its logits are still at hand, so they are never computed twice.
+With a vocabulary of 50,257 the logits dominate the memory of a small GPT-2: at batch 16 x 1024 the float32 logits
+alone are 3.3 GB, and their gradient as much again. Here the head and the cross-entropy run on a few hundred rows at a
+time, and the gradient of a chunk is computed in the forward pass, so no logits are computed twice.
 """
 
 from typing import Any
@@ -11,29 +11,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # a target with this id is not counted, as in torch and transformers
+IGNORE_INDEX = -100  # targets with this id are ignored, as in torch and transformers
 CHUNK_BYTES = 2**27  # logits held at a time, in the dtype of the matrix products
-CACHE_ELEMENTS = 2**21  # of those, what the CPU works on at once in float32, so that it stays in the cache
-PAD_TO = 128  # tensor cores want dimensions in multiples of this; 50,257 is odd
+CPU_CACHE_ELEMENTS = 2**21  # logits that the CPU converts to float32 at a time, so that they stay in its cache
+VOCAB_PAD_MULTIPLE = 128  # tensor cores need dimensions in multiples of this; 50,257 is odd
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor | float | None = None) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T`` against `targets`, in nats.
 
-    hidden:  (..., C) what the last layer norm gives.
-    weight:  (V, C) the output head; for GPT-2 the token embedding.
-    targets: (...) int64; positions with -100 are not counted.
+    hidden:  (..., C), the output of the last layer norm.
+    weight:  (V, C), the output head; for GPT-2 the token embedding.
+    targets: (...) int64; positions with -100 are ignored.
     divisor: what the sum of the losses is divided by; None for the number of counted targets. Gradient accumulation
              and data parallelism pass the count of the whole global batch, so that the parts add up to its mean.
 
     Returns a scalar, float32 (float64 for float64 input). Under autocast the matrix products run in autocast's
-    dtype; the softmax and all sums stay in float32. Gradients can be taken once, not twice.
+    dtype; the softmax and all sums stay in float32. There are no second derivatives.
     """
     hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if divisor is None:
-        divisor = (targets != IGNORE).sum()
+        divisor = (targets != IGNORE_INDEX).sum()
     with torch.autocast(device, enabled=False):
         loss = _ChunkedCrossEntropy.apply(hidden, weight, targets, divisor, dtype, torch.is_grad_enabled())
     assert isinstance(loss, Tensor)
@@ -51,20 +51,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         grad_enabled: bool,
     ) -> Tensor:
-        wanted = tuple(grad_enabled and need for need in ctx.needs_input_grad[:2])
-        loss, ctx.grads = _loss_and_gradients(hidden, weight, targets, divisor, dtype, *wanted)
+        needs_grad = tuple(grad_enabled and need for need in ctx.needs_input_grad[:2])
+        loss, ctx.grads = _loss_and_gradients(hidden, weight, targets, divisor, dtype, *needs_grad)
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.rest = divisor, dtype, *wanted
+        ctx.settings = divisor, dtype, *needs_grad
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads, ctx.grads = ctx.grads, None  # handed out, so that autograd need not copy them
-        if grads is None:  # a second time through a graph that was retained
-            grads = _loss_and_gradients(*ctx.saved_tensors, *ctx.rest)[1]
+        grads, ctx.grads = ctx.grads, None  # no reference left, so that autograd need not copy them
+        if grads is None:  # a second backward pass with retain_graph=True
+            grads = _loss_and_gradients(*ctx.saved_tensors, *ctx.settings)[1]
         (scale,) = grad_outputs
-        if not (scale.device.type == "cpu" and scale == 1):  # it is, always, in training: nothing to multiply
+        if not (scale.device.type == "cpu" and scale == 1):  # in training on a CPU it is always 1
             grads = [None if grad is None else grad * scale for grad in grads]
         return *grads, None, None, None, None
 
@@ -75,59 +75,62 @@ def _loss_and_gradients(
     targets: Tensor,  # (N,)
     divisor: Tensor | float,
     dtype: torch.dtype,
-    want_hidden: bool,
-    want_weight: bool,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, and its gradients for `hidden` and `weight` as far as they are wanted."""
-    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    """The loss, and its gradients for `hidden` and `weight` where they are needed."""
+    accum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     vocab_size = weight.size(0)
-    head = _padded(weight, dtype)  # (V', C) with V' a multiple of 128 on a GPU
-    total = torch.zeros((), dtype=exact, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if want_hidden else None
-    grad_head: Tensor | None = None  # (V', C), in `exact`
+    head = _pad_vocab(weight, dtype)  # (V', C) with V' a multiple of 128 on a GPU
+    total = torch.zeros((), dtype=accum_dtype, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
+    grad_head: Tensor | None = None  # (V', C), in `accum_dtype`
 
     rows_at_a_time = max(1, CHUNK_BYTES // (head.size(0) * head.element_size()))
     for start in range(0, hidden.size(0), rows_at_a_time):
         rows = slice(start, start + rows_at_a_time)
         h = hidden[rows].to(dtype)  # (n, C)
         logits = h @ head.T  # (n, V')
-        counted = targets[rows] != IGNORE  # (n,)
+        counted = targets[rows] != IGNORE_INDEX  # (n,)
         target = targets[rows].where(counted, 0)
-        losses = _losses_and_gradient(logits, target, vocab_size, exact, want_hidden or want_weight)
+        needs_grad = hidden_needs_grad or weight_needs_grad
+        losses = _cross_entropy_and_grad(logits, target, vocab_size, accum_dtype, needs_grad)
         total += losses.where(counted, 0).sum()
         grad, counted = logits, counted.unsqueeze(1)  # (n, V'), (n, 1)
         if grad_hidden is not None:
             grad_hidden[rows] = ((grad @ head) / divisor).where(counted, 0)
-        if want_weight:
-            grad_head = _plus_product(grad_head, grad.T, h.where(counted, 0), exact)
+        if weight_needs_grad:
+            grad_head = _add_matmul(grad_head, grad.T, h.where(counted, 0), accum_dtype)
         del logits, grad
     grad_weight = None if grad_head is None else grad_head[:vocab_size].div_(divisor).to(weight.dtype)
     return total / divisor, [grad_hidden, grad_weight]
 
 
-def _losses_and_gradient(logits: Tensor, target: Tensor, vocab_size: int, exact: torch.dtype, want: bool) -> Tensor:
-    """The cross-entropy of each row, (n,); if wanted, `logits` (n, V') become its gradient, softmax - one_hot."""
+def _cross_entropy_and_grad(
+    logits: Tensor, target: Tensor, vocab_size: int, accum_dtype: torch.dtype, needs_grad: bool
+) -> Tensor:
+    """The cross-entropy of each row, (n,). With `needs_grad`, `logits` (n, V') are overwritten by its gradient."""
     n, width = logits.shape
-    block = max(1, CACHE_ELEMENTS // width) if logits.device.type == "cpu" else n
-    losses = torch.empty(n, dtype=exact, device=logits.device)
+    block = max(1, CPU_CACHE_ELEMENTS // width) if logits.device.type == "cpu" else n
+    losses = torch.empty(n, dtype=accum_dtype, device=logits.device)
     for start in range(0, n, block):
         rows = slice(start, start + block)
-        z, index = logits[rows].to(exact), target[rows].unsqueeze(1)  # (b, V'), (b, 1)
+        z, index = logits[rows].to(accum_dtype), target[rows].unsqueeze(1)  # (b, V'), (b, 1)
         if width > vocab_size:
-            z[:, vocab_size:] = -torch.inf  # the padding is in no one's vocabulary
+            z[:, vocab_size:] = -torch.inf  # padding rows have no probability
         z = z.log_softmax(1)
         losses[rows] = -z.gather(1, index).squeeze(1)
-        if want:
+        if needs_grad:
             logits[rows] = z.exp_().scatter_add_(1, index, z.new_full(index.shape, -1.0))
     return losses
 
 
-def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` in `dtype`, on a GPU with zero rows up to a multiple of 128: the one place where padding exists.
+def _pad_vocab(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`, on a GPU padded with zero rows to a multiple of 128.
 
-    A cast has to copy the weight anyway, so the padding is free, and no parameter, file or logit ever shows it.
+    The cast copies the weight anyway, so padding is free. It exists here only: not in parameters, files or logits.
     """
-    missing = -weight.size(0) % PAD_TO
+    missing = -weight.size(0) % VOCAB_PAD_MULTIPLE
     if not weight.is_cuda or not missing:
         return weight.to(dtype)
     padded = weight.new_zeros(weight.size(0) + missing, weight.size(1), dtype=dtype)
@@ -135,8 +138,8 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
-    """``total + a @ b``, the sum kept in `exact`, which may be wider than the factors' dtype; None counts as zero."""
+def _add_matmul(total: Tensor | None, a: Tensor, b: Tensor, accum_dtype: torch.dtype) -> Tensor:
+    """``total + a @ b`` in `accum_dtype`, which may be wider than the factors' dtype; None is zero."""
     if total is None:
-        return (a @ b).to(exact)
+        return (a @ b).to(accum_dtype)
     return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)

@@ -1,8 +1,8 @@
-"""GPT-2: the model of the paper, in one sitting.
+"""GPT-2: the model of the paper in one file.
 
 "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): a decoder-only transformer with learned
 positions, layer norm before each sub-block and once more at the end, tanh-GELU, and the output head tied to the
-token embedding. Parameters bear the names of `transformers`, with every matrix as `nn.Linear` keeps it: (out, in).
+token embedding. Parameters have the names of `transformers`; every matrix is (out, in), as in `nn.Linear`.
 
 Shapes: B rows, T positions, S positions with those in the cache, C = n_embd, V = vocab_size, H heads of D = C / H.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2.cache import Extension, KVCache, LayerExtension
-from gpt2.errors import UserError, did_you_mean
+from gpt2.cache import CacheExtension, KVCache, LayerCacheExtension
+from gpt2.errors import ConfigError, RequestError, did_you_mean
 from gpt2.loss import next_token_loss
 from gpt2.packing import Packing
 
-# OpenAI used the tanh approximation of GELU; the exact one gives other logits. The rest are for models of others.
+# OpenAI used the tanh approximation of GELU; the exact one gives other logits. The rest are for other GPT-2 models.
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
     "gelu_new": _gelu_tanh,
@@ -34,18 +34,18 @@ ACTIVATIONS = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-MOST_LAYERS, MOST_NUMBERS = 2**12, 2**40  # beyond these it is a slip of the finger
+MAX_LAYERS, MAX_PARAMETERS = 2**12, 2**40  # larger values are typing errors
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT-2. The defaults are OpenAI's 124M model.
 
-    Raises UserError when the numbers cannot make a model.
+    Raises ConfigError for values that are not supported.
     """
 
     vocab_size: int = 50257
-    block_size: int = 1024  # the context: most positions the model can see (`n_positions` in transformers)
+    block_size: int = 1024  # the context length (`n_positions` in transformers)
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -53,28 +53,29 @@ class GPTConfig:
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
-    dropout: float = 0.0  # on residuals, and where the next two are None on all three; in training only
-    embd_dropout: float | None = None  # on the sum of the embeddings
-    attn_dropout: float | None = None  # on the attention weights
+    dropout: float = 0.0  # of residuals, and of the next two where they are None; in training only
+    embd_dropout: float | None = None  # of the sum of the embeddings
+    attn_dropout: float | None = None  # of the attention weights
     scale_attn_weights: bool = True  # divide the attention scores by sqrt(head size)
-    scale_attn_by_inverse_layer_idx: bool = False  # and by the number of the layer, from 1 (Mistral's GPT-2s)
+    scale_attn_by_inverse_layer_idx: bool = False  # and by the layer number, from 1 (Mistral's GPT-2 models)
     attention: str = "sdpa"  # or "plain": the masked softmax written out
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_layer > MOST_LAYERS or self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > MOST_NUMBERS:
-            raise UserError(f"{self.n_layer:,} layers of {self.n_embd:,} channels are more than any machine can hold")
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
+        if self.n_layer > MAX_LAYERS or self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > MAX_PARAMETERS:
+            raise ConfigError(f"{self.n_layer:,} layers of {self.n_embd:,} channels are more than any machine can hold")
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+            raise ConfigError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})", field="n_embd")
         for name in ("dropout", "embd_dropout", "attn_dropout"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
-                raise UserError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        for name, choices in (("activation_function", ACTIVATIONS), ("attention", ATTENTIONS)):
+                raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}", field=name)
+        for name, choices in (("activation_function", ACTIVATIONS), ("attention", ATTENTION_FUNCTIONS)):
             value = getattr(self, name)
             if value not in choices:
-                raise UserError(f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
+                message = f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+                raise ConfigError(message, field=name)
 
     def query_factor(self, layer: int) -> float:
         """What layer `layer` (from 0) multiplies its queries with, beyond the usual 1 / sqrt(head size)."""
@@ -83,7 +84,7 @@ class GPTConfig:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Causal attention as the paper writes it: the reference for tests and the first rung of the speed ladder."""
+    """Causal attention as in the paper: the reference for tests and the first step of the speed ladder."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
     scores = scores.masked_fill(~(_causal_mask(q, k) if mask is None else mask), -math.inf)
     weights = F.dropout(scores.softmax(-1), dropout)
@@ -91,26 +92,26 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The same through torch's fused kernels (flash attention where the device has it)."""
-    whole = mask is None and q.size(2) == k.size(2)  # nothing in the cache: the plain triangle
-    if mask is None and not whole and q.size(2) > 1:  # one token sees all that came before it
+    """The same by torch's fused kernels (flash attention where the device has it)."""
+    is_causal = mask is None and q.size(2) == k.size(2)  # no cached positions
+    if mask is None and not is_causal and q.size(2) > 1:  # a single token attends to all positions
         mask = _causal_mask(q, k)
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         q, k, v = q.float(), k.float(), v.float()  # on a CPU the backward pass in bfloat16 takes five times as long
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
 def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
-    """(T, S), True where position t may look at s: the triangle counted from the lower-right corner."""
+    """(T, S), True where position t may attend to s: a triangle aligned to the lower-right corner."""
     T, S = q.size(2), k.size(2)
     return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
 
 
-ATTENTIONS = {"sdpa": sdpa_attention, "plain": plain_attention}
+ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "plain": plain_attention}
 
-OPENAI_SIZES = {  # the four that OpenAI published, by the names they have on the hub
+OPENAI_CONFIGS = {  # the four models that OpenAI published, by their hub names
     "gpt2": GPTConfig(),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
@@ -128,19 +129,19 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
         self.query_factor = config.query_factor(layer)
-        self.attend = ATTENTIONS[config.attention]
+        self.attention_fn = ATTENTION_FUNCTIONS[config.attention]
 
-    def forward(self, x: Tensor, context: LayerExtension | Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: LayerCacheExtension | Packing | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         if self.query_factor != 1:
             q = q * self.query_factor
-        mask = None  # all that came before
+        mask = None  # causal
         if context is not None:
             k, v = context.append(k, v)  # (B, H, S, D)
             mask = context.mask
-        y = self.attend(q, k, v, mask, self.attn_dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.attention_fn(q, k, v, mask, self.attn_dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
@@ -153,7 +154,7 @@ def scaled_queries(c_attn: Tensor, factor: float) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two matrices and a GELU, at every position alone."""
+    """Two linear layers with a GELU between them, at every position."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each added to what it was given; the layer norm stands before, off the main road."""
+    """Attention, then the MLP, each with a layer norm before it (pre-norm) and a residual connection around it."""
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__()
@@ -178,7 +179,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, context: LayerExtension | Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: LayerCacheExtension | Packing | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
@@ -194,8 +195,8 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = config.dropout if config.embd_dropout is None else config.embd_dropout
 
-    def forward(self, tokens: Tensor, context: Extension | Packing | None = None) -> Tensor:
-        """context: what the tokens continue, or how their rows are divided; by default each row is one text."""
+    def forward(self, tokens: Tensor, context: CacheExtension | Packing | None = None) -> Tensor:
+        """context: a cache that the tokens continue, or a packing of documents; by default each row is one sequence."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if context is None else context.positions
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.dropout, self.training)
@@ -207,7 +208,7 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with its language-model head.
 
-        model = GPT(GPTConfig())                # fresh weights from torch's global random state
+        model = GPT(GPTConfig())                # random weights from torch's global random state
         logits = model(tokens)                  # int64 (B, T) -> (B, T, vocab_size)
         loss = model.loss(tokens, targets)      # mean next-token loss in nats
 
@@ -227,25 +228,24 @@ class GPT(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head the token embedding, if the config says so. Needed again after parameters were replaced."""
+        """Use the token embedding as the head, if the config says so. Call it again after replacing parameters."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
-        """What the head reads: int64 (B, T) -> (B, T, C).
+        """The input of the head: int64 (B, T) -> (B, T, C).
 
-        With a cache the tokens continue what its rows hold, each where it is, and are added to them; nothing can be
-        learned from what a cache remembers, so there are no gradients then.
-        With `documents`, (B, T), neighbours that have the same number are one text, and none sees another.
-        Raises UserError when there are more positions than the context has.
+        With a cache the tokens continue its rows, and their keys and values are added to it; there are no gradients.
+        With `documents`, (B, T), adjacent positions with the same number form a document, and documents do not attend
+        to each other. Raises RequestError for more positions than the context has.
         """
         length = tokens.size(1) + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
-            raise UserError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
+            raise RequestError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
         if documents is not None:
             return self.transformer(tokens, Packing(documents))
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
-            return self.transformer(tokens, None if cache is None else cache.extended(tokens.size(1)))
+            return self.transformer(tokens, None if cache is None else cache.extend(tokens.size(1)))
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position: int64 (B, T) -> (B, T, vocab_size)."""
@@ -258,7 +258,7 @@ class GPT(nn.Module):
         divisor: Tensor | float | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Mean next-token loss in nats over `targets`, int64 (B, T); -100 is not counted. See `gpt2.loss`."""
+        """Mean next-token loss in nats over `targets`, int64 (B, T); -100 is ignored. See `gpt2.loss`."""
         hidden = self.hidden_states(tokens, documents=documents)
         return next_token_loss(hidden, self.lm_head.weight, targets, divisor)
 
@@ -270,11 +270,11 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.transformer.wte.weight.device
 
     def num_parameters(self) -> int:
-        """How many numbers were learned; the tied head counts once (124,439,808 for GPT-2 small)."""
+        """The number of parameters; a tied head counts once (124,439,808 for GPT-2 small)."""
         return sum(p.numel() for p in self.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What the program runs on: device, dtype, seeds, and whether compiling pays."""
+"""Runtime settings: device, dtype, random seeds, torch.compile, activation checkpointing, malloc."""
 
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.errors import UserError, did_you_mean
+from gpt2.errors import ConfigError, UserError, did_you_mean
 
 log = logging.getLogger("gpt2")
 
@@ -25,15 +25,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "auto" (the best there is), "cpu", "cuda", "cuda:1" or "mps".
+    """The device called `name`: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps".
 
-    A device that this machine lacks becomes the CPU, with a warning. Raises UserError for a name that is no device.
+    A device that this machine does not have becomes the CPU, with a warning. Raises ConfigError for other names.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parts = re.fullmatch(r"(cpu|cuda|mps)(?::([0-9]{1,4}))?", name)
     if parts is None:
-        raise UserError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N, mps")
+        raise ConfigError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N, mps", field="device")
     kind, index = parts[1], int(parts[2] or 0)
     available = {
         "cpu": True,
@@ -47,32 +47,33 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """float32, bfloat16 or float16 by name. Raises UserError for any other."""
+    """float32, bfloat16 or float16 by name. Raises ConfigError for any other."""
     if name not in DTYPES:
-        raise UserError(f"dtype '{name}' is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
+        message = f"dtype '{name}' is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}"
+        raise ConfigError(message, field="dtype")
     return DTYPES[name]
 
 
 def pick_training_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
-    """The dtype matrix products run in while training: float32, bfloat16, or whichever is faster for "auto".
+    """The dtype of matrix products in training: float32, bfloat16, or the faster of the two for "auto".
 
-    On a CPU "auto" measures: an MLP of `width` channels, forward and backward, in both (a second at most).
-    Raises UserError for float16, which would need a loss scaler, and for unknown names.
+    On a CPU, "auto" times an MLP of `width` channels, forward and backward, in both (at most a second).
+    Raises ConfigError for float16, which would need loss scaling, and for unknown names.
     """
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         if device.type == "cpu":
-            return torch.bfloat16 if _bfloat16_pays(width) else torch.float32
+            return torch.bfloat16 if _is_bfloat16_faster(width) else torch.float32
         return torch.float32
     dtype = parse_dtype(name)
     if dtype == torch.float16:
-        raise UserError("training in float16 would need loss scaling: use bfloat16 or float32")
+        raise ConfigError("training in float16 would need loss scaling: use bfloat16 or float32", field="dtype")
     return dtype
 
 
-def _bfloat16_pays(width: int, rows: int = 512) -> bool:
-    """Is a training step of this width clearly faster in bfloat16 on this CPU? Best of five, alternating."""
+def _is_bfloat16_faster(width: int, rows: int = 512) -> bool:
+    """Return whether a training step is over 20% faster in bfloat16 on this CPU. Best of six runs, alternating."""
     mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
     x = torch.zeros(rows, width)
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
@@ -87,56 +88,56 @@ def _bfloat16_pays(width: int, rows: int = 512) -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Run matrix products in `dtype`, and all that needs it in float32. For float32 it does nothing."""
+    """Autocast: matrix products in `dtype`, other operations in float32. Disabled for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Does this machine have what torch.compile needs: Triton for a GPU, a C++ compiler for the CPU?"""
+    """Return whether torch.compile works here: it needs Triton for a GPU, a C++ compiler for the CPU."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def pick_compile(wanted: bool | None, device: torch.device, max_steps: int) -> bool:
-    """Should the blocks be compiled? None leaves it to us: yes on a GPU, for runs that outlast the compilation.
+def pick_compile(requested: bool | None, device: torch.device, max_steps: int) -> bool:
+    """Return whether to compile the blocks. None means automatic: on a GPU, for runs of at least 200 steps.
 
-    On a CPU it takes about 20 s and gains about 5% (docs/lab-notes.md), so there it is done only when asked for.
-    A machine that cannot compile says so and goes on without.
+    On a CPU, compiling takes about 20 s and gains about 5% (docs/lab-notes.md), so it must be requested there.
+    A request that this machine cannot fulfil is ignored with a warning.
     """
-    if wanted is None:
+    if requested is None:
         return device.type == "cuda" and max_steps >= 200 and can_compile(device)
-    if wanted and not can_compile(device):
-        log.warning("torch.compile needs a C++ compiler (CPU) or Triton (GPU), and there is none: not compiling")
+    if requested and not can_compile(device):
+        log.warning("torch.compile needs a C++ compiler (CPU) or Triton (GPU), and none was found: not compiling")
         return False
-    return wanted
+    return requested
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compile each transformer block in place; the first one's code serves all, and no parameter is renamed."""
+    """Compile each transformer block in place; all share the code of the first, and no parameter is renamed."""
     for block in blocks:
         block.compile()
 
 
-def recompute_blocks(blocks: nn.ModuleList) -> None:
-    """Keep only each block's input for the backward pass, which then computes the block again (Chen et al. 2016)."""
+def apply_activation_checkpointing(blocks: nn.ModuleList) -> None:
+    """Activation checkpointing (Chen et al. 2016): store each block's input only, and recompute it in backward."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def manage_freed_memory(*, keep: bool) -> None:
-    """Tell glibc what to do with the memory that tensors free; without glibc nothing happens.
+def configure_malloc(*, keep_freed: bool) -> None:
+    """Set glibc's policy for memory that tensors free. Without glibc this does nothing.
 
-    keep: keep it. A training step on a CPU frees and takes gigabytes, and every page that comes back from the system
-        is zeroed first, which takes up to a third of a step (docs/lab-notes.md). The process then never shrinks.
-    else: give that of larger tensors back at once: slower, and no memory is lost in holes between tensors.
+    keep_freed: keep freed memory in the process. A training step on a CPU frees and allocates gigabytes; the system
+        zeroes every page that it returns, which takes up to a third of a step (docs/lab-notes.md). If False, memory
+        of larger tensors is returned at once: slower, but without fragmentation.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0 if keep else 2**16)  # how many tensors may have a mapping of their own
+        libc.mallopt(M_MMAP_MAX, 0 if keep_freed else 2**16)  # number of tensors with a mapping of their own
         libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
-        libc.mallopt(M_TOP_PAD, 2**26 if keep else 2**17)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep_freed else 2**17)
+        libc.mallopt(M_TOP_PAD, 2**26 if keep_freed else 2**17)
 
 
 def seed_everything(seed: int) -> None:
@@ -147,27 +148,27 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch's global random state for one step of a run on one rank: what is drawn in it follows from these."""
+    """Seed torch's global random state for one step on one rank."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's random state, as dropout on `device` draws from it: of the CPU, and of a CUDA device. Some 5 kB."""
+def get_rng_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's random state for dropout on `device`: of the CPU and of a CUDA device; about 5 kB."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Go on drawing where `random_state` was asked; a CUDA state has no say on another kind of device."""
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Restore a state of `get_rng_state`; a CUDA state is ignored on other devices."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given, so that a clock can be read."""
+    """Wait until the device has finished all queued work, for timing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

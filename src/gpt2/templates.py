@@ -1,35 +1,37 @@
-"""A conversation as one text, and as tokens of which some are learned: by name, or by a model folder's own template.
+"""Chat templates: a conversation as one text, and as tokens with a loss mask.
 
     plain    User: Who's there?        raw    Who's there?A ghost.        chatml    <|im_start|>user
              Assistant: A ghost.                                                    Who's there?<|im_end|>
                                                                                     <|im_start|>assistant
                                                                                     A ghost.<|im_end|>
 
-All others are Jinja templates, as `transformers` keeps them in `chat_template.jinja`; so are these, written out.
+These are built in. Any other is a Jinja template, as `transformers` keeps it in `chat_template.jinja`.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Never
 
-from gpt2.errors import UserError, did_you_mean, missing_extra
-from gpt2.files import path_of
+from gpt2.errors import ConfigError, ModelFilesError, RequestError, UserError, did_you_mean, missing_extra
+from gpt2.files import expand_path
 from gpt2.tokenizer import Tokenizer
 from gpt2.vocabulary import END_OF_TEXT
 
-USER, ASSISTANT = "User:", "Assistant:"
-MANY = 64  # messages; to find where answers begin and end costs the square of their number
+USER_PREFIX, ASSISTANT_PREFIX = "User:", "Assistant:"
+MAX_SEGMENTED_MESSAGES = 64  # finding where answers start and end takes time quadratic in the number of messages
 
-_MARK = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>")
+_SPECIAL_TOKEN_PATTERN = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>")
 
 Messages = Sequence[tuple[str, str]]
-Piece = tuple[str, bool]
+Segment = tuple[str, bool]
+"""A text, and whether it is an answer, which the loss counts."""
 
-PLAIN = """\
+PLAIN_TEMPLATE = """\
 {%- set speakers = {'user': 'User: ', 'assistant': 'Assistant: '} -%}
 {%- for message in messages -%}
     {{- '' if loop.first else '\\n' -}}
@@ -39,12 +41,12 @@ PLAIN = """\
     {{- '\\nAssistant:' if messages else 'Assistant:' -}}
 {%- endif -%}
 """
-RAW = """\
+RAW_TEMPLATE = """\
 {%- for message in messages -%}
     {{- message['content'] -}}
 {%- endfor -%}
 """
-CHATML = """\
+CHATML_TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
 {%- endfor -%}
@@ -54,179 +56,191 @@ CHATML = """\
 """
 
 
-def _plain(messages: Messages, ask: bool) -> str:
-    speakers = {"user": f"{USER} ", "assistant": f"{ASSISTANT} "}
-    return "\n".join([speakers.get(role, "") + text for role, text in messages] + [ASSISTANT] * ask)
+def _render_plain(messages: Messages, add_generation_prompt: bool) -> str:
+    speakers = {"user": f"{USER_PREFIX} ", "assistant": f"{ASSISTANT_PREFIX} "}
+    return "\n".join(
+        [speakers.get(role, "") + text for role, text in messages] + [ASSISTANT_PREFIX] * add_generation_prompt
+    )
 
 
-def _raw(messages: Messages, ask: bool) -> str:
+def _render_raw(messages: Messages, add_generation_prompt: bool) -> str:
     return "".join(text for _, text in messages)
 
 
-def _chatml(messages: Messages, ask: bool) -> str:
+def _render_chatml(messages: Messages, add_generation_prompt: bool) -> str:
     turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
-    return turns + "<|im_start|>assistant\n" * ask
+    return turns + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-NAMED = {"plain": PLAIN, "raw": RAW, "chatml": CHATML}
-_WRITERS = {PLAIN: _plain, RAW: _raw, CHATML: _chatml}  # the same without jinja2
+BUILTIN_TEMPLATES = {"plain": PLAIN_TEMPLATE, "raw": RAW_TEMPLATE, "chatml": CHATML_TEMPLATE}
+_RENDERERS = {
+    PLAIN_TEMPLATE: _render_plain,
+    RAW_TEMPLATE: _render_raw,
+    CHATML_TEMPLATE: _render_chatml,
+}  # renders the built-in templates without jinja2
 
 
-class Template:
-    """Messages, (role, text) each, to the text and the tokens that a model reads.
+class ChatTemplate:
+    """Renders and encodes messages, (role, text) each, as the input of a model.
 
-    source:  a Jinja template, run in a sandbox. The three above are known by what they hold and need no jinja2.
-    special: what the template knows by name, such as `eos_token`.
+    source:             a Jinja template, run in a sandbox. The built-in ones do not need jinja2.
+    special_tokens_map: variables of the template, such as `eos_token`.
 
-    A text in a message never becomes a special token, whatever it says: only the template's own marks do.
-    Raises UserError for a source that is no template.
+    Text in a message is never encoded as a special token: only text of the template is.
+    Raises ModelFilesError for a source that is not a template.
     """
 
-    def __init__(self, source: str = PLAIN, special: dict[str, str] | None = None) -> None:
-        self.source, self.special = source, special or {}
-        self._write: Callable[[Messages, bool], str] = _WRITERS.get(source) or _Jinja(source, self.special)
+    def __init__(self, source: str = PLAIN_TEMPLATE, special_tokens_map: dict[str, str] | None = None) -> None:
+        self.source, self.special_tokens_map = source, special_tokens_map or {}
+        self._render: Callable[[Messages, bool], str] = _RENDERERS.get(source) or _jinja_renderer(
+            source, self.special_tokens_map
+        )
 
-    def text(self, messages: Messages) -> str:
-        """The whole conversation. Raises UserError for a template that fails."""
-        return self._write(messages, False)
+    def render(self, messages: Messages) -> str:
+        """The whole conversation. Raises RequestError if the template fails."""
+        return self._render(messages, False)
 
-    def prompt(self, messages: Messages) -> str:
-        """The text that the model goes on with. Raises UserError for a template that fails."""
-        return self._write(messages, True)
+    def render_prompt(self, messages: Messages) -> str:
+        """The conversation up to the start of the next answer. Raises RequestError if the template fails."""
+        return self._render(messages, True)
 
-    def pieces(self, messages: Messages) -> list[Piece]:
-        """The conversation cut into (text, is it learned): the assistant's words are, with the mark that ends a turn.
+    def segments(self, messages: Messages) -> list[Segment]:
+        """The conversation in segments (text, is_answer). An answer includes the end-of-turn token.
 
-        The pieces before an answer, joined, are `prompt` of the messages before it; all, joined, are `text`.
-        Raises UserError for a template under which that cannot be, as what comes later changes what came before.
+        The segments before an answer, concatenated, equal `render_prompt` of the messages before it; all equal
+        `render`. Raises RequestError for a template that renders a message differently when others follow.
         """
-        return [piece for piece in self._cut(messages, ask=False) if piece[0]]
+        return [segment for segment in self._split_segments(messages, add_generation_prompt=False) if segment[0]]
 
     def encode(self, tokenizer: Tokenizer, messages: Messages) -> list[tuple[list[int], bool]]:
-        """`pieces` as token ids, each encoded by itself; otherwise as `pieces`."""
-        veiled = _Veiled(tokenizer, messages)
-        return [(veiled.encode(text), learned) for text, learned in self._cut(veiled.messages, ask=False) if text]
+        """`segments` as token ids, each encoded separately."""
+        escaped = _EscapedMessages(tokenizer, messages)
+        return [(escaped.encode(text), is_answer) for text, is_answer in self.segments(escaped.messages)]
 
-    def encode_prompt(self, tokenizer: Tokenizer, messages: Messages, said: Sequence[Sequence[int]] = ()) -> list[int]:
-        """The tokens of `prompt`, the very ones that `encode` has before the next answer.
+    def encode_prompt(
+        self, tokenizer: Tokenizer, messages: Messages, answer_tokens: Sequence[Sequence[int]] = ()
+    ) -> list[int]:
+        """The tokens of `render_prompt`, equal to those that `encode` has before the next answer.
 
-        said: tokens of the assistant's messages so far, which are used as they are where they spell the text.
+        answer_tokens: the tokens of the assistant's messages so far, used as they are if they decode to the text.
 
-        A template whose pieces cannot be found is encoded as a whole, and so are more than 64 messages unless their
-        tokens are given. Raises UserError for a template that fails.
+        A template that cannot be segmented is encoded as a whole, and so are more than 64 messages without
+        `answer_tokens`. Raises RequestError if the template fails.
         """
-        veiled = _Veiled(tokenizer, messages)
-        try:
-            pieces = self._cut(veiled.messages, ask=True) if said or len(messages) <= MANY else None
-        except UserError:
-            pieces = None
-        if pieces is None:
-            return veiled.encode(self.prompt(veiled.messages))
-        ids, spoken = [], iter(said)
-        for text, learned in pieces:
-            known = list(next(spoken, ())) if learned else []
-            words = veiled.cover(tokenizer.decode(known))
-            ids += [*known, *veiled.encode(text[len(words) :])] if text.startswith(words) else veiled.encode(text)
+        escaped = _EscapedMessages(tokenizer, messages)
+        segments = None
+        if answer_tokens or len(messages) <= MAX_SEGMENTED_MESSAGES:
+            with suppress(UserError):
+                segments = self._split_segments(escaped.messages, add_generation_prompt=True)
+        if segments is None:
+            return escaped.encode(self.render_prompt(escaped.messages))
+        ids, answers = [], iter(answer_tokens)
+        for text, is_answer in segments:
+            known = list(next(answers, ())) if is_answer else []
+            prefix = escaped.escape(tokenizer.decode(known))
+            ids += [*known, *escaped.encode(text[len(prefix) :])] if text.startswith(prefix) else escaped.encode(text)
         return ids
 
     def missing_tokens(self, tokenizer: Tokenizer) -> list[str]:
-        """Those of `special_tokens` that have to be added to the tokenizer."""
+        """Those of `special_tokens` that the tokenizer lacks."""
         return [text for text in self.special_tokens if text not in tokenizer.special_tokens]
 
     @cached_property
     def special_tokens(self) -> list[str]:
-        """The marks that the template sets, which want to be tokens: ``<|im_start|>``, ``<|im_end|>``."""
-        found = [mark[0] for text in self._probe for mark in _MARK.finditer(text)]
+        """The special tokens that the template writes, such as ``<|im_start|>`` and ``<|im_end|>``."""
+        found = [match[0] for text in self._probe_layout for match in _SPECIAL_TOKEN_PATTERN.finditer(text)]
         return [text for text in dict.fromkeys(found) if text != END_OF_TEXT]
 
     @cached_property
-    def opening(self) -> str:
-        """What stands between the prompt and an answer: the space after the colon of the plain transcript."""
-        return self._probe[1]
+    def answer_prefix(self) -> str:
+        """The text between the prompt and an answer: in the plain template the space after the colon."""
+        return self._probe_layout[1]
 
     @cached_property
-    def stops(self) -> list[str]:
-        """What the model must not begin to say itself: the mark that ends a turn, or what begins the user's."""
-        between = self._probe[2].rstrip()
-        at, mark = min(((between.find(mark), mark) for mark in self._marks if mark in between), default=(0, ""))
-        if mark == END_OF_TEXT or not between:  # the end of a text is an end anyhow
+    def stop_strings(self) -> list[str]:
+        """The texts that end an answer: the end-of-turn token, or the start of the user's turn."""
+        between = self._probe_layout[2].rstrip()
+        found = ((between.find(special), special) for special in self._special_strings if special in between)
+        start, special = min(found, default=(0, ""))
+        if special == END_OF_TEXT or not between:  # generation stops at END_OF_TEXT in any case
             return []
-        return list(dict.fromkeys([between[: at + len(mark)], mark])) if mark else [between]
+        return list(dict.fromkeys([between[: start + len(special)], special])) if special else [between]
 
     @cached_property
-    def _marks(self) -> tuple[str, ...]:
-        return tuple(filter(None, [END_OF_TEXT, *self.special_tokens, *self.special.values()]))
+    def _special_strings(self) -> tuple[str, ...]:
+        return tuple(filter(None, [END_OF_TEXT, *self.special_tokens, *self.special_tokens_map.values()]))
 
     @cached_property
-    def _probe(self) -> tuple[str, str, str, str]:
-        """A prompt, what opens its answer, what stands between that and what the user says next, and the rest."""
-        asked, answer, more = "\ue000", "\ue001", "\ue002"
-        turns = [("user", asked), ("assistant", answer), ("user", more)]
-        for opening in ([("system", "\ue003")], []):  # which some templates refuse
+    def _probe_layout(self) -> tuple[str, str, str, str]:
+        """A prompt, the start of its answer, the text between the answer and the user's next message, and the rest."""
+        question, answer, next_question = "\ue000", "\ue001", "\ue002"
+        turns = [("user", question), ("assistant", answer), ("user", next_question)]
+        for system in ([("system", "\ue003")], []):  # some templates refuse a system message
             try:
-                prompt, text = self.prompt([*opening, *turns[:1]]), self.prompt([*opening, *turns])
+                prompt, text = self.render_prompt([*system, *turns[:1]]), self.render_prompt([*system, *turns])
             except UserError:
                 continue
             before, found, after = text.partition(answer)
-            between, found_more, rest = after.partition(more)
-            if found and found_more and before.startswith(prompt):
+            between, found_next, rest = after.partition(next_question)
+            if found and found_next and before.startswith(prompt):
                 return prompt, before[len(prompt) :], between, rest
         return "", "", "", ""
 
-    def _cut(self, messages: Messages, ask: bool) -> list[Piece]:
-        """`pieces`, the empty ones too; with `ask`, up to the answer that is asked for."""
-        whole, pieces, end = self._write(messages, ask), [], 0
+    def _split_segments(self, messages: Messages, add_generation_prompt: bool) -> list[Segment]:
+        """`segments`, including empty ones; with `add_generation_prompt`, of `render_prompt`."""
+        whole, segments, end = self._render(messages, add_generation_prompt), [], 0
         for i, (role, _) in enumerate(messages):
             if role == "assistant":
-                before, after = self.prompt(messages[:i]), self.text(messages[: i + 1])
+                before, after = self.render_prompt(messages[:i]), self.render(messages[: i + 1])
                 if len(before) < end or not after.startswith(before) or not whole.startswith(after):
-                    raise UserError("the chat template writes a message in another way when others follow it")
-                words = self._without_rest(after[len(before) :])
-                pieces += [(whole[end : len(before)], False), (words, True)]
-                end = len(before) + len(words)
-        return [*pieces, (whole[end:], False)]
+                    raise RequestError("the chat template renders a message differently when others follow it")
+                answer = self._strip_after_end_of_turn(after[len(before) :])
+                segments += [(whole[end : len(before)], False), (answer, True)]
+                end = len(before) + len(answer)
+        return [*segments, (whole[end:], False)]
 
-    def _without_rest(self, answer: str) -> str:
-        """Less the white space after the mark that ends a turn, for which nobody waits."""
-        words = answer.rstrip()
-        return words if words.endswith(self._marks) else answer
+    def _strip_after_end_of_turn(self, answer: str) -> str:
+        """An answer without the whitespace after the end-of-turn token, which is never generated."""
+        stripped = answer.rstrip()
+        return stripped if stripped.endswith(self._special_strings) else answer
 
 
-class _Jinja:
-    """A template as `transformers` runs it."""
-
-    def __init__(self, source: str, special: dict[str, str]) -> None:
-        try:
-            import jinja2
-        except ImportError as error:
-            raise missing_extra("jinja2", "serve", "the model's chat template") from error
-        self._special = special
-        try:
-            self._compiled = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the model's chat template cannot be read: {error}") from error
-
-    def __call__(self, messages: Messages, ask: bool) -> str:
+def _jinja_renderer(source: str, special_tokens_map: dict[str, str]) -> Callable[[Messages, bool], str]:
+    """Renders a Jinja template as `transformers` does."""
+    try:
         import jinja2
+    except ImportError as error:
+        raise missing_extra("jinja2", "serve", "the model's chat template") from error
+    try:
+        compiled = _jinja_environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelFilesError(f"the model's chat template cannot be read: {error}") from error
 
-        named = [{"role": role, "content": text} for role, text in messages]
-        given = {"messages": named, "tools": None, "documents": None, "add_generation_prompt": ask}
+    def render(messages: Messages, add_generation_prompt: bool) -> str:
+        variables = {
+            "messages": [{"role": role, "content": text} for role, text in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._compiled.render(**(self._special | given))
+            return compiled.render(**(special_tokens_map | variables))
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise UserError(f"the model's chat template cannot be used for these messages: {error}") from error
+            raise RequestError(f"the model's chat template cannot be used for these messages: {error}") from error
+
+    return render
 
 
-def _environment() -> Any:
-    """Jinja as `transformers` sets it up."""
+def _jinja_environment() -> Any:
+    """A Jinja environment with the settings of `transformers`."""
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` stands around what the assistant says; it writes nothing itself."""
+        """``{% generation %}``, which marks the assistant's text, renders its contents only."""
 
-        tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+        tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -236,96 +250,97 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda format_: datetime.now().strftime(format_),
+    }
     return environment
 
 
-def _raise(message: str) -> Never:
+def _raise_exception(message: str) -> Never:
     import jinja2
 
     raise jinja2.TemplateError(message)
 
 
-class _Veiled:
-    """Messages in which whatever spells a special token has a character in its midst that is in no message."""
+class _EscapedMessages:
+    """Messages with an escape character, which no message contains, inside the text of every special token."""
 
     def __init__(self, tokenizer: Tokenizer, messages: Messages) -> None:
         self._tokenizer = tokenizer
         texts = sorted(map(re.escape, tokenizer.special_tokens), key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(texts)})")
-        said = "".join(text for message in messages for text in message)
-        self._veil = next(chr(i) for i in range(0xE000, 0xF900) if chr(i) not in said)
-        self.messages = [(self.cover(role), self.cover(text)) for role, text in messages]
+        self._special_token_pattern = re.compile(f"({'|'.join(texts)})")
+        all_text = "".join(text for message in messages for text in message)
+        self._escape_character = next(chr(i) for i in range(0xE000, 0xF900) if chr(i) not in all_text)
+        self.messages = [(self.escape(role), self.escape(text)) for role, text in messages]
 
-    def cover(self, text: str) -> str:
-        return self._special.sub(lambda found: found[0][:1] + self._veil + found[0][1:], text)
+    def escape(self, text: str) -> str:
+        return self._special_token_pattern.sub(lambda match: match[0][:1] + self._escape_character + match[0][1:], text)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text that was made of these messages: special ones are those the template set."""
-        if self._veil not in text:
+        """The tokens of a text rendered from these messages; special tokens are those that the template wrote."""
+        if self._escape_character not in text:
             return self._tokenizer.encode(text, allow_special=True)
         ids, special = [], self._tokenizer.special_tokens
-        for i, part in enumerate(self._special.split(text)):
-            ids += [special[part]] if i % 2 else self._tokenizer.encode(part.replace(self._veil, ""))
+        for i, part in enumerate(self._special_token_pattern.split(text)):
+            ids += [special[part]] if i % 2 else self._tokenizer.encode(part.replace(self._escape_character, ""))
         return ids
 
 
-def get_template(ref: str | Path) -> Template:
-    """The template of that name (plain, raw, chatml), or in that file. Raises UserError when there is none."""
-    if ref in NAMED:
-        return Template(NAMED[str(ref)])
-    path = path_of(ref)
+def get_template(ref: str | Path) -> ChatTemplate:
+    """The built-in template of a name (plain, raw, chatml), or the one in a file. Raises UserError if there is none."""
+    if ref in BUILTIN_TEMPLATES:
+        return ChatTemplate(BUILTIN_TEMPLATES[str(ref)])
+    path = expand_path(ref)
     if not path.is_file():
-        hint = did_you_mean(str(ref), NAMED)
-        raise UserError(
-            f"no chat template '{ref}'{hint}: there are {', '.join(NAMED)}, and files with a Jinja template"
+        hint = did_you_mean(str(ref), BUILTIN_TEMPLATES)
+        raise ConfigError(
+            f"no chat template '{ref}'{hint}: name {', '.join(BUILTIN_TEMPLATES)}, or a file with a Jinja template",
+            field="template",
         )
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"the chat template {path} cannot be read: {error}") from error
-    return Template(source, dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT))
+        raise ModelFilesError(f"the chat template {path} cannot be read: {error}") from error
+    return ChatTemplate(source, dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT))
 
 
-def save_template(template: Template, folder: Path) -> None:
-    """Write `chat_template.jinja` into a model folder, where this program and `transformers` look for it.
-
-    Raises UserError when it cannot be written.
-    """
+def save_template(template: ChatTemplate, folder: Path) -> None:
+    """Write `chat_template.jinja` into a model folder. Raises ModelFilesError if it cannot be written."""
     path = folder / "chat_template.jinja"
     try:
         path.write_text(template.source, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise ModelFilesError(f"cannot write {path}: {error.strerror}") from error
 
 
-def find_template(folder: Path) -> Template | None:
-    """What a model folder has in `chat_template.jinja`, else in `tokenizer_config.json`; None for neither.
+def load_template(folder: Path) -> ChatTemplate | None:
+    """The template in `chat_template.jinja` of a model folder, else in `tokenizer_config.json`; None for neither.
 
-    Raises UserError for files that cannot be read.
+    Raises ModelFilesError for files that cannot be read.
     """
     config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     try:
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         source = template_file.read_text(encoding="utf-8") if template_file.is_file() else None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the chat template of {folder} cannot be read: {error}") from error
+        raise ModelFilesError(f"the chat template of {folder} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{config_file} does not hold settings")
-    source = source or _named(config.get("chat_template"))
-    return Template(source, _special(config)) if source else None
+        raise ModelFilesError(f"{config_file} is not a JSON object")
+    source = source or _default_template(config.get("chat_template"))
+    return ChatTemplate(source, _special_tokens_map(config)) if source else None
 
 
-def _named(given: Any) -> str | None:
-    """Some folders hold several templates by name."""
-    if isinstance(given, list):
-        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
-        given = named.get("default")
-    return given if isinstance(given, str) else None
+def _default_template(value: Any) -> str | None:
+    """The default template of a `chat_template` setting, which may be a list of named templates."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
 
 
-def _special(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token` and the like, which are texts, or objects with the text in `content`."""
-    found = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+def _special_tokens_map(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token` and similar settings, each a text, or an object with the text in `content`."""
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

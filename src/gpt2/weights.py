@@ -1,8 +1,9 @@
-"""Models in and out: every known checkpoint format in, the model folder of `transformers` out.
+"""Load models of every known checkpoint format, and save model folders in the Hugging Face format.
 
-A model folder holds `config.json`, `model.safetensors` (or shards with an index), tokenizer files and
-`generation_config.json`. There the matrices of the blocks are kept (in, out), a habit of OpenAI's TensorFlow code
-("Conv1D"); in memory ours are `nn.Linear`'s (out, in). The other formats are in `gpt2.formats`.
+A model folder has `config.json`, `model.safetensors` (or shards with an index), tokenizer files and
+`generation_config.json`, as `transformers` writes and reads them. Its attention and MLP matrices are (in, out), as in
+OpenAI's TensorFlow code ("Conv1D"); in memory they are `nn.Linear`'s (out, in). The other formats are in
+`gpt2.formats`.
 """
 
 import logging
@@ -14,24 +15,35 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from gpt2.errors import UserError
-from gpt2.files import path_of, work_folder
+from gpt2.files import expand_path, staging_folder
 from gpt2.formats import gguf_file, huggingface
-from gpt2.formats.config import hf_config, text_ends
-from gpt2.formats.names import TRANSPOSED
-from gpt2.formats.stored import build, model_of, read_json, write_json
+from gpt2.formats.config import bos_eos_token_ids, hf_config
+from gpt2.formats.names import CONV1D_WEIGHTS
+from gpt2.formats.stored import build, model_from_state_dict, read_json, write_json
 from gpt2.formats.table import format_of, recognize
-from gpt2.lora import merge_into, read_adapter
+from gpt2.formats.tokenizer_files import fit_to_vocab_size, with_end_of_text
+from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import pick_device
-from gpt2.templates import Template, save_template
-from gpt2.tokenizer import Tokenizer, ending_with, fitted, get_tokenizer
+from gpt2.templates import ChatTemplate, save_template
+from gpt2.tokenizer import Tokenizer, get_tokenizer
 
-__all__ = ["HUB_NAMES", "TRANSPOSED", "find_model", "hf_config", "load", "model_of", "read_config", "save"]
+__all__ = [
+    "CONV1D_WEIGHTS",
+    "HUB_ALIASES",
+    "find_model_folder",
+    "hf_config",
+    "load",
+    "load_model_tokenizer",
+    "model_from_state_dict",
+    "read_config",
+    "save",
+]
 
-log = logging.getLogger("gpt2")
+_log = logging.getLogger("gpt2")
 
-HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-WORD_FILES = [  # how text becomes tokens
+HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+TOKENIZER_FILES = [  # the tokenizer and the chat template
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,20 +53,20 @@ WORD_FILES = [  # how text becomes tokens
     "spiece.model",
     "chat_template.jinja",
 ]
-HUB_FILES = [  # the repositories also hold TensorFlow, Flax, ONNX and pickled copies, which nobody here needs
+HUB_ALLOW_PATTERNS = [  # without the TensorFlow, Flax, ONNX and pickled copies
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
-    *WORD_FILES,
+    *TOKENIZER_FILES,
 ]
-OTHER_HUB_FILES = [  # where there are no safetensors: one after another, until there are weights
+FALLBACK_ALLOW_PATTERNS = [  # without safetensors: tried in this order
     ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"],
     ["flax_model.msgpack"],
 ]
-GPT2_VOCABULARY = 50257
-SHARD_BYTES = huggingface.SHARD_BYTES
+GPT2_VOCAB_SIZE = 50257
+MAX_SHARD_BYTES = huggingface.MAX_SHARD_BYTES
 
 
 def load(
@@ -68,8 +80,8 @@ def load(
 
     ref:     a model folder, a run folder, a file or folder of another known format (docs/formats.md), or a hub name:
              "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
-    device:  a name that `pick_device` knows, so one that this machine lacks becomes the CPU, with a warning.
-    dtype:   what the weights become; None keeps that of the file's token embedding.
+    device:  a device or a name for `pick_device`, which replaces a missing device by the CPU, with a warning.
+    dtype:   the dtype of the weights; None keeps that of the token embedding in the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
     The tokenizer is the model's own; without one it is GPT-2's for a vocabulary of 50,257, else None.
@@ -78,14 +90,14 @@ def load(
     """
     if isinstance(device, str) or device.type == "cuda":
         device = pick_device(str(device))
-    added = None if adapter is None else read_adapter(adapter)  # a wrong name is known before gigabytes are read
-    path = find_model(ref)
+    added = None if adapter is None else read_adapter(adapter)  # so a wrong name fails before gigabytes are read
+    path = find_model_folder(ref)
     config, stored = format_of(path).read(path)
     model = build(config, stored, dtype if added is None or dtype is None else torch.float32, path)
     if added is not None:
-        merge_into(model, added)
+        merge_adapter(model, added)
         model = model.to(dtype or model.transformer.wte.weight.dtype)
-    return model.to(device).eval(), _tokenizer_of(path, config)
+    return model.to(device).eval(), load_model_tokenizer(path, config)
 
 
 def save(
@@ -94,23 +106,23 @@ def save(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    template: Template | None = None,
+    template: ChatTemplate | None = None,
     max_shard_size: int | str | None = None,
 ) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
-    dtype:          what the weights become on disk; None keeps theirs.
-    template:       how the model was taught to write a conversation, if it was.
+    dtype:          the dtype of the weights on disk; None keeps theirs.
+    template:       the chat template that the model was fine-tuned with, if any.
     max_shard_size: of a weight file, in bytes or as "5GB", which is the default.
 
-    The files are written beside `folder` first and moved in when they are whole.
-    Raises UserError when the folder cannot be written.
+    The files are written beside `folder` first and moved when complete.
+    Raises UserError if the folder cannot be written.
     """
-    folder = path_of(folder)
+    folder = expand_path(folder)
     try:
-        with work_folder(folder.resolve()) as written:
-            write_model_folder(model, tokenizer, written, dtype, template, max_shard_size or SHARD_BYTES)
-            _move_in(written, folder)
+        with staging_folder(folder.resolve()) as written:
+            write_model_folder(model, tokenizer, written, dtype, template, max_shard_size or MAX_SHARD_BYTES)
+            _replace_files(written, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model folder {folder}: {error}") from error
     return folder
@@ -121,13 +133,13 @@ def write_model_folder(
     tokenizer: Tokenizer | None,
     folder: Path,
     dtype: torch.dtype | None = None,
-    template: Template | None = None,
-    max_shard_size: int | str = SHARD_BYTES,
+    template: ChatTemplate | None = None,
+    max_shard_size: int | str = MAX_SHARD_BYTES,
 ) -> None:
     """The files of `save`, into an empty folder."""
     dtype = dtype or model.transformer.wte.weight.dtype
     huggingface.write_weights(model, folder, dtype, max_shard_size)
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **text_ends(tokenizer)})
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **bos_eos_token_ids(tokenizer)})
     if tokenizer is not None:
         tokenizer.save(folder)
     if template is not None:
@@ -135,9 +147,12 @@ def write_model_folder(
     write_json(folder / "config.json", hf_config(model.config, tokenizer, dtype))
 
 
-def find_model(ref: str | Path) -> Path:
-    """The file or folder `ref` stands for; a hub name is fetched into Hugging Face's cache if it is not there."""
-    path = path_of(ref)
+def find_model_folder(ref: str | Path) -> Path:
+    """The model folder that `ref` names, or the file of a format that has one file for a model.
+
+    A hub name is downloaded to the Hugging Face cache if it is not there.
+    """
+    path = expand_path(ref)
     known = recognize(path)
     if known is not None:
         return known[1]
@@ -147,19 +162,19 @@ def find_model(ref: str | Path) -> Path:
     name = str(ref)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {path}")
-    return _fetch(HUB_NAMES.get(name, name))
+    return _download_from_hub(HUB_ALIASES.get(name, name))
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The GPTConfig of what `find_model` found. Raises UserError for what is not a GPT-2."""
+    """The GPTConfig of a path from `find_model_folder`. Raises UserError if it is not a GPT-2."""
     return format_of(path).read_config(path)
 
 
-def _fetch(repository: str) -> Path:
+def _download_from_hub(repository: str) -> Path:
     where = f"'{repository}' is no folder here and could not be fetched from the hub"
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
-        for patterns in OTHER_HUB_FILES:
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_ALLOW_PATTERNS))
+        for patterns in FALLBACK_ALLOW_PATTERNS:
             if not any(folder.glob("model*.safetensors*")) and not any(folder.glob("pytorch_model*")):
                 huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
     except RepositoryNotFoundError as error:
@@ -177,25 +192,26 @@ def _fetch(repository: str) -> Path:
     return folder
 
 
-def _tokenizer_of(path: Path, config: GPTConfig) -> Tokenizer | None:
+def load_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
+    """The tokenizer of a model: its own, GPT-2's for a vocabulary of 50,257, else None."""
     tokenizer = format_of(path).read_tokenizer(path)
     if tokenizer is None:
-        return get_tokenizer("gpt2") if config.vocab_size == GPT2_VOCABULARY else None
+        return get_tokenizer("gpt2") if config.vocab_size == GPT2_VOCAB_SIZE else None
     try:
-        fit = fitted(tokenizer, config.vocab_size)
+        fit = fit_to_vocab_size(tokenizer, config.vocab_size)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if fit is not tokenizer:
         names = ", ".join(name for name, i in tokenizer.special_tokens.items() if i >= config.vocab_size)
-        log.warning("%s: the model has no embedding for %s of its tokenizer, left out", path, names)
+        _log.warning("%s: the model has no embedding for %s of its tokenizer, left out", path, names)
     end = _end_of_text(path)
     if end is None or end == fit.end_of_text or end not in fit.special_tokens.values():
         return fit
-    return ending_with(fit, end)
+    return with_end_of_text(fit, end)
 
 
 def _end_of_text(path: Path) -> int | None:
-    """The token that ends a text by generation_config.json, config.json or the GGUF file; the first of several."""
+    """The end-of-text id in generation_config.json, config.json or the GGUF file; the first of several."""
     if path.is_file():
         return gguf_file.end_of_text(path) if path.suffix == ".gguf" else None
     for name in ("generation_config.json", "config.json"):
@@ -207,14 +223,14 @@ def _end_of_text(path: Path) -> int | None:
     return None
 
 
-def _move_in(written: Path, folder: Path) -> None:
-    """Move whole files into place, config.json last, and take away an older model's files that no longer belong."""
+def _replace_files(staging: Path, folder: Path) -> None:
+    """Move complete files into place, config.json last, and remove files of an older model."""
     folder.mkdir(exist_ok=True)
-    names = sorted((file.name for file in written.iterdir()), key=lambda name: (name == "config.json", name))
-    mode = (written / "config.json").stat().st_mode  # safetensors lets nobody else read what it writes
+    names = sorted((file.name for file in staging.iterdir()), key=lambda name: (name == "config.json", name))
+    mode = (staging / "config.json").stat().st_mode  # safetensors makes its files private
     for name in names:
-        (written / name).chmod(mode)
-        (written / name).replace(folder / name)
-    for stale in [*folder.glob("model*.safetensors*"), *(folder / name for name in WORD_FILES)]:
+        (staging / name).chmod(mode)
+        (staging / name).replace(folder / name)
+    for stale in [*folder.glob("model*.safetensors*"), *(folder / name for name in TOKENIZER_FILES)]:
         if stale.name not in names:
             stale.unlink(missing_ok=True)

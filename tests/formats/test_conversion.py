@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import random_batch, random_model
 
 import gpt2
 from gpt2.cli import main
@@ -17,7 +16,8 @@ from gpt2.errors import UserError
 from gpt2.formats.parity import Parity
 from gpt2.model import GPT, GPTConfig
 from gpt2.templates import get_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer, train_bpe, with_special_tokens, with_symbols
+from gpt2.tokenizer import Tokenizer, get_tokenizer, train_bpe, with_added_tokens, with_special_tokens
+from tests.helpers.transformers_reference import random_batch, random_model
 
 CONFIG = GPTConfig(vocab_size=257, block_size=96, n_layer=2, n_head=2, n_embd=64)
 PACKAGES = {"gguf": "gguf", "onnx": "onnx", "ctranslate2": "ctranslate2"}
@@ -105,7 +105,7 @@ def tokenizers() -> dict[str, Tokenizer]:
         "bytes": get_tokenizer("bytes"),
         "bpe": bpe,
         "special": with_special_tokens(bpe, ["<|user|>", "<|pad|>"]),
-        "symbols": with_symbols(bpe, ["TOKEN"]),
+        "symbols": with_added_tokens(bpe, ["TOKEN"]),
     }
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import random_model, transformers_twin
 from safetensors.torch import load_file
-from test_huggingface import flax_bytes, flax_tree
-from test_other_formats import bundle, hparams, llmc_bytes, nanogpt_args, nanogpt_state, openai_variables
 
 import gpt2
 from gpt2.errors import UserError
 from gpt2.model import GPTConfig
 from gpt2.tokenizer import get_tokenizer
+from tests.formats.test_huggingface import flax_bytes, flax_tree
+from tests.formats.test_other_formats import bundle, hparams, llmc_bytes, nanogpt_args, nanogpt_state, openai_variables
+from tests.helpers.transformers_reference import random_model, to_transformers
 
 CONFIG = GPTConfig(vocab_size=257, block_size=8, n_layer=1, n_head=2, n_embd=8)
 MODEL = random_model(CONFIG)
@@ -32,7 +32,7 @@ def sharded(folder: Path) -> None:
 
 
 def pickled(folder: Path, zipped: bool = True) -> None:
-    transformers_twin(MODEL).save_pretrained(folder)
+    to_transformers(MODEL).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
@@ -43,7 +43,7 @@ def legacy(folder: Path) -> None:
 
 
 def flax(folder: Path) -> None:
-    transformers_twin(MODEL).save_pretrained(folder)
+    to_transformers(MODEL).save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     (folder / "flax_model.msgpack").write_bytes(flax_bytes(flax_tree(MODEL)))
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from reference import ODD_CONFIGS, random_batch, random_model, transformers_twin
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
@@ -17,13 +16,14 @@ import gpt2
 from gpt2.errors import UserError
 from gpt2.model import ACTIVATIONS, GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer, train_bpe, with_special_tokens
+from tests.helpers.transformers_reference import ODD_CONFIGS, random_batch, random_model, to_transformers
 
 SMALL = GPTConfig(vocab_size=101, block_size=17, n_layer=2, n_head=5, n_embd=40)
 
 
 def folder_of(model: GPT, folder: Path, **kwargs: Any) -> Path:
     """A folder as transformers itself writes it."""
-    transformers_twin(model).save_pretrained(folder, **kwargs)
+    to_transformers(model).save_pretrained(folder, **kwargs)
     return folder
 
 
@@ -46,7 +46,7 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> None:
 def test_save_model_of_safetensors_keeps_the_head_and_drops_the_embedding(tmp_path: Path) -> None:
     model = random_model(SMALL)
     folder = folder_of(model, tmp_path)
-    save_model(transformers_twin(model), str(folder / "model.safetensors"))
+    save_model(to_transformers(model), str(folder / "model.safetensors"))
     assert "transformer.wte.weight" not in load_file(folder / "model.safetensors")
     assert_same(gpt2.load(folder)[0], model)
 
@@ -75,7 +75,7 @@ def test_real_classes_with_other_heads(tmp_path: Path, caplog: pytest.LogCapture
     from transformers import GPT2ForSequenceClassification
 
     model = random_model(SMALL)
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     classifier: Any = GPT2ForSequenceClassification(twin.config)
     classifier.transformer.load_state_dict(twin.transformer.state_dict())
     classifier.save_pretrained(tmp_path)
@@ -138,9 +138,7 @@ def test_pytorch_model_bin_and_its_shards(shard: str | None, tmp_path: Path) -> 
 def test_pytorch_model_bin_of_before_zip(tmp_path: Path) -> None:
     model = random_model(SMALL)
     folder = folder_of(model, tmp_path)
-    torch.save(
-        transformers_twin(model).state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
-    )
+    torch.save(to_transformers(model).state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     (folder / "model.safetensors").unlink()
     assert_same(gpt2.load(folder)[0], model)  # lm_head and wte are one tensor there
 
@@ -222,7 +220,7 @@ def test_flax_by_its_own_writer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_equal_transformers(activation: str, tmp_path: Path) -> None:
     model = random_model(SMALL)
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     twin.config.activation_function = activation
     twin.save_pretrained(tmp_path)
     check_against_transformers(tmp_path)
@@ -246,7 +244,7 @@ def test_settings_equal_transformers(settings: dict[str, Any], tmp_path: Path) -
         for name, parameter in model.named_parameters():
             if name.endswith("c_attn.weight"):
                 parameter *= 8
-    twin = transformers_twin(model)
+    twin = to_transformers(model)
     twin.config.update(settings)
     twin.save_pretrained(tmp_path / "theirs")
     check_against_transformers(tmp_path / "theirs")

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import random_batch, random_model
 from torch import Tensor
 
 import gpt2
 from gpt2.errors import UserError
-from gpt2.formats.names import TRANSPOSED
+from gpt2.formats.names import CONV1D_WEIGHTS
 from gpt2.model import GPT, GPTConfig
-from gpt2.weights import find_model, read_config
+from gpt2.weights import find_model_folder, read_config
+from tests.helpers.transformers_reference import random_batch, random_model
 
 SMALL = GPTConfig(vocab_size=101, block_size=17, n_layer=2, n_head=5, n_embd=40)
 
@@ -49,7 +49,7 @@ def test_nanogpt(prefix: str, tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     assert_same(gpt2.load(tmp_path / "ckpt.pt")[0], model)
     assert_same(gpt2.load(tmp_path)[0], model)  # nanoGPT's out_dir
-    assert read_config(find_model(tmp_path)) == model.config
+    assert read_config(find_model_folder(tmp_path)) == model.config
 
 
 def test_nanogpt_without_biases(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def openai_variables(model: GPT) -> dict[str, np.ndarray]:
     variables = {}
     for name, parameter in model.named_parameters():
         array = parameter.detach()
-        array = array.t()[None] if name.endswith(TRANSPOSED) else array
+        array = array.t()[None] if name.endswith(CONV1D_WEIGHTS) else array
         *modules, kind = name.removeprefix("transformer.").split(".")
         if modules[0] == "h":
             modules[:2] = [f"h{modules[1]}"]
@@ -194,7 +194,7 @@ def test_openais_download(tmp_path: Path) -> None:
         openai_variables(model) | {"beta1_power": np.ones(1, np.float32), "model/wte/Adam": np.ones(1, np.float32)},
     )
     assert_same(gpt2.load(tmp_path)[0], model)
-    assert read_config(find_model(tmp_path)) == SMALL
+    assert read_config(find_model_folder(tmp_path)) == SMALL
 
 
 def test_openais_tokenizer_files(gpt2_vocabulary: None, tmp_path: Path) -> None:

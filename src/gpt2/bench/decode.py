@@ -1,51 +1,49 @@
-"""How fast a model writes: time to the first token, tokens/s after it, and how near that is to what memory allows.
+"""Decoding speed: time to first token, tokens/s after it, and the fraction of the memory-bandwidth limit.
 
-A lane is one contestant in one precision, in a process of its own. All continue the same prompts, with the most likely
-token always, and nothing ends a text. Our own lanes are here, those of others in `decode_peers`; the race of all is in
-`decode_race`.
+A variant is one program (a contestant) in one precision, in its own process. All continue the same prompts greedily for
+a fixed number of tokens. Our variants are here, those of peers in `decode_peers`, the comparison in
+`decode_comparison`.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from gpt2.errors import UserError, did_you_mean
-from gpt2.generation.engine import Engine, LanguageModel, Request, evaluating
-from gpt2.generation.fast import accelerated
+from gpt2.bench.common import parse_names
+from gpt2.errors import ConfigError, UserError
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
+from gpt2.generation.inference import prepare_for_inference
+from gpt2.generation.log_likelihood import token_log_likelihoods
 from gpt2.generation.sampling import Sampling
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig
-from gpt2.native.pack import BITS, GROUPS
+from gpt2.native.quantization import BITS, GROUP_SIZES
 from gpt2.runtime import DTYPES
 from gpt2.weights import load
 
 OURS = "gpt2"  # this program's name among the contestants
-CHECKED = 8  # so many tokens of the first row have to be ours, in float32; the warm-up makes no more
-TIE = 5e-3  # logits nearer to each other than this may change places: by rounding, or in nanoGPT by its exact GELU
-HEAD_ROWS = 128  # whose logits perplexity holds at a time
-
-
-FAMILIES = {  # precisions, and what they are to be compared in
+NUM_CHECKED_TOKENS = 8  # tokens of the first row that are compared with the plain model; the warm-up generates these
+TIE_LOGIT_GAP = 5e-3  # a smaller gap between two logits may be due to rounding, or to nanoGPT's exact GELU
+PRECISION_FAMILIES = {  # precisions, and the family in which each is compared
     "float32": "float32",
     **dict.fromkeys(("bfloat16", "float16", "f16"), "16 bits"),
     **dict.fromkeys(("int8", "int8_bfloat16", "q8_0"), "8 bits"),
     **dict.fromkeys(("int4", "q4_0"), "4 bits"),
 }
-OUR_LANES = ("float32", "bfloat16", "int8", "int4", "float32-torch", "bfloat16-torch")
+OUR_VARIANTS = ("float32", "bfloat16", "int8", "int4", "float32-torch", "bfloat16-torch")
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """What is timed: a model, prompts of random tokens, and how many tokens are to follow them.
+class DecodeWorkload:
+    """What is timed: a model, prompts of random tokens, and the number of new tokens.
 
-    model: where its weights are (see `gpt2.load`); None for random ones of the shape of `config`.
-    pause: seconds of rest before every run, as the threads of some libraries spin for 200 ms after their work.
+    model: where its weights are (see `gpt2.load`); None for random weights of the shape of `config`.
+    pause: seconds to sleep before each run, because threads of some libraries spin for 200 ms after their work.
     """
 
     device: str
@@ -61,28 +59,29 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("rounds", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise UserError(f"batch sizes are at least 1, not {', '.join(map(str, self.batch_sizes)) or 'none at all'}")
-        if self.length > self.config.block_size:
-            raise UserError(f"{self.length} tokens do not fit the model's context of {self.config.block_size}")
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}", field=name)
+        if not self.batch_sizes:
+            raise ConfigError("there must be at least 1 batch size", field="batch_sizes")
+        if self.sequence_length > self.config.block_size:
+            context = self.config.block_size
+            raise ConfigError(f"{self.sequence_length} tokens do not fit the model's context of {context}")
 
     @property
-    def length(self) -> int:
-        """Tokens in a row at the end: its prompt and what follows."""
-        return self.prompt_tokens + max(self.new_tokens, CHECKED)
+    def sequence_length(self) -> int:
+        """The final length of a sequence: prompt and new tokens."""
+        return self.prompt_tokens + max(self.new_tokens, NUM_CHECKED_TOKENS)
 
-    def prompts(self, number: int, rows: int) -> list[list[int]]:
-        """The first `rows` prompts of round `number`, the same in every batch size; round 0 is the warm-up."""
-        generator = torch.Generator().manual_seed(self.seed + number)
+    def prompts(self, round_index: int, batch_size: int) -> list[list[int]]:
+        """The first `batch_size` prompts of a round, the same in every batch size; round 0 is the warm-up."""
+        generator = torch.Generator().manual_seed(self.seed + round_index)
         shape = (max(self.batch_sizes), self.prompt_tokens)
-        return torch.randint(self.config.vocab_size, shape, generator=generator)[:rows].tolist()
+        return torch.randint(self.config.vocab_size, shape, generator=generator)[:batch_size].tolist()
 
-    def build(self) -> GPT:
+    def build_model(self) -> GPT:
         """The model, in float32 on the CPU.
 
-        Random weights keep the scale of what they multiply, so that the next token depends on all of them. As training
-        begins, with small weights and the head tied to the embedding, every token would be followed by itself.
+        Random weights preserve the scale of activations, so that the next token depends on all layers. With GPT-2's
+        initialization, small weights and a tied head, every token would be followed by itself.
         """
         if self.model is not None:
             return load(self.model)[0]
@@ -95,180 +94,167 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One batch of texts written: seconds until each row had one new token, seconds in all, and the new tokens."""
+class DecodeResult:
+    """One decoded batch: seconds until each row had one new token, seconds in total, and the new tokens."""
 
-    first: float
-    total: float
+    first_token_seconds: float
+    total_seconds: float
     tokens: list[list[int]]
 
 
 class Decoder(Protocol):
-    """A contestant, ready to write."""
+    """A contestant with a loaded model."""
 
     @property
     def version(self) -> str | None:
-        """Of the program; for ours, what runs the model."""
+        """The program's version; for ours, the class that runs the model."""
         ...
 
     @property
     def weight_bytes(self) -> int:
-        """What every step has to read of the weights, the head among them."""
+        """Bytes of weights that each step reads, including the head."""
         ...
 
     @property
     def cache_width(self) -> int:
-        """Bytes of a number in its key/value cache; 0 when it has none."""
+        """Bytes per number in its KV cache; 0 without a cache."""
         ...
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
-        """Continue each of the prompts, which are equally long, by as many tokens: always the most likely one."""
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
+        """Greedily decode `new_tokens` tokens after each prompt. All prompts have the same length."""
         ...
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A lane of the race: ``make(work, precision, *arguments)`` is the decoder, in the lane's own process.
+class VariantSpec:
+    """A variant: ``make_decoder(workload, precision, *arguments)`` returns its decoder, in its own process.
 
-    most_rows, most_tokens: what it is not asked to go beyond, as it would take too long.
-    reason: why it need not be tried at all.
+    max_batch_size, max_new_tokens: limits for variants that would take too long beyond them.
+    reason: why the variant cannot run, if that is known.
     """
 
     contestant: str
     name: str
     precision: str
-    make: Callable[..., Decoder]
+    make_decoder: Callable[..., Decoder]
     arguments: tuple[Any, ...] = ()
-    most_rows: int | None = None
-    most_tokens: int | None = None
+    max_batch_size: int | None = None
+    max_new_tokens: int | None = None
     reason: str | None = None
 
 
 def weight_bytes(config: GPTConfig, bits: float, head_bits: float | None = None) -> int:
-    """Bytes of weights that a step reads: all matrices, at so many bits a number, with those of their scales.
+    """Bytes of weights that a step reads: all matrices, at `bits` per weight including its share of the scales.
 
-    The head is read once. Embeddings, of which a step needs a row or two, norms and biases are negligible.
+    The head is read once. Embeddings (a step reads one row per sequence), norms and biases are negligible.
     """
     C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     blocks = config.n_layer * (4 * C * C + 2 * C * inner)
     return round((blocks * bits + config.vocab_size * C * (head_bits or bits)) / 8)
 
 
-def step_bytes(work: Decoding, weights: int, cache_width: int, rows: int, new_tokens: int) -> float:
-    """Bytes that the mean decoding step reads: the weights, and the keys and values of every row as long as it is."""
-    positions = work.prompt_tokens + new_tokens / 2
-    return weights + rows * positions * 2 * work.config.n_layer * work.config.n_embd * cache_width
+def bytes_per_step(
+    workload: DecodeWorkload, weight_bytes: int, cache_width: int, batch_size: int, new_tokens: int
+) -> float:
+    """Bytes that the average decoding step reads: the weights, and the KV cache of every row at its mean length."""
+    positions = workload.prompt_tokens + new_tokens / 2
+    return weight_bytes + batch_size * positions * 2 * workload.config.n_layer * workload.config.n_embd * cache_width
 
 
-class Ours:
-    """This program: the real engine over a model."""
+class GPT2Decoder:
+    """This program: the generation engine with a model."""
 
-    def __init__(self, work: Decoding, precision: str, plain: bool) -> None:
-        """plain: the model of `gpt2.model` as it is, without the fast path."""
-        self._work, model = work, work.build().to(work.device, DTYPES.get(precision))
-        self.model: LanguageModel = model if plain else accelerated(model, precision)
+    def __init__(self, workload: DecodeWorkload, precision: str, torch_only: bool) -> None:
+        """torch_only: run `gpt2.model` itself, not the result of `prepare_for_inference`."""
+        self._work, model = workload, workload.build_model().to(workload.device, DTYPES.get(precision))
+        self.model: LanguageModel = model if torch_only else prepare_for_inference(model, precision)
         self.version = type(self.model).__name__
         self.cache_width = self.model.make_cache(1, 1).data.element_size()
-        if isinstance(self.model, GPT):  # torch runs it, whatever its weights were rounded to
-            self.weight_bytes = weight_bytes(work.config, 8 * self.model.lm_head.weight.element_size())
-        else:  # int4 has an int8 head: see `NativeGPT`
+        if isinstance(self.model, GPT):  # torch reads weights of this dtype, even if they hold quantized values
+            self.weight_bytes = weight_bytes(workload.config, 8 * self.model.lm_head.weight.element_size())
+        else:  # the head of int4 is int8: see `NativeGPT`
             head = "int8" if precision == "int4" else precision
-            self.weight_bytes = weight_bytes(work.config, _bits(precision), _bits(head))
+            self.weight_bytes = weight_bytes(workload.config, _bits_per_weight(precision), _bits_per_weight(head))
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
-        """See `Decoder.run`. The engine is new, so that making room for the cache counts, as it does for others."""
-        requests = [Request(prompt, Sampling(temperature=0), max_new_tokens=new_tokens) for prompt in prompts]
-        began = time.perf_counter()
-        everything = sum(map(len, prompts))  # all prompts are read in the first step, and then all rows go in step
-        engine = Engine(self.model, slots=len(prompts), max_length=self._work.length, chunk=everything)
-        texts = [engine.submit(request) for request in requests]
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
+        """See `Decoder.run`. The time includes making the engine and its KV cache, as it does for the peers."""
+        requests = [GenerationRequest(prompt, Sampling(temperature=0), max_new_tokens=new_tokens) for prompt in prompts]
+        start = time.perf_counter()
+        prefill = sum(map(len, prompts))  # all prompts are prefilled in the first step, then all rows decode together
+        engine = Engine(self.model, slots=len(prompts), max_length=self._work.sequence_length, prefill_chunk=prefill)
+        sequences = [engine.submit(request) for request in requests]
         engine.step()
-        first = time.perf_counter() - began
-        while not engine.idle:
-            engine.step()
-        total = time.perf_counter() - began
-        if error := next((text.error for text in texts if text.error is not None), None):
-            raise error
-        return Run(first, total, [text.new_tokens for text in texts])
+        first = time.perf_counter() - start
+        run_until_idle(engine, sequences)
+        return DecodeResult(first, time.perf_counter() - start, [sequence.new_tokens for sequence in sequences])
 
 
-def _bits(precision: str) -> float:
-    """Of a weight of ours, with its share of a 16-bit scale."""
-    return BITS[precision] + 16 / GROUPS[precision] if precision in GROUPS else 8 * DTYPES[precision].itemsize
+def run_until_idle(engine: Engine, sequences: list[Sequence]) -> None:
+    """Step the engine until no sequence is left. Raises the error of the first one that failed."""
+    while not engine.idle:
+        engine.step()
+    if error := next((sequence.error for sequence in sequences if sequence.error is not None), None):
+        raise error
 
 
-def our_entries(names: str) -> list[Entry]:
-    """The lanes of a comma list, or "all". Raises UserError for one that there is not."""
-    chosen = OUR_LANES if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    if not chosen:
-        raise UserError(f"--lanes names none: {', '.join(OUR_LANES)}")
-    entries = []
-    for name in dict.fromkeys(chosen):
-        if name not in OUR_LANES:
-            raise UserError(
-                f"there is no lane '{name}'{did_you_mean(name, OUR_LANES)}: there are {', '.join(OUR_LANES)}"
-            )
-        precision = name.removesuffix("-torch")
-        entries.append(Entry(OURS, name, precision, Ours, (precision != name,)))
-    return entries
+def _bits_per_weight(precision: str) -> float:
+    """Bits per weight of our model, including its share of a 16-bit scale."""
+    return BITS[precision] + 16 / GROUP_SIZES[precision] if precision in GROUP_SIZES else 8 * DTYPES[precision].itemsize
 
 
-@torch.inference_mode()
-def perplexity(model: LanguageModel, tokens: Sequence[int]) -> float:
-    """exp of the mean loss over all tokens but the first, in windows of the context that do not overlap."""
-    context, total = model.config.block_size, 0.0
-    with evaluating(model):
-        for start in range(0, len(tokens) - 1, context):
-            window = torch.tensor(tokens[start : start + context + 1], device=model.device)
-            cache = model.make_cache(1, len(window) - 1)
-            hidden = model.hidden_states(window[None, :-1], cache)[0]  # (T, C)
-            for h, target in zip(hidden.split(HEAD_ROWS), window[1:].split(HEAD_ROWS), strict=True):
-                total += F.cross_entropy(model.lm_head(h).float(), target, reduction="sum").item()
-    return math.exp(total / (len(tokens) - 1))
+def our_variants(names: str) -> list[VariantSpec]:
+    """Our variants in a comma-separated list, or all for "all". Raises UserError for an unknown name."""
+    chosen = parse_names("variant", "--variants", names, OUR_VARIANTS)
+    precisions = {name: name.removesuffix("-torch") for name in chosen}
+    return [VariantSpec(OURS, name, p, GPT2Decoder, (p != name,)) for name, p in precisions.items()]
 
 
-class Reference:
-    """What has to come out in float32: the plain model, with no cache and no engine."""
+def perplexity(model: LanguageModel, tokens: list[int]) -> float:
+    """exp of the mean loss over all tokens but the first, in non-overlapping windows of the context length."""
+    return math.exp(-token_log_likelihoods(model, tokens).logprobs.double().mean().item())
 
-    def __init__(self, work: Decoding) -> None:
-        self._work = work
+
+class ReferenceDecoder:
+    """The reference for float32: the plain model, without KV cache and engine."""
+
+    def __init__(self, workload: DecodeWorkload) -> None:
+        self._work = workload
 
     @torch.inference_mode()
-    def follow(self) -> tuple[list[int], list[float]]:
-        """The first tokens of the warm-up's first row, and how far each was ahead of the second best, in logits."""
-        model = self._work.build().to(self._work.device)
-        tokens, leads = self._work.prompts(0, 1)[0], []
-        for _ in range(CHECKED):
+    def greedy_tokens(self) -> tuple[list[int], list[float]]:
+        """The first tokens of the warm-up's first row, and the gap between the two largest logits at each."""
+        model = self._work.build_model().to(self._work.device)
+        tokens, gaps = self._work.prompts(0, 1)[0], []
+        for _ in range(NUM_CHECKED_TOKENS):
             best = model(torch.tensor([tokens], device=model.device))[0, -1].topk(2)
             tokens.append(int(best.indices[0]))
-            leads.append(float(best.values[0] - best.values[1]))
-        return tokens[-CHECKED:], leads
+            gaps.append(float(best.values[0] - best.values[1]))
+        return tokens[-NUM_CHECKED_TOKENS:], gaps
 
 
-class Lane:
-    """One contestant in one precision, in the process that it is made in."""
+class DecodeVariant:
+    """One contestant in one precision, in its own process."""
 
-    def __init__(self, entry: Entry, work: Decoding) -> None:
-        self._work, self._device = work, torch.device(work.device)
-        self._decoder = entry.make(work, entry.precision, *entry.arguments)
+    def __init__(self, spec: VariantSpec, workload: DecodeWorkload) -> None:
+        self._work, self._device = workload, torch.device(workload.device)
+        self._decoder = spec.make_decoder(workload, spec.precision, *spec.arguments)
 
-    def about(self) -> dict[str, Any]:
-        """Its version, and what it reads in a step."""
-        decoder = self._decoder
-        return {name: getattr(decoder, name) for name in ("version", "weight_bytes", "cache_width")}
+    def info(self) -> dict[str, Any]:
+        """Its version, weight bytes per step, and bytes per number in its KV cache."""
+        return {name: getattr(self._decoder, name) for name in ("version", "weight_bytes", "cache_width")}
 
-    def run(self, number: int, rows: int, new_tokens: int) -> tuple[float, float, list[int], int | None]:
-        """Write a batch: seconds to the first tokens, seconds after them, the first row, and bytes at the peak."""
-        prompts = self._work.prompts(number, rows)
+    def run(self, round_index: int, batch_size: int, new_tokens: int) -> tuple[float, float, list[int], int | None]:
+        """Decode a batch: seconds to the first tokens, seconds after them, the first row, and peak memory in bytes."""
+        prompts = self._work.prompts(round_index, batch_size)
         time.sleep(self._work.pause)
         reset_peak_memory(self._device)
         run = self._decoder.run(prompts, new_tokens)
-        if [len(row) for row in run.tokens] != [new_tokens] * rows:
-            raise UserError(f"it did not write {new_tokens} tokens in each of {rows} rows")
-        peak = peak_memory(self._device) or None  # on a GPU, nothing is known of what is not torch's
-        return run.first, run.total - run.first, run.tokens[0], peak
+        if [len(row) for row in run.tokens] != [new_tokens] * batch_size:
+            raise UserError(f"it did not generate {new_tokens} tokens in each of {batch_size} rows")
+        peak = peak_memory(self._device) or None  # on a GPU, memory that is not torch's is unknown
+        return run.first_token_seconds, run.total_seconds - run.first_token_seconds, run.tokens[0], peak
 
     def perplexity(self, tokens: list[int]) -> float:
-        """Of one of our own lanes: see `perplexity`."""
-        assert isinstance(self._decoder, Ours)
+        """The perplexity of one of our variants: see `perplexity`."""
+        assert isinstance(self._decoder, GPT2Decoder)
         return perplexity(self._decoder.model, tokens)

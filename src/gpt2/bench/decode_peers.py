@@ -1,7 +1,7 @@
-"""Others that write with a GPT-2: transformers, CTranslate2, llama.cpp, nanoGPT, each with the weights of our model.
+"""Peers in decoding: transformers, CTranslate2, llama.cpp and nanoGPT, each with the weights of our model.
 
-Each is used as its documentation says, and told as many threads as torch uses here. What it needs on disk is written
-by this program, into a folder that the caller takes away.
+Each is used as its documentation says, with as many threads as torch uses. This program writes the files that they
+need, into a folder that the caller removes.
 """
 
 import ctypes
@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.bench.decode import Decoder, Decoding, Entry, Run, weight_bytes
-from gpt2.bench.peers import build, parse_peers
-from gpt2.bench.timing import Failed, Here, Say, Workload, silent
-from gpt2.errors import UserError, did_you_mean
+from gpt2.bench.common import BenchmarkError, InProcessRunner, ProgressFn, Workload, no_progress
+from gpt2.bench.decode import Decoder, DecodeResult, DecodeWorkload, VariantSpec, weight_bytes
+from gpt2.bench.train_peers import build_model, parse_peers
+from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.model import GPT
 from gpt2.runtime import DTYPES, synchronize
 from gpt2.weights import save
 
-LLAMA_TYPES = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
-GGUF_NAMES = {  # ours: llama.cpp's; see `gguf.MODEL_TENSORS`
+LLAMA_FILE_TYPES = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
+GGUF_NAMES = {  # our names: llama.cpp's; see `gguf.MODEL_TENSORS`
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
     "transformer.ln_f": "output_norm",
@@ -42,22 +42,22 @@ GGUF_NAMES = {  # ours: llama.cpp's; see `gguf.MODEL_TENSORS`
 
 
 class Transformers:
-    """`generate` of transformers, with its own growing cache."""
+    """`generate` of transformers, with its default KV cache."""
 
-    def __init__(self, work: Decoding, precision: str, folder: str) -> None:
+    def __init__(self, workload: DecodeWorkload, precision: str, folder: str) -> None:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.GPT2LMHeadModel.from_pretrained(Path(folder, "model"), dtype=DTYPES[precision])
-        self._model = model.to(work.device).eval()
+        self._model = model.to(workload.device).eval()
         self.version = transformers.__version__
         self.cache_width = DTYPES[precision].itemsize
-        self.weight_bytes = weight_bytes(work.config, 8 * self.cache_width)
+        self.weight_bytes = weight_bytes(workload.config, 8 * self.cache_width)
 
     @torch.inference_mode()
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
         """See `Decoder.run`."""
-        clock = _Clock()
+        timer = _TokenTimer()
         tokens = torch.tensor(prompts, device=self._model.device)
         out = self._model.generate(
             tokens,
@@ -68,39 +68,39 @@ class Transformers:
             cache_implementation=None,
             eos_token_id=None,
             pad_token_id=0,
-            streamer=clock,
+            streamer=timer,
         )
-        return clock.run(1, out[:, tokens.size(1) :].tolist())  # before the first token, it is given the prompt
+        return timer.result(1, out[:, tokens.size(1) :].tolist())  # call 0 passes the prompt
 
 
-class _Clock:
-    """Notes when it is called: by `generate` of transformers, which takes it for a streamer, and others."""
+class _TokenTimer:
+    """Records when `put` is called. It has the interface of a streamer of transformers."""
 
     def __init__(self) -> None:
-        self._began, self._times = time.perf_counter(), []
+        self._start, self._times = time.perf_counter(), []
 
     def put(self, value: object = None) -> None:
-        """Something has come."""
+        """Record the time."""
         self._times.append(time.perf_counter())
 
     def end(self) -> None:
-        """It was the last."""
+        """Nothing to do at the end of a stream."""
 
-    def run(self, first: int, tokens: list[list[int]]) -> Run:
-        """All is there by now; the first tokens were when call number `first` came."""
-        return Run(self._times[first] - self._began, time.perf_counter() - self._began, tokens)
+    def result(self, first_call: int, tokens: list[list[int]]) -> DecodeResult:
+        """The result of a batch that ends now, and that had its first tokens at call number `first_call` of `put`."""
+        return DecodeResult(self._times[first_call] - self._start, time.perf_counter() - self._start, tokens)
 
 
 class CTranslate2:
-    """`Generator.generate_batch`, from a float32 model that it converts as it loads it."""
+    """`Generator.generate_batch` on a float32 model, which it converts to the compute type at load."""
 
-    def __init__(self, work: Decoding, precision: str, folder: str) -> None:
+    def __init__(self, workload: DecodeWorkload, precision: str, folder: str) -> None:
         import ctranslate2  # pyright: ignore[reportMissingImports]
 
-        device, _, index = work.device.partition(":")
+        device, _, index = workload.device.partition(":")
         supported = ctranslate2.get_supported_compute_types(device)
         if precision not in supported:
-            raise UserError(f"CTranslate2 has no {precision} on this device: it has {', '.join(sorted(supported))}")
+            raise UserError(f"CTranslate2 has no {precision} on this device, only {', '.join(sorted(supported))}")
         self._generator = ctranslate2.Generator(
             str(Path(folder, "ctranslate2")),
             device=device,
@@ -110,16 +110,16 @@ class CTranslate2:
             intra_threads=torch.get_num_threads(),
         )
         self.version = ctranslate2.__version__
-        self.weight_bytes = weight_bytes(work.config, {"float32": 32, "bfloat16": 16}.get(precision, 8))
+        self.weight_bytes = weight_bytes(workload.config, {"float32": 32, "bfloat16": 16}.get(precision, 8))
         self.cache_width = 2 if precision.endswith("bfloat16") else 4
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
         """See `Decoder.run`."""
-        clock = _Clock()
+        timer = _TokenTimer()
 
-        def token_of_a_row(_: object) -> bool:
-            clock.put()
-            return False  # go on
+        def on_token(_: object) -> bool:
+            timer.put()
+            return False  # do not stop
 
         results = self._generator.generate_batch(
             [list(map(str, prompt)) for prompt in prompts],
@@ -128,25 +128,25 @@ class CTranslate2:
             end_token=[],
             beam_size=1,
             sampling_topk=1,
-            callback=token_of_a_row,
+            callback=on_token,
         )
-        return clock.run(len(prompts) - 1, [result.sequences_ids[0] for result in results])
+        return timer.result(len(prompts) - 1, [result.sequences_ids[0] for result in results])
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's low-level interface: each row is a sequence of one batch."""
+    """llama.cpp through the low-level API of llama-cpp-python: each row is a sequence of one batch."""
 
-    def __init__(self, work: Decoding, precision: str, folder: str) -> None:
+    def __init__(self, workload: DecodeWorkload, precision: str, folder: str) -> None:
         import gguf  # pyright: ignore[reportMissingImports]
         import llama_cpp  # pyright: ignore[reportMissingImports]
 
-        if torch.device(work.device).type != "cpu" and not llama_cpp.llama_supports_gpu_offload():
-            raise UserError("this llama-cpp-python was built for the CPU alone")
-        self._llama, self._work = llama_cpp, work
-        _be_quiet(llama_cpp)
+        if torch.device(workload.device).type != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+            raise UserError("this llama-cpp-python was built without GPU support")
+        self._llama, self._work = llama_cpp, workload
+        _silence_llama_log(llama_cpp)
         file = Path(folder, f"{precision}.gguf")
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0 if work.device == "cpu" else work.config.n_layer + 1
+        params.n_gpu_layers = 0 if workload.device == "cpu" else workload.config.n_layer + 1
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {file.name}")
@@ -156,44 +156,44 @@ class LlamaCpp:
         self.weight_bytes = sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != "position_embd.weight")
         self.cache_width = 2
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
-        """See `Decoder.run`. Room for the cache is made before the clock runs."""
-        rows, length = len(prompts), self._work.prompt_tokens
-        if rows != self._rows:
-            self._make_room(rows)
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
+        """See `Decoder.run`. The KV cache is allocated before the time starts."""
+        batch_size, length = len(prompts), self._work.prompt_tokens
+        if batch_size != self._rows:
+            self._create_context(batch_size)
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
-        clock = _Clock()
-        new = [self._read(prompts, 0)]
-        clock.put()
+        timer = _TokenTimer()
+        new = [self._decode_batch(prompts, 0)]
+        timer.put()
         for position in range(length, length + new_tokens - 1):
-            new.append(self._read([[token] for token in new[-1]], position))
-        return clock.run(0, [list(row) for row in zip(*new, strict=True)])
+            new.append(self._decode_batch([[token] for token in new[-1]], position))
+        return timer.result(0, [list(row) for row in zip(*new, strict=True)])
 
-    def _make_room(self, rows: int) -> None:
+    def _create_context(self, batch_size: int) -> None:
         llama, work = self._llama, self._work
         if self._context is not None:
             llama.llama_batch_free(self._batch)
             llama.llama_free(self._context)
         params = llama.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = rows * max(256, work.length), rows
-        params.n_batch = rows * work.prompt_tokens
+        params.n_ctx, params.n_seq_max = batch_size * max(256, work.sequence_length), batch_size
+        params.n_batch = batch_size * work.prompt_tokens
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
-            raise UserError(f"llama.cpp has no context for {rows} sequences")
-        self._rows, self._batch = rows, llama.llama_batch_init(params.n_batch, 0, 1)
+            raise UserError(f"llama.cpp cannot allocate a context for {batch_size} sequences")
+        self._rows, self._batch = batch_size, llama.llama_batch_init(params.n_batch, 0, 1)
 
-    def _read(self, tokens: list[list[int]], position: int) -> list[int]:
-        """The most likely token after each of the rows, which go on from `position`."""
-        batch, place = self._batch, 0
+    def _decode_batch(self, tokens: list[list[int]], position: int) -> list[int]:
+        """Append tokens to each row, starting at `position`; returns the most likely next token of each."""
+        batch, index = self._batch, 0
         assert batch is not None
         for row, new in enumerate(tokens):
             for i, token in enumerate(new):
-                batch.token[place], batch.pos[place] = token, position + i
-                batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
-                batch.logits[place] = i == len(new) - 1
-                place += 1
-        batch.n_tokens = place
+                batch.token[index], batch.pos[index] = token, position + i
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
+                batch.logits[index] = i == len(new) - 1
+                index += 1
+        batch.n_tokens = index
         if self._llama.llama_decode(self._context, batch) != 0:
             raise UserError("llama_decode failed")
         shape = (len(tokens), self._work.config.vocab_size)
@@ -201,44 +201,45 @@ class LlamaCpp:
 
 
 class NanoGPT:
-    """nanoGPT's own `generate`, which has no cache: every token reads the whole text again."""
+    """nanoGPT's own `generate`, which has no KV cache: every token recomputes the whole sequence."""
 
-    def __init__(self, work: Decoding, precision: str, path: str) -> None:
+    def __init__(self, workload: DecodeWorkload, precision: str, checkout: str) -> None:
         with redirect_stdout(sys.stderr):
-            made = build("nanogpt", path, Workload("cpu", work.config, batch_size=1, block_size=1))
-        made.model.load_state_dict(work.build().state_dict(), strict=False)
-        self._model: Any = made.model.to(work.device, DTYPES[precision]).eval()
-        self.version = made.version
-        self.weight_bytes = weight_bytes(work.config, 8 * DTYPES[precision].itemsize)
+            shape = Workload("cpu", workload.config, batch_size=1, block_size=1)
+            built = build_model("nanogpt", checkout, shape, compiled=False)
+        built.model.load_state_dict(workload.build_model().state_dict(), strict=False)
+        self._model: Any = built.model.to(workload.device, DTYPES[precision]).eval()
+        self.version = built.version
+        self.weight_bytes = weight_bytes(workload.config, 8 * DTYPES[precision].itemsize)
         self.cache_width = 0
 
     @torch.inference_mode()
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+    def run(self, prompts: list[list[int]], new_tokens: int) -> DecodeResult:
         """See `Decoder.run`."""
         tokens = torch.tensor(prompts, device=next(self._model.parameters()).device)
-        clock = _Clock()
+        timer = _TokenTimer()
 
-        def token_is_wanted(*_: object) -> None:
+        def before_forward(*_: object) -> None:
             synchronize(tokens.device)
-            clock.put()
+            timer.put()
 
-        hook = self._model.register_forward_pre_hook(token_is_wanted)
+        hook = self._model.register_forward_pre_hook(before_forward)
         try:
             out = self._model.generate(tokens, new_tokens, top_k=1)[:, tokens.size(1) :].tolist()
         finally:
             hook.remove()
-        return clock.run(1, out)  # the second token is begun when the first is there
+        return timer.result(1, out)  # the second forward pass starts when the first token is done
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program to be compared with: its packages as they are imported and as pip calls them, and its lanes."""
+    """A peer: its packages (module name to pip name), precisions, decoder and limits (see `VariantSpec`)."""
 
     packages: Mapping[str, str]
     precisions: tuple[str, ...]
-    make: Callable[..., Decoder]
-    most_rows: int | None = None
-    most_tokens: int | None = None
+    make_decoder: Callable[..., Decoder]
+    max_batch_size: int | None = None
+    max_new_tokens: int | None = None
 
 
 PEERS = {
@@ -249,71 +250,71 @@ PEERS = {
         CTranslate2,
     ),
     "llamacpp": Peer({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}, ("f16", "q8_0", "q4_0"), LlamaCpp),
-    "nanogpt": Peer({}, ("float32", "bfloat16"), NanoGPT, most_rows=8, most_tokens=16),
+    "nanogpt": Peer({}, ("float32", "bfloat16"), NanoGPT, max_batch_size=8, max_new_tokens=16),
 }
 
 
-def check_peers(given: Iterable[str]) -> dict[str, str | None]:
-    """``["nanogpt=PATH", "llamacpp"]`` as a mapping from names to checkouts. Raises UserError for what is none."""
-    found: dict[str, str | None] = {}
+def parse_decode_peers(given: Iterable[str]) -> dict[str, str | None]:
+    """Parse ``["nanogpt=PATH", "llamacpp"]`` into names and checkouts. Raises UserError for an unknown peer."""
+    peers: dict[str, str | None] = {}
     for text in given:
         name = text.partition("=")[0]
         if name == "nanogpt":
-            found |= parse_peers([text])
+            peers |= parse_peers([text])
         elif text in PEERS:
-            found[name] = None
+            peers[name] = None
         else:
-            raise UserError(f"there is no peer '{text}'{did_you_mean(name, PEERS)}: there are {', '.join(PEERS)}")
-    return found
+            raise ConfigError(f"there is no peer '{text}'{did_you_mean(name, PEERS)}: there are {', '.join(PEERS)}")
+    return peers
 
 
-def peer_entries(
-    work: Decoding, given: Mapping[str, str | None], folder: Path, host: type[Here], say: Say = silent
-) -> list[Entry]:
-    """The lanes of peers, with what they need written into `folder`; a peer that is not there has the reason."""
-    entries = []
-    for name, checkout in given.items():
+def peer_variants(
+    workload: DecodeWorkload,
+    peers: Mapping[str, str | None],
+    folder: Path,
+    runner_class: type[InProcessRunner],
+    progress: ProgressFn = no_progress,
+) -> list[VariantSpec]:
+    """The variants of the peers. Writes their model files into `folder`; variants that cannot run have a reason."""
+    specs = []
+    for name, checkout in peers.items():
         peer = PEERS[name]
-        reason = _missing(peer.packages)
+        missing = [pip for module, pip in peer.packages.items() if importlib.util.find_spec(module) is None]
+        reason = f"not installed: pip install {' '.join(missing)}" if missing else None
         if reason is None and checkout is None:
-            say(f"{name}: writing the model for it")
+            progress(f"{name}: writing its model files")
             try:
-                with host(Files, work, folder) as files:
+                with runner_class(PeerModelWriter, workload, folder) as files:
                     files.call("write", name)
-            except Failed as failure:
+            except BenchmarkError as failure:
                 reason = str(failure)
-        limits = {"most_rows": peer.most_rows, "most_tokens": peer.most_tokens, "reason": reason}
+        limits = {"max_batch_size": peer.max_batch_size, "max_new_tokens": peer.max_new_tokens, "reason": reason}
         arguments = (checkout or str(folder),)
-        entries += [Entry(name, p, p, peer.make, arguments, **limits) for p in peer.precisions]
-    return entries
+        specs += [VariantSpec(name, p, p, peer.make_decoder, arguments, **limits) for p in peer.precisions]
+    return specs
 
 
-def _missing(packages: Mapping[str, str]) -> str | None:
-    missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
-    return f"not installed: pip install {' '.join(missing)}" if missing else None
+class PeerModelWriter:
+    """Writes our model in the formats of the peers, in its own process, because it imports their packages."""
 
-
-class Files:
-    """Writes our model as peers want it, in a process of its own, as it needs their packages and memory."""
-
-    def __init__(self, work: Decoding, folder: Path) -> None:
-        self._model, self._folder = work.build(), folder
+    def __init__(self, workload: DecodeWorkload, folder: Path) -> None:
+        self._model, self._folder = workload.build_model(), folder
 
     def write(self, peer: str) -> None:
-        """What `peer` is going to load."""
+        """Write the files that `peer` loads."""
         if peer == "llamacpp":
             write_gguf(self._model, self._folder / "f16.gguf")
-            for precision in LLAMA_TYPES:
+            for precision in LLAMA_FILE_TYPES:
                 quantize_gguf(self._folder / "f16.gguf", self._folder / f"{precision}.gguf", precision)
             return
         if not (self._folder / "model").exists():
             save(self._model, None, self._folder / "model")
         if peer == "ctranslate2":
-            _convert(self._folder / "model", self._folder / "ctranslate2", self._model.config.vocab_size)
+            _convert_to_ctranslate2(self._folder / "model", self._folder / "ctranslate2", self._model.config.vocab_size)
 
 
-def _convert(folder: Path, converted: Path, vocab_size: int) -> None:
-    """For CTranslate2, whose tokens are words: each is called by its number."""
+def _convert_to_ctranslate2(folder: Path, converted: Path, vocab_size: int) -> None:
+    """Convert a model folder for CTranslate2, whose tokens are strings: each is the decimal form of its id."""
     import transformers
     from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
     from tokenizers import Tokenizer
@@ -331,7 +332,7 @@ def _convert(folder: Path, converted: Path, vocab_size: int) -> None:
 
 
 def write_gguf(model: GPT, path: Path, *, half: bool = True) -> None:
-    """Write a model as llama.cpp reads it, without a vocabulary; matrices in float16, or all in float32.
+    """Write a GGUF file for llama.cpp, without a vocabulary; matrices in float16, or everything in float32.
 
     Raises UserError for an activation that llama.cpp's GPT-2 does not have.
     """
@@ -352,7 +353,7 @@ def write_gguf(model: GPT, path: Path, *, half: bool = True) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     for name, weight in model.named_parameters():
         matrix = half and weight.dim() == 2 and "wpe" not in name
-        writer.add_tensor(_gguf_name(name), _array(weight, torch.float16 if matrix else torch.float32))
+        writer.add_tensor(_gguf_name(name), _to_numpy(weight, torch.float16 if matrix else torch.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -367,24 +368,24 @@ def _gguf_name(name: str) -> str:
     return f"blk.{number}.{GGUF_NAMES[part]}.{kind}"
 
 
-def _array(weight: Tensor, dtype: torch.dtype) -> np.ndarray:
+def _to_numpy(weight: Tensor, dtype: torch.dtype) -> np.ndarray:
     return weight.detach().to("cpu", dtype).contiguous().numpy()
 
 
 def quantize_gguf(source: Path, target: Path, precision: str) -> None:
-    """Let llama.cpp quantize a file that `write_gguf` wrote. Raises UserError where it cannot."""
+    """Quantize a file of `write_gguf` with llama.cpp. Raises UserError if that fails."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
-    _be_quiet(llama_cpp)
+    _silence_llama_log(llama_cpp)
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, LLAMA_TYPES[precision])
+    params.ftype = getattr(llama_cpp, LLAMA_FILE_TYPES[precision])
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.pointer(params)) != 0:
         raise UserError(f"llama.cpp cannot quantize to {precision}")
 
 
-def _be_quiet(llama_cpp: Any) -> None:
-    """It has much to say on standard error."""
-    llama_cpp.llama_log_set(_UNHEARD, None)
+def _silence_llama_log(llama_cpp: Any) -> None:
+    """Turn off its log on standard error."""
+    llama_cpp.llama_log_set(_IGNORE_LOG, None)
 
 
-_UNHEARD = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
+_IGNORE_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)

@@ -1,53 +1,111 @@
-"""What the benchmarks' commands share: progress, files for results, and how numbers are printed."""
+"""What the benchmark commands share: flags, progress, result files, and how numbers are printed."""
 
 import json
 import sys
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from gpt2.bench.chart import check_can_draw
-from gpt2.errors import UserError
+from gpt2.bench.common import CONTEXT_LENGTH
+from gpt2.bench.decode import DecodeWorkload
+from gpt2.bench.ladder_chart import check_chart_path
+from gpt2.cli import Parser
+from gpt2.commands.generation_args import DEVICE_HELP
+from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.hardware import GiB
+from gpt2.model import OPENAI_CONFIGS, GPTConfig
+
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size")
 
 
-def say(line: str) -> None:
-    """Tell on standard error how far we are; also from a benchmark's own process."""
+def print_progress(line: str) -> None:
+    """Print one line of progress on standard error; also from a subprocess of a benchmark."""
     print(f"gpt2: {line}", file=sys.stderr, flush=True)
 
 
-def check_outputs(result: Path | None, picture: Path | None) -> None:
-    """What could not be written at the end is better known before. Raises UserError."""
-    for path in (result, picture):
+def add_output_flags(parser: Parser) -> None:
+    """Add --json and --chart."""
+    parser.add_flag("json", type=Path, metavar="FILE", help="write all measurements, with the raw times")
+    parser.add_flag("chart", type=Path, metavar="FILE", help="draw a chart: .png, .svg or .pdf")
+
+
+def check_outputs(args: Namespace) -> None:
+    """Raise UserError, before anything is measured, if --json or --chart cannot be written."""
+    for path in (args.json, args.chart):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
         if path is not None and path.is_dir():
-            raise UserError(f"{path} is a folder: give the name of a file")
-    if picture is not None:
-        check_can_draw(picture)
+            raise UserError(f"{path} is a folder: name a file")
+    if args.chart is not None:
+        check_chart_path(args.chart)
 
 
-def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON, if it was asked for."""
+def add_decode_flags(parser: Parser) -> None:
+    """Add the flags of a `DecodeWorkload`, but for its batch sizes."""
+    parser.add_flag("device", default="auto", help=DEVICE_HELP)
+    parser.add_flag("model", metavar="MODEL", help="a run folder, a model folder, or a hub name [random weights]")
+    parser.add_flag("shape", metavar="NAME", help=f"shape of random weights: {', '.join(OPENAI_CONFIGS)} [gpt2]")
+    for name in SHAPE_FIELDS:
+        parser.add_flag(name.replace("_", "-"), type=int, metavar="INT", help="instead of that shape's")
+    parser.add_flag("prompt-tokens", type=int, default=64, metavar="INT", help="tokens in each prompt [64]")
+    parser.add_flag("new-tokens", type=int, default=64, metavar="INT", help="new tokens per sequence [64]")
+    parser.add_flag("rounds", type=int, default=3, metavar="INT", help="how often everything is timed [3]")
+
+
+def openai_config(flag: str, name: str) -> GPTConfig:
+    """The config of an OpenAI model by name. Raises UserError that names `flag`."""
+    if name not in OPENAI_CONFIGS:
+        hint = did_you_mean(name, OPENAI_CONFIGS)
+        raise ConfigError(f"{flag} {name} is not one of {', '.join(OPENAI_CONFIGS)}{hint}", field=flag.strip("-"))
+    return OPENAI_CONFIGS[name]
+
+
+def random_model_config(args: Namespace, sequence_length: int) -> GPTConfig:
+    """The shape of random weights that the flags ask for, with a context of at least GPT-2's."""
+    given = {name: getattr(args, name) for name in SHAPE_FIELDS if getattr(args, name) is not None}
+    block_size = max(CONTEXT_LENGTH, sequence_length)
+    return replace(openai_config("--shape", args.shape or "gpt2"), block_size=block_size, **given)
+
+
+def parse_counts(flag: str, text: str, maximum: int) -> tuple[int, ...]:
+    """Parse a comma-separated list of integers, without duplicates. Raises UserError that names `flag`."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdecimal() and len(word) < 8 and 1 <= int(word) <= maximum for word in words):
+        message = f"{flag} must be integers from 1 to {maximum:,}, such as 1,8,32, not {text}"
+        raise ConfigError(message, field=flag.strip("-"))
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def decode_workload_record(workload: DecodeWorkload) -> dict[str, Any]:
+    """A workload as it is written to a result file."""
+    record = asdict(workload)
+    config = record.pop("config")
+    return {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | record
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result as JSON, if there is a path."""
     if path is not None:
         path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def wide_console() -> Console:
-    """Standard output, for tables: 160 columns where it is no terminal."""
+    """A console on standard output for tables: 160 columns wide if it is not a terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
     return console
 
 
-def quartiles(values: dict[str, float]) -> tuple[str, str]:
-    """A median, and the quartiles about it, with as many digits as tell something."""
+def format_quartiles(values: dict[str, float]) -> tuple[str, str]:
+    """A median, and its quartiles as "low-high", with about three significant digits."""
     digits = 0 if values["median"] >= 1000 else 1 if values["median"] >= 10 else 2
     return f"{values['median']:,.{digits}f}", f"{values['low']:,.{digits}f}-{values['high']:,.{digits}f}"
 
 
-def gigabytes(count: int) -> str:
+def format_gib(num_bytes: int) -> str:
     """Bytes as GiB."""
-    return f"{count / GiB:,.2f} GiB"
+    return f"{num_bytes / GiB:,.2f} GiB"

@@ -2,147 +2,148 @@
 
 from argparse import Namespace
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from gpt2.bench import chart
-from gpt2.bench.ladder import choose, climb, unsteadiness
-from gpt2.bench.peers import OURS, compete, parse_peers
-from gpt2.bench.timing import CONTEXT, Elsewhere, Workload, environment, in_fresh_process
+from gpt2.bench import ladder_chart
+from gpt2.bench.common import CONTEXT_LENGTH, SubprocessRunner, Workload, environment, run_in_subprocess
+from gpt2.bench.ladder import matmul_rate_variation, parse_step_names, run_ladder
+from gpt2.bench.train_peers import OURS, compare_with_peers, parse_peers
 from gpt2.cli import Parser
-from gpt2.commands.bench_output import check_outputs, gigabytes, quartiles, say, wide_console, write
-from gpt2.errors import UserError, did_you_mean
+from gpt2.commands.bench_output import (
+    SHAPE_FIELDS,
+    add_output_flags,
+    check_outputs,
+    format_gib,
+    format_quartiles,
+    openai_config,
+    print_progress,
+    wide_console,
+    write_json,
+)
+from gpt2.errors import ConfigError
 from gpt2.hardware import device_name
-from gpt2.model import OPENAI_SIZES
+from gpt2.model import OPENAI_CONFIGS
 from gpt2.runtime import pick_device
 
 KIND = "bench train"
 
 
-def train(argv: list[str]) -> int:
-    """`gpt2 bench train`: 0 when all is well, 1 when a loss is wrong, or a device gave no measurement at all."""
+def main(argv: list[str]) -> int:
+    """Run `gpt2 bench train`. Returns 1 if a loss is wrong, or a device has no measurement, else 0."""
     args = _parse(argv)
     devices = _devices(args.devices)
     workloads = [_workload(args, device, devices) for device in devices]
-    chosen, peers = choose(args.rungs), parse_peers(args.peer)
+    step_names, peers = parse_step_names(args.ladder_steps), parse_peers(args.peer)
     if args.peers_only and not peers:
-        raise UserError("--peers-only needs a --peer")
+        raise ConfigError("--peers-only needs a --peer", field="peers_only")
     if args.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, not {args.rounds}")
-    check_outputs(args.json, args.chart)
+        raise ConfigError(f"--rounds must be at least 1, not {args.rounds}", field="rounds")
+    check_outputs(args)
 
-    result: dict[str, Any] = {"kind": KIND, **environment(), "workload": _described(workloads[0]), "devices": []}
+    result: dict[str, Any] = {"kind": KIND, **environment(), "workload": _workload_record(workloads[0]), "devices": []}
     for workload in workloads:
         name = device_name(torch.device(workload.device))
-        device: dict[str, Any] = {"device": workload.device, "name": name, "workload": _described(workload)}
+        device: dict[str, Any] = {"device": workload.device, "name": name, "workload": _workload_record(workload)}
         result["devices"].append(device | {"rungs": [], "peers": None})
         device = result["devices"][-1]
         if not args.peers_only:
-            device["rungs"] = climb(workload, chosen, args.rounds, run=in_fresh_process, say=say)
+            device["rungs"] = run_ladder(
+                workload, step_names, args.rounds, run=run_in_subprocess, progress=print_progress
+            )
         if peers:
-            device["peers"] = compete(workload, peers, host=Elsewhere, say=say)
-        write(args.json, result)  # after each device: what is measured is not lost
-        _show(device)
+            device["peers"] = compare_with_peers(workload, peers, SubprocessRunner, print_progress)
+        write_json(args.json, result)  # after each device, so that nothing is lost
+        _print_results(device)
     if args.chart is not None:
-        chart.draw(result, args.chart)
-    return int(not all(_is_well(device) for device in result["devices"]))
+        ladder_chart.draw(result, args.chart)
+    return int(not all(_passed(device) for device in result["devices"]))
 
 
 def _parse(argv: list[str]) -> Namespace:
     parser = Parser(
         prog="gpt2 bench train",
-        description="The speed ladder: a training step from plain float32 upwards, one thing added at a time. "
-        "Every rung runs in a process of its own; one that changes the loss beyond rounding is flagged (exit code 1).",
+        description="The speed ladder: a training step from plain float32 upwards, one optimization added at a time. "
+        "Each ladder step runs in its own process; one that changes the loss beyond rounding is flagged (exit code 1).",
     )
-    parser.flag("devices", default="auto", metavar="LIST", help="such as cuda, or cpu,cuda [the best there is]")
-    parser.flag("model", default="gpt2", metavar="NAME", help=f"the shape: {', '.join(OPENAI_SIZES)} [gpt2]")
-    for flag in ("n-layer", "n-head", "n-embd"):
-        parser.flag(flag, type=int, metavar="INT", help="instead of that model's")
-    parser.flag("vocab-size", type=int, default=50257, metavar="INT", help="[50257]")
-    parser.flag("batch-size", type=int, metavar="INT", help="sequences in a step [16; 4 where a CPU takes part]")
-    parser.flag("block-size", type=int, metavar="INT", help="tokens in a sequence [1024; 256 where a CPU takes part]")
-    parser.flag("steps", type=int, metavar="INT", help="timed steps [20; 5 on a CPU]")
-    parser.flag("warmup", type=int, default=3, metavar="INT", help="steps before them [3]")
-    parser.flag("rounds", type=int, default=1, metavar="INT", help="climb the ladder so many times [1]")
-    parser.flag("rungs", default="all", metavar="LIST", help="only these, each with all below it [all]")
-    parser.flag("peer", action="append", default=[], metavar="PEER", help="nanogpt=PATH or transformers; repeatable")
-    parser.flag("peers-only", action="store_true", help="leave the ladder out")
-    parser.flag("json", type=Path, metavar="FILE", help="write everything measured, with all raw times")
-    parser.flag("chart", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
+    parser.add_flag("devices", default="auto", metavar="LIST", help="such as cuda, or cpu,cuda [the best available]")
+    parser.add_flag("model", default="gpt2", metavar="NAME", help=f"the shape: {', '.join(OPENAI_CONFIGS)} [gpt2]")
+    for name in SHAPE_FIELDS:
+        parser.add_flag(name.replace("_", "-"), type=int, metavar="INT", help="instead of that shape's")
+    parser.add_flag("batch-size", type=int, metavar="INT", help="sequences per step [16; 4 if one device is a CPU]")
+    block_help = "tokens per sequence [1024; 256 if one device is a CPU]"
+    parser.add_flag("block-size", type=int, metavar="INT", help=block_help)
+    parser.add_flag("steps", type=int, metavar="INT", help="timed steps [20; 5 on a CPU]")
+    parser.add_flag("warmup", type=int, default=3, metavar="INT", help="warm-up steps before them [3]")
+    parser.add_flag("rounds", type=int, default=1, metavar="INT", help="how often the ladder is measured [1]")
+    ladder_help = "ladder steps to measure, each on top of all before it [all]"
+    parser.add_flag("ladder-steps", "rungs", default="all", metavar="LIST", help=ladder_help)
+    peer_help = "nanogpt=PATH or transformers; repeatable"
+    parser.add_flag("peer", action="append", default=[], metavar="PEER", help=peer_help)
+    parser.add_flag("peers-only", action="store_true", help="skip the ladder")
+    add_output_flags(parser)
     return parser.parse_args(argv)
 
 
 def _devices(names: str) -> list[torch.device]:
-    """The devices of a comma list. Raises UserError for one that this machine lacks."""
+    """Parse a comma-separated list of devices. Raises UserError for one that this machine does not have."""
     devices = []
     for name in dict.fromkeys(name.strip() for name in names.split(",") if name.strip()):
         kind, _, index = name.partition(":")
         count = torch.cuda.device_count()
-        if kind == "cuda" and (not index or index.isdigit()) and int(index or 0) >= count:
-            raise UserError(f"there is no {name} device on this machine")
-        devices.append(pick_device(name))
-        if name != "auto" and devices[-1].type != kind:
-            raise UserError(f"there is no {name} device on this machine")
+        missing = kind == "cuda" and (not index or index.isdigit()) and int(index or 0) >= count
+        if missing or ((device := pick_device(name)).type != kind and name != "auto"):
+            raise ConfigError(f"there is no {name} device on this machine", field="devices")
+        devices.append(device)
     if not devices:
-        raise UserError("--devices names none: auto, cpu, cuda, cuda:N, mps")
+        raise ConfigError("--devices is empty: name some of auto, cpu, cuda, cuda:N, mps", field="devices")
     return devices
 
 
 def _workload(args: Namespace, device: torch.device, devices: list[torch.device]) -> Workload:
-    """What is timed on `device`; the shapes are the same on all `devices`, so that they can stand side by side."""
+    """The workload on `device`. All `devices` get the same shapes, so that they can be compared."""
     small = any(d.type == "cpu" for d in devices)
-    if args.model not in OPENAI_SIZES:
-        known, meant = ", ".join(OPENAI_SIZES), did_you_mean(args.model, OPENAI_SIZES)
-        raise UserError(f"--model {args.model} is not one of {known}{meant}")
-    size = OPENAI_SIZES[args.model]
-    block_size = _given(args.block_size, 256 if small else 1024)
+    given = {name: getattr(args, name) for name in SHAPE_FIELDS if getattr(args, name) is not None}
+    block_size = _or_default(args.block_size, 256 if small else 1024)
+    context = max(CONTEXT_LENGTH, block_size)
     return Workload(
         device=str(device),
-        config=replace(
-            size,
-            vocab_size=args.vocab_size,
-            block_size=max(CONTEXT, block_size),
-            n_layer=_given(args.n_layer, size.n_layer),
-            n_head=_given(args.n_head, size.n_head),
-            n_embd=_given(args.n_embd, size.n_embd),
-        ),
-        batch_size=_given(args.batch_size, 4 if small else 16),
+        config=replace(openai_config("--model", args.model), block_size=context, **given),
+        batch_size=_or_default(args.batch_size, 4 if small else 16),
         block_size=block_size,
-        steps=_given(args.steps, 5 if device.type == "cpu" else 20),
+        steps=_or_default(args.steps, 5 if device.type == "cpu" else 20),
         warmup=args.warmup,
     )
 
 
-def _given(value: int | None, default: int) -> int:
+def _or_default(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _described(workload: Workload) -> dict[str, Any]:
+def _workload_record(workload: Workload) -> dict[str, Any]:
     shape = asdict(workload.config)
     names = ("vocab_size", "n_layer", "n_head", "n_embd")
     own = ("batch_size", "block_size", "steps", "warmup", "lr", "seed")
     return {name: shape[name] for name in names} | {name: getattr(workload, name) for name in own}
 
 
-def _is_well(device: dict[str, Any]) -> bool:
-    race = device["peers"] or {"contestants": {}, "reason": None}
-    found = [*device["rungs"], *race["contestants"].values()]
-    measured = any("ms" in one for one in found) and race["reason"] is None
-    return measured and not any(one.get("wrong", False) for one in found)
+def _passed(device: dict[str, Any]) -> bool:
+    """Return whether a device has measurements, none of them wrong and none cut short."""
+    peers = device["peers"] or {"contestants": {}, "reason": None}
+    records = [*device["rungs"], *peers["contestants"].values()]
+    measured = any("ms" in record for record in records) and peers["reason"] is None
+    return measured and not any(record.get("wrong", False) for record in records)
 
 
-def _show(device: dict[str, Any]) -> None:
+def _print_results(device: dict[str, Any]) -> None:
     """Print a device's tables."""
     console = wide_console()
     w = device["workload"]
-    shape = (
-        f"{w['n_layer']} layers of {w['n_embd']}, {w['batch_size']} x {w['block_size']:,} tokens, {w['steps']} steps"
-    )
-    console.print(f"{device['device']}: {device['name']}; {shape}", markup=False)
+    shape = f"{w['n_layer']} layers of {w['n_embd']}, {w['batch_size']} x {w['block_size']:,} tokens"
+    console.print(f"{device['device']}: {device['name']}; {shape}, {w['steps']} steps", markup=False)
     if device["rungs"]:
         console.print(_ladder_table(device["rungs"]))
         for line in _ladder_notes(device["rungs"]):
@@ -151,54 +152,54 @@ def _show(device: dict[str, Any]) -> None:
         console.print(f"the peers could not be timed: {device['peers']['reason']}", markup=False)
     elif device["peers"]:
         console.print(_peers_table(device["peers"]["contestants"]))
-        for line in _ratios(device["peers"]["contestants"]):
+        for line in _ratio_lines(device["peers"]["contestants"]):
             console.print(line, markup=False)
 
 
-def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
-    table = Table("rung", box=None, pad_edge=False)
+def _ladder_table(steps: list[dict[str, Any]]) -> Table:
+    table = Table("step", box=None, pad_edge=False)
     for heading in ("ms/step", "quartiles", "speed-up", "tokens/s", "MFU", "of datasheet", "peak", "loss"):
         table.add_column(heading, justify="right")
-    table.add_column("loss beside the first rung's")
-    foot = next((rung for rung in rungs if "ms" in rung), None)
-    for rung in rungs:
-        if foot is None or "ms" not in rung:
-            table.add_row(rung["name"], *[""] * 8, Text(rung["reason"], style="dim"))
+    table.add_column("difference from the first loss")
+    baseline = next((step for step in steps if "ms" in step), None)
+    for step in steps:
+        if baseline is None or "ms" not in step:
+            table.add_row(step["name"], *[""] * 8, Text(step["reason"], style="dim"))
             continue
-        sheet = rung["mfu_datasheet"]
+        datasheet = step["mfu_datasheet"]
         table.add_row(
-            rung["name"],
-            *quartiles(rung["ms"]),
-            f"{foot['ms']['median'] / rung['ms']['median']:.2f}x",
-            f"{rung['tokens_per_second']:,.0f}",
-            f"{rung['mfu']:.0%}",
-            "" if sheet is None else f"{sheet:.0%}",
-            gigabytes(rung["peak_memory"]),
-            "not finite" if rung["loss"] is None else f"{rung['loss']:.4f}",
-            _verdict(rung, is_foot=rung is foot),
+            step["name"],
+            *format_quartiles(step["ms"]),
+            f"{baseline['ms']['median'] / step['ms']['median']:.2f}x",
+            f"{step['tokens_per_second']:,.0f}",
+            f"{step['mfu']:.0%}",
+            "" if datasheet is None else f"{datasheet:.0%}",
+            format_gib(step["peak_memory"]),
+            "not finite" if step["loss"] is None else f"{step['loss']:.4f}",
+            _loss_check_text(step, is_baseline=step is baseline),
         )
     return table
 
 
-def _verdict(rung: dict[str, Any], is_foot: bool) -> Text:
-    if rung["wrong"]:
-        off = "not finite" if rung["drift"] is None else f"off by {rung['drift']:.2g}"
-        return Text(f"WRONG: {off}, {rung['allowed']:.0e} allowed", style="bold red")
-    return Text("" if is_foot else f"within {rung['drift']:.0e} ({rung['allowed']:.0e} allowed)")
+def _loss_check_text(step: dict[str, Any], is_baseline: bool) -> Text:
+    if step["wrong"]:
+        off = "not finite" if step["drift"] is None else f"off by {step['drift']:.2g}"
+        return Text(f"WRONG: {off}, {step['allowed']:.0e} allowed", style="bold red")
+    return Text("" if is_baseline else f"within {step['drift']:.0e} ({step['allowed']:.0e} allowed)")
 
 
-def _ladder_notes(rungs: list[dict[str, Any]]) -> list[str]:
-    rates = {rung["arithmetic"]: rung["matmul"] for rung in rungs if "ms" in rung}
-    told = ", ".join(f"{arithmetic} {rate / 1e12:,.3g} TFLOP/s" for arithmetic, rate in rates.items())
-    notes = [f"MFU is against matmuls measured in this run: {told}"] if told else []
-    moved = unsteadiness(rungs)
-    if moved > 0.15:
-        notes.append(f"this machine is not quiet: its matmul rate moved by {moved:.0%} between rungs; try --rounds 3")
+def _ladder_notes(steps: list[dict[str, Any]]) -> list[str]:
+    rates = {step["arithmetic"]: step["matmul"] for step in steps if "ms" in step}
+    text = ", ".join(f"{arithmetic} {rate / 1e12:,.3g} TFLOP/s" for arithmetic, rate in rates.items())
+    notes = [f"MFU is relative to matmuls measured in this run: {text}"] if text else []
+    variation = matmul_rate_variation(steps)
+    if variation > 0.15:
+        notes.append(f"timings are noisy: the matmul rate varied by {variation:.0%} between steps; try --rounds 3")
     return notes
 
 
 def _peers_table(contestants: dict[str, dict[str, Any]]) -> Table:
-    table = Table("contestant", "mode", box=None, pad_edge=False)
+    table = Table("program", "mode", box=None, pad_edge=False)
     for heading in ("ms/step", "quartiles", "tokens/s", "MFU", "peak", "first loss"):
         table.add_column(heading, justify="right")
     table.add_column("")
@@ -206,27 +207,25 @@ def _peers_table(contestants: dict[str, dict[str, Any]]) -> Table:
         if "ms" not in one:
             table.add_row(name, *[""] * 7, Text(one["reason"], style="dim"))
             continue
-        for mode, lane in one["modes"].items():
-            if "ms" not in lane:
-                table.add_row(name, mode, *[""] * 6, Text(lane["reason"], style="dim"))
+        for mode, record in one["modes"].items():
+            if "ms" not in record:
+                table.add_row(name, mode, *[""] * 6, Text(record["reason"], style="dim"))
             elif mode != one["best"]:
-                table.add_row(name, mode, *quartiles(lane["ms"]))
+                table.add_row(name, mode, *format_quartiles(record["ms"]))
             else:
                 loss = "not finite" if one["first_loss"] is None else f"{one['first_loss']:.4f}"
-                peak = gigabytes(one["peak_memory"]) if "peak_memory" in one else "?"
+                peak = format_gib(one["peak_memory"]) if "peak_memory" in one else "?"
                 cells = (f"{one['tokens_per_second']:,.0f}", f"{one['mfu']:.0%}", peak, loss)
                 wrong = Text("WRONG: not our loss", style="bold red") if one.get("wrong") else Text("best")
-                table.add_row(name, mode, *quartiles(lane["ms"]), *cells, wrong)
+                table.add_row(name, mode, *format_quartiles(record["ms"]), *cells, wrong)
     return table
 
 
-def _ratios(contestants: dict[str, dict[str, Any]]) -> list[str]:
+def _ratio_lines(contestants: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, one in contestants.items():
         if "speed_ratio" in one:
             memory = f", with {one['memory_ratio']:.2f}x its memory" if "memory_ratio" in one else ""
-            mode = contestants[OURS]["best"]
-            lines.append(
-                f"{one['speed_ratio']:.2f}x the speed of {name}'s best mode ({one['best']}; ours {mode}){memory}"
-            )
+            modes = f"({one['best']}; ours {contestants[OURS]['best']})"
+            lines.append(f"{one['speed_ratio']:.2f}x the speed of {name}'s best mode {modes}{memory}")
     return lines

@@ -12,66 +12,70 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import (
-    DEFAULTS,
-    NUMBERS,
+from gpt2.commands.generation_args import (
+    MODEL_HELP,
+    NUMERIC_SETTINGS,
+    SAMPLING_DEFAULTS,
     add_model_flags,
     add_sampling_flags,
-    bad_words,
-    load_from,
-    logit_biases,
-    sampling_from,
-    shown,
-    template_from,
+    encode_bad_words,
+    escape_for_terminal,
+    load_inference_model,
+    parse_logit_biases,
+    resolve_from_args,
+    sampling_from_args,
 )
 from gpt2.errors import UserError, did_you_mean
-from gpt2.files import path_of
+from gpt2.files import expand_path
 from gpt2.generation.chat import Conversation
-from gpt2.generation.text import check_stop
-from gpt2.templates import ASSISTANT, USER
+from gpt2.generation.text import check_stop_strings
+from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX
 
 DESCRIPTION = f"""\
-Talk with a model, in a terminal or through a pipe (each line of standard input is a turn).
+Chat with a model, in a terminal or through a pipe (each line of standard input is a turn).
 
-GPT-2 was never taught to answer: it continues a transcript of lines that begin with "{USER}" and "{ASSISTANT}",
-until it would speak for the user. A model that was taught a chat template is asked by that instead, and ends an answer
-as it was taught. With --plain there are no roles: what you write begins a new line of one text, or goes on in the last
-one if it begins with a space; an empty line lets the model go on. /help, once inside, says more."""
+The pretrained GPT-2 is not a chat model: it continues a transcript of lines that begin with "{USER_PREFIX}" and
+"{ASSISTANT_PREFIX}", until it starts a line of the user. A model that was fine-tuned on a chat template is prompted
+with that template, and its end-of-turn token ends an answer. With --plain there are no roles: your text begins a new
+line of one document, or continues its last line if it begins with a space; after an empty line the model continues.
+See also /help."""
 
-HELP = r"""/temperature 0.7      change a setting; so /top-p 0.9, /max-new-tokens 50, ..., or /set NAME VALUE
-                      (/logit-bias ID=BIAS ID=BIAS, /bad-words "TEXT" "TEXT", /stop "\nTEXT"; none for none)
-/temperature          say what it is
-/settings             say what they all are
-/seed N               the same seed, the same answers
-/system TEXT          what the transcript begins with; nothing, if there is no TEXT
-/retry                another answer to what was said last
-/undo                 take back what was said last, and its answer
-/reset                forget all that was said
+COMMANDS_HELP = r"""/temperature 0.7      change a setting; also /top-p 0.9, /max-new-tokens 50, ..., or /set NAME VALUE
+                      (/logit-bias ID=BIAS ID=BIAS, /bad-words "TEXT" "TEXT", /stop "\nTEXT"; "none" clears a list)
+/temperature          show a setting
+/settings             show all settings
+/seed N               the same seed gives the same answers
+/system TEXT          set the first lines of the transcript; without TEXT there are none
+/retry                generate another answer to the last message
+/undo                 remove the last message and its answer
+/reset                clear the conversation
 /save FILE            write the transcript
-/help                 say this
-/quit                 leave, as Ctrl-D does
+/help                 show this help
+/quit                 quit, as Ctrl-D does
 
-Ctrl-C stops an answer. A line that begins with a space is no command."""
+Ctrl-C stops an answer. A line that begins with a space is not a command."""
 
 
 def main(argv: list[str]) -> None:
+    """Run `gpt2 chat`: answers on standard output, everything else on standard error."""
     parser = Parser(prog="gpt2 chat", description=DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL", help="a run folder, a model folder, or a hub name")
-    parser.flag("plain", action="store_true", help="no roles: you write, it goes on")
-    parser.flag("system", default="", metavar="TEXT", help="what the transcript begins with")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_flag("plain", action="store_true", help="no roles: the model continues your text")
+    parser.add_flag("system", default="", metavar="TEXT", help="the first lines of the transcript")
     add_sampling_flags(parser, max_new_tokens=100)
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    Session(_conversation(args), args.bad_word).run()
+    ChatSession(_make_conversation(args), args.bad_word).run()
 
 
-def _conversation(args: Namespace) -> Conversation:
-    """What the flags say; what is wrong with them is found before the model is loaded where it can be."""
+def _make_conversation(args: Namespace) -> Conversation:
+    """The conversation that the flags ask for. Flags are checked before the model is loaded where possible."""
     _check_utf8(args.system, "--system")
-    length, sampling = _length(args.max_new_tokens), sampling_from(args)
-    model, tokenizer = load_from(args, args.model)
-    sampling = replace(sampling, bad_words=bad_words(tokenizer, args.bad_word))
-    sampling.check_ids(model.config.vocab_size)
+    length, sampling = _parse_max_new_tokens(args.max_new_tokens), sampling_from_args(args)
+    resolved = resolve_from_args(args, args.model)
+    model, tokenizer = load_inference_model(args, resolved)
+    sampling = replace(sampling, bad_words=encode_bad_words(tokenizer, args.bad_word))
+    sampling.check_token_ids(model.config.vocab_size)
     return Conversation(
         model,
         tokenizer,
@@ -81,27 +85,27 @@ def _conversation(args: Namespace) -> Conversation:
         seed=args.seed,
         system=args.system,
         roles=not args.plain,
-        template=None if args.plain else template_from(args, args.model),
+        template=None if args.plain else resolved.template,
     )
 
 
-class Session:
-    """A conversation and who sits in front of it. Answers go to standard output, all other talk to standard error.
+class ChatSession:
+    """A conversation and its user interface. Answers go to standard output, everything else to standard error.
 
-    On a terminal there are prompts, and Ctrl-C stops an answer; through a pipe there is neither.
+    On a terminal prompts are shown, and Ctrl-C stops an answer; through a pipe it ends the program.
     """
 
     def __init__(self, conversation: Conversation, bad_texts: list[str]) -> None:
         self.conversation = conversation
         self.interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
         self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: _tell(HELP),
-            "set": self._set,
+            "help": lambda _: _print_to_stderr(COMMANDS_HELP),
+            "set": self._set_or_show,
             "settings": self._show_settings,
-            "seed": self._reseed,
-            "system": self._open_with,
+            "seed": self._set_seed,
+            "system": self._set_system,
             "retry": lambda _: self._print_answer(self.conversation.retry()),
-            "undo": lambda _: _tell(f"taken back: {self.conversation.undo().said}"),
+            "undo": lambda _: _print_to_stderr(f"removed: {self.conversation.undo().user_text}"),
             "reset": self._reset,
             "save": self._save,
             "quit": self._quit,
@@ -109,229 +113,232 @@ class Session:
         }
         self._bad_texts = bad_texts  # as they were typed
         self._saved: set[Path] = set()
-        self._interrupted = self._over = False
+        self._interrupted = self._done = False
 
     def run(self) -> None:
-        """Do what the lines say, until there are no more or one says /quit."""
+        """Handle lines until end of file or /quit."""
         if self.interactive:
-            with suppress(ImportError):  # on Windows, whose terminal does it by itself
-                import readline  # noqa: F401  (with which `input` edits lines, and remembers them)
-            _tell("/help says what can be done here, Ctrl-D leaves")
-        while not self._over:
+            with suppress(ImportError):  # on Windows, where the terminal edits lines by itself
+                import readline  # noqa: F401  (gives `input` line editing and history)
+            _print_to_stderr("/help lists the commands, Ctrl-D quits")
+        while not self._done:
             try:
-                self._do(_line_of_terminal(self._prompt) if self.interactive else _line_of_pipe())
+                self._handle_line(_read_terminal_line(self._prompt) if self.interactive else _read_stdin_line())
             except EOFError:
-                self._over = True
+                self._done = True
             except UserError as error:
-                _tell(str(error))
+                _print_to_stderr(str(error))
             except KeyboardInterrupt:  # at the prompt
                 if not self.interactive:
                     raise
-                _tell("\n/quit or Ctrl-D leaves")
+                _print_to_stderr("\n/quit or Ctrl-D quits")
 
     @property
     def _prompt(self) -> str:
-        return f"{USER} " if self.conversation.roles else "> "
+        return f"{USER_PREFIX} " if self.conversation.roles else "> "
 
-    def _do(self, line: str) -> None:
-        _check_utf8(line, "that line")
+    def _handle_line(self, line: str) -> None:
+        _check_utf8(line, "the line")
         if line.startswith("/"):
             name, _, value = line[1:].strip().partition(" ")
-            self._command(name.replace("_", "-"), value.strip())
+            self._run_command(name.replace("_", "-"), value.strip())
         elif not self.conversation.roles:
-            self._print_answer(self.conversation.say(line))
+            self._print_answer(self.conversation.send(line))
         elif line.strip():
-            self._print_answer(self.conversation.say(line.strip()))
+            self._print_answer(self.conversation.send(line.strip()))
 
-    def _command(self, name: str, value: str) -> None:
+    def _run_command(self, name: str, value: str) -> None:
         settings = self._settings()
         if name in self._commands:
             self._commands[name](value)
         elif name in settings:
-            self._set(f"{name} {value}")
+            self._set_or_show(f"{name} {value}")
         else:
             hint = did_you_mean(f"/{name}", [f"/{known}" for known in (*self._commands, *settings)])
-            raise UserError(f"there is no /{name}{hint}: /help says what there is")
+            raise UserError(f"there is no /{name}{hint}: /help lists the commands")
 
     def _print_answer(self, pieces: Generator[str, None, None]) -> None:
-        """Write the answer as it comes, until it ends or Ctrl-C ends it."""
-        forgotten, roles, opening = self.conversation.forgotten, self.conversation.roles, self.conversation.opening
-        colon = opening == " "  # which the label ends with, too
-        with self._noting_interrupts(), closing(pieces):
+        """Stream the answer until it ends or Ctrl-C stops it."""
+        talk = self.conversation
+        num_dropped, prefix = talk.num_dropped_turns, talk.answer_prefix
+        after_label = prefix == " "  # the answer's own space separates it from the label
+        with self._catch_interrupts(), closing(pieces):
             first = next(pieces, "")
-            if self.conversation.forgotten > forgotten:
-                dropped = f"{self.conversation.forgotten} of the turns before this one"
-                _tell(f"(the context is full: the model no longer reads {dropped}, the oldest)")
-            if self.interactive and roles:
-                print(ASSISTANT, end="" if colon else " ")
-            trim = roles and not (self.interactive and colon)
+            if talk.num_dropped_turns > num_dropped:
+                _print_to_stderr(
+                    f"(the context is full: the {talk.num_dropped_turns} oldest turns are no longer in the prompt)"
+                )
+            if self.interactive and talk.roles:
+                print(ASSISTANT_PREFIX, end="" if after_label else " ")
+            trim = talk.roles and not (self.interactive and after_label)
             try:
                 for piece in chain([first], pieces):
-                    text = piece.lstrip(opening) if trim else piece
+                    text = piece.lstrip(prefix) if trim else piece
                     trim = trim and not text
-                    print(shown(text, sys.stdout), end="", flush=True)
+                    print(escape_for_terminal(text, sys.stdout), end="", flush=True)
                     if self._interrupted:
                         break
             finally:
                 print(flush=True)
         if self._interrupted:
-            _tell("(stopped)")
+            _print_to_stderr("(stopped)")
 
     @contextmanager
-    def _noting_interrupts(self) -> Iterator[None]:
-        """On a terminal, Ctrl-C is only noted: it could come in the midst of a layer."""
+    def _catch_interrupts(self) -> Iterator[None]:
+        """On a terminal, Ctrl-C only sets a flag, so that it never interrupts a forward pass."""
         self._interrupted = False
         if not self.interactive:
             yield
             return
-        before = signal.signal(signal.SIGINT, self._note_interrupt)
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _note_interrupt(self, *_: object) -> None:
+    def _on_interrupt(self, *_: object) -> None:
         self._interrupted = True
 
     def _settings(self) -> dict[str, str]:
-        """All that can be set, by name, and what it is."""
+        """The current value of every setting, by name."""
         talk = self.conversation
-        numbers = {name.replace("_", "-"): f"{getattr(talk.sampling, name):g}" for name in NUMBERS}
+        numbers = {name.replace("_", "-"): f"{getattr(talk.sampling, name):g}" for name in NUMERIC_SETTINGS}
         biases = " ".join(f"{token}={bias:g}" for token, bias in dict(talk.sampling.logit_bias).items())
-        words, stop = (shlex.join(texts) for texts in (self._bad_texts, [_escaped(text) for text in talk.stop]))
+        words, stop = (shlex.join(texts) for texts in (self._bad_texts, [_escape(text) for text in talk.stop]))
         lists = {"logit-bias": biases or "none", "bad-words": words or "none", "stop": stop or "none"}
         return {"max-new-tokens": str(talk.max_new_tokens), **numbers, **lists}
 
     def _show_settings(self, _: str) -> None:
         talk = self.conversation
         rows = self._settings() | {"seed": str(talk.seed), "system": talk.system or "none"}
-        rows["context"] = f"{talk.length:,} of {talk.model.config.block_size:,} tokens taken"
-        _tell("\n".join(f"{name:<22}{value}" for name, value in rows.items()))
+        rows["context"] = f"{talk.num_prompt_tokens:,} of {talk.model.config.block_size:,} tokens used"
+        _print_to_stderr("\n".join(f"{name:<22}{value}" for name, value in rows.items()))
 
-    def _set(self, text: str) -> None:
-        """NAME VALUE: change it. NAME: say what it is."""
+    def _set_or_show(self, text: str) -> None:
+        """Change a setting for "NAME VALUE", and show it for "NAME"."""
         name, _, value = text.partition(" ")
         name, value = name.replace("_", "-"), value.strip()
         settings = self._settings()
         if name not in settings:
-            raise UserError(f"there is no setting '{name}'{did_you_mean(name, settings)}: /settings says what there is")
+            raise UserError(f"there is no setting '{name}'{did_you_mean(name, settings)}: /settings lists them")
         if value:
-            self._change(name, value)
-        _tell(f"{name} {self._settings()[name]}")
+            self._apply_setting(name, value)
+        _print_to_stderr(f"{name} {self._settings()[name]}")
 
-    def _change(self, name: str, value: str) -> None:
+    def _apply_setting(self, name: str, value: str) -> None:
         talk = self.conversation
         if name == "max-new-tokens":
-            talk.max_new_tokens = _length(value)
+            talk.max_new_tokens = _parse_max_new_tokens(value)
         elif name == "stop":
-            stop = [_unescaped(text) for text in _texts(name, value)]
-            check_stop(stop)
+            stop = [_unescape(text) for text in _split_texts(name, value)]
+            check_stop_strings(stop)
             talk.stop = tuple(stop)
         elif name == "bad-words":
-            texts = _texts(name, value)
-            talk.sampling = replace(talk.sampling, bad_words=bad_words(talk.tokenizer, texts))
+            texts = _split_texts(name, value)
+            talk.sampling = replace(talk.sampling, bad_words=encode_bad_words(talk.tokenizer, texts))
             self._bad_texts = texts
         else:
             field = name.replace("-", "_")
-            parsed = logit_biases(_texts(name, value)) if name == "logit-bias" else _number(name, value)
+            biases = name == "logit-bias"
+            parsed = parse_logit_biases(_split_texts(name, value)) if biases else _parse_number(name, value)
             sampling = replace(talk.sampling, **{field: parsed})
-            sampling.check_ids(talk.model.config.vocab_size)
+            sampling.check_token_ids(talk.model.config.vocab_size)
             talk.sampling = sampling
 
-    def _reseed(self, value: str) -> None:
+    def _set_seed(self, value: str) -> None:
         if value:
             try:
                 self.conversation.seed = int(value)
             except ValueError:
-                raise UserError(f"the seed must be a whole number, not {value}") from None
-        _tell(f"seed {self.conversation.seed}")
+                raise UserError(f"the seed must be an integer, not {value}") from None
+        _print_to_stderr(f"seed {self.conversation.seed}")
 
-    def _open_with(self, value: str) -> None:
+    def _set_system(self, value: str) -> None:
         self.conversation.system = value
-        _tell(f"the transcript begins with: {value}" if value else "the transcript begins with what you say")
+        _print_to_stderr(f"the transcript begins with: {value}" if value else "the transcript begins with your message")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        _tell("all forgotten")
+        _print_to_stderr("the conversation is cleared")
 
     def _save(self, name: str) -> None:
-        """Write the transcript; a file that this session did not write stays as it is."""
+        """Write the transcript. Raises UserError for a file that this session did not write."""
         if not name:
-            raise UserError("/save needs the name of a file")
-        path = path_of(name)
+            raise UserError("/save needs a file name")
+        path = expand_path(name)
         try:
             with path.open("w" if path in self._saved else "x", encoding="utf-8") as file:
                 file.write(self.conversation.transcript + "\n")
         except FileExistsError:
-            raise UserError(f"{path} is there already: name another file") from None
+            raise UserError(f"{path} exists already: name another file") from None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
         self._saved.add(path)
-        _tell(f"written to {path}")
+        _print_to_stderr(f"written to {path}")
 
     def _quit(self, _: str) -> None:
-        self._over = True
+        self._done = True
 
 
-def _tell(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     if sys.stderr is not None:
-        print(shown(text, sys.stderr), file=sys.stderr, flush=True)
+        print(escape_for_terminal(text, sys.stderr), file=sys.stderr, flush=True)
 
 
-def _line_of_terminal(prompt: str) -> str:
+def _read_terminal_line(prompt: str) -> str:
     try:
         return input(prompt)
     except EOFError:
-        print(flush=True)  # the shell's prompt is to have a line of its own
+        print(flush=True)  # so that the shell's prompt starts on a new line
         raise
     except UnicodeError:
-        raise UserError("that line is not UTF-8 text") from None
+        raise UserError("the line is not UTF-8 text") from None
 
 
-def _line_of_pipe() -> str:
+def _read_stdin_line() -> str:
     line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
     if not line:
         raise EOFError
     try:
         return line.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeError:
-        raise UserError("that line is not UTF-8 text") from None
+        raise UserError("the line is not UTF-8 text") from None
 
 
-def _check_utf8(text: str, what: str) -> None:
+def _check_utf8(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeError:
-        raise UserError(f"{what} is not UTF-8 text") from None
+        raise UserError(f"{name} is not UTF-8 text") from None
 
 
-def _length(value: Any) -> int:
-    """The length of an answer, from a flag or as it was typed."""
-    length = _number("max-new-tokens", value)
+def _parse_max_new_tokens(value: Any) -> int:
+    """The maximum length of an answer, from a flag or a command."""
+    length = _parse_number("max-new-tokens", value)
     if length < 1:
         raise UserError(f"max-new-tokens must be at least 1, not {length}")
     return length
 
 
-def _number(name: str, value: Any) -> Any:
-    kind = type(DEFAULTS.get(name.replace("-", "_"), 0))
+def _parse_number(name: str, value: Any) -> Any:
+    kind = type(SAMPLING_DEFAULTS.get(name.replace("-", "_"), 0))
     try:
         return kind(value)
     except ValueError:
-        raise UserError(f"{name} must be a {'whole ' if kind is int else ''}number, not {value}") from None
+        raise UserError(f"{name} must be {'an integer' if kind is int else 'a number'}, not {value}") from None
 
 
-def _texts(name: str, value: str) -> list[str]:
-    """Words or "quoted texts", or none."""
+def _split_texts(name: str, value: str) -> list[str]:
+    """Split words and "quoted texts"; "none" is the empty list."""
     try:
         return [] if value == "none" else shlex.split(value)
     except ValueError as error:
         raise UserError(f"{name}: {str(error)[:1].lower()}{str(error)[1:]}") from None
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace("\n", r"\n")
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     return text.replace(r"\\", "\0").replace(r"\n", "\n").replace("\0", "\\")

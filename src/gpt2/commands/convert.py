@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_adapter_flag, template_from
-from gpt2.errors import UserError
-from gpt2.files import RUN_FILES, made_by_program, path_of
+from gpt2.commands.generation_args import add_adapter_flag
+from gpt2.errors import ConfigError, UserError
+from gpt2.files import RUN_FOLDER_FILES, expand_path, known_folder_kind
 
 DESCRIPTION = """Write a model for other programs, and check that they compute the same.
 
@@ -19,10 +19,10 @@ def main(argv: list[str], prog: str = "gpt2 convert", default: str | None = None
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="a MODEL: of any format in --list, or a hub name")
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the folder or file to write")
     parser.add_argument("--to", "--format", default=default, help="the format to write: see --list")
-    parser.flag("list", action="store_true", help="list the formats that are read and written, and stop")
-    parser.flag("dtype", default=None, help="of the weights, as --list has them; by default what the model has")
-    parser.flag("max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file, as 500MB [5GB]")
-    parser.flag("overwrite", action="store_true", help="replace a model that is in OUT")
+    parser.add_flag("list", action="store_true", help="list the formats that are read and written, and stop")
+    parser.add_flag("dtype", default=None, help="of the weights, as --list has them; by default what the model has")
+    parser.add_flag("max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file, as 500MB [5GB]")
+    parser.add_flag("overwrite", action="store_true", help="replace a model that is in OUT")
     add_adapter_flag(parser)
     args = parser.parse_args(argv)
     if args.list:
@@ -33,22 +33,19 @@ def main(argv: list[str], prog: str = "gpt2 convert", default: str | None = None
     if args.to is None:
         raise UserError("--to is missing: gpt2 convert --list names the formats")
     from gpt2.conversion import Job, check_free, convert, dtype_for, target_of
-    from gpt2.weights import find_model, load
+    from gpt2.resolve import resolve_model
 
-    target, out = target_of(args.to), path_of(args.out)
+    target, out = target_of(args.to), expand_path(args.out)
     check_shard_size(args.max_shard_size)
-    _check_place(out, find_model(args.source))
+    source = resolve_model(args.source, args.adapter)
+    _check_place(out, source.folder)
     check_free(target, out, args.overwrite)
     if args.dtype is not None and args.dtype not in target.tolerances:
-        raise UserError(f"{target.name} has no dtype '{args.dtype}': there are {', '.join(target.tolerances)}")
-    model, tokenizer = load(args.source, dtype=None, adapter=args.adapter)
-    job = Job(
-        model,
-        tokenizer,
-        template_from(args, args.source),
-        dtype_for(target, args.dtype, model),
-        args.max_shard_size,
-    )
+        raise ConfigError(
+            f"{target.name} has no dtype '{args.dtype}': there are {', '.join(target.tolerances)}", field="dtype"
+        )
+    model, tokenizer = source.load(dtype=None)
+    job = Job(model, tokenizer, source.template, dtype_for(target, args.dtype, model), args.max_shard_size)
     parity = convert(target, job, out)
     print(f"{target.name}, {job.dtype}: {parity}", file=sys.stderr)
     print(out)
@@ -78,5 +75,5 @@ def _check_place(out: Path, source: Path) -> None:
     if out.resolve() == source.resolve():
         raise UserError(f"{out} is the model itself: name another folder")
     for folder in (out.resolve(), *out.resolve().parents):
-        if made_by_program([name for name in RUN_FILES if (folder / name).exists()]):
+        if known_folder_kind([name for name in RUN_FOLDER_FILES if (folder / name).exists()]):
             raise UserError(f"{out} is in the run folder {folder}, which training writes: name a folder elsewhere")

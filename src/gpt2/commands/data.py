@@ -7,133 +7,130 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from gpt2.cli import Parser, counting
-from gpt2.data.instruct import InstructData, is_instruct, open_instruct
-from gpt2.data.prepare import bpe_size, describe_shards, named_shards, open_data, prepare, tokenizer_for
-from gpt2.data.sources import SOURCES, open_source
-from gpt2.errors import UserError
-from gpt2.files import path_of
+from gpt2.cli import Parser, positive_int
+from gpt2.data.instruct import InstructDataset, open_instruct
+from gpt2.data.prepare import bpe_vocab_size, describe_shards, make_tokenizer, open_data, prepare
+from gpt2.data.resolve import Rows, Shards, resolve_data, resolve_texts
+from gpt2.data.sources import BUILTIN_SOURCES, Texts
+from gpt2.errors import DataError
+from gpt2.files import expand_path
 from gpt2.templates import get_template
 from gpt2.tokenizer import Tokenizer, get_tokenizer, with_special_tokens
 
-COLUMNS_HELP = (
-    "which columns of rows to read, if their names do not say: text=NAME, prompt=NAME,answer=NAME or messages=NAME"
-)
-SHOWN_TOKENS = 400  # of a document, so that a book does not run past
+COLUMNS_HELP = "columns of rows to read [by their names]: text=NAME, prompt=NAME,answer=NAME or messages=NAME"
+MAX_SHOWN_TOKENS = 400  # of a document
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="gpt2 data", description="Text to token shards, and what a model would learn from data.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|prepare|inspect", parser_class=Parser)
-    verbs.add_parser("list", help="the corpora that have a name")
-    prepare_parser = verbs.add_parser("prepare", help="tokenize a corpus into a folder of shards")
-    prepare_parser.add_argument(
-        "source", metavar="SOURCE", help="a name, a text file, a folder of them, or rows of text"
-    )
-    prepare_parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
-    prepare_parser.flag("tokenizer", default="gpt2", help="gpt2, bytes, bpe:N or a folder [gpt2]")
-    prepare_parser.flag("val-fraction", type=float, default=0.1, help="how much is held out [0.1]")
-    prepare_parser.flag("columns", help=COLUMNS_HELP)
-    inspect_parser = verbs.add_parser("inspect", help="show what would be learned; check token shards")
-    inspect_parser.add_argument("source", metavar="SOURCE", help="as for --data: text, rows, or a folder of shards")
-    inspect_parser.flag("tokenizer", help="gpt2, bytes, bpe:N (for text) or a folder [gpt2]")
-    inspect_parser.flag(
-        "template", default="plain", help="of prompts and answers: plain, raw, chatml or a file [plain]"
-    )
-    inspect_parser.flag("mask-prompt", action=BooleanOptionalAction, default=True, help="learn the answers alone [yes]")
-    inspect_parser.flag("columns", help=COLUMNS_HELP)
-    inspect_parser.flag("block-size", type=counting, default=1024, help="tokens in a row of a batch [1024]")
-    inspect_parser.flag("rows", type=int, default=3, metavar="N", help="how many documents to show [3]")
-    args = parser.parse_args(argv)
-
+    """Run `gpt2 data`: reports on standard output."""
+    args = _parse(argv)
     if args.verb == "list":
-        for name, about in SOURCES.items():
-            print(f"{name:24}{about}")
+        for name, description in BUILTIN_SOURCES.items():
+            print(f"{name:24}{description}")
     elif args.verb == "prepare":
-        source = open_source(args.source, args.columns)
-        tokenizer = tokenizer_for(source, args.tokenizer, args.val_fraction)
-        meta = prepare(source, tokenizer, path_of(args.out), val_fraction=args.val_fraction)
+        texts = resolve_texts(args.source, args.columns)
+        tokenizer = make_tokenizer(texts, args.tokenizer, args.val_fraction)
+        meta = prepare(texts, tokenizer, expand_path(args.out), val_fraction=args.val_fraction)
         for split, counts in meta.splits.items():
             print(f"{split}: {counts.tokens:,} tokens of {counts.bytes:,} bytes in {counts.documents} document(s)")
-    elif (shards := named_shards(args.source)) is not None:
-        print(describe_shards(shards))
-    elif is_instruct(args.source, args.columns):
-        _inspect_rows(args)
+    elif isinstance(data := resolve_data(args.source, args.columns), Shards):
+        print(describe_shards(data.path))
+    elif isinstance(data, Rows):
+        _inspect_rows(args, data)
     else:
-        _inspect_text(args)
+        _inspect_texts(args, data)
 
 
-def _inspect_rows(args: Namespace) -> None:
-    """What rows of prompts and answers come to as tokens, in numbers and to look at."""
-    if args.tokenizer and bpe_size(args.tokenizer):
-        raise UserError("for rows of prompts and answers, --tokenizer is gpt2, bytes, or a folder that holds one")
+def _parse(argv: list[str]) -> Namespace:
+    parser = Parser(prog="gpt2 data", description="Tokenize text into shards, and show what a model would train on.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|prepare|inspect", parser_class=Parser)
+    verbs.add_parser("list", help="list the built-in corpora")
+    shards = verbs.add_parser("prepare", help="tokenize a corpus into a folder of shards")
+    shards.add_argument("source", metavar="SOURCE", help="a name, a text file, a folder of them, or rows of text")
+    shards.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    shards.add_flag("tokenizer", default="gpt2", help="gpt2, bytes, bpe:N or a folder [gpt2]")
+    shards.add_flag("val-fraction", type=float, default=0.1, help="fraction held out for validation [0.1]")
+    shards.add_flag("columns", help=COLUMNS_HELP)
+    inspect = verbs.add_parser("inspect", help="show the tokens that would be trained on; check token shards")
+    inspect.add_argument("source", metavar="SOURCE", help="as for --data: text, rows, or a folder of shards")
+    inspect.add_flag("tokenizer", help="gpt2, bytes, bpe:N (for text) or a folder [gpt2]")
+    inspect.add_flag("template", default="plain", help="chat template: plain, raw, chatml or a file [plain]")
+    inspect.add_flag("mask-prompt", action=BooleanOptionalAction, default=True, help="train on answers only [yes]")
+    inspect.add_flag("columns", help=COLUMNS_HELP)
+    inspect.add_flag("block-size", type=positive_int, default=1024, help="tokens in a row of a batch [1024]")
+    inspect.add_flag("rows", type=int, default=3, metavar="N", help="how many documents to show [3]")
+    return parser.parse_args(argv)
+
+
+def _inspect_rows(args: Namespace, rows: Rows) -> None:
+    """Print statistics of rows of prompts and answers, and the tokens of the first rows."""
+    if args.tokenizer and bpe_vocab_size(args.tokenizer):
+        message = "for rows of prompts and answers, --tokenizer is gpt2, bytes, or a folder of a tokenizer"
+        raise DataError(message, field="tokenizer")
     template, tokenizer = get_template(args.template), get_tokenizer(args.tokenizer or "gpt2")
     if missing := template.missing_tokens(tokenizer):
         tokenizer = with_special_tokens(tokenizer, missing)
-    data = open_instruct(args.source, tokenizer, template, columns=args.columns, mask_prompt=args.mask_prompt)
-    for name, said in rows_facts(data, args.block_size).items():
-        print(f"{name + ':':12}{said}")
+    data = open_instruct(rows, tokenizer, template, mask_prompt=args.mask_prompt)
+    for name, value in instruct_stats(data, args.block_size).items():
+        print(f"{name + ':':12}{value}")
     console = Console(highlight=False)
     documents = data.documents
     for index in range(min(args.rows, len(documents))):
-        some = slice(*documents.offsets[index : index + 2])
-        held_out = ", held out" if index in data.val else ""
+        span = slice(*documents.offsets[index : index + 2])
+        held_out = ", held out" if index in data.val_indices else ""
         print(f"\n--- row {index + 1:,}{held_out}")
-        show(console, tokenizer, documents.tokens[some].tolist(), documents.learned[some].tolist())
+        print_tokens(console, tokenizer, documents.tokens[span].tolist(), documents.loss_mask[span].tolist())
 
 
-def _inspect_text(args: Namespace) -> None:
-    """What text comes to as tokens, all of which are learned."""
-    source = open_source(args.source, args.columns)
-    data = open_data(args.source, args.tokenizer, args.columns)
+def _inspect_texts(args: Namespace, texts: Texts) -> None:
+    """Print statistics of text, and the tokens of the first documents. The loss covers all tokens of text."""
+    data = open_data(texts, args.tokenizer)
     held_out = f"{data.val_tokens:,} held out" if data.val_tokens else "none held out"
-    print(f"{'documents:':12}{len(source.documents):,}, {sum(document.size for document in source.documents):,} bytes")
-    print(f"{'tokens:':12}{data.train_tokens:,} to learn from, {held_out}")
+    print(f"{'documents:':12}{len(texts.documents):,}, {sum(document.size for document in texts.documents):,} bytes")
+    print(f"{'tokens:':12}{data.train_tokens:,} for training, {held_out}")
     print(f"{'tokenizer:':12}{data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids")
     console = Console(highlight=False)
-    for document in source.documents[: max(0, args.rows)]:
+    for document in texts.documents[: max(0, args.rows)]:
         print(f"\n--- {document.name}")
-        text = "".join(islice(document.pieces(piece_bytes=4 * SHOWN_TOKENS), 1))
+        text = "".join(islice(document.iter_chunks(chunk_bytes=4 * MAX_SHOWN_TOKENS), 1))
         tokens = data.tokenizer.encode(text)
-        ends = len(tokens) < SHOWN_TOKENS and len(source.documents) > 1 and len(text.encode()) == document.size
+        ends = len(tokens) < MAX_SHOWN_TOKENS and len(texts.documents) > 1 and len(text.encode()) == document.size
         tokens += [data.tokenizer.end_of_text] * ends
-        show(console, data.tokenizer, tokens, [True] * len(tokens))
+        print_tokens(console, data.tokenizer, tokens, [True] * len(tokens))
 
 
-def rows_facts(data: InstructData, block_size: int) -> dict[str, str]:
-    """What there is to learn, and how it fits into rows of `block_size` tokens, line by line for a person."""
-    documents, packed, cut = data.documents, data.packed(block_size), data.truncated(block_size)
-    learned, all_tokens = int(documents.learned.sum()), len(documents.tokens)
-    filling = packed.padding / (len(packed) * block_size)
-    truncated = (
-        f"{cut.documents:,} of the training rows lose {cut.tokens:,} tokens, {cut.learned:,} of them to be learned"
-    )
+def instruct_stats(data: InstructDataset, block_size: int) -> dict[str, str]:
+    """Counts of rows, tokens and loss targets, and how they pack into rows of `block_size` tokens, as text by name."""
+    documents, packed, cut = data.documents, data.packed_rows(block_size), data.truncation(block_size)
+    targets, all_tokens = int(documents.loss_mask.sum()), len(documents.tokens)
+    padding = packed.num_padding / (len(packed) * block_size)
+    truncated = f"{cut.documents:,} of the training rows lose {cut.tokens:,} tokens, {cut.targets:,} of them targets"
     return {
-        "rows": f"{len(documents):,}: {len(data.train):,} to learn from, {len(data.val):,} held out",
-        "tokens": f"{all_tokens:,}, of which {learned:,} are learned ({learned / all_tokens:.1%})",
-        "packed": f"into {len(packed):,} rows of {block_size:,}, {filling:.1%} of them filling",
+        "rows": f"{len(documents):,}: {len(data.train_indices):,} for training, {len(data.val_indices):,} held out",
+        "tokens": f"{all_tokens:,}, of which {targets:,} are loss targets ({targets / all_tokens:.1%})",
+        "packed": f"into {len(packed):,} rows of {block_size:,}, {padding:.1%} of them padding",
         "truncated": truncated if cut.documents else "none",
         "tokenizer": f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids",
     }
 
 
-def show(console: Console, tokenizer: Tokenizer, tokens: list[int], learned: list[bool]) -> None:
-    """Print tokens with a line between each two: what is learned in green, or in ⟦ ⟧ where there are no colours."""
-    coloured = console.is_terminal and not console.no_color
-    shown = list(zip(tokens, learned, strict=True))[:SHOWN_TOKENS]
+def print_tokens(console: Console, tokenizer: Tokenizer, tokens: list[int], loss_mask: list[bool]) -> None:
+    """Print tokens separated by lines: loss targets in green, or in ⟦ ⟧ on a console without colors."""
+    colored = console.is_terminal and not console.no_color
+    shown = list(zip(tokens, loss_mask, strict=True))[:MAX_SHOWN_TOKENS]
     text = Text()
-    for counts, run in groupby(shown, key=lambda pair: pair[1]):
-        said = "│".join(_visible(tokenizer.token_bytes(token)) for token, _ in run)
-        if coloured:
-            text.append(said + "│", "green" if counts else "dim")
+    for is_target, run in groupby(shown, key=lambda pair: pair[1]):
+        words = "│".join(_printable(tokenizer.token_bytes(token)) for token, _ in run)
+        if colored:
+            text.append(words + "│", "green" if is_target else "dim")
         else:
-            text.append(f"⟦{said}⟧" if counts else said)
-    left = len(tokens) - len(shown)
-    text.append(f" … and {left:,} tokens more" if left else "", "dim")
+            text.append(f"⟦{words}⟧" if is_target else words)
+    hidden = len(tokens) - len(shown)
+    text.append(f" … and {hidden:,} more tokens" if hidden else "", "dim")
     console.print(text, soft_wrap=True)
 
 
-def _visible(token: bytes) -> str:
-    """What a token stands for, with nothing in it that a terminal could obey."""
+def _printable(token: bytes) -> str:
+    """The text of a token, with control characters escaped."""
     text = token.decode("utf-8", "backslashreplace").replace("\n", "⏎\n")
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -5,74 +5,74 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.train import add_training_flags, agreed_config, sampler_of, training_config
-from gpt2.errors import UserError
+from gpt2.commands.train import add_training_flags, broadcast_config, make_sampler, resolve_config
+from gpt2.config import read_toml, to_toml, with_overrides
+from gpt2.distributed.process_group import process_group
+from gpt2.errors import ConfigError
 from gpt2.train.comparison import compare
-from gpt2.train.config import read_toml, to_toml, with_values
-from gpt2.train.ranks import joined
 from gpt2.train.recipes import RECIPES
 from gpt2.train.trainer import Interrupted, Sampler, train
 
-LORA_LR = 5e-4  # adapters begin as nothing, and bear ten times what the weights do
-NOT_OURS = ("init_from", "n_layer", "n_head", "n_embd")  # the model says
+DEFAULT_LORA_LR = 5e-4  # ten times that of full fine-tuning: adapters start at zero
+EXCLUDED_FLAGS = ("init_from", "n_layer", "n_head", "n_embd")  # these come from MODEL
 
 
 def main(argv: list[str]) -> int:
     """`gpt2 finetune`: the run folder on standard output, what it changed on standard error."""
     parser = Parser(
         prog="gpt2 finetune",
-        description="Teach a model your text, or your prompts and answers (JSONL, CSV, Parquet), and see what it "
-        "gained and forgot. Leaves a run folder, as gpt2 train does.",
-        epilog="gpt2 data inspect SOURCE shows what would be learned. --resume RUN goes on with a run that stopped.",
+        description="Fine-tune a model on text, or on prompts and answers (JSONL, CSV, Parquet), and compare it with "
+        "its base. Writes a run folder, as gpt2 train does.",
+        epilog="gpt2 data inspect SOURCE shows which tokens would be trained on. --resume RUN resumes a run.",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a run folder, or a hub name")
-    parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
-    add_training_flags(parser, RECIPES["finetune"], without=NOT_OURS, quiet=())
-    with joined() as ranks:
-        with ranks.together():
+    parser.add_flag("print-config", action="store_true", help="print the settings as TOML and exit")
+    add_training_flags(parser, RECIPES["finetune"], exclude=EXCLUDED_FLAGS, hidden=())
+    with process_group() as ranks:
+        with ranks.raise_on_all_ranks():
             given = vars(parser.parse_args(argv))
             print_only = given.pop("print_config")
-            given = tuning_flags(given.pop("model"), given)
-            asked = with_values(RECIPES["finetune"], given, "the command line")
-        config = agreed_config(ranks, asked, lambda: training_config("finetune", given))
+            given = finetune_settings(given.pop("model"), given)
+            requested = with_overrides(RECIPES["finetune"], given, "the command line")
+        config = broadcast_config(ranks, requested, lambda: resolve_config("finetune", given))
         if print_only:
-            if ranks.main:
+            if ranks.is_main_process:
                 print(to_toml(config), end="")
             return 0
-        sampler = sampler_of(config)
+        sampler = make_sampler(config)
         try:
             folder = train(config, sampler, ranks)
         except Interrupted as stop:
-            if ranks.main:
+            if ranks.is_main_process:
                 print(f"gpt2: {str(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)
             return stop.exit_code
-        with ranks.together():
-            if ranks.main:
-                _tell(folder, sampler)
+        with ranks.raise_on_all_ranks():
+            if ranks.is_main_process:
+                _report_comparison(folder, sampler)
     return 0
 
 
-def _tell(folder: Path, sampler: Sampler) -> None:
-    """What a run that is over has changed, in its report and on standard error; and where it is."""
-    told = compare(read_toml(folder / "config.toml"), folder, sampler).markdown()
+def _report_comparison(folder: Path, sampler: Sampler) -> None:
+    """Compare the fine-tuned model with its base, in the run's report and on standard error; print the run folder."""
+    comparison = compare(read_toml(folder / "config.toml"), folder, sampler).markdown()
     with (folder / "report.md").open("a", encoding="utf-8") as report:
-        report.write(f"\n{told}")
-    print(told, file=sys.stderr)
+        report.write(f"\n{comparison}")
+    print(comparison, file=sys.stderr)
     print(folder)
 
 
-def tuning_flags(model: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """What the flags of `gpt2 finetune` come to, over its recipe's values or a resumed run's."""
-    if given.get("resume", "never") in ("never", "auto"):
+def finetune_settings(model: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `gpt2 finetune` with the settings that follow from them. Raises UserError for what is missing."""
+    if flags.get("resume", "never") in ("never", "auto"):
         if model is None:
-            raise UserError("gpt2 finetune needs a MODEL to begin with: a model folder, a run folder, or a hub name")
-        given = {"init_from": model, **given}
-        if given.get("lora_rank"):
-            given = {"lr": LORA_LR, **given}
-        if "max_steps" in given:
-            given = {"epochs": 0.0, **given}
-        if "data" not in given:
-            raise UserError("gpt2 finetune needs --data SOURCE: text, or rows of prompts and answers")
+            raise ConfigError("gpt2 finetune needs a MODEL to start from: a model folder, a run folder, or a hub name")
+        flags = {"init_from": model, **flags}
+        if flags.get("lora_rank"):
+            flags = {"lr": DEFAULT_LORA_LR, **flags}
+        if "max_steps" in flags:
+            flags = {"epochs": 0.0, **flags}
+        if "data" not in flags:
+            raise ConfigError("gpt2 finetune needs --data SOURCE: text, or rows of prompts and answers", field="data")
     elif model is not None:
-        raise UserError("--resume goes on with a run's own model: leave MODEL out")
-    return given
+        raise ConfigError("--resume uses the run's own model: leave MODEL out", field="resume")
+    return flags

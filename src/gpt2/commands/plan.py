@@ -9,95 +9,99 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2.cli import Parser
-from gpt2.commands.train import add_training_flags, training_config
-from gpt2.hardware import KNOWN
-from gpt2.train.config import TrainConfig
-from gpt2.train.plan import ASSUMED_MFU, FULL, Plan, plan
+from gpt2.commands.train import add_training_flags, resolve_config
+from gpt2.config import TrainConfig
+from gpt2.hardware import ACCELERATORS
+from gpt2.planning.plan import Plan, plan
+from gpt2.planning.scaling import ASSUMED_MFU
+from gpt2.planning.target import MAX_MEMORY_FRACTION
+from gpt2.reporting.units import format_bytes, format_count
 from gpt2.train.recipes import RECIPES
-from gpt2.train.units import byte_size, count
 
-SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def main(argv: list[str]) -> int:
+    """Run `gpt2 plan`: a table, or JSON, on standard output."""
     parser = Parser(
         prog="gpt2 plan",
-        description="What a run would take, before it begins: memory by part, time and cost. No file is made, and no "
-        "data is read.",
-        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. --on takes {', '.join(KNOWN)}. "
+        description="Estimate what a training run needs: memory by part, time and cost. Writes no file, and reads no "
+        "data.",
+        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. --on takes {', '.join(ACCELERATORS)}. "
         "The flags below --json are those of gpt2 train.",
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
-    parser.flag("on", default="here", metavar="DEVICE", help="here (measured), or a GPU by name (estimated) [here]")
-    parser.flag("gpus", type=_count, default=1, metavar="N", help="how many, in each machine, share the batch [1]")
-    parser.flag("nodes", type=_count, default=1, metavar="N", help="machines [1]")
-    parser.flag(
-        "network", type=_gbit, metavar="GBIT", help="Gbit/s of each machine to the others; by default what is usual"
+    parser.add_flag("on", default="here", metavar="DEVICE", help="here (measured), or a GPU by name (estimated) [here]")
+    parser.add_flag(
+        "gpus", type=_parse_count, default=1, metavar="N", help="GPUs per machine; they share the batch [1]"
     )
-    parser.flag("tokens", type=_count, metavar="N", help="a budget such as 500M or 10B; by default that of --max-steps")
-    parser.flag("price-per-hour", type=_price, metavar="PRICE", help="of the whole machine, in any currency")
-    parser.flag("json", action="store_true", help="print the plan as JSON")
-    add_training_flags(parser, quiet=())
+    parser.add_flag("nodes", type=_parse_count, default=1, metavar="N", help="machines [1]")
+    network_help = "bandwidth between machines, in Gbit/s each [typical for the GPU]"
+    parser.add_flag("network", type=_parse_gbit, metavar="GBIT", help=network_help)
+    parser.add_flag("tokens", type=_parse_count, metavar="N", help="budget such as 500M or 10B [that of --max-steps]")
+    parser.add_flag("price-per-hour", type=_parse_price, metavar="PRICE", help="of all machines, in any currency")
+    parser.add_flag("json", action="store_true", help="print the plan as JSON")
+    add_training_flags(parser, hidden=())
     given = vars(parser.parse_args(argv))
     recipe, as_json = given.pop("recipe"), given.pop("json")
-    asked = {name: given.pop(name) for name in ("on", "nodes", "network", "tokens", "price_per_hour")}
-    made = plan(devices=given.pop("gpus"), config=_config(recipe, given), **asked)
+    target = {name: given.pop(name) for name in ("on", "nodes", "network", "tokens", "price_per_hour")}
+    result = plan(devices=given.pop("gpus"), config=_plan_config(recipe, given), **target)
     if as_json:
-        print(json.dumps(made.as_dict(), indent=2))
+        print(json.dumps(result.as_dict(), indent=2))
     else:
-        show(made, Console())
+        print_plan(result, Console())
     return 0
 
 
-def _config(base: str, given: dict[str, Any]) -> TrainConfig:
-    """What `gpt2 train` would do, without a look at the folder it would do it in: a plan has no name."""
-    if given.get("resume") in ("never", "auto"):
-        del given["resume"]
-    return training_config(base, {"name": "plan", **given}).check()
+def _plan_config(recipe: str, flags: dict[str, Any]) -> TrainConfig:
+    """The config of `gpt2 train`, without looking for an existing run folder."""
+    if flags.get("resume") in ("never", "auto"):
+        del flags["resume"]
+    return resolve_config(recipe, {"name": "plan", **flags}).check()
 
 
-def _count(text: str) -> int:
-    """ "10B", "500M", "2.5k" or "1e9" as a whole number of at least 1."""
+def _parse_count(text: str) -> int:
+    """Parse "10B", "500M", "2.5k" or "1e9" as an integer of at least 1."""
     parts = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmbt]?)", text.lower().replace(",", "").replace("_", ""))
     try:
-        number = int(float(parts[1]) * SUFFIXES[parts[2]]) if parts else 0
+        number = int(float(parts[1]) * COUNT_SUFFIXES[parts[2]]) if parts else 0
     except (ValueError, OverflowError):
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of at least 1, such as 500M or 10B")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 1, such as 500M or 10B")
     return number
 
 
-def _gbit(text: str) -> float:
-    """Gbit/s as bytes/s."""
+def _parse_gbit(text: str) -> float:
+    """Parse Gbit/s, and return bytes/s."""
     try:
         gbit = float(text)
     except ValueError:
         gbit = 0.0
     if not 0 < gbit < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no speed over 0, such as 100 for 100 Gbit/s")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a bandwidth over 0, such as 100 for 100 Gbit/s")
     return gbit * 1e9 / 8
 
 
-def _price(text: str) -> float:
+def _parse_price(text: str) -> float:
     try:
         price = float(text)
     except ValueError:
         price = -1.0
     if not 0 <= price < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no price")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a price")
     return price
 
 
-def show(made: Plan, console: Console) -> None:
-    """The plan as a table: a name, a value and a remark in each line."""
+def print_plan(result: Plan, console: Console) -> None:
+    """Print the plan as a table with a name, a value and a remark in each line."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    sections = [("Model", _model_rows(made)), ("Memory", _memory_rows(made)), ("Time", _time_rows(made))]
-    if made.ways:
-        sections.append((f"Parallel: {made.parallel}", _parallel_rows(made)))
+    sections = [("Model", _model_rows(result)), ("Memory", _memory_rows(result)), ("Time", _time_rows(result))]
+    if result.ways:  # of parallelism
+        sections.append((f"Parallel: {result.parallel}", _parallel_rows(result)))
     for title, rows in sections:
         table.add_row(f"[bold]{title}[/bold]", "", "")
         for name, value, remark in rows:
@@ -105,96 +109,99 @@ def show(made: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _model_rows(made: Plan) -> list[tuple[str, str, str]]:
-    parts = made.batch_size // made.devices // made.micro_batch_size
-    cut = f"{parts} micro-batches of {made.micro_batch_size}" if parts > 1 else "at once"
-    shared = f"on each of {made.devices} devices " if made.devices > 1 else ""
-    wholly = made.trainable == made.parameters
-    learning = [("that learn", f"{made.trainable:,}", f"{made.trainable / made.parameters:.2%} as many")]
-    weights = "6 per weight of a matrix" if wholly else "4 per frozen weight of a matrix, 6 per one that learns"
+def _model_rows(result: Plan) -> list[tuple[str, str, str]]:
+    accumulation = result.batch_size // result.devices // result.micro_batch_size
+    split = f"{accumulation} micro-batches of {result.micro_batch_size}" if accumulation > 1 else "one micro-batch"
+    per_device = f"on each of {result.devices} devices " if result.devices > 1 else ""
+    full = result.trainable == result.parameters
+    trainable = [("trainable", f"{result.trainable:,}", f"{result.trainable / result.parameters:.2%} of them")]
+    weights = "6 per matrix weight" if full else "4 per frozen matrix weight, 6 per trainable one"
     return [
-        ("parameters", f"{made.parameters:,}", f"with a vocabulary of {made.vocab_size:,}"),
-        *([] if wholly else learning),
-        ("tokens per step", f"{made.tokens_per_step:,}", f"{made.batch_size:,} sequences, {shared}{cut}"),
-        ("steps", f"{made.steps:,}", f"{count(made.tokens)} tokens"),
-        ("FLOPs per token", f"{made.flops_per_token:.3g}", f"{weights}, 12 * layers * width * context"),
-        ("FLOPs per step", f"{made.flops_per_step:.3g}", ""),
-        ("FLOPs of the run", f"{made.flops:.3g}", ""),
+        ("parameters", f"{result.parameters:,}", f"with a vocabulary of {result.vocab_size:,}"),
+        *([] if full else trainable),
+        ("tokens per step", f"{result.tokens_per_step:,}", f"{result.batch_size:,} sequences, {per_device}{split}"),
+        ("steps", f"{result.steps:,}", f"{format_count(result.tokens)} tokens"),
+        ("FLOPs per token", f"{result.flops_per_token:.3g}", f"{weights}, 12 * layers * width * context"),
+        ("FLOPs per step", f"{result.flops_per_step:.3g}", ""),
+        ("FLOPs of the run", f"{result.flops:.3g}", ""),
     ]
 
 
-REMARKS = {
+MEMORY_REMARKS = {
     "program": "Python and torch, measured",
     "weights": "float32",
-    "gradients": "float32, of what learns",
-    "optimizer": "what it remembers of each parameter that learns",
-    "gathered": "of the other devices' shards, for a while",
-    "casts": "the matrices in the dtype of the products",
-    "activations": "what the backward pass needs",
-    "logits": "a chunk of them, and the head's gradient",
-    "working": "inside one operation",
-    "allocator": "holes in the heap, an estimate",
-    "snapshot": "in the host's memory, while a checkpoint is written",
+    "gradients": "float32, of trainable parameters",
+    "optimizer": "its state of each trainable parameter",
+    "gathered": "parameters all-gathered from other devices",
+    "casts": "matrices in the compute dtype",
+    "activations": "kept for the backward pass",
+    "logits": "one chunk, and the gradient of the head",
+    "working": "temporary buffers of one operation",
+    "allocator": "heap fragmentation, an estimate",
+    "snapshot": "host memory, while a checkpoint is written",
 }
 
 
-def _memory_rows(made: Plan) -> list[tuple[str, str, str]]:
-    rows = [(name, byte_size(size), REMARKS[name]) for name, size in made.memory.parts().items() if size]
-    share = made.memory.peak / made.device_memory
-    verdict = "fits" if made.fits else f"does not fit: {FULL:.0%} may be filled"
-    rows.append(("a step", byte_size(made.memory.step), "at most: not all parts are at their largest at once"))
-    if made.memory.peak > made.memory.step:
-        rows.append(("the run", byte_size(made.memory.peak), "at most, with the checkpoints"))
-    rows.append(("device", byte_size(made.device_memory), f"{made.device}: {share:.0%} used, {verdict}"))
-    if made.suggestion is None:
+def _memory_rows(result: Plan) -> list[tuple[str, str, str]]:
+    rows = [(name, format_bytes(size), MEMORY_REMARKS[name]) for name, size in result.memory.parts().items() if size]
+    share = result.memory.peak / result.device_memory
+    verdict = "fits" if result.fits else f"does not fit: {MAX_MEMORY_FRACTION:.0%} is usable"
+    rows.append(("a step", format_bytes(result.memory.step), "upper bound: the parts do not all peak at once"))
+    if result.memory.peak > result.memory.step:
+        rows.append(("the run", format_bytes(result.memory.peak), "upper bound, with checkpoints"))
+    rows.append(("device", format_bytes(result.device_memory), f"{result.device}: {share:.0%} used, {verdict}"))
+    if result.suggestion is None:
         rows.append(("suggestion", "none", "not even one row fits, recomputed or not: a smaller model, or more memory"))
     else:
-        flags = f"--micro-batch-size {made.suggestion['micro_batch_size']}"
-        rows.append(("largest that fits", flags, "with --recompute" if made.suggestion["recompute"] else ""))
+        flags = f"--micro-batch-size {result.suggestion['micro_batch_size']}"
+        remark = "with --activation-checkpointing" if result.suggestion["activation_checkpointing"] else ""
+        rows.append(("largest that fits", flags, remark))
     return rows
 
 
-def _time_rows(made: Plan) -> list[tuple[str, str, str]]:
-    if made.measured:
-        source = "from passes of some layers, timed here just now"
-        of_rate = f"of the {made.matmul_rate / 1e12:.3g} TFLOP/s that matrix products reach here"
+def _time_rows(result: Plan) -> list[tuple[str, str, str]]:
+    if result.measured:
+        source = "from passes of some layers, timed on this machine"
+        of_rate = f"of the {result.matmul_rate / 1e12:.3g} TFLOP/s that matmuls reach on this machine"
     else:
-        source = f"an estimate: {ASSUMED_MFU:.0%} of the datasheet's rate is assumed"
-        of_rate = f"of the datasheet's {made.matmul_rate / 1e12:.4g} TFLOP/s{' each' if made.devices > 1 else ''}"
-    if made.ways:
-        source += f"; with {made.parallel}, see below"
-    compiled = ", compiled" if made.compile else ""
+        source = f"an estimate: {ASSUMED_MFU:.0%} MFU is assumed"
+        of_rate = f"of the datasheet's {result.matmul_rate / 1e12:.4g} TFLOP/s{' each' if result.devices > 1 else ''}"
+    if result.ways:
+        source += f"; with {result.parallel}, see below"
+    compiled = ", compiled" if result.compile else ""
     rows = [
-        ("per step", _seconds(made.seconds_per_step), source),
-        ("tokens per second", f"{made.tokens_per_second:,.0f}", f"in {made.dtype}{compiled}"),
-        ("utilization", f"{made.utilization:.0%}", of_rate),
-        ("the run", _seconds(made.seconds), "training alone, without validation, samples and checkpoints"),
+        ("per step", _format_seconds(result.seconds_per_step), source),
+        ("tokens per second", f"{result.tokens_per_second:,.0f}", f"in {result.dtype}{compiled}"),
+        ("utilization", f"{result.utilization:.0%}", of_rate),
+        ("the run", _format_seconds(result.seconds), "training steps only: no validation, samples or checkpoints"),
     ]
-    if made.cost is not None:
-        rows.append(("cost", f"{made.cost:,.2f}", "at the price given for the whole machine"))
+    if result.cost is not None:
+        rows.append(("cost", f"{result.cost:,.2f}", "at the price given for all machines"))
     return rows
 
 
-def _parallel_rows(made: Plan) -> list[tuple[str, str, str]]:
-    """What each of the two ways takes; in bytes of one device."""
+def _parallel_rows(result: Plan) -> list[tuple[str, str, str]]:
+    """Memory, time and traffic of DDP and FSDP2, per device."""
     rows = []
-    for name, way in made.ways.items():
-        step, sent = way.step, [f"{byte_size(way.step.sent_inside)} inside its machine"] if way.step.sent_inside else []
+    for name, way in result.ways.items():
+        step = way.step
+        sent = [f"{format_bytes(step.sent_inside)} inside its machine"] if step.sent_inside else []
         if step.sent_between:
-            sent.append(f"{byte_size(step.sent_between)} to others")
-        share = f"{way.memory.peak / made.device_memory:.0%} of the device's"
+            sent.append(f"{format_bytes(step.sent_between)} to others")
+        share = f"{way.memory.peak / result.device_memory:.0%} of the device's"
+        exposed = f"{_format_seconds(step.exposed)} not overlapped with computation"
         rows += [
-            (f"{name}: memory", byte_size(way.memory.peak), share if way.fits else f"{share}: does not fit"),
-            (f"{name}: a step", _seconds(step.seconds), f"{step.efficiency:.0%} of it computing"),
-            (f"{name}: sending", _seconds(step.communication), f"{_seconds(step.exposed)} not hidden behind computing"),
-            (f"{name}: sent", byte_size(step.sent_inside + step.sent_between), ", ".join(sent)),
+            (f"{name}: memory", format_bytes(way.memory.peak), share if way.fits else f"{share}: does not fit"),
+            (f"{name}: a step", _format_seconds(step.seconds), f"{step.efficiency:.0%} of it computation"),
+            (f"{name}: communication", _format_seconds(step.communication), exposed),
+            (f"{name}: sent", format_bytes(step.sent_inside + step.sent_between), ", ".join(sent)),
         ]
-    if made.nodes > 1:
-        rows.append(("network", f"{made.network * 8 / 1e9:,.4g} Gbit/s", "of each machine (--network)"))
+    if result.nodes > 1:
+        rows.append(("network", f"{result.network * 8 / 1e9:,.4g} Gbit/s", "of each machine (--network)"))
     return rows
 
 
-def _seconds(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):

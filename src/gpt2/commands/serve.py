@@ -9,16 +9,16 @@ from dataclasses import fields
 from typing import Any
 
 from gpt2.cli import Parser
-from gpt2.commands.decoding import add_model_flags, load_plain, template_from
-from gpt2.errors import UserError, missing_extra
-from gpt2.generation.fast import accelerated
+from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
+from gpt2.errors import ConfigError, missing_extra
+from gpt2.generation.inference import prepare_for_inference
 from gpt2.hardware import GiB
 from gpt2.serve.limits import Limits
-from gpt2.templates import Template
+from gpt2.templates import ChatTemplate
 
 
 def main(argv: list[str]) -> int:
-    """`gpt2 serve`: 0 when it was told to stop, 1 when it broke."""
+    """`gpt2 serve`: exit code 0 after a signal, 1 when the thread of a model has died."""
     args = _parse(argv)
     try:
         import fastapi  # noqa: F401
@@ -32,107 +32,111 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> Namespace:
     parser = Parser(
         prog="gpt2 serve",
-        description="Answer OpenAI's API: completions, chat, models; and show the playground to a browser. "
-        "SIGTERM or Ctrl-C: what runs is finished, nothing new is taken.",
+        description="Serve OpenAI's API (completions, chat completions, models) and the playground. "
+        "SIGTERM or Ctrl-C finishes running requests and refuses new ones.",
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="run folders, model folders, or hub names")
-    parser.flag("host", default="127.0.0.1", metavar="ADDRESS", help="where to listen [127.0.0.1: this machine only]")
-    parser.flag("port", type=int, default=8000, metavar="INT", help="0 for a free one [8000]")
-    parser.flag(
+    parser.add_flag("host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on [127.0.0.1]")
+    parser.add_flag("port", type=int, default=8000, metavar="INT", help="0 for a free port [8000]")
+    parser.add_flag(
         "api-key",
         action="append",
         metavar="KEY",
-        help="clients have to send one of these; may be given several times [$GPT2_API_KEY]",
+        help="key that clients must send; may be given several times [$GPT2_API_KEY]",
     )
-    parser.flag("no-api-key", action="store_true", help="anybody may ask, even from other machines")
-    parser.flag(
+    parser.add_flag("no-api-key", action="store_true", help="accept requests without a key, even from other machines")
+    parser.add_flag(
         "allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="another name the server is called by, as behind a proxy; may be given several times",
+        help="another host name of the server, such as that of a proxy; may be given several times",
     )
-    parser.flag(
+    parser.add_flag(
         "trusted-proxy",
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="whose X-Forwarded-For is believed; may be given several times",
+        help="proxy whose X-Forwarded-For is used; may be given several times",
     )
     for limit in fields(Limits):
         name, kind, default = limit.name.replace("_", "-"), type(limit.default), limit.default
-        about = f"{limit.metadata['help']} [{default:g}]"
-        parser.flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=about)
-    parser.flag("context", type=int, metavar="INT", help="tokens a text may look back over [the model's]")
-    parser.flag("grace", type=float, default=30.0, metavar="SECONDS", help="to finish what runs, at the end [30]")
-    parser.flag("log-requests", action="store_true", help="a line for each request, without its text")
-    parser.flag("log-prompts", action="store_true", help="the same, with its text")
+        help_text = f"{limit.metadata['help']} [{default:g}]"
+        parser.add_flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=help_text)
+    parser.add_flag("context", type=int, metavar="INT", help="context length in tokens [the model's]")
+    parser.add_flag(
+        "grace", type=float, default=30.0, metavar="SECONDS", help="time to finish running requests at shutdown [30]"
+    )
+    parser.add_flag("log-requests", action="store_true", help="log a line for each request, without its prompt")
+    parser.add_flag("log-prompts", action="store_true", help="the same, with the prompt")
     add_model_flags(parser)
     return parser.parse_args(argv)
 
 
 def _serve(args: Namespace) -> int:
     from gpt2.serve.app import create_app
-    from gpt2.serve.guard import LOOPBACK_NAMES, Access
-    from gpt2.serve.listen import Server, address_of, bind, is_loopback
+    from gpt2.serve.middleware import LOOPBACK_HOSTS, AccessPolicy
+    from gpt2.serve.uvicorn_server import Server, base_url, bind_socket, is_loopback
 
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     loopback = is_loopback(args.host)
-    keys = _keys(args, loopback)
+    keys = _api_keys(args, loopback)
     if not 0 <= args.port < 2**16:
-        raise UserError(f"--port must be 0 to 65535, not {args.port}")
-    hosts = [*LOOPBACK_NAMES, args.host.strip("[]"), *args.allowed_host] if loopback or args.allowed_host else None
-    with bind(args.host, args.port) as bound:  # before the models are read: what cannot be is better known soon
-        models = _load(args, limits)
-        app = create_app(models, limits, Access(keys, hosts), args.log_prompts)
+        raise ConfigError(f"--port must be 0 to 65535, not {args.port}", field="port")
+    hosts = [*LOOPBACK_HOSTS, args.host.strip("[]"), *args.allowed_host] if loopback or args.allowed_host else None
+    with bind_socket(args.host, args.port) as listener:  # before the models are loaded, to fail early
+        models = _load_models(args, limits)
+        app = create_app(models, limits, AccessPolicy(keys, hosts), args.log_prompts)
         if args.log_requests or args.log_prompts:
             logging.getLogger("gpt2.serve").setLevel(logging.INFO)
 
         def ready() -> None:
             gc.collect()
-            gc.freeze()  # or to search all of the libraries for garbage would stop every text for a tenth of a second
+            gc.freeze()  # a full collection over all objects of the libraries would stall every sequence for 0.1 s
             slots = f"{limits.slots} slots, {_cache_bytes(models) / GiB:.2f} GiB of cache"
-            _say(f"serving {', '.join(models)} at {address_of(bound)} ({slots})")
+            _log(f"serving {', '.join(models)} at {base_url(listener)} ({slots})")
 
         server = Server(app, list(models.values()), args.grace, ready, args.trusted_proxy)
-        server.run(sockets=[bound])
+        server.run(sockets=[listener])
     if server.broken:
-        _say("a model's thread has died (see above)")
+        _log("the thread of a model has died (see above)")
     return int(server.broken)
 
 
-def _keys(args: Namespace, loopback: bool) -> list[str]:
-    """The API keys. Raises UserError for a server that anybody could use, unless that is what is wanted."""
+def _api_keys(args: Namespace, loopback: bool) -> list[str]:
+    """The API keys. Raises ConfigError for a server that other machines could use without one, unless requested."""
     given = args.api_key or [os.environ.get("GPT2_API_KEY", "")]
     keys = [key for key in given if key]
     if args.no_api_key and args.api_key:
-        raise UserError("--api-key and --no-api-key do not go together")
+        raise ConfigError("--api-key and --no-api-key exclude each other", field="api_key")
     if args.api_key and len(keys) < len(given):
-        raise UserError("--api-key is empty")
+        raise ConfigError("--api-key is empty", field="api_key")
     if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise UserError("an API key has only printable ASCII characters and no spaces")
+        raise ConfigError("an API key must have only printable ASCII characters and no spaces", field="api_key")
     if not keys and not loopback and not args.no_api_key:
-        raise UserError(
-            f"--host {args.host} lets other machines in: set $GPT2_API_KEY or give --api-key (or --no-api-key)"
+        message = (
+            f"--host {args.host} is open to other machines: set $GPT2_API_KEY, or give --api-key (or --no-api-key)"
         )
+        raise ConfigError(message, field="api_key")
     return [] if args.no_api_key else keys
 
 
-def _load(args: Namespace, limits: Limits) -> dict[str, Any]:
-    """The models by their names, ready to be served."""
-    from gpt2.serve.models import name_of, serve_model
+def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
+    """The models by name, loaded and with their schedulers."""
+    from gpt2.serve.models import create_served_model, served_model_name
 
     if args.context is not None and args.context < 1:
-        raise UserError(f"--context must be at least 1, not {args.context}")
+        raise ConfigError(f"--context must be at least 1, not {args.context}", field="context")
     models: dict[str, Any] = {}
     for ref in args.models:
-        name = name_of(ref)
+        name = served_model_name(ref)
         if name in models:
-            raise UserError(f"two models are called {name}: clients could not tell them apart")
-        plain, tokenizer = load_plain(args, ref)
-        fast = accelerated(plain, args.dtype)
-        template = template_from(args, ref) or Template()
-        models[name] = serve_model(name, plain, fast, tokenizer, limits, template, args.context)
+            raise ConfigError(f"two models have the name {name}: names must be different")
+        resolved = resolve_from_args(args, ref)
+        model, tokenizer = load_model(args, resolved)
+        inference_model = prepare_for_inference(model, args.dtype)
+        template = resolved.template or ChatTemplate()
+        models[name] = create_served_model(name, model, inference_model, tokenizer, limits, template, args.context)
     return models
 
 
@@ -140,5 +144,5 @@ def _cache_bytes(models: dict[str, Any]) -> int:
     return sum(served.scheduler.cache_bytes for served in models.values())
 
 
-def _say(line: str) -> None:
-    print(f"gpt2: {line}", file=sys.stderr, flush=True)
+def _log(message: str) -> None:
+    print(f"gpt2: {message}", file=sys.stderr, flush=True)

@@ -11,81 +11,84 @@ import torch
 
 import gpt2
 from gpt2.cli import Parser
-from gpt2.data.prepare import named_shards
-from gpt2.errors import UserError
-from gpt2.files import path_of
+from gpt2.config import FINETUNING_FIELDS, TrainConfig, config_for_resume, run_name, to_toml, with_overrides
+from gpt2.data.resolve import find_shards
+from gpt2.distributed.process_group import ProcessGroup, max_restarts, process_group
+from gpt2.errors import ConfigError
+from gpt2.files import expand_path
 from gpt2.generation.text import generate
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.config import TUNING, TrainConfig, resumed, run_name, to_toml, with_values
-from gpt2.train.guard import replay
-from gpt2.train.ranks import Ranks, joined, restarts
-from gpt2.train.recipes import RECIPES, recipe
+from gpt2.train.non_finite import replay_dump
+from gpt2.train.recipes import RECIPES, load_recipe
 from gpt2.train.trainer import Interrupted, Sampler, train
 
 
 def main(argv: list[str]) -> int:
+    """Run `gpt2 train`: the run folder on standard output, progress on standard error."""
     parser = Parser(
         prog="gpt2 train",
-        description="Train a GPT-2 and leave a run folder: weights, metrics, loss plot, samples, checkpoints.",
-        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. A recipe is nothing but values for these flags; "
-        "what stands in brackets above holds where a recipe says nothing (--print-config shows all).",
+        description="Train a GPT-2 and write a run folder: weights, metrics, loss plot, samples, checkpoints.",
+        epilog=f"recipes: {', '.join(RECIPES)}; by default quickstart. A recipe is a set of values for these flags; "
+        "the defaults in brackets apply to flags that the recipe does not set (--print-config shows all values).",
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
-    parser.flag("print-config", action="store_true", help="print the settings as TOML and do nothing")
-    parser.flag("replay", metavar="DUMP", help="compute a step of RUN/dumps/ again: what went bad first?")
+    parser.add_flag("print-config", action="store_true", help="print the settings as TOML and exit")
+    parser.add_flag(
+        "replay", metavar="DUMP", help="recompute a step of RUN/dumps/ and find the first non-finite module"
+    )
     add_training_flags(parser)
-    with joined() as ranks:
-        with ranks.together():
+    with process_group() as ranks:
+        with ranks.raise_on_all_ranks():
             given = vars(parser.parse_args(argv))
             dump, base, print_only = (given.pop(name) for name in ("replay", "recipe", "print_config"))
-            asked = with_values(recipe(base), given, "the command line")
+            requested = with_overrides(load_recipe(base), given, "the command line")
         if dump is not None:
-            if ranks.main:
-                print(replay(path_of(dump)))
+            if ranks.is_main_process:
+                print(replay_dump(expand_path(dump)))
             return 0
-        config = agreed_config(ranks, asked, lambda: training_config(base, given))
+        config = broadcast_config(ranks, requested, lambda: resolve_config(base, given))
         if print_only:
-            if asked.name is None:  # one was only made up for a run that begins now
+            if requested.name is None:  # the generated name is for a run that starts now
                 config = replace(config, name=None)
-            if ranks.main:
+            if ranks.is_main_process:
                 print(to_toml(config), end="")
             return 0
         try:
-            folder = train(config, sampler_of(config), ranks)
+            folder = train(config, make_sampler(config), ranks)
         except Interrupted as stop:
-            if ranks.main:
+            if ranks.is_main_process:
                 print(f"gpt2: {stop}", file=sys.stderr)
             return stop.exit_code
-        if ranks.main:
+        if ranks.is_main_process:
             print(folder)
     return 0
 
 
-def agreed_config(ranks: Ranks, asked: TrainConfig, make: Callable[[], TrainConfig]) -> TrainConfig:
-    """What rank 0 makes of what all were asked, once it is the same: it alone looks at the run folders.
+def broadcast_config(
+    ranks: ProcessGroup, requested: TrainConfig, make_config: Callable[[], TrainConfig]
+) -> TrainConfig:
+    """Broadcast the config that the main process makes: it alone looks at the run folders.
 
-    Raises UserError where ranks were asked different things, and for a run that torchrun could not start anew.
+    Raises UserError where the ranks were given different flags, and for a run that torchrun could not restart.
     """
     versions = {"torch": torch.__version__, "gpt2": gpt2.__version__}
-    flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()}
-    ranks.same(versions | flags, "start every rank with the same command")
+    flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(requested).items()}
+    ranks.assert_same_on_all_ranks(versions | flags, "start every rank with the same command")
 
     def make_and_check() -> TrainConfig:
-        if restarts() and asked.resume == "never":
-            raise UserError("torchrun --max-restarts starts the run again: give --resume auto, so that it goes on")
-        config = make().check()
-        if restarts() and config.max_minutes:
-            raise UserError(
-                "torchrun --max-restarts takes what --max-minutes ends for a failure: leave one of them out"
-            )
+        if max_restarts() and requested.resume == "never":
+            raise ConfigError("torchrun --max-restarts needs --resume auto, so that a restarted run resumes")
+        config = make_config().check()
+        if max_restarts() and config.max_minutes:
+            raise ConfigError("torchrun --max-restarts treats the end by --max-minutes as a failure: use only one")
         return config
 
-    return ranks.first(make_and_check)
+    return ranks.broadcast_from_main(make_and_check)
 
 
-def sampler_of(config: TrainConfig) -> Sampler:
-    """How a run lets its model talk."""
+def make_sampler(config: TrainConfig) -> Sampler:
+    """The function with which a run generates its samples."""
 
     def sampler(model: GPT, tokenizer: Tokenizer, prompt: str, length: int) -> str:
         return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
@@ -93,65 +96,68 @@ def sampler_of(config: TrainConfig) -> Sampler:
     return sampler
 
 
-def training_config(base: str, given: dict[str, Any]) -> TrainConfig:
-    """What `gpt2 train` should do: the recipe's values under the flags given, or a resumed run's."""
-    resume = given.get("resume", "never")
+def resolve_config(base_recipe: str, flags: dict[str, Any]) -> TrainConfig:
+    """The config of `gpt2 train`: the flags over the recipe's values, or over those of a resumed run."""
+    resume = flags.get("resume", "never")
     if resume not in ("never", "auto"):
-        folder = path_of(resume)
+        folder = expand_path(resume)
         if not (folder / "config.toml").is_file():
-            raise UserError(f"--resume {folder}: there is no run in that folder")
-        return resumed(folder, given)
-    if "data" in given and named_shards(given["data"]) is not None:
-        given = {"tokenizer": None, **given}  # shards know their own: a recipe's does not speak against it
-    own = next((name for name in ("n_layer", "n_head", "n_embd") if name in given and given.get("init_from")), None)
-    if own is not None:
-        raise UserError(f"--init-from keeps that model's own shape: leave --{own.replace('_', '-')} out")
-    config = with_values(recipe(base), given, "the command line")
-    if "warmup_steps" not in given and config.warmup_steps > config.max_steps:  # the recipe's, in a run cut short
+            raise ConfigError(f"--resume {folder}: there is no run in that folder", field="resume")
+        return config_for_resume(folder, flags)
+    if "data" in flags and find_shards(flags["data"]) is not None:
+        flags = {"tokenizer": None, **flags}  # the shards' own, not the recipe's
+    shape = next((name for name in ("n_layer", "n_head", "n_embd") if name in flags and flags.get("init_from")), None)
+    if shape is not None:
+        raise ConfigError(f"--init-from keeps that model's shape: leave --{shape.replace('_', '-')} out", field=shape)
+    config = with_overrides(load_recipe(base_recipe), flags, "the command line")
+    if "warmup_steps" not in flags and config.warmup_steps > config.max_steps:  # the recipe's, in a shorter run
         config = replace(config, warmup_steps=config.max_steps // 10)
     if config.name is None:
-        stem = Path(base).stem
-        config = with_values(config, {"name": run_name(config.out_dir, stem, resume=resume == "auto")}, base)
-    folder = path_of(config.out_dir) / str(config.name)
+        stem = Path(base_recipe).stem
+        config = with_overrides(config, {"name": run_name(config.out_dir, stem, resume=resume == "auto")}, base_recipe)
+    folder = expand_path(config.out_dir) / str(config.name)
     if resume == "auto" and (folder / "config.toml").is_file():
-        return resumed(folder, given)
+        return config_for_resume(folder, flags)
     return config
 
 
 def add_training_flags(
-    parser: Parser, base: TrainConfig | None = None, *, without: Collection[str] = (), quiet: Collection[str] = TUNING
+    parser: Parser,
+    base: TrainConfig | None = None,
+    *,
+    exclude: Collection[str] = (),
+    hidden: Collection[str] = FINETUNING_FIELDS,
 ) -> None:
-    """A flag for every field of TrainConfig; only those given end up in the parsed result.
+    """Add a flag for every field of TrainConfig. The parsed result has only those that were given.
 
-    base:    where the defaults in the help come from.
-    without: fields that have no flag.
-    quiet:   fields whose flag the help does not tell of.
+    base:    source of the defaults in the help.
+    exclude: fields that have no flag.
+    hidden:  fields whose flag is not in the help.
     """
     types = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
-        if f.name in without:
+        if f.name in exclude:
             continue
         text, annotation, default = f.metadata["help"], types[f.name], getattr(base or TrainConfig(), f.name)
         kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if annotation in (bool, bool | None):
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
-            kind = next(
-                kind for kind in (int, float, str) if kind in (annotation, *getattr(annotation, "__args__", ()))
-            )
-            kwargs |= {"type": _or_word(kind, f.metadata["words"]), "metavar": kind.__name__.upper()}
+            allowed = (annotation, *getattr(annotation, "__args__", ()))
+            kind = next(kind for kind in (int, float, str) if kind in allowed)
+            kwargs |= {"type": _number_or_word(kind, f.metadata["words"]), "metavar": kind.__name__.upper()}
             if default is not None and default != "":
                 kwargs["help"] = f"{text} [{default}]"
-        if f.name in quiet:
+        if f.name in hidden:
             kwargs["help"] = argparse.SUPPRESS
-        parser.flag(f.name.replace("_", "-"), **kwargs)
+        parser.add_flag(*(name.replace("_", "-") for name in (f.name, *f.metadata["aliases"])), **kwargs)
 
 
-def _or_word(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
-    """A parser of `kind` for argparse that takes the words that stand for a value, too."""
+def _number_or_word(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
+    """An argparse type that parses `kind`, or one of the words that stand for a value."""
 
     def parse(text: str) -> Any:
         return words[text] if text in words else kind(text)
 
-    parse.__name__ = kind.__name__  # what argparse calls it in "invalid int value"
+    parse.__name__ = kind.__name__  # for argparse's message "invalid int value"
     return parse

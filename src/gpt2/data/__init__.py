@@ -1,1 +1,1 @@
-"""From text to batches: sources -> prepare -> shards -> loader."""
+"""From text to batches: resolve -> sources -> prepare -> shards -> loader; rows -> instruct -> packed."""

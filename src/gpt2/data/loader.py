@@ -1,7 +1,7 @@
 """Shards -> batches. A batch is a pure function of (data, seed, step).
 
-There is no iterator and no position to save. Whoever asks for step 1,000 gets the same rows: a run that was
-resumed, a run that never stopped, one rank of eight, or a micro-batch of the step.
+There is no iterator state to checkpoint. Step 1,000 has the same rows in a resumed run, in a run that never stopped, on
+one rank of eight, and in a micro-batch of gradient accumulation.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.errors import UserError
-from gpt2.loss import IGNORE
+from gpt2.errors import DataError
+from gpt2.loss import IGNORE_INDEX
 
 
 class Batch(NamedTuple):
-    """What a step learns from, B rows of T positions each, on whatever device.
+    """The input of a training step: B rows of T positions, on any device.
 
     tokens:    int64 (B, T).
-    targets:   int64 (B, T): what should follow each token; -100 where nothing is to be learned.
-    documents: int64 (B, T), equal among neighbours of one document; None where every row is one text.
+    targets:   int64 (B, T): the token that follows each; -100 where the loss does not count.
+    documents: int64 (B, T), equal for neighbouring tokens of one document; None if every row is one document.
     """
 
     tokens: Tensor
@@ -29,39 +29,42 @@ class Batch(NamedTuple):
     documents: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device; from page-locked memory without waiting for it."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on a device; asynchronous from pinned memory."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> "Batch":
-        """The same in page-locked memory, from where a GPU reads fast."""
-        return self._with(lambda tensor: tensor.pin_memory())
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned (page-locked) memory, for fast copies to a GPU."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
-    def split(self, rows: int) -> "list[Batch]":
-        """Micro-batches of `rows` rows each."""
-        return [self._with(lambda tensor, i=i: tensor[i : i + rows]) for i in range(0, len(self.tokens), rows)]
+    def split(self, micro_batch_size: int) -> "list[Batch]":
+        """Micro-batches of `micro_batch_size` rows each, for gradient accumulation."""
+        return [
+            self._map_tensors(lambda tensor, i=i: tensor[i : i + micro_batch_size])
+            for i in range(0, len(self.tokens), micro_batch_size)
+        ]
 
-    def blank(self) -> "Batch":
-        """A batch of the same shape, of which nothing is to be learned."""
-        return self._replace(targets=torch.full_like(self.targets, IGNORE))
+    def with_targets_ignored(self) -> "Batch":
+        """The batch with every target ignored (-100)."""
+        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX))
 
     @property
     def num_targets(self) -> int:
-        """How many targets count."""
-        return int((self.targets != IGNORE).sum())
+        """Number of targets that are not ignored."""
+        return int((self.targets != IGNORE_INDEX).sum())
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        documents = None if self.documents is None else change(self.documents)
-        return Batch(change(self.tokens), change(self.targets), documents)
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        documents = None if self.documents is None else function(self.documents)
+        return Batch(function(self.tokens), function(self.targets), documents)
 
 
-class Batches(Protocol):
-    """Batches by step: of each step, counted from 0, always the same one, of `batch_size` rows."""
+class BatchLoader(Protocol):
+    """Random access to batches by step, counted from 0, of `batch_size` rows."""
 
     batch_size: int
 
     @property
     def windows_per_epoch(self) -> int:
-        """How many rows make one pass through the data."""
+        """Number of rows in an epoch."""
         ...
 
     def batch(self, step: int) -> Batch: ...
@@ -71,7 +74,7 @@ class Batches(Protocol):
         ...
 
 
-class Tokens(Protocol):
+class TokenSequence(Protocol):
     """A long sequence of token ids, such as `TokenShards`."""
 
     def __len__(self) -> int: ...
@@ -79,110 +82,123 @@ class Tokens(Protocol):
     def read(self, start: int, stop: int) -> np.ndarray: ...
 
 
-class Loader:
+class TokenLoader:
     """Training batches, epoch by epoch and without replacement.
 
-    An epoch cuts the data into windows of `block_size` tokens, beginning at an offset of its own, and visits
-    each once in an order of its own; both are drawn from (seed, epoch). The rows of all steps form one long
-    line: row r of step s is number s * batch_size + r, wherever the epochs end.
+    An epoch divides the data into windows of `block_size` tokens, from a random offset, and visits each once in a
+    random order; both are drawn from (seed, epoch). Rows are numbered over all steps: row r of step s is number
+    s * batch_size + r, and epochs follow each other without a gap.
 
-    begin: the token that begins a document, where documents in a row are not to see each other; None where they are.
+    document_start_token: the token that starts a document, to mask attention between documents in a row; None for no
+        such mask.
 
-    Raises `UserError` when the data is shorter than one window and the token after it.
+    Raises DataError if the data is shorter than one window and the token after it.
     """
 
     def __init__(
-        self, tokens: Tokens, batch_size: int, block_size: int, seed: int, *, begin: int | None = None
+        self,
+        tokens: TokenSequence,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        *,
+        document_start_token: int | None = None,
     ) -> None:
         if len(tokens) < block_size + 1:
-            raise UserError(
+            raise DataError(
                 f"the data has {len(tokens):,} tokens, and a block size of {block_size:,} needs"
-                f" {block_size + 1:,}: use more text or a smaller block size"
+                f" {block_size + 1:,}: use more text or a smaller block size",
+                field="block_size",
             )
         self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
-        self.begin = begin
+        self.document_start_token = document_start_token
         # One window less than would fit leaves the offset at least block_size values to choose from.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        self._latest = (-1, np.empty(0, np.int64))  # an epoch and where its windows begin, in order
+        self._epoch_cache = (-1, np.empty(0, np.int64))  # an epoch and the starts of its windows, in order
 
     def batch(self, step: int) -> Batch:
-        """Step `step`, counted from 0: `batch_size` rows of `block_size`; `targets` is `tokens` moved on by one."""
+        """Step `step`, counted from 0: (batch_size, block_size); `targets` is `tokens` shifted by one."""
         return self.rows(step, 0, self.batch_size)
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of `batch(step)`, which is all that a rank or a micro-batch has to read."""
+        """Rows [start, stop) of `batch(step)`: the part that a rank or a micro-batch reads."""
         if not 0 <= start <= stop <= self.batch_size:
-            raise ValueError(f"rows [{start}, {stop}) asked of a batch of {self.batch_size}")
+            raise ValueError(f"rows [{start}, {stop}) are outside a batch of {self.batch_size}")
         first = step * self.batch_size
         windows = np.empty((stop - start, self.block_size + 1), np.int64)
         for window, row in zip(windows, range(first + start, first + stop), strict=True):
-            begin = self._start_of(row)
+            begin = self._window_start(row)
             window[:] = self.tokens.read(begin, begin + self.block_size + 1)
         tokens = torch.from_numpy(windows)  # (B, T + 1)
-        return _batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), self.begin)
+        return _make_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), self.document_start_token)
 
-    def _start_of(self, row: int) -> int:
-        """Where in the data the window of this row, counted over all steps, begins."""
+    def _window_start(self, row: int) -> int:
+        """The offset in the data of the window of a row, numbered over all steps."""
         epoch, index = divmod(row, self.windows_per_epoch)
-        latest, starts = self._latest
-        if epoch != latest:  # remembered for speed only: it follows from (seed, epoch)
-            random = epoch_random(self.seed, epoch)
+        cached, starts = self._epoch_cache
+        if epoch != cached:  # a cache: it depends on (seed, epoch) only
+            random = epoch_rng(self.seed, epoch)
             spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
             offset = random.integers(spare, endpoint=True)
             starts = offset + random.permutation(self.windows_per_epoch) * self.block_size
-            self._latest = epoch, starts
+            self._epoch_cache = epoch, starts
         return int(starts[index])
 
 
-def epoch_random(seed: int, epoch: int) -> np.random.Generator:
-    """The random numbers of one epoch, which depend on nothing else."""
+def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
+    """The random generator of one epoch."""
     return np.random.Generator(np.random.Philox(key=np.array([seed % (1 << 64), epoch], np.uint64)))
 
 
-def _batch(tokens: Tensor, targets: Tensor, begin: int | None) -> Batch:
-    """A batch whose documents begin with the token `begin`, or whose rows are one text each."""
-    return Batch(tokens, targets, None if begin is None else (tokens == begin).cumsum(1))
+def _make_batch(tokens: Tensor, targets: Tensor, document_start_token: int | None) -> Batch:
+    """A batch whose documents start with the given token; None makes each row one document."""
+    return Batch(tokens, targets, None if document_start_token is None else (tokens == document_start_token).cumsum(1))
 
 
 def evaluation_batches(
-    tokens: Tokens, batch_size: int, block_size: int, max_tokens: int | None = None, *, begin: int | None = None
+    tokens: TokenSequence,
+    batch_size: int,
+    block_size: int,
+    max_tokens: int | None = None,
+    *,
+    document_start_token: int | None = None,
 ) -> Iterator[Batch]:
-    """A split in order, each token (but the first, which nothing precedes) the target exactly once.
+    """A split in order, each token (except the first, which nothing precedes) the target exactly once.
 
-    Yields batches of (B, T) with B <= `batch_size` and T <= `block_size`. Windows do not overlap; the last is
-    filled up with token 0 and target -100. `max_tokens` caps the targets. begin: as for `Loader`.
+    Yields batches of (B, T) with B <= `batch_size` and T <= `block_size`. Windows do not overlap; the last is padded
+    with token 0 and target -100. `max_tokens` limits the targets. document_start_token: see `TokenLoader`.
 
-    Raises `UserError` when there is no token to predict.
+    Raises DataError if there is no token to predict.
     """
     total = len(tokens) - 1 if max_tokens is None else min(len(tokens) - 1, max_tokens)
     if total < 1:
-        raise UserError(f"nothing to evaluate on: {len(tokens)} token(s) of data, and none to predict")
+        raise DataError(f"nothing to evaluate on: the split has {len(tokens)} token(s), and none to predict")
     block_size = min(block_size, total)
     starts = range(0, total, block_size)
     for first in range(0, len(starts), batch_size):
-        some = starts[first : first + batch_size]
-        inputs = torch.zeros(len(some), block_size, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORE)
-        for row, start in enumerate(some):
+        rows = starts[first : first + batch_size]
+        inputs = torch.zeros(len(rows), block_size, dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
+        for row, start in enumerate(rows):
             length = min(block_size, total - start)
             window = torch.from_numpy(tokens.read(start, start + length + 1).astype(np.int64))
             inputs[row, :length], targets[row, :length] = window[:-1], window[1:]
-        yield _batch(inputs, targets, begin)
+        yield _make_batch(inputs, targets, document_start_token)
 
 
-def prefetched(
-    loader: Batches, start: int, stop: int, device: torch.device, *, part: int = 0, parts: int = 1
+def prefetch_batches(
+    loader: BatchLoader, start: int, stop: int, device: torch.device, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """The batches of steps [start, stop), each read by a thread while the device still works on the one before.
+    """The batches of steps [start, stop), each read by a thread while the device computes the one before.
 
-    On the CPU; for a GPU in page-locked memory, from where they go fast. Of each batch it is the rows that fall to
-    `part` when all are shared by as many `parts`, which divide them.
+    On the CPU; in pinned memory if `device` is a GPU. Yields the rows of `rank`: each of the `world_size` ranks has an
+    equal share of a batch.
     """
-    share = loader.batch_size // parts
+    share = loader.batch_size // world_size
 
     def read(step: int) -> Batch:
-        batch = loader.rows(step, part * share, (part + 1) * share)
-        return batch.pinned() if device.type == "cuda" else batch
+        batch = loader.rows(step, rank * share, (rank + 1) * share)
+        return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         ahead = thread.submit(read, start) if start < stop else None

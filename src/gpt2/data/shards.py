@@ -1,9 +1,8 @@
-"""Token files on disk: llm.c's format, written and read, with a `meta.json` that says what they hold.
+"""Token shards: files in the format of llm.c, with a `meta.json` that describes them.
 
-A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros) and then the tokens as
-little-endian uint16. So llm.c and modded-nanogpt read ours and we read theirs; nanoGPT's `train.bin` and
-`val.bin`, which have no header, are read too.
-https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) and the tokens as
+little-endian uint16, as in llm.c and modded-nanogpt. nanoGPT's `train.bin` and `val.bin`, without a header, are read,
+too. Source: https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py
 """
 
 import json
@@ -18,8 +17,8 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from gpt2.errors import UserError
-from gpt2.files import check_regular, sha256_of
+from gpt2.errors import DataError
+from gpt2.files import check_regular_file, file_sha256, read_error
 
 MAGIC = 20240520
 VERSION = 1
@@ -27,14 +26,14 @@ HEADER_BYTES = 256 * 4
 MAX_VOCAB_SIZE = 1 << 16
 SHARD_TOKENS = 100_000_000
 SPLITS = ("train", "val")
-META_NAME = "meta.json"
+META_FILENAME = "meta.json"
 _HEADERLESS_NAMES = tuple(f"{split}.bin" for split in SPLITS)
-_OPEN_FILES = 256  # a hundred billion tokens are a thousand shards, more than a process may hold open
+_MAX_OPEN_FILES = 256  # 100 billion tokens are 1,000 shards, more than a process may keep open
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard: its file name, its tokens, and the sha256 of the whole file."""
+    """One shard: its file name, its number of tokens, and the SHA-256 of the file."""
 
     name: str
     tokens: int
@@ -43,7 +42,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class SplitMeta:
-    """What one split holds; `bytes` counts the text it was made from."""
+    """One split; `bytes` is the size of its text."""
 
     tokens: int
     documents: int
@@ -62,7 +61,7 @@ class TokenizerMeta:
 
 @dataclass(frozen=True)
 class ShardsMeta:
-    """`meta.json`: what a folder of shards was made from, and with which tokenizer."""
+    """`meta.json`: the source of a folder of shards, its tokenizer, and its files."""
 
     source: str
     tokenizer: TokenizerMeta
@@ -71,90 +70,90 @@ class ShardsMeta:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """The folder's `meta.json`; None when it has none. Raises `UserError` when it is not one of ours."""
-        path = folder / META_NAME
-        check_regular(path)
+        """The folder's `meta.json`; None if there is none. Raises DataError for a file of another kind."""
+        path = folder / META_FILENAME
+        check_regular_file(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"cannot read {path} ({error})") from None
+            raise DataError(f"cannot read {path} ({error})") from None
         try:
             if raw["version"] != 1:
-                raise UserError(f"{path} has version {raw['version']!r}; only 1 is read here")
+                raise DataError(f"{path} has version {raw['version']!r}; only version 1 is supported")
             splits = {
                 name: SplitMeta(**{**split, "files": tuple(ShardFile(**file) for file in split["files"])})
                 for name, split in raw["splits"].items()
             }
             for split in splits.values():
                 for file in split.files:
-                    if Path(file.name).name != file.name:  # not a way to files elsewhere
-                        raise UserError(f"{path} names {file.name!r}, which is no file's name")
+                    if Path(file.name).name != file.name:  # or it could name a file elsewhere
+                        raise DataError(f"{path} names {file.name!r}, which is not a file name")
             return cls(raw["source"], TokenizerMeta(**raw["tokenizer"]), splits)
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} does not describe token shards: move it away to do without it") from None
+            raise DataError(f"{path} does not describe token shards: move it away to read them without it") from None
 
     def save(self, folder: Path) -> None:
-        """Write `meta.json`, whole or not at all."""
-        partial = folder / f".{META_NAME}.{os.getpid()}.partial"
+        """Write `meta.json` atomically."""
+        partial = folder / f".{META_FILENAME}.{os.getpid()}.partial"
         with partial.open("w", encoding="utf-8") as handle:
             json.dump({"version": self.version, **asdict(self)}, handle, indent=2)
             handle.write("\n")
             handle.flush()
             os.fsync(handle.fileno())
-        partial.replace(folder / META_NAME)
+        partial.replace(folder / META_FILENAME)
 
 
 class ShardWriter:
     """Writes one split as `train_000000.bin`, `train_000001.bin`, ... of `shard_tokens` tokens each.
 
-    A context manager. Until a shard is closed its header counts no tokens, so one that a crash left behind is
-    refused by every reader. A split that gets no tokens gets no file.
+    A context manager. The header of an open shard has a token count of 0, so readers refuse one that a crash left
+    behind. A split without tokens has no file.
     """
 
     def __init__(self, folder: Path, split: str, shard_tokens: int = SHARD_TOKENS) -> None:
         if not 0 < shard_tokens < 1 << 31:
-            raise UserError(f"a shard holds between 1 and {(1 << 31) - 1:,} tokens, not {shard_tokens:,}")
+            raise DataError(f"a shard has 1 to {(1 << 31) - 1:,} tokens, not {shard_tokens:,}")
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.files: list[ShardFile] = []  # the closed ones
+        self.files: list[ShardFile] = []  # closed shards
         self._handle: BinaryIO | None = None
-        self._tokens = 0  # in the open one
+        self._tokens = 0  # in the open shard
 
     def write(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append token ids, each in [0, 65536)."""
+        """Append token ids, each in [0, 65536). Raises ValueError for any other."""
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_VOCAB_SIZE:
             raise ValueError(f"token ids must be in [0, {MAX_VOCAB_SIZE}) to fit in 16 bits")
         while ids.size:
             if self._handle is None:
-                self._handle = self._path().open("wb")
+                self._handle = self._current_path().open("wb")
                 self._handle.write(_header(0))
-            taken = ids[: self.shard_tokens - self._tokens]
-            self._handle.write(taken.astype("<u2").tobytes())
-            self._tokens += taken.size
-            ids = ids[taken.size :]
+            part = ids[: self.shard_tokens - self._tokens]
+            self._handle.write(part.astype("<u2").tobytes())
+            self._tokens += part.size
+            ids = ids[part.size :]
             if self._tokens == self.shard_tokens:
                 self._close_shard()
 
     @property
     def tokens(self) -> int:
-        """Tokens written so far, in all shards."""
+        """Number of tokens written so far, in all shards."""
         return sum(file.tokens for file in self.files) + self._tokens
 
-    def _path(self) -> Path:
+    def _current_path(self) -> Path:
         return self.folder / f"{self.split}_{len(self.files):06d}.bin"
 
     def _close_shard(self) -> None:
-        """Put the token count in the header, see the file to the disk, and take its checksum."""
+        """Write the token count into the header, sync the file, and compute its checksum."""
         assert self._handle is not None
         with self._handle as handle:
             handle.seek(0)
             handle.write(_header(self._tokens))
             handle.flush()
             os.fsync(handle.fileno())
-        path = self._path()
-        self.files.append(ShardFile(path.name, self._tokens, sha256_of(path)))
+        path = self._current_path()
+        self.files.append(ShardFile(path.name, self._tokens, file_sha256(path)))
         self._handle, self._tokens = None, 0
 
     def __enter__(self) -> Self:
@@ -172,70 +171,70 @@ class ShardWriter:
 
 
 class TokenShards:
-    """The tokens of one split, as one long sequence over all its files, mapped and not loaded.
+    """The tokens of one split, as one sequence over all its files, memory-mapped.
 
-    `len(shards)` counts the tokens; `shards.read(start, stop)` gives a range of them. Every file is checked
-    when it is opened: magic, version, and a size that matches the count in the header. What is read is checked
-    again, at next to no cost: the size of the file, and that its ids lie below `vocab_size`, where that is given.
+    Every file is checked when it is opened: magic, version, and a size that matches the count in the header. A read
+    checks the size of the file again, and that the ids are below `vocab_size`.
     """
 
     def __init__(self, paths: Sequence[Path], vocab_size: int = MAX_VOCAB_SIZE) -> None:
         self.paths, self.vocab_size = tuple(paths), vocab_size
         layout = [_check_shard(path) for path in self.paths]
         self.counts = tuple(count for _, count in layout)
-        self._starts = np.cumsum((0, *self.counts))  # of each file, in tokens; the total last
+        self._shard_starts = np.cumsum((0, *self.counts))  # in tokens; the total is last
         self._header_bytes = [header for header, _ in layout]
-        self._map = lru_cache(maxsize=_OPEN_FILES)(self._map_file)
+        self._cached_memmap = lru_cache(maxsize=_MAX_OPEN_FILES)(self._open_memmap)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._shard_starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as uint16, across files where need be; `ValueError` outside the data.
+        """Tokens [start, stop), uint16, from one or several files.
 
-        Raises `UserError` for a file that was cut short since it was opened, and for ids that the vocabulary lacks.
+        Raises ValueError for a range outside the data, and DataError for a file whose size has changed since it was
+        opened, and for ids that are not in the vocabulary.
         """
         if not 0 <= start <= stop <= len(self):
-            raise ValueError(f"tokens [{start}, {stop}) asked of {len(self)}")
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            raise ValueError(f"tokens [{start}, {stop}) are outside the {len(self)} tokens")
+        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         parts = []
         for index in range(first, len(self.paths)):
-            begin = int(self._starts[index])
+            begin = int(self._shard_starts[index])
             if begin >= stop:
                 break
             self._check_size(index)
-            parts.append(self._map(index)[max(start - begin, 0) : stop - begin])
+            parts.append(self._cached_memmap(index)[max(start - begin, 0) : stop - begin])
             self._check_ids(index, parts[-1], max(start - begin, 0))
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
     def _check_size(self, index: int) -> None:
-        """A file that became shorter must not be touched: the system would kill the process."""
+        """Raise DataError for a file of another size: to read a truncated memory map would kill the process."""
         path, size = self.paths[index], self._header_bytes[index] + 2 * self.counts[index]
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror})") from None
+            raise read_error(path, error) from None
         if found != size:
-            raise UserError(f"{path} was changed while it was in use: {found:,} bytes, where {size:,} were")
+            raise DataError(f"{path} was changed while in use: it has {found:,} bytes and had {size:,}")
 
     def _check_ids(self, index: int, tokens: np.ndarray, position: int) -> None:
         largest = int(tokens.max(initial=0))
         if largest >= self.vocab_size:
-            where = position + int(tokens.argmax())
-            raise UserError(
-                f"{self.paths[index]} has token {largest:,} at position {where:,}, and its tokenizer has only"
-                f" {self.vocab_size:,}: name the tokenizer that made these shards, or make them anew"
+            position += int(tokens.argmax())
+            raise DataError(
+                f"{self.paths[index]} has token {largest:,} at position {position:,}, and its tokenizer has only"
+                f" {self.vocab_size:,}: name the tokenizer that made these shards, or prepare them again"
             )
 
-    def _map_file(self, index: int) -> np.ndarray:
+    def _open_memmap(self, index: int) -> np.ndarray:
         header, count = self._header_bytes[index], self.counts[index]
         return np.memmap(self.paths[index], dtype="<u2", mode="r", offset=header, shape=(count,))
 
 
 def shard_files(path: Path, split: str) -> list[Path]:
-    """The files of one split: what `meta.json` lists, or else the `*train*.bin` (`*val*.bin`) by name.
+    """The files of one split: those in `meta.json`, or else `*train*.bin` (`*val*.bin`) sorted by name.
 
-    A single file is a train split of its own.
+    A single file is a train split.
     """
     if path.is_file():
         return [path] if split == "train" else []
@@ -248,37 +247,37 @@ def shard_files(path: Path, split: str) -> list[Path]:
 def open_shards(path: Path, split: str, vocab_size: int = MAX_VOCAB_SIZE) -> TokenShards:
     """One split ("train" or "val") of a folder of shards, or a single file as the train split.
 
-    vocab_size: what the ids read later must lie below.
+    vocab_size: every id that is read must be below it.
 
-    Raises `UserError` when there are none, or when a file is missing, cut short, or of another kind.
+    Raises DataError if there are no shards, or a file is missing, truncated, or of another kind.
     """
     files = shard_files(path, split)
     if not files:
-        raise UserError(f"no {split} shards in {path}: their names match *{split}*.bin")
+        raise DataError(f"no {split} shards in {path}: their names match *{split}*.bin")
     return TokenShards(files, vocab_size)
 
 
 def verify_shards(path: Path) -> ShardsMeta:
-    """Read every shard of a folder again, or one alone, and compare it with `meta.json`.
+    """Compare every shard of a folder, or a single one, with the checksum in `meta.json`.
 
-    Raises `UserError` naming the first file that differs.
+    Raises DataError that names the first file that differs.
     """
     folder = path if path.is_dir() else path.parent
     meta = ShardsMeta.load(folder)
     if meta is None:
-        raise UserError(f"no {META_NAME} in {folder}: nothing says what its shards should hold")
+        raise DataError(f"no {META_FILENAME} in {folder}: its shards have no checksums to verify")
     files = {folder / file.name: file for split in meta.splits.values() for file in split.files}
     if path != folder and path not in files:
-        raise UserError(f"{path} is not among the shards that {folder / META_NAME} lists")
+        raise DataError(f"{path} is not among the shards that {folder / META_FILENAME} lists")
     for shard in files if path == folder else [path]:
         _, count = _check_shard(shard)
-        if (count, sha256_of(shard)) != (files[shard].tokens, files[shard].sha256):
-            raise UserError(f"{shard} is not what {META_NAME} says (another sha256): make the shards anew")
+        if (count, file_sha256(shard)) != (files[shard].tokens, files[shard].sha256):
+            raise DataError(f"{shard} does not match {META_FILENAME} (another sha256): prepare the shards again")
     return meta
 
 
-def holds_shards(path: Path) -> bool:
-    """Whether `path` is a token file, by its name, or a folder with some."""
+def contains_shards(path: Path) -> bool:
+    """Return whether `path` is a token file, by its name, or a folder that contains one."""
     if path.is_file():
         return path.suffix == ".bin"
     return any(True for split in SPLITS for _ in path.glob(f"*{split}*.bin"))
@@ -289,35 +288,35 @@ def _header(tokens: int) -> bytes:
 
 
 def _check_shard(path: Path) -> tuple[int, int]:
-    """(bytes of header, number of tokens) of a shard that is in order; `UserError` otherwise."""
-    check_regular(path)
+    """(header bytes, number of tokens) of a valid shard. Raises DataError for any other."""
+    check_regular_file(path)
     try:
         with path.open("rb") as handle:
             header = handle.read(HEADER_BYTES)
             size = handle.seek(0, os.SEEK_END)
-    except (OSError, ValueError) as error:  # a ValueError for names that no file can have
-        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})") from None
+    except (OSError, ValueError) as error:  # ValueError for an invalid file name
+        raise DataError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})") from None
     if size == 0:
-        raise UserError(f"{path} is empty")
+        raise DataError(f"{path} is empty")
     if not header.startswith(struct.pack("<i", MAGIC)):
         return _check_headerless(path, size)
     if size < HEADER_BYTES:
-        raise UserError(f"{path} is cut short: {size:,} bytes, less than its header")
+        raise DataError(f"{path} is truncated: {size:,} bytes, less than its header")
     _, version, count = struct.unpack_from("<3i", header)
     if version != VERSION:
-        raise UserError(f"{path} has version {version} of the token format; only {VERSION} is read here")
+        raise DataError(f"{path} has version {version} of the shard format; only version {VERSION} is supported")
     if size != HEADER_BYTES + 2 * count:
-        wanted = f"its header counts {count:,} tokens, which take {HEADER_BYTES + 2 * count:,}"
-        raise UserError(f"{path} is cut short or damaged: {size:,} bytes, where {wanted}")
+        expected = f"{HEADER_BYTES + 2 * count:,} for the {count:,} tokens in its header"
+        raise DataError(f"{path} is truncated or damaged: {size:,} bytes instead of {expected}")
     if count == 0:
-        raise UserError(f"{path} holds no tokens")
+        raise DataError(f"{path} has no tokens")
     return HEADER_BYTES, count
 
 
 def _check_headerless(path: Path, size: int) -> tuple[int, int]:
     if path.name not in _HEADERLESS_NAMES:
-        names = " and ".join(_HEADERLESS_NAMES)
-        raise UserError(f"{path} is not a token shard: without llm.c's header, only nanoGPT's {names} are read")
+        names = " or ".join(_HEADERLESS_NAMES)
+        raise DataError(f"{path} is not a token shard: it lacks llm.c's header, and is not nanoGPT's {names}")
     if size % 2:
-        raise UserError(f"{path} is cut short: {size:,} bytes, where tokens take two each")
+        raise DataError(f"{path} is truncated: {size:,} bytes is not a multiple of 2")
     return 0, size // 2

@@ -1,104 +1,82 @@
-"""Where text comes from: Shakespeare, the Python language reference, your own files and folders.
+"""Texts to train on, as documents, and the corpora that are built in.
 
-`open_source` turns what a user types after `--data` into a `Source`: a name and its documents. A document
-knows its size and gives its text in pieces, so that a corpus of any size passes through little memory.
+A document is read in chunks, so a corpus of any size needs little memory.
 """
 
 import codecs
-import hashlib
 import io
-import logging
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from http.client import HTTPException
-from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from gpt2.data.folders import (
-    PLAINLY_ROWS,
-    TEXT_SUFFIXES,
-    files_in,
-    files_matching,
-    is_pattern,
-    name_of,
-    unreadable,
-    unwritable,
-)
-from gpt2.data.rows import open_rows, row_files
-from gpt2.data.texts import texts_of
-from gpt2.errors import UserError, did_you_mean
-from gpt2.files import cache_home, check_regular, path_of, sha256_of, work_folder
+from gpt2.errors import ConfigError, DataError
+from gpt2.files import cache_home, download, read_error
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-SOURCES = {
-    "shakespeare": "tinyshakespeare: 1.1 MB of the plays, downloaded once",
+BUILTIN_SOURCES = {
+    "shakespeare": "tinyshakespeare: 1.1 MB of Shakespeare's plays, downloaded once",
     "tiny_shakespear": "the same, under the original project's spelling",
     "super_tiny_shakespear": "the first 1,000 characters of tinyshakespeare, to overfit in seconds",
-    "python-docs": "the Python language reference that every interpreter carries; needs no network",
+    "python-docs": "the Python language reference that every interpreter includes; needs no network",
 }
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-_log = logging.getLogger("gpt2")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, in memory or in a file; `name` is what messages call it.
+    """One text, in memory or in a file. Error messages use its `name`.
 
-    begin, end: which bytes of the file are its own; None for all that follow.
+    start, stop: the byte range of the file that is this document; a `stop` of None is the end of the file.
     """
 
     name: str
     data: bytes | Path = field(repr=False)
-    begin: int = 0
-    end: int | None = None
+    start: int = 0
+    stop: int | None = None
 
     @property
     def size(self) -> int:
-        """Bytes of UTF-8, a leading byte order mark included."""
-        if self.end is not None:
-            return self.end - self.begin
+        """Bytes of UTF-8, including a leading byte order mark."""
+        if self.stop is not None:
+            return self.stop - self.start
         if isinstance(self.data, bytes):
             return len(self.data)
         try:
             return self.data.stat().st_size
         except OSError as error:
-            raise unreadable(self.data, error) from None
+            raise read_error(self.data, error) from None
 
-    def pieces(self, start: int = 0, stop: int | None = None, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
-        """The text of bytes [start, stop), in pieces of about `piece_bytes`.
+    def iter_chunks(self, start: int = 0, stop: int | None = None, chunk_bytes: int = CHUNK_BYTES) -> Iterator[str]:
+        """The text of bytes [start, stop), in chunks of about `chunk_bytes`.
 
-        Either end is moved forward to the next character, so neighbouring ranges neither lose nor share one.
-        Newlines stay as they are; a byte order mark at the head of the document is dropped. Pieces end only
-        where GPT-2's pre-tokenization ends a token whatever the context, so tokenizing them one by one equals
-        tokenizing the whole; where a block has no such place, the piece grows.
+        Both ends move forward to the next character, so neighbouring ranges neither lose nor share one. Newlines are
+        unchanged; a byte order mark at the start of the document is dropped. A chunk ends only where GPT-2's
+        pre-tokenization ends a token in any context, so tokenizing the chunks one by one equals tokenizing the whole
+        text; without such a place the chunk grows.
 
-        Raises `UserError` at the first byte that is not UTF-8, or when the file cannot be read.
+        Raises DataError at the first byte that is not UTF-8, or if the file cannot be read.
         """
         with self._open() as handle:
-            position, end = (_character_boundary(handle, self._place(offset)) for offset in (start, stop))
+            position, end = (_character_boundary(handle, self._file_offset(offset)) for offset in (start, stop))
             handle.seek(position)
             decoder = codecs.getincrementaldecoder("utf-8")()
             text, searched = "", 0
             while position < end:
-                block = handle.read(min(piece_bytes, end - position))
+                block = handle.read(min(chunk_bytes, end - position))
                 if not block:
-                    raise UserError(f"{self.name} became shorter while it was being read")
+                    raise DataError(f"{self.name} was truncated while it was read")
                 try:
                     text += decoder.decode(block, final=position + len(block) >= end)
                 except UnicodeDecodeError as error:
                     offset = position - len(decoder.getstate()[0]) + error.start
-                    raise UserError(f"{self.name} is not UTF-8 text: bad byte at offset {offset:,}") from None
+                    raise DataError(f"{self.name} is not UTF-8 text: bad byte at offset {offset:,}") from None
                 position += len(block)
-                cut = _last_cut(text, searched)
+                cut = _last_safe_split(text, searched)
                 if cut:
                     yield text[:cut]
                     text = text[cut:]
@@ -106,10 +84,10 @@ class Document:
             if text:
                 yield text
 
-    def _place(self, offset: int | None) -> int | None:
-        """Where in the file a place in the document is; None stands for the end of either."""
-        place = self.end if offset is None else self.begin + offset
-        return place if place is None or self.end is None else min(place, self.end)
+    def _file_offset(self, offset: int | None) -> int | None:
+        """The offset in the file of an offset in the document; None is the end of either."""
+        position = self.stop if offset is None else self.start + offset
+        return position if position is None or self.stop is None else min(position, self.stop)
 
     def _open(self) -> BinaryIO:
         if isinstance(self.data, bytes):
@@ -117,11 +95,11 @@ class Document:
         try:
             return self.data.open("rb")
         except OSError as error:
-            raise unreadable(self.data, error) from None
+            raise read_error(self.data, error) from None
 
 
-class Part(NamedTuple):
-    """The bytes [start, stop) of a document."""
+class DocumentSlice(NamedTuple):
+    """Bytes [start, stop) of a document."""
 
     document: Document
     start: int
@@ -129,67 +107,39 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
-    """A corpus: a name, and its documents in an order that does not change from one machine to the next."""
+class Texts:
+    """A corpus: a name, and its documents in an order that is the same on every machine."""
 
     name: str
     documents: tuple[Document, ...]
 
 
-def open_source(ref: str, columns: str | None = None) -> Source:
-    """The corpus that `ref` names: one of `SOURCES`, a text file, a folder of them, or rows with a column of text.
-
-    A name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, files ending in
-    .txt, .md, .text and .rst count, at any depth, in the order of their paths; hidden and empty ones do not, and
-    neither does what lies in a run folder, a model folder or a folder of shards. A pattern such as ``notes/*.txt``
-    is the files that it matches. Of rows (.jsonl, .csv, .parquet and their like) each text is a document.
-
-    columns: which column of the rows is the text, "text=NAME"; None to go by what the first row has.
-
-    Raises `UserError` when there is no such thing, when it has no text, or when it is plainly not text.
-    """
-    if ref not in SOURCES and (files := row_files(ref)):
-        return _texts_of_rows(ref, files, columns)
-    if columns is not None:
-        raise UserError(f"{ref} has no rows, of which --columns '{columns}' could name some")
-    if ref in ("shakespeare", "tiny_shakespear"):
-        return Source("shakespeare", (Document("tinyshakespeare", _shakespeare()),))
-    if ref == "super_tiny_shakespear":
-        with _shakespeare().open(encoding="utf-8", newline="") as handle:
-            head = handle.read(1000)
-        return Source(ref, (Document(ref, head.encode()),))
-    if ref == "python-docs":
-        return Source(ref, _python_docs())
-    path = path_of(ref)
-    if path.is_dir():
-        return Source(name_of(ref), _text_files(path))
-    if is_pattern(ref) and (matching := files_matching(ref)):
-        return Source(name_of(ref), _text_documents(matching, ref))
-    if not path.exists():
-        meant, names = did_you_mean(ref, SOURCES), ", ".join(SOURCES)
-        raise UserError(f"no file, folder or corpus '{ref}'{meant}: the corpora are {names}")
-    _check_is_text(path)
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
-    return Source(path.stem, (Document(str(path), path),))
+def builtin_texts(name: str) -> Texts:
+    """The corpus of a name in `BUILTIN_SOURCES`, downloaded on first use."""
+    if name == "python-docs":
+        return Texts(name, _python_docs())
+    path = download(SHAKESPEARE_URL, cache_home() / "tinyshakespeare" / "input.txt", SHAKESPEARE_SHA256)
+    if name == "super_tiny_shakespear":
+        with path.open(encoding="utf-8", newline="") as handle:
+            return Texts(name, (Document(name, handle.read(1000).encode()),))
+    return Texts("shakespeare", (Document("tinyshakespeare", path),))
 
 
-def held_out_every(val_fraction: float) -> int:
-    """Each so many-th document is held out, 0 for none. Raises `UserError` for a fraction beyond 0 to 0.5."""
+def holdout_stride(val_fraction: float) -> int:
+    """The n of "every n-th document is held out"; 0 for none. Raises ConfigError for a fraction outside 0 to 0.5."""
     if not 0 <= val_fraction <= 0.5:
-        raise UserError(f"the validation fraction must lie between 0 and 0.5, not {val_fraction:g}")
+        raise ConfigError(f"the validation fraction must be 0 to 0.5, not {val_fraction:g}", field="val_fraction")
     return round(1 / val_fraction) if val_fraction else 0
 
 
-def split_documents(source: Source, val_fraction: float = 0.1) -> tuple[list[Part], list[Part]]:
-    """Train and validation parts of a corpus, the same ones every time.
+def split_documents(texts: Texts, val_fraction: float = 0.1) -> tuple[list[DocumentSlice], list[DocumentSlice]]:
+    """The train and validation split of a corpus; deterministic.
 
-    With ten documents or more every tenth is held out whole; with fewer, the last tenth of each (for one file
-    of Shakespeare that is the customary 90/10 split). "Ten" is 1/`val_fraction`, rounded; 0 holds out
-    nothing.
+    Of ten documents or more, every tenth is held out whole; of fewer, the last tenth of each (for Shakespeare's one
+    file the usual 90/10 split). "Ten" is 1/`val_fraction`, rounded; 0 holds out nothing.
     """
-    every = held_out_every(val_fraction)
-    whole = [Part(document, 0, document.size) for document in source.documents]
+    every = holdout_stride(val_fraction)
+    whole = [DocumentSlice(document, 0, document.size) for document in texts.documents]
     if not every:
         return whole, []
     if len(whole) >= every:
@@ -197,94 +147,22 @@ def split_documents(source: Source, val_fraction: float = 0.1) -> tuple[list[Par
         return train, whole[every - 1 :: every]
     train, val = [], []
     for document, _, size in whole:
-        border = int(size * (1 - val_fraction))
-        train.append(Part(document, 0, border))
-        val.append(Part(document, border, size))
+        boundary = int(size * (1 - val_fraction))
+        train.append(DocumentSlice(document, 0, boundary))
+        val.append(DocumentSlice(document, boundary, size))
     return train, val
 
 
-def download(url: str, path: Path, sha256: str, timeout: float = 30.0) -> Path:
-    """The file at `path`, fetched from `url` first if it is not there; `timeout` is in seconds of silence.
-
-    The file appears whole, with the right checksum, or not at all. One already there is never overwritten.
-    Raises `UserError` saying what could not be had, from where, and where to put it by hand.
-    """
-    if path.exists():
-        _check_sha256(path, sha256, url)
-        return path
-    with ExitStack() as stack:
-        try:
-            partial = stack.enter_context(work_folder(path)) / path.name
-        except OSError as error:
-            raise unwritable(path.parent, error) from None
-        try:
-            with partial.open("wb") as handle:
-                found = _fetch(url, handle, timeout)
-            if found != sha256:
-                raise OSError(f"what came has sha256 {found[:12]}…, not {sha256[:12]}…")
-            partial.replace(path)
-        except (OSError, HTTPException) as error:
-            failure = f"cannot download {path.name} from {url} ({_reason(error)})"
-            raise UserError(f"{failure}: put it at {path} by hand") from None
-    return path
-
-
-def _fetch(url: str, out: BinaryIO, timeout: float) -> str:
-    """Stream `url` into `out` behind a progress bar; the sha256 of what came."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    digest, done = hashlib.sha256(), 0
-    with (
-        urllib.request.urlopen(url, timeout=timeout) as response,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-    ):
-        length = int(response.headers.get("Content-Length") or 0)
-        task = progress.add_task(url.rsplit("/", 1)[-1], total=length or None)
-        while block := response.read(1 << 16):
-            out.write(block)
-            digest.update(block)
-            done += len(block)
-            progress.update(task, completed=done)
-    if length and done != length:
-        raise OSError(f"the connection ended after {done:,} of {length:,} bytes")
-    return digest.hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return str(reason) or type(reason).__name__
-
-
-def _check_sha256(path: Path, sha256: str, url: str) -> None:
-    check_regular(path)
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if found != sha256:
-        difference = f"sha256 {found[:12]}…, not {sha256[:12]}…"
-        raise UserError(f"{path} is not the file from {url} ({difference}): remove it to have that one fetched")
-
-
-def _shakespeare() -> Path:
-    return download(SHAKESPEARE_URL, cache_home() / "tinyshakespeare" / "input.txt", SHAKESPEARE_SHA256)
-
-
 def _python_docs() -> tuple[Document, ...]:
-    """One document per topic of the interpreter's own help, by name; each opens with its title.
+    """One document for each topic of the interpreter's help, sorted by name; each starts with its title.
 
-    The help repeats itself: "if" and "for" stand in "compound" again. A topic that larger ones already
-    contain for the most part is left out, or the validation split would be text that training has seen.
+    The topics overlap: "compound" contains "if" and "for". A topic of which larger ones contain more than half is
+    left out, to keep training text out of the validation split.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python was built without pydoc_data, where python-docs comes from") from None
+        raise DataError("python-docs needs pydoc_data, which this Python was built without") from None
     seen: set[str] = set()
     documents = []
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
@@ -297,57 +175,8 @@ def _python_docs() -> tuple[Document, ...]:
     return tuple(sorted(documents, key=lambda document: document.name))
 
 
-def _texts_of_rows(ref: str, files: list[Path], columns: str | None) -> Source:
-    chosen, rows = open_rows(ref, files, columns)
-    if chosen.text is None:
-        raise UserError(
-            f"the rows of {ref} are prompts and answers, which `gpt2 finetune` learns from: for plain text, say which "
-            "column it is in with --columns text=NAME"
-        )
-    name = name_of(ref)
-    path, ends = texts_of(name, files, chosen, rows)
-    if not len(ends):
-        raise UserError(f"every text in {ref} is empty")
-    places = pairwise([0, *ends.tolist()])
-    return Source(name, tuple(Document(f"{name} text {i}", path, *place) for i, place in enumerate(places, 1)))
-
-
-def _text_files(folder: Path) -> tuple[Document, ...]:
-    found, passed_over = files_in(folder, (*TEXT_SUFFIXES, *PLAINLY_ROWS))
-    files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
-    passed_over += [f"{file} (rows, not text)" for file in found if file.suffix.lower() in PLAINLY_ROWS]
-    if passed_over:
-        others = f" and {len(passed_over) - 1:,} more" if len(passed_over) > 1 else ""
-        _log.warning("%s: passed over %s%s", folder, min(passed_over), others)
-    if not files:
-        raise UserError(f"no text files in {folder}: files ending in {', '.join(TEXT_SUFFIXES)} count")
-    return _text_documents(files, folder)
-
-
-def _text_documents(files: list[Path], ref: str | Path) -> tuple[Document, ...]:
-    """One document for each file that is not empty."""
-    for file in files:
-        _check_is_text(file)
-    filled = [file for file in files if file.stat().st_size]
-    if not filled:
-        raise UserError(f"every text file in {ref} is empty")
-    return tuple(Document(str(file), file) for file in filled)
-
-
-def _check_is_text(path: Path) -> None:
-    """Refuse what plainly is no text before hours go by; the rest shows when it is decoded."""
-    check_regular(path)
-    try:
-        with path.open("rb") as handle:
-            head = handle.read(8192)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if b"\0" in head:
-        raise UserError(f"{path} is not a text file: it has a zero byte at offset {head.index(0):,}")
-
-
 def _character_boundary(handle: BinaryIO, offset: int | None) -> int:
-    """Where the first character at or behind `offset` starts (the end, for None), past a byte order mark."""
+    """The start of the first character at or after `offset` (None: the end), after a byte order mark."""
     end = handle.seek(0, os.SEEK_END)
     if offset is None or offset >= end:
         return end
@@ -359,18 +188,18 @@ def _character_boundary(handle: BinaryIO, offset: int | None) -> int:
     return offset + continuations
 
 
-def _last_cut(text: str, begin: int) -> int:
-    """The last place behind `begin` where a cut leaves the GPT-2 tokens as they are; 0 when there is none.
+def _last_safe_split(text: str, start: int) -> int:
+    """The last index after `start` where a cut does not change the GPT-2 tokens; 0 if there is none.
 
-    Best after a newline that stands alone between two other characters. Failing that (Windows line ends, one
-    endless line), before the whitespace behind a word: GPT-2's pattern never joins it to what stands before.
+    Preferably after a single newline between two characters that are not whitespace. Otherwise (Windows line ends, one
+    very long line) before whitespace that follows a word: GPT-2's pattern never joins it to the word.
     """
-    newline = text.rfind("\n", begin, len(text) - 1)
+    newline = text.rfind("\n", start, len(text) - 1)
     while newline > 0:
         if not text[newline - 1].isspace() and not text[newline + 1].isspace():
             return newline + 1
-        newline = text.rfind("\n", begin, newline)
-    for index in range(len(text) - 1, max(begin, 0), -1):
+        newline = text.rfind("\n", start, newline)
+    for index in range(len(text) - 1, max(start, 0), -1):
         if text[index] in " \t\r\n" and not text[index - 1].isspace():
             return index
     return 0

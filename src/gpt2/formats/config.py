@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from gpt2.errors import UserError
+from gpt2.errors import ModelFilesError, UserError
 from gpt2.formats.stored import read_json, sizes_of
 from gpt2.model import GPTConfig
 from gpt2.runtime import DTYPE_NAMES
 from gpt2.tokenizer import Tokenizer
 
-log = logging.getLogger("gpt2")
+_log = logging.getLogger("gpt2")
 
 _ALIASES = {  # the names that transformers gives these settings in most other models, and takes here too
     "n_positions": ("n_ctx", "max_position_embeddings"),
@@ -37,25 +37,25 @@ _DEFAULT_HEADS = 12  # transformers'
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The GPTConfig of a `config.json`. Raises UserError for what is not a GPT-2."""
+    """The GPTConfig of a `config.json`. Raises ModelFilesError for what is not a GPT-2."""
     try:
         raw = read_json(path)
     except UserError as error:
-        raise UserError(str(error).replace("is no JSON object", "does not describe a GPT-2 model")) from error
+        raise ModelFilesError(str(error).replace("is no JSON object", "does not describe a GPT-2 model")) from error
     if raw.get("model_type", "gpt2") != "gpt2":
-        raise UserError(f"{path} does not describe a GPT-2 model")
+        raise ModelFilesError(f"{path} does not describe a GPT-2 model")
     if raw.get("add_cross_attention"):
-        raise UserError(f"{path}: add_cross_attention=True is not supported")
+        raise ModelFilesError(f"{path}: add_cross_attention=True is not supported")
     sizes = _sizes(raw, path)
     others = {key: value for key in _KINDS if (value := _setting(raw, key)) is not None}
     for key, value in others.items():
         if not isinstance(value, _KINDS[key]) or (isinstance(value, bool) and _KINDS[key] is not bool):
-            raise UserError(f"{path}: {key} cannot be {value!r}")
+            raise ModelFilesError(f"{path}: {key} cannot be {value!r}")
     dropouts = _dropouts(*(others.pop(key, 0.0) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")))
     try:
         return GPTConfig(block_size=sizes.pop("n_positions"), **sizes, **others, **dropouts)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise ModelFilesError(f"{path}: {error}") from error
 
 
 def _setting(raw: dict[str, Any], key: str) -> Any:
@@ -68,7 +68,7 @@ def _sizes(raw: dict[str, Any], path: Path) -> dict[str, int]:
     if sizes["n_inner"] is None:
         del sizes["n_inner"]
     if sizes["n_head"] is None:
-        log.warning("%s does not have n_head: %d is assumed, as transformers does", path, _DEFAULT_HEADS)
+        _log.warning("%s does not have n_head: %d is assumed, as transformers does", path, _DEFAULT_HEADS)
         sizes["n_head"] = _DEFAULT_HEADS
     return sizes_of(sizes, sizes, path)
 
@@ -104,11 +104,11 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer | None, dtype: torch.dtype
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],  # what transformers before 5 called it
-        **text_ends(tokenizer),
+        **bos_eos_token_ids(tokenizer),
     }
 
 
-def text_ends(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+def bos_eos_token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """The ids of the tokens around a text, as `config.json` and `generation_config.json` name them."""
     end = tokenizer.end_of_text if tokenizer is not None else None
     return {"bos_token_id": end, "eos_token_id": end}

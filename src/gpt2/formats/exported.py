@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from gpt2.formats.stored import model_of
+from gpt2.formats.stored import model_from_state_dict
 from gpt2.model import GPT
 
 
@@ -29,7 +29,7 @@ class _Logits(nn.Module):
 
 def write(model: GPT, path: Path, dtype: torch.dtype) -> None:
     """Write tokens (batch, length) -> logits (batch, length, vocab_size), batch and length dynamic."""
-    model = model_of(model.config, {name: p.detach().to(dtype) for name, p in model.named_parameters()})
+    model = model_from_state_dict(model.config, {name: p.detach().to(dtype) for name, p in model.named_parameters()})
     length = Dim("length", min=1, max=model.config.block_size)
     example = torch.zeros(2, min(3, model.config.block_size), dtype=torch.int64)
     shapes = {"tokens": {0: Dim("batch", min=1), 1: length}}

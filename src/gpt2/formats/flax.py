@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from gpt2.errors import UserError
-from gpt2.files import check_regular
+from gpt2.errors import ModelFilesError
+from gpt2.files import check_regular_file
 from gpt2.formats.names import by_our_names
 from gpt2.formats.stored import Stored, Weights, read_part
 
@@ -28,8 +28,8 @@ class _Array(NamedTuple):
 
 
 def read_weights(path: Path) -> Weights:
-    """The tensors of the file; only its outline is read here. Raises UserError for a broken one."""
-    check_regular(path)
+    """The tensors of the file; only its outline is read here. Raises ModelFilesError for a broken one."""
+    check_regular_file(path)
     stored: list[Stored] = []
 
     def visit(name: str, array: _Array) -> None:
@@ -44,7 +44,7 @@ def read_weights(path: Path) -> Weights:
         with path.open("rb") as file:
             _Reader(file, path.stat().st_size).walk(visit)
     except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"{path} is no whole Flax checkpoint: {error}") from error
+        raise ModelFilesError(f"{path} is no whole Flax checkpoint: {error}") from error
     return by_our_names(stored, path, conv1d=False)
 
 

@@ -11,11 +11,12 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2.errors import UserError, missing_extra
-from gpt2.files import check_regular
+from gpt2.errors import ModelFilesError, UserError, missing_extra
+from gpt2.files import check_regular_file
 from gpt2.formats.stored import Stored, Weights, read_part, sizes_of
+from gpt2.formats.tokenizer_files import tokenizer_from_merges
 from gpt2.model import GPTConfig
-from gpt2.tokenizer import Tokenizer, tokenizer_of
+from gpt2.tokenizer import Tokenizer
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -55,20 +56,20 @@ def find(path: Path) -> Path | None:
 
 
 def read(path: Path) -> tuple[GPTConfig, Weights]:
-    """Config and weights. Raises UserError for a broken file, or one that is no GPT-2."""
+    """Config and weights. Raises ModelFilesError for a broken file, or one that is no GPT-2."""
     settings, infos, begin = _outline(path)
     config = _config(settings, infos, path)
     weights: Weights = {}
     for name, info in infos.items():
         ours = _our_name(name)
         if ours is None:
-            raise UserError(f"{path}: llama.cpp's GPT-2 has no tensor {name}")
+            raise ModelFilesError(f"{path}: llama.cpp's GPT-2 has no tensor {name}")
         weights[ours] = _stored(path, name, info, begin)
     return config, weights
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer in the file, if there is one. Raises UserError for one that is no byte-level BPE."""
+    """The tokenizer in the file, if there is one. Raises ModelFilesError for one that is no byte-level BPE."""
     settings, _, _ = _outline(path)
     model = settings.get("tokenizer.ggml.model", "no_vocab")
     if model == "no_vocab":
@@ -76,14 +77,14 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     tokens, kinds = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.token_type", [])
     merges = settings.get("tokenizer.ggml.merges", [])
     if model != "gpt2" or tokens is None or not _are(str, tokens) or not _are(str, merges):
-        raise UserError(f"{path}: its tokenizer '{model}' is no byte-level BPE")
+        raise ModelFilesError(f"{path}: its tokenizer '{model}' is no byte-level BPE")
     kinds = kinds if _are(int, kinds) and len(kinds) == len(tokens) else [NORMAL] * len(tokens)
     special = [i for i, kind in enumerate(kinds) if kind in (CONTROL, UNUSED)]
     symbols = [i for i, kind in enumerate(kinds) if kind == USER_DEFINED]
     try:
-        return tokenizer_of(tokens, [merge.partition(" ")[::2] for merge in merges], special, symbols)
+        return tokenizer_from_merges(tokens, [merge.partition(" ")[::2] for merge in merges], special, symbols)
     except ValueError as error:
-        raise UserError(f"{path}: cannot use its tokenizer: {error}") from error
+        raise ModelFilesError(f"{path}: cannot use its tokenizer: {error}") from error
 
 
 def chat_template(path: Path) -> str | None:
@@ -115,22 +116,22 @@ def _our_name(name: str) -> str | None:
 def _config(settings: dict[str, Any], infos: dict[str, _Info], path: Path) -> GPTConfig:
     architecture = settings.get("general.architecture")
     if architecture != "gpt2":
-        raise UserError(f"{path} is no GPT-2: its architecture is {architecture}")
+        raise ModelFilesError(f"{path} is no GPT-2: its architecture is {architecture}")
     embedding = infos.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise UserError(f"{path} has no token_embd.weight")
+        raise ModelFilesError(f"{path} has no token_embd.weight")
     names = ("context_length", "block_count", "attention.head_count", "embedding_length", "feed_forward_length")
     sizes = sizes_of(settings, [f"gpt2.{name}" for name in names], path)
     epsilon = settings.get("gpt2.attention.layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float):
-        raise UserError(f"{path}: gpt2.attention.layer_norm_epsilon is no number")
+        raise ModelFilesError(f"{path}: gpt2.attention.layer_norm_epsilon is no number")
     epsilon = float(f"{epsilon:.7g}")  # it is float32 there
     context, layers, heads, channels, inner = sizes.values()
     width = None if inner == 4 * channels else inner
     try:
         return GPTConfig(embedding.shape[0], context, layers, heads, channels, width, layer_norm_epsilon=epsilon)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise ModelFilesError(f"{path}: {error}") from error
 
 
 def _stored(path: Path, name: str, info: _Info, begin: int) -> Stored:
@@ -148,11 +149,11 @@ def _dequantized(path: Path, name: str, info: _Info, begin: int) -> Tensor:
         raw = read_part(path, begin + info.offset, tuple(bytes_shape), torch.uint8)
         return torch.from_numpy(gguf.quants.dequantize(raw.numpy(), kind))
     except (ValueError, NotImplementedError, KeyError) as error:
-        raise UserError(f"{path}: {name} cannot be read: {error}") from error
+        raise ModelFilesError(f"{path}: {name} cannot be read: {error}") from error
 
 
 def package(purpose: str) -> Any:
-    """The `gguf` package. Raises UserError when it is not installed."""
+    """The `gguf` package. Raises ModelFilesError when it is not installed."""
     try:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -162,12 +163,12 @@ def package(purpose: str) -> Any:
 
 def _outline(path: Path) -> tuple[dict[str, Any], dict[str, _Info], int]:
     """Settings, tensors by name, and where their data begins."""
-    check_regular(path)
+    check_regular_file(path)
     try:
         with path.open("rb") as file:
             return _Reader(file, path.stat().st_size).outline()
     except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"{path} is no whole GGUF file: {error}") from error
+        raise ModelFilesError(f"{path} is no whole GGUF file: {error}") from error
 
 
 class _Reader:

@@ -13,7 +13,7 @@ from gpt2.errors import UserError
 from gpt2.formats.gguf_file import CONTROL, MODULES, NORMAL, PARTS, UNUSED, USER_DEFINED, package
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
-from gpt2.vocabulary import cuts_like_gpt2
+from gpt2.vocabulary import uses_gpt2_pre_tokenizer
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 _MODULES = {ours: theirs for theirs, ours in MODULES.items()}
@@ -96,7 +96,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) ->
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         spec = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
-    if spec["model"].get("type") != "BPE" or not cuts_like_gpt2(spec):
+    if spec["model"].get("type") != "BPE" or not uses_gpt2_pre_tokenizer(spec):
         raise UserError("llama.cpp's tokenizer for GPT-2 does not split text as this model's tokenizer does")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [UNUSED] * vocab_size

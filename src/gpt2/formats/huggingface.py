@@ -9,14 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2.errors import UserError
+from gpt2.errors import ModelFilesError, UserError
 from gpt2.formats import flax
-from gpt2.formats.names import TRANSPOSED, by_our_names
+from gpt2.formats.names import CONV1D_WEIGHTS, by_our_names
 from gpt2.formats.pickled import read_pickle, stored_tensors
 from gpt2.formats.stored import Stored, Weights, own_copy, read_json, write_json
 from gpt2.model import GPT, GPTConfig
 
-SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def find(path: Path) -> Path | None:
@@ -27,14 +27,14 @@ def find(path: Path) -> Path | None:
 
 
 def read_weights(folder: Path) -> Weights:
-    """All weights of a model folder. Raises UserError when there are none, or a file is broken."""
+    """All weights of a model folder. Raises ModelFilesError when there are none, or a file is broken."""
     for name, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickles)):
         if files := _files(folder, name):
             return by_our_names([stored for file in files for stored in read(file)], folder, conv1d=True)
     if (folder / "flax_model.msgpack").is_file():
         return flax.read_weights(folder / "flax_model.msgpack")
     hint = "; TensorFlow's tf_model.h5 is not read" if (folder / "tf_model.h5").is_file() else ""
-    raise UserError(f"{folder} has no model.safetensors (nor pytorch_model.bin, nor flax_model.msgpack){hint}")
+    raise ModelFilesError(f"{folder} has no model.safetensors (nor pytorch_model.bin, nor flax_model.msgpack){hint}")
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -48,10 +48,10 @@ def _files(folder: Path, name: str) -> list[Path]:
         names = dict.fromkeys(read_json(index)["weight_map"].values())
         files = [folder / Path(name).name for name in names]
     except (UserError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is broken: {error}") from error
+        raise ModelFilesError(f"{index} is broken: {error}") from error
     for file in files:
         if not file.is_file():
-            raise UserError(f"{folder} is not complete: {file.name} is named in {index.name} and missing")
+            raise ModelFilesError(f"{folder} is not complete: {file.name} is named in {index.name} and missing")
     return files
 
 
@@ -60,7 +60,7 @@ def _safetensors(path: Path) -> Iterable[Stored]:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no whole safetensors file: {error}") from error
+        raise ModelFilesError(f"{path} is no whole safetensors file: {error}") from error
     return [Stored(key, shape, _reader(path, key)) for key, shape in shapes.items()]
 
 
@@ -70,7 +70,7 @@ def _reader(path: Path, key: str) -> Callable[[], Tensor]:
             with safe_open(path, framework="pt") as file:  # opened anew: a mapping that stays would count as memory
                 return own_copy(file.get_tensor(key))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no whole safetensors file: {error}") from error
+            raise ModelFilesError(f"{path} is no whole safetensors file: {error}") from error
 
     return read
 
@@ -79,7 +79,7 @@ def _pickles(path: Path) -> list[Stored]:
     return stored_tensors(read_pickle(path), path)
 
 
-def write_weights(model: GPT, folder: Path, dtype: torch.dtype, max_shard_size: int | str = SHARD_BYTES) -> None:
+def write_weights(model: GPT, folder: Path, dtype: torch.dtype, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
     """`model.safetensors`, or shards of at most `max_shard_size` (bytes, or "5GB") with their index."""
     tensors = {
         disk_name(name, model.config): _on_disk(name, parameter.detach(), dtype)
@@ -104,4 +104,4 @@ def disk_name(name: str, config: GPTConfig) -> str:
 
 
 def _on_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return (tensor.t() if name.endswith(TRANSPOSED) else tensor).to("cpu", dtype).contiguous()
+    return (tensor.t() if name.endswith(CONV1D_WEIGHTS) else tensor).to("cpu", dtype).contiguous()

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2.errors import UserError
-from gpt2.files import check_regular
+from gpt2.errors import ModelFilesError, UserError
+from gpt2.files import check_regular_file
 from gpt2.formats.stored import WTE, Stored, Weights, first_rows, read_part
 from gpt2.model import GPT, GPTConfig
 
@@ -55,21 +55,23 @@ def _order(c: GPTConfig, padded: int) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def read(path: Path) -> tuple[GPTConfig, Weights]:
-    """Config and weights. Raises UserError for a broken file or one of an old version."""
-    check_regular(path)
+    """Config and weights. Raises ModelFilesError for a broken file or one of an old version."""
+    check_regular_file(path)
     if path.stat().st_size < 4 * HEADER:
-        raise UserError(f"{path} is cut short within its header")
+        raise ModelFilesError(f"{path} is cut short within its header")
     with path.open("rb") as file:
         header = np.frombuffer(file.read(4 * HEADER), "<i4")
     version, context, vocabulary, layers, heads, channels, padded = map(int, header[1:8])
     if version not in _VERSIONS:
-        raise UserError(f"{path} has version {version} of llm.c's format: 3 (float32) and 5 (bfloat16) are read")
+        raise ModelFilesError(f"{path} has version {version} of llm.c's format: 3 (float32) and 5 (bfloat16) are read")
     try:
         config = GPTConfig(vocabulary, context, layers, heads, channels)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise ModelFilesError(f"{path}: {error}") from error
     if not vocabulary <= padded <= 2**31:
-        raise UserError(f"{path}: the padded vocabulary of {padded} is smaller than the vocabulary of {vocabulary}")
+        raise ModelFilesError(
+            f"{path}: the padded vocabulary of {padded} is smaller than the vocabulary of {vocabulary}"
+        )
     dtype, offset, weights = _VERSIONS[version], 4 * HEADER, Weights()
     size = path.stat().st_size
     for name, shape in _order(config, padded):
@@ -78,7 +80,7 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
         if offset > size:
             break
     if offset != size:
-        raise UserError(f"{path} is {size:,} bytes, other than its header says")
+        raise ModelFilesError(f"{path} is {size:,} bytes, other than its header says")
     weights[WTE] = first_rows(weights[WTE], vocabulary)
     return config, weights
 
@@ -88,16 +90,16 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], offset: int, dtype: t
 
 
 def write(model: GPT, path: Path, dtype: torch.dtype) -> None:
-    """Write float32 (version 3) or bfloat16 (version 5). Raises UserError for a model that llm.c cannot run."""
+    """Write float32 (version 3) or bfloat16 (version 5). Raises ModelFilesError for a model that llm.c cannot run."""
     c, version = model.config, next((number for number, each in _VERSIONS.items() if each == dtype), None)
     if version is None:
-        raise UserError("llm.c has float32 and bfloat16: choose with --dtype")
+        raise ModelFilesError("llm.c has float32 and bfloat16: choose with --dtype")
     if not c.tie_word_embeddings:
-        raise UserError("llm.c ties the head to the token embedding, and this model has a head of its own")
+        raise ModelFilesError("llm.c ties the head to the token embedding, and this model has a head of its own")
     if c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5:
-        raise UserError("llm.c has only an MLP of 4 * n_embd and a layer_norm_epsilon of 1e-5")
+        raise ModelFilesError("llm.c has only an MLP of 4 * n_embd and a layer_norm_epsilon of 1e-5")
     if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
-        raise UserError(f"llm.c has only the tanh approximation of GELU, not {c.activation_function}")
+        raise ModelFilesError(f"llm.c has only the tanh approximation of GELU, not {c.activation_function}")
     padded = -(-c.vocab_size // _PADDING) * _PADDING
     header = np.zeros(HEADER, "<i4")
     header[:8] = (MAGIC, version, c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded)

@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpt2.errors import UserError
+from gpt2.errors import ModelFilesError
 from gpt2.formats.stored import HEAD, Stored, Weights, transposed, zeros
 
-log = logging.getLogger("gpt2")
+_log = logging.getLogger("gpt2")
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 _PREFIXES = re.compile(r"^\.?(?:(?:module|model|base_model|pretrained_model|gpt2|transformer)\.)*")
 _BUFFERS = re.compile(r"\.(attn|crossattention)\.(bias|masked_bias)$|(^|\.)position_ids$")  # masks, and 0, 1, 2, ...
@@ -30,7 +30,7 @@ def by_our_names(stored: Iterable[Stored], path: Path, *, conv1d: bool) -> Weigh
     """The tensors of a file by this program's names; other heads and buffers are left out, the former with a warning.
 
     conv1d: the file keeps the matrices of the blocks as (in, out).
-    Raises UserError for two tensors of one name, and for those of an adapter.
+    Raises ModelFilesError for two tensors of one name, and for those of an adapter.
     """
     weights: Weights = {}
     others: list[str] = []
@@ -39,15 +39,17 @@ def by_our_names(stored: Iterable[Stored], path: Path, *, conv1d: bool) -> Weigh
         if name is None:
             continue
         if _ADAPTED.search(each.key):
-            raise UserError(f"{path}: {each.key} belongs to an adapter: merge it with PEFT (merge_and_unload) first")
+            raise ModelFilesError(
+                f"{path}: {each.key} belongs to an adapter: merge it with PEFT (merge_and_unload) first"
+            )
         if name.startswith(_HEADS):
             others.append(each.key)
             continue
         if name in weights:
-            raise UserError(f"{path}: {weights[name].key} and {each.key} are the same tensor of the model")
-        weights[name] = transposed(each) if conv1d and name.endswith(TRANSPOSED) else each
+            raise ModelFilesError(f"{path}: {weights[name].key} and {each.key} are the same tensor of the model")
+        weights[name] = transposed(each) if conv1d and name.endswith(CONV1D_WEIGHTS) else each
     if others:
-        log.warning("%s: left out, since a language model does not use them: %s", path, ", ".join(sorted(others)))
+        _log.warning("%s: left out, since a language model does not use them: %s", path, ", ".join(sorted(others)))
     return weights
 
 

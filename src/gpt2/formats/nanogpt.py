@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from gpt2.characters import CharacterTokenizer
-from gpt2.errors import UserError
+from gpt2.errors import ModelFilesError, UserError
 from gpt2.formats.names import by_our_names, with_zero_biases
 from gpt2.formats.pickled import Settings, read_pickle, stored_tensors
 from gpt2.formats.stored import HEAD, WTE, Weights, first_rows, sizes_of
 from gpt2.model import GPT, GPTConfig
 
-GPT2_VOCABULARY, PADDED_VOCABULARY = 50257, 50304
+GPT2_VOCAB_SIZE, PADDED_VOCABULARY = 50257, 50304
 _SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 _OURS = "gpt2_config"  # what nanoGPT has no setting for, in checkpoints that this program wrote
 _LARGEST_META = 2**24
@@ -53,10 +53,10 @@ def find(path: Path) -> Path | None:
 
 
 def read(path: Path) -> tuple[GPTConfig, Weights]:
-    """Config and weights. Raises UserError for what neither program wrote."""
+    """Config and weights. Raises ModelFilesError for what neither program wrote."""
     checkpoint = read_pickle(path)
     if not isinstance(checkpoint, Mapping) or "model" not in checkpoint:
-        raise UserError(f"{path} is no checkpoint of nanoGPT: it has no 'model'")
+        raise ModelFilesError(f"{path} is no checkpoint of nanoGPT: it has no 'model'")
     config = _config(checkpoint, path)
     weights = with_zero_biases(by_our_names(stored_tensors(checkpoint["model"], path), path, conv1d=False))
     for name in (WTE, HEAD):
@@ -71,23 +71,23 @@ def _config(checkpoint: Mapping[str, Any], path: Path) -> GPTConfig:
     if args is None and isinstance(checkpoint.get("config"), Settings):
         args, activation = vars(checkpoint["config"]), "gelu_new"  # build-nanogpt
     if not isinstance(args, Mapping):
-        raise UserError(f"{path} is no checkpoint of nanoGPT: it has no 'model_args'")
+        raise ModelFilesError(f"{path} is no checkpoint of nanoGPT: it has no 'model_args'")
     sizes = sizes_of(args, _SIZES, path)
-    if GPT2_VOCABULARY < sizes["vocab_size"] <= PADDED_VOCABULARY and not path.with_name("meta.pkl").exists():
-        sizes["vocab_size"] = GPT2_VOCABULARY
+    if GPT2_VOCAB_SIZE < sizes["vocab_size"] <= PADDED_VOCABULARY and not path.with_name("meta.pkl").exists():
+        sizes["vocab_size"] = GPT2_VOCAB_SIZE
     dropout = args.get("dropout") or 0.0
     if not isinstance(dropout, (int, float)):
-        raise UserError(f"{path}: dropout cannot be {dropout!r}")
+        raise ModelFilesError(f"{path}: dropout cannot be {dropout!r}")
     if isinstance(own, Mapping) and isinstance(own.get("activation_function"), str):
         activation = own["activation_function"]
     try:
         return GPTConfig(*sizes.values(), dropout=float(dropout), activation_function=activation)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise ModelFilesError(f"{path}: {error}") from error
 
 
 def read_tokenizer(path: Path) -> CharacterTokenizer | None:
-    """The characters in the `meta.pkl` beside a checkpoint, if there is one. Raises UserError for a broken one."""
+    """The characters in the `meta.pkl` beside a checkpoint, None without one. Raises ModelFilesError if it is broken."""
     meta = path.with_name("meta.pkl")
     return CharacterTokenizer(_characters(meta)) if meta.is_file() else None
 
@@ -102,9 +102,9 @@ def _characters(path: Path) -> list[str]:
         itos = _plain_value(content)["itos"]
         characters = [itos[i] for i in range(len(itos))]
     except Exception as error:  # pickletools raises anything for a broken file
-        raise UserError(f"cannot use {path}: {error!r}") from error
+        raise ModelFilesError(f"cannot use {path}: {error!r}") from error
     if not all(isinstance(each, str) and len(each) == 1 for each in characters) or not characters:
-        raise UserError(f"cannot use {path}: its itos does not map 0, 1, 2, ... to characters")
+        raise ModelFilesError(f"cannot use {path}: its itos does not map 0, 1, 2, ... to characters")
     return characters
 
 
@@ -135,12 +135,12 @@ def _plain_value(content: bytes) -> Any:
 
 
 def write(model: GPT, path: Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint that nanoGPT's `sample.py` reads. Raises UserError for a model that it cannot run."""
+    """Write a checkpoint that nanoGPT's `sample.py` reads. Raises ModelFilesError for a model that it cannot run."""
     c = model.config
     if not c.tie_word_embeddings:
-        raise UserError("nanoGPT ties the head to the token embedding, and this model has a head of its own")
+        raise ModelFilesError("nanoGPT ties the head to the token embedding, and this model has a head of its own")
     if c.n_inner not in (None, 4 * c.n_embd) or c.layer_norm_epsilon != 1e-5:
-        raise UserError("nanoGPT has only an MLP of 4 * n_embd and a layer_norm_epsilon of 1e-5")
+        raise ModelFilesError("nanoGPT has only an MLP of 4 * n_embd and a layer_norm_epsilon of 1e-5")
     args = {name: getattr(c, name) for name in _SIZES} | {"bias": True, "dropout": c.dropout}
     state = {name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
     checkpoint = {

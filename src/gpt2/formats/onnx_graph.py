@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gpt2.errors import UserError, missing_extra
-from gpt2.formats.names import TRANSPOSED
+from gpt2.formats.names import CONV1D_WEIGHTS
 from gpt2.formats.stored import HEAD, WTE
 from gpt2.model import GPT
 
@@ -69,7 +69,7 @@ def package(purpose: str) -> Any:
 def _external(onnx: Any, name: str, parameter: torch.Tensor, file: BinaryIO) -> Any:
     """An initializer whose numbers are in `file`; matrices as (in, out), which MatMul wants."""
     tensor = parameter.detach().to("cpu", torch.float32)
-    array = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous().numpy()
+    array = (tensor.t() if name.endswith(CONV1D_WEIGHTS) else tensor).contiguous().numpy()
     file.write(bytes(-file.tell() % 4096))  # so that the file can be mapped
     offset = file.tell()
     file.write(array.tobytes())

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gpt2.errors import UserError
+from gpt2.errors import ModelFilesError
 from gpt2.model import GPT, GPTConfig
 
-log = logging.getLogger("gpt2")
+_log = logging.getLogger("gpt2")
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_JSON = 2**28  # bytes; the largest tokenizer.json there are have some 20 MB
@@ -62,12 +62,12 @@ def zeros(key: str, size: int) -> Stored:
 
 
 def read_part(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Little-endian numbers at `offset` of a file. Raises UserError when the file ends before."""
+    """Little-endian numbers at `offset` of a file. Raises ModelFilesError when the file ends before."""
     if sys.byteorder != "little":
-        raise UserError(f"{path} is little-endian, which is not supported on this machine")
+        raise ModelFilesError(f"{path} is little-endian, which is not supported on this machine")
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if offset < 0 or offset + size > path.stat().st_size:
-        raise UserError(f"{path} is cut short: it ends before byte {offset + size:,}")
+        raise ModelFilesError(f"{path} is cut short: it ends before byte {offset + size:,}")
     if not size:
         return torch.empty(shape, dtype=dtype)
     buffer = _buffer(size)
@@ -103,25 +103,25 @@ def copied_out(tensor: Tensor) -> Tensor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises UserError for what is none."""
+    """A JSON object in a file. Raises ModelFilesError for what is none."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError("it is too large for a file of settings")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise ModelFilesError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object")
+        raise ModelFilesError(f"{path} is no JSON object")
     return value
 
 
 def sizes_of(raw: Mapping[str, Any], names: Iterable[str], where: object) -> dict[str, int]:
-    """The settings of these names. Raises UserError for one that is missing or no size."""
+    """The settings of these names. Raises ModelFilesError for one that is missing or no size."""
     sizes: dict[str, int] = {}
     for name in names:
         value = raw.get(name)
         if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{where}: {name} is missing or no integer that a size can be")
+            raise ModelFilesError(f"{where}: {name} is missing or no integer that a size can be")
         sizes[name] = value
     return sizes
 
@@ -134,31 +134,31 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def build(config: GPTConfig, weights: Weights, dtype: torch.dtype | None, path: Path) -> GPT:
     """The model of `config` with these weights, in `dtype`; None for that of the token embedding.
 
-    All shapes are checked before anything is read. Raises UserError for tensors that are missing, left over, of
+    All shapes are checked before anything is read. Raises ModelFilesError for tensors that are missing, left over, of
     another shape, or not floating-point.
     """
     config, weights = _with_one_head(config, weights, path)
-    check_shapes(_outer_shapes(config), weights, path)  # or a mistyped config would build a model of any size
-    expected = {name: tuple(p.shape) for name, p in unfilled(config).named_parameters()}
+    check_shapes(_size_defining_shapes(config), weights, path)  # or a mistyped config would build a model of any size
+    expected = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     check_shapes(expected, weights, path)
     for name, stored in weights.items():
         if name not in expected and name != HEAD:
-            raise UserError(f"{path}: the weights hold {stored.key}, which config.json does not call for")
+            raise ModelFilesError(f"{path}: the weights hold {stored.key}, which config.json does not call for")
     tensors: dict[str, Tensor] = {}
     for name in sorted(expected, key=lambda name: name not in (WTE, HEAD)):  # the largest first, while there is room
         read = checked(weights[name], path)
         dtype = dtype or (torch.float32 if read.dtype == torch.float64 else read.dtype)
         tensors[name] = read if read.is_contiguous() and read.dtype == dtype else _copy(read, dtype)
-    return model_of(config, tensors)
+    return model_from_state_dict(config, tensors)
 
 
 def checked(stored: Stored, path: Path) -> Tensor:
-    """Read a tensor. Raises UserError when it is not floating-point or not of the shape that was announced."""
+    """Read a tensor. Raises ModelFilesError when it is not floating-point or not of the shape that was announced."""
     tensor = stored.read()
     if tensor.dtype not in READABLE:
-        raise UserError(f"{path}: {stored.key} is {tensor.dtype}, which is not read here")
+        raise ModelFilesError(f"{path}: {stored.key} is {tensor.dtype}, which is not read here")
     if tuple(tensor.shape) != stored.shape:
-        raise UserError(f"{path}: {stored.key} is {tuple(tensor.shape)}, not {stored.shape}")
+        raise ModelFilesError(f"{path}: {stored.key} is {tuple(tensor.shape)}, not {stored.shape}")
     return tensor
 
 
@@ -174,15 +174,15 @@ def _with_one_head(config: GPTConfig, weights: Weights, path: Path) -> tuple[GPT
     if wte is None:
         return config, {name: stored for name, stored in weights.items() if name != HEAD} | {WTE: head}
     if head.shape != wte.shape:
-        raise UserError(f"{path}: {head.key} is {head.shape} and {wte.key} {wte.shape}, which cannot be tied")
+        raise ModelFilesError(f"{path}: {head.key} is {head.shape} and {wte.key} {wte.shape}, which cannot be tied")
     expected = (config.vocab_size, config.n_embd)
     if wte.shape == expected and not torch.equal(checked(head, path), checked(wte, path)):
-        log.warning("%s: lm_head differs from the token embedding, so the two are not tied", path)
+        _log.warning("%s: lm_head differs from the token embedding, so the two are not tied", path)
         return replace(config, tie_word_embeddings=False), weights
     return config, {name: stored for name, stored in weights.items() if name != HEAD}
 
 
-def _outer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+def _size_defining_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The shapes from which all numbers of a config can be told."""
     return {
         WTE: (config.vocab_size, config.n_embd),
@@ -192,37 +192,37 @@ def _outer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(expected: dict[str, tuple[int, ...]], weights: Weights, path: Path) -> None:
-    """Raise UserError unless every expected tensor is there in its shape; the message has the names of the file."""
+    """Raise ModelFilesError unless all expected tensors are there in their shapes; it has the names of the file."""
     wte = weights.get(WTE)
     unprefixed = wte is not None and not wte.key.endswith("transformer.wte.weight")
     for name, shape in expected.items():
         if name not in weights:
             shown = name.removeprefix("transformer.") if unprefixed else name
-            raise UserError(f"{path}: the weights lack {shown}, which config.json calls for")
+            raise ModelFilesError(f"{path}: the weights lack {shown}, which config.json calls for")
         if weights[name].shape != shape:
-            raise UserError(
+            raise ModelFilesError(
                 f"{path}: {weights[name].key} is {weights[name].shape} in the weights, {shape} by config.json"
             )
 
 
-def model_of(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+def model_from_state_dict(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     """A model whose parameters are these very tensors, by name; what else there is by name is left out.
 
     Nothing is copied, and no random numbers are drawn.
     """
-    model = unfilled(config)
+    model = meta_model(config)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model
 
 
-def unfilled(config: GPTConfig) -> GPT:
+def meta_model(config: GPTConfig) -> GPT:
     """A model whose parameters have shapes and no memory."""
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), _SkipInit():
         return GPT(config)
 
 
-class _Unfilled(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Parameters without memory are not initialized; merely to try it, torch would import its compiler for a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

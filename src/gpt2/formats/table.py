@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.errors import UserError
+from gpt2.errors import ModelFilesError
 from gpt2.formats import config as json_config
 from gpt2.formats import gguf_file, huggingface, llmc, nanogpt, tensorflow
 from gpt2.formats.stored import Weights
@@ -89,8 +89,8 @@ def recognize(path: Path) -> tuple[Format, Path] | None:
 
 
 def format_of(path: Path) -> Format:
-    """The format of a path that `recognize` gave. Raises UserError when it is of none."""
+    """The format of a path that `recognize` gave. Raises ModelFilesError when it is of none."""
     known = recognize(path)
     if known is None:
-        raise UserError(f"{path} is of no format that is read here (gpt2 convert --list)")
+        raise ModelFilesError(f"{path} is of no format that is read here (gpt2 convert --list)")
     return known[0]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2.errors import UserError
-from gpt2.files import check_regular
+from gpt2.errors import ModelFilesError, UserError
+from gpt2.files import check_regular_file
 from gpt2.formats.stored import Stored, Weights, read_json, read_part, sizes_of, transposed
 from gpt2.model import GPTConfig
 
@@ -50,14 +50,14 @@ def find(path: Path) -> Path | None:
 
 
 def read(folder: Path) -> tuple[GPTConfig, Weights]:
-    """Config and weights. Raises UserError for a broken file."""
+    """Config and weights. Raises ModelFilesError for a broken file."""
     raw = read_json(folder / "hparams.json")
     sizes = sizes_of(raw, ("n_vocab", "n_ctx", "n_layer", "n_head", "n_embd"), folder / "hparams.json")
     try:
         vocabulary, context, layers, heads, channels = sizes.values()
         config = GPTConfig(vocabulary, context, layers, heads, channels)
     except UserError as error:
-        raise UserError(f"{folder / 'hparams.json'}: {error}") from error
+        raise ModelFilesError(f"{folder / 'hparams.json'}: {error}") from error
     index = _index_of(folder)
     weights: Weights = {}
     for key, (dtype, shape, offset) in _entries(index):
@@ -81,7 +81,7 @@ def _our_name(key: str) -> str | None:
 
 def _stored(path: Path, key: str, dtype: int, shape: tuple[int, ...], offset: int) -> Stored:
     if dtype not in _DTYPES:
-        raise UserError(f"{path}: {key} has TensorFlow's dtype {dtype}, which is not read here")
+        raise ModelFilesError(f"{path}: {key} has TensorFlow's dtype {dtype}, which is not read here")
     kind = _DTYPES[dtype]
     inner = shape[1:] if key.endswith("/w") and len(shape) == 3 and shape[0] == 1 else shape  # a 1-wide convolution
     return Stored(key, inner, lambda: read_part(path, offset, inner, kind))
@@ -96,18 +96,20 @@ def _index_of(folder: Path) -> Path:
         found = [path for path in found if latest and path.stem == Path(latest[1]).name] or found
     if len(found) != 1:
         names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder} has several checkpoints ({names}) and no file 'checkpoint' that names the latest")
+        raise ModelFilesError(
+            f"{folder} has several checkpoints ({names}) and no file 'checkpoint' that names the latest"
+        )
     if not found[0].with_suffix(".data-00000-of-00001").is_file():
-        raise UserError(f"{folder} is not complete: {found[0].stem}.data-00000-of-00001 is missing")
+        raise ModelFilesError(f"{folder} is not complete: {found[0].stem}.data-00000-of-00001 is missing")
     return found[0]
 
 
 def _entries(path: Path) -> Iterator[tuple[str, tuple[int, tuple[int, ...], int]]]:
     """Name, and (dtype, shape, offset in the data file), of every tensor in an index."""
-    check_regular(path)
+    check_regular_file(path)
     size = path.stat().st_size
     if not _FOOTER <= size <= _LARGEST_INDEX:
-        raise UserError(f"{path} is no index of a TensorFlow checkpoint: it has {size:,} bytes")
+        raise ModelFilesError(f"{path} is no index of a TensorFlow checkpoint: it has {size:,} bytes")
     content = path.read_bytes()
     try:
         if content[-8:] != _MAGIC:
@@ -120,7 +122,7 @@ def _entries(path: Path) -> Iterator[tuple[str, tuple[int, tuple[int, ...], int]
                 if key:
                     yield key.decode("utf-8"), _entry(value)
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path} is no whole index of a TensorFlow checkpoint: {error}") from error
+        raise ModelFilesError(f"{path} is no whole index of a TensorFlow checkpoint: {error}") from error
 
 
 def _block(content: bytes, at: int, handle: bytes | None = None) -> bytes:

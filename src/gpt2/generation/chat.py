@@ -1,56 +1,58 @@
-"""A conversation with a model that knows no turns, only text that goes on.
+"""Multi-turn chat with a language model.
 
-GPT-2 was never taught to answer. So the talk is written down as a transcript, which the model continues:
+Plain GPT-2 has no chat format, so the conversation is written as a transcript that the model continues:
 
     The system text, if there is one.
     <empty line>
-    User: what was said
-    Assistant: what the model says, until it would begin a line with "User:" itself
+    User: the user's message
+    Assistant: the model's answer, up to the point where it begins a line with "User:"
     User: ...
 
-A model that was taught a template of its own is asked by that instead, and ends its answer where the template says.
+A model that was fine-tuned on a chat template gets its prompts from that template, which also gives the stop strings.
 
-Without roles it is one text that both write in turns: what is said begins a new line, or goes on in the last one if
-it begins with a space, and saying nothing lets the model go on.
+Without roles the transcript is one text: a user message begins a new line, or continues the last line if it begins with
+a space; an empty message lets the model continue.
 
-The tokens of the transcript never change once they were said, and one engine with one row reads them: it finds what it
-has read before in its cache, so that a turn costs no more than its own tokens.
+The tokens of earlier turns never change, and an engine with one slot serves the conversation: its prefix cache holds
+the earlier turns, so that only new tokens are prefilled.
 """
 
 import secrets
-from collections.abc import Generator, Iterator, Sequence
+from collections import abc
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
-from gpt2.errors import UserError
-from gpt2.generation.engine import Continuation, Engine, LanguageModel, Request
+from gpt2.errors import RequestError, UserError
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
 from gpt2.generation.sampling import Sampling
-from gpt2.generation.text import TextStream, check_stop
-from gpt2.templates import ASSISTANT, USER, Template
+from gpt2.generation.text import TextStream, check_stop_strings, require_tokenizer
+from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX, ChatTemplate
 from gpt2.tokenizer import Tokenizer
 
 
 @dataclass
 class Turn:
-    """What was said, and what the model answered: the text that was shown, and its tokens."""
+    """A user message and the model's answer, as text and as token ids."""
 
-    said: str
+    user_text: str
     answer: str = ""
     tokens: list[int] = field(default_factory=list)
 
 
 class Conversation:
-    """Turns, and the model that answers them. `say` something, and read the answer as it comes.
+    """The turns of a conversation: `send` a message and iterate over the answer.
 
         conversation = Conversation(model, tokenizer, Sampling(temperature=0.8), seed=1)
-        for piece in conversation.say("Where is the library?"):
+        for piece in conversation.send("Where is the library?"):
             print(piece, end="")
 
     sampling, max_new_tokens, stop, seed, system: may be changed between two turns. The same seed gives the same answers
-    to the same words, and another answer to each `retry`.
-    template: the model's own; None for the transcript above. It has no say where there are no roles.
+    to the same messages, and another answer to each `retry`.
+    template: the model's chat template; None for the transcript above. Ignored without roles.
+    num_dropped_turns: how many of the oldest turns are no longer part of the prompt.
 
-    When transcript and answer would not fit the context, the oldest turns are no longer read: so many that the
-    others take three quarters of the room, for reading them again is what that costs. `forgotten` counts them.
+    When prompt and answer do not fit the context, the oldest turns are dropped until the rest takes at most three
+    quarters of the room: each time, the rest must be prefilled again.
     """
 
     def __init__(
@@ -60,155 +62,159 @@ class Conversation:
         sampling: Sampling | None = None,
         *,
         max_new_tokens: int = 100,
-        stop: Sequence[str] = (),
+        stop: abc.Sequence[str] = (),
         seed: int | None = None,
         system: str = "",
         roles: bool = True,
-        template: Template | None = None,
+        template: ChatTemplate | None = None,
     ) -> None:
-        if tokenizer is None:
-            raise UserError("this model folder has no tokenizer: text needs one")
-        check_stop(stop)
-        self.model, self.tokenizer, self.roles = model, tokenizer, roles
+        check_stop_strings(stop)
+        self.model, self.tokenizer, self.roles = model, require_tokenizer(tokenizer), roles
         self.template = template if roles else None
         self.sampling = sampling or Sampling()
         self.max_new_tokens, self.stop, self.system = max_new_tokens, tuple(stop), system
         self.turns: list[Turn] = []
-        self.forgotten = 0
-        """So many of the oldest turns are no longer read."""
+        self.num_dropped_turns = 0
         self.seed = secrets.randbits(32) if seed is None else seed
         self._engine = Engine(model, slots=1)
 
     @property
     def seed(self) -> int:
-        """Of all random numbers. Setting it begins its numbers anew."""
+        """The seed of all random numbers. Setting it restarts the random streams."""
         return self._seed
 
     @seed.setter
     def seed(self, seed: int) -> None:
-        self._seed, self._answers = seed, 0
+        self._seed, self._next_sample_index = seed, 0
 
     @property
     def transcript(self) -> str:
-        """The whole talk, what is no longer read included."""
+        """The whole conversation as text, dropped turns included."""
         if self.template is not None:
-            return self.template.text(self._messages(self.turns)) if self.turns else ""
-        return self._opening() + "".join(self._asked(self.turns, i) + turn.answer for i, turn in enumerate(self.turns))
+            return self.template.render(self._messages(self.turns)) if self.turns else ""
+        return self._system_prefix() + "".join(
+            self._format_user_turn(self.turns, i) + turn.answer for i, turn in enumerate(self.turns)
+        )
 
     @property
-    def opening(self) -> str:
-        """What an answer begins with that is none of its words."""
-        return " " if self.template is None else self.template.opening
+    def answer_prefix(self) -> str:
+        """The fixed text that every answer begins with."""
+        return " " if self.template is None else self.template.answer_prefix
 
     @property
-    def length(self) -> int:
-        """How many tokens of the context the next turn finds taken."""
-        return len(self._tokens(self.turns, self.forgotten))
+    def num_prompt_tokens(self) -> int:
+        """The number of prompt tokens before the next message."""
+        return len(self._prompt_tokens(self.turns, self.num_dropped_turns))
 
-    def say(self, text: str) -> Generator[str, None, None]:
-        """The answer to `text`, a piece for every step of the engine: often empty, whole characters otherwise.
+    def send(self, text: str) -> Generator[str, None, None]:
+        """Yield the answer to `text`, one piece for every step of the engine: whole characters, often none.
 
-        Whoever has enough closes the iterator; what was said until then is the answer. Raises UserError when the turn
-        alone does not fit the context, or what the engine raises; the turns are then as they were.
+        Closing the iterator ends the answer there. Raises RequestError if the turn alone does not fit the context, and
+        any UserError of the engine; the turns are then unchanged.
         """
-        return self._answer(self.turns, text)
+        return self._generate(self.turns, text)
 
     def retry(self) -> Generator[str, None, None]:
-        """Another answer to what was said last, in place of the one there is; otherwise as `say`."""
+        """Replace the last answer by another one; otherwise as `send`."""
         if not self.turns:
-            raise UserError("nothing has been said yet")
-        return self._answer(self.turns[:-1], self.turns[-1].said)
+            raise RequestError("nothing has been said yet")
+        return self._generate(self.turns[:-1], self.turns[-1].user_text)
 
     def undo(self) -> Turn:
-        """Take the last turn back. Raises UserError when there is none."""
+        """Remove and return the last turn. Raises RequestError if there is none."""
         if not self.turns:
-            raise UserError("nothing has been said yet")
+            raise RequestError("nothing has been said yet")
         turn = self.turns.pop()
-        self.forgotten = min(self.forgotten, len(self.turns))
+        self.num_dropped_turns = min(self.num_dropped_turns, len(self.turns))
         return turn
 
     def reset(self) -> None:
-        """Forget all that was said; the settings stay."""
-        self.turns, self.forgotten = [], 0
+        """Remove all turns; the settings stay."""
+        self.turns, self.num_dropped_turns = [], 0
 
-    def _answer(self, earlier: list[Turn], said: str) -> Generator[str, None, None]:
-        before = self.turns, self.forgotten
-        turns = [*earlier, Turn(said)]
-        forgotten, prompt = self._fitting(turns)
+    def _generate(self, previous_turns: list[Turn], user_text: str) -> Generator[str, None, None]:
+        before = self.turns, self.num_dropped_turns
+        turns = [*previous_turns, Turn(user_text)]
+        num_dropped, prompt = self._fit_to_context(turns)
         room = max(1, self.model.config.block_size - len(prompt))
-        end = (self.tokenizer.end_of_text,)
-        request = Request(prompt, self.sampling, min(self.max_new_tokens, room), self.seed, self._answers, end)
+        end_tokens, max_new_tokens = (self.tokenizer.end_of_text,), min(self.max_new_tokens, room)
+        request = GenerationRequest(
+            prompt, self.sampling, max_new_tokens, self.seed, self._next_sample_index, end_tokens
+        )
         answer = self._engine.submit(request)
-        self._answers += 1
-        self.turns, self.forgotten = turns, forgotten
+        self._next_sample_index += 1
+        self.turns, self.num_dropped_turns = turns, num_dropped
         try:
-            yield from self._pieces(answer, turns[-1])
+            yield from self._stream_answer(answer, turns[-1])
         except UserError:
-            self.turns, self.forgotten = before
+            self.turns, self.num_dropped_turns = before
             raise
-        except KeyboardInterrupt:  # in the midst of a step: who knows what the cache holds
-            self._engine, answer.finished = Engine(self.model, slots=1), "cancelled"
+        except KeyboardInterrupt:  # during a step: the state of the cache is unknown
+            self._engine, answer.finish_reason = Engine(self.model, slots=1), "cancelled"
             raise
         finally:
             self._engine.cancel(answer)
-            turns[-1].tokens = self._spelling(turns[-1].answer, answer.new_tokens)
+            turns[-1].tokens = self._retokenize(turns[-1].answer, answer.new_tokens)
 
-    def _pieces(self, answer: Continuation, turn: Turn) -> Iterator[str]:
-        ends = [f"\n{USER}"] if self.template is None else self.template.stops
-        text = TextStream(self.tokenizer, (*self.stop, *ends) if self.roles else self.stop)
-        while not answer.finished:
+    def _stream_answer(self, sequence: Sequence, turn: Turn) -> Iterator[str]:
+        stop = [f"\n{USER_PREFIX}"] if self.template is None else self.template.stop_strings
+        text = TextStream(self.tokenizer, (*self.stop, *stop) if self.roles else self.stop)
+        while not sequence.finish_reason:
             tokens = self._engine.step()
-            if answer.error:
-                raise answer.error
-            piece = "".join([text.push(token.id) for token in tokens if token.continuation is answer])
-            if text.finished:
-                self._engine.cancel(answer)
-            if answer.finished:
+            if sequence.error:
+                raise sequence.error
+            piece = "".join([text.push(token.id) for token in tokens if token.sequence is sequence])
+            if text.finish_reason:
+                self._engine.cancel(sequence)
+            if sequence.finish_reason:
                 piece += text.flush()
             turn.answer += piece
             yield piece
 
-    def _fitting(self, turns: list[Turn]) -> tuple[int, list[int]]:
-        """How many of the turns to leave out so that an answer has room, and the tokens of the others."""
+    def _fit_to_context(self, turns: list[Turn]) -> tuple[int, list[int]]:
+        """(number of turns to drop so that an answer has room, prompt tokens of the others)"""
         context = self.model.config.block_size
         room = context - min(self.max_new_tokens, context // 2)
-        forgotten = min(self.forgotten, len(turns) - 1)
-        prompt = self._tokens(turns, forgotten)
+        num_dropped = min(self.num_dropped_turns, len(turns) - 1)
+        prompt = self._prompt_tokens(turns, num_dropped)
         if len(prompt) > room:
-            while forgotten < len(turns) - 1 and len(prompt) > room * 3 // 4:
-                forgotten += 1
-                prompt = self._tokens(turns, forgotten)
-        return forgotten, prompt
+            while num_dropped < len(turns) - 1 and len(prompt) > room * 3 // 4:
+                num_dropped += 1
+                prompt = self._prompt_tokens(turns, num_dropped)
+        return num_dropped, prompt
 
-    def _tokens(self, turns: list[Turn], forgotten: int) -> list[int]:
+    def _prompt_tokens(self, turns: list[Turn], num_dropped: int) -> list[int]:
         if self.template is not None and turns:
-            said = [turn.tokens for turn in turns[forgotten:]]
-            messages = self._messages(turns[forgotten:])[:-1]  # up to the last answer
-            tokens = self.template.encode_prompt(self.tokenizer, messages, said[:-1])
-            return (tokens or [self.tokenizer.end_of_text]) + said[-1]
-        tokens = self.tokenizer.encode(self._opening())
-        for i in range(forgotten, len(turns)):
-            tokens += self.tokenizer.encode(self._asked(turns, i)) + turns[i].tokens
-        return tokens or [self.tokenizer.end_of_text]  # which is what a text begins after
+            answers = [turn.tokens for turn in turns[num_dropped:]]
+            messages = self._messages(turns[num_dropped:])[:-1]  # up to the last answer
+            tokens = self.template.encode_prompt(self.tokenizer, messages, answers[:-1])
+            return (tokens or [self.tokenizer.end_of_text]) + answers[-1]
+        tokens = self.tokenizer.encode(self._system_prefix())
+        for i in range(num_dropped, len(turns)):
+            tokens += self.tokenizer.encode(self._format_user_turn(turns, i)) + turns[i].tokens
+        return tokens or [self.tokenizer.end_of_text]  # as before every training document
 
     def _messages(self, turns: list[Turn]) -> list[tuple[str, str]]:
-        """The turns as the template wants them."""
-        answers = [turn.answer.removeprefix(self.opening) for turn in turns]
-        talk = [(("user", turn.said), ("assistant", text)) for turn, text in zip(turns, answers, strict=True)]
-        return [("system", self.system)] * bool(self.system) + [message for pair in talk for message in pair]
+        """The turns as (role, text) messages for the template."""
+        answers = [turn.answer.removeprefix(self.answer_prefix) for turn in turns]
+        pairs = [(("user", turn.user_text), ("assistant", text)) for turn, text in zip(turns, answers, strict=True)]
+        return [("system", self.system)] * bool(self.system) + [message for pair in pairs for message in pair]
 
-    def _opening(self) -> str:
+    def _system_prefix(self) -> str:
         return f"{self.system}\n" if self.system else ""
 
-    def _asked(self, turns: list[Turn], i: int) -> str:
-        """Turn i as the transcript has it, up to its answer."""
-        said, first = turns[i].said, i == 0 and not self.system
+    def _format_user_turn(self, turns: list[Turn], i: int) -> str:
+        """Turn i in the transcript, up to its answer."""
+        text, first = turns[i].user_text, i == 0 and not self.system
         if self.roles:
-            return f"{'' if first else chr(10)}{USER} {said}\n{ASSISTANT}"
-        return said if i == 0 or not said or said.startswith(" ") else f"\n{said}"
+            return f"{'' if first else chr(10)}{USER_PREFIX} {text}\n{ASSISTANT_PREFIX}"
+        return text if i == 0 or not text or text.startswith(" ") else f"\n{text}"
 
-    def _spelling(self, text: str, tokens: list[int]) -> list[int]:
-        """`tokens` as far as they spell `text`, and the rest of it encoded anew: a stop string may begin in a token."""
+    def _retokenize(self, text: str, tokens: list[int]) -> list[int]:
+        """The longest prefix of `tokens` that spells a prefix of `text`, and the rest of `text` encoded.
+
+        A stop string may begin inside a token.
+        """
         kept = [token for token in tokens if token < self.tokenizer.vocab_size and token != self.tokenizer.end_of_text]
         while kept and not text.startswith(self.tokenizer.decode(kept)):
             kept.pop()

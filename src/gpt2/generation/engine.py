@@ -1,15 +1,16 @@
-"""The engine: many texts continued at once, each as if it were alone.
+"""The generation engine: continuous batching over a static KV cache, batch invariant.
 
-A request waits until a row of the cache is free, its prompt is read (in chunks, so that the others go on meanwhile),
-and from then on every step gives it one token, until it is finished and leaves its row to the next. What a row that
-reads a prompt finds already read in another row, it copies.
+A request waits in the queue until a slot, which is a row of the KV cache, is free. Its prompt is prefilled in chunks
+(chunked prefill), so that the other sequences keep decoding meanwhile. Then every step decodes one token, until the
+sequence finishes and frees its slot. A prefix that another row has cached already is copied, not computed again
+(prefix cache).
 
-When the context is full, the later half of it is read again into the empty row and the text goes on from there: half
-a context of tokens costs one prefill, and none is ever an index error.
+When the context is full, its later half is prefilled again into the emptied row and decoding continues from there:
+half a context of tokens costs one prefill.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,24 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.cache import KVCache
-from gpt2.errors import UserError
-from gpt2.generation.sampling import History, Sampling, choose, log_probabilities, random_stream
+from gpt2.errors import NonFiniteLogitsError, RequestError, UserError
+from gpt2.generation.sampling import History, Sampling, gather_logprobs, make_generator, sample_tokens
 from gpt2.model import GPTConfig
 
-DAMAGED = "the model gives nan or inf: its weights are damaged, or too large for its dtype"
-CHUNK = 256  # so many prompt tokens are read between two steps of those that already speak
+_NON_FINITE_LOGITS = "the model gives nan or inf: its weights are damaged, or too large for its dtype"
+PREFILL_CHUNK = 256  # prompt tokens that are prefilled between two decoding steps
 
-Alternatives = tuple[tuple[int, float], ...]
+TopLogprobs = tuple[tuple[int, float], ...]
 
 
 class LanguageModel(Protocol):
-    """What the engine runs: a `gpt2.model.GPT`, or anything that reads like one."""
+    """The interface of a model that the engine can run: `gpt2.model.GPT`, `NativeGPT`, `GraphedGPT`."""
 
     config: GPTConfig
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are to be put."""
+        """The device that tokens must be on."""
         ...
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
@@ -43,7 +44,7 @@ class LanguageModel(Protocol):
         ...
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """int64 (B, T) -> (B, T, C), continuing the rows of the cache."""
+        """int64 (B, T) -> (B, T, C). The tokens continue the rows of the cache."""
         ...
 
     @property
@@ -53,263 +54,276 @@ class LanguageModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be continued, and how.
+class GenerationRequest:
+    """A prompt and how to continue it.
 
-    prompt:     token ids, at least one.
-    end_tokens: ids that end the continuation; they are reported, and not before `sampling.min_new_tokens`.
-    alternatives: how many of the most likely tokens are told with each token, with the log-probabilities; None for
-                neither.
+    prompt:         token ids, at least one.
+    seed, sample_index: they select the random stream, so that a result does not depend on the batch.
+    end_tokens:     ids that end the sequence. They are part of `new_tokens`.
+    top_logprobs:   how many of the most likely tokens to return with each new token; None for no log-probabilities.
     """
 
-    prompt: Sequence[int]
+    prompt: abc.Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 100
     seed: int = 0
-    sample: int = 0
+    sample_index: int = 0
     end_tokens: tuple[int, ...] = ()
-    alternatives: int | None = None
+    top_logprobs: int | None = None
 
 
-class Continuation:
-    """A request on its way. `tokens` grows; `finished` becomes "stop", "length", "cancelled" or "error"."""
+class Sequence:
+    """The state of one request: `tokens` is the prompt and the new tokens so far.
 
-    def __init__(self, request: Request) -> None:
+    finish_reason: None while it runs, then "stop", "length", "cancelled" or "error".
+    error:         why it cannot continue, if `finish_reason` is "error".
+    context_start: index in `tokens` of the first token in the context; above 0 once the context was full.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.tokens = list(request.prompt)
-        self.finished: str | None = None
+        self.finish_reason: str | None = None
         self.error: UserError | None = None
-        """Why the continuation could not go on, if it could not."""
-        self.start = 0
-        """Where in `tokens` the context begins: beyond 0 once the text has outgrown the context."""
-        self.stream = random_stream(request.seed, request.sample)
+        self.context_start = 0
+        self.generator = make_generator(request.seed, request.sample_index)
         self.history = History(self.tokens, len(request.prompt), request.end_tokens)
 
     @property
     def new_tokens(self) -> list[int]:
-        """The continuation alone."""
+        """The tokens after the prompt."""
         return self.tokens[len(self.request.prompt) :]
 
 
 @dataclass(frozen=True)
-class Token:
-    """One new token of one continuation."""
+class SampledToken:
+    """One new token of one sequence.
 
-    continuation: Continuation
+    logprob:      the natural logarithm of the model's probability of it, before penalties and temperature.
+    top_logprobs: the most likely ids with their log-probabilities, most likely first.
+    """
+
+    sequence: Sequence
     id: int
     logprob: float | None = None
-    """Natural logarithm of the model's own probability of it, before any setting."""
-    alternatives: Alternatives = ()
-    """The most likely ids with their log-probabilities, best first."""
+    top_logprobs: TopLogprobs = ()
 
 
 class Engine:
-    """Runs a model over up to `slots` continuations at a time. `submit`, then `step` until `idle`.
+    """Runs a model on up to `slots` sequences at a time: `submit` requests, then `step` until `idle`.
 
-    max_length: the context, when it is to be shorter than the model's own (memory is taken for all of it at once).
+    max_length:    a context shorter than the model's own. The KV cache for all slots is allocated at once.
+    prefill_chunk: prompt tokens that are prefilled in one step.
     """
 
-    def __init__(self, model: LanguageModel, slots: int = 8, max_length: int | None = None, chunk: int = CHUNK) -> None:
-        if slots < 1 or chunk < 1:
-            raise UserError(f"an engine has at least one slot and reads at least one token, not {min(slots, chunk)}")
-        self.model, self.slots, self.chunk = model, slots, chunk
+    def __init__(
+        self, model: LanguageModel, slots: int = 8, max_length: int | None = None, prefill_chunk: int = PREFILL_CHUNK
+    ) -> None:
+        if slots < 1 or prefill_chunk < 1:
+            raise UserError(f"slots and prefill_chunk must be at least 1, not {min(slots, prefill_chunk)}")
+        self.model, self.slots, self.prefill_chunk = model, slots, prefill_chunk
         self._cache = model.make_cache(slots, min(max_length or model.config.block_size, model.config.block_size))
-        self._waiting: deque[Continuation] = deque()
-        self._rows: list[Continuation] = []  # row i of the cache is _rows[i]; those that read a prompt come last
-        self._speaking = 0  # so many rows have but their last token to read
-        self._remembered: list[list[int]] = [[] for _ in range(slots)]  # the tokens that each row of the cache has read
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # by row of the cache; those in prefill come last
+        self._num_decoding = 0  # the first rows, whose tokens are all cached but the last
+        self._cached_tokens: list[list[int]] = [[] for _ in range(slots)]  # by row of the cache
 
     @property
     def idle(self) -> bool:
-        """Is there nothing to do?"""
-        return not self._rows and not self._waiting
+        """Whether no sequence is running or waiting."""
+        return not self._running and not self._waiting
 
     @property
-    def running(self) -> int:
-        """How many continuations have a row."""
-        return len(self._rows)
+    def num_running(self) -> int:
+        """The number of sequences that have a slot."""
+        return len(self._running)
 
     @property
-    def waiting(self) -> int:
-        """How many wait for one."""
+    def num_waiting(self) -> int:
+        """The number of sequences in the queue."""
         return len(self._waiting)
 
-    def submit(self, request: Request) -> Continuation:
-        """Take a request; its tokens come with the next steps. Raises UserError for one that cannot be served."""
-        self.check(request)
-        continuation = Continuation(request)
+    def submit(self, request: GenerationRequest) -> Sequence:
+        """Add a request to the queue. Raises RequestError for one that cannot be served."""
+        self.check_request(request)
+        sequence = Sequence(request)
         if request.max_new_tokens == 0:
-            continuation.finished = "length"
+            sequence.finish_reason = "length"
         else:
-            self._waiting.append(continuation)
-        return continuation
+            self._waiting.append(sequence)
+        return sequence
 
-    def cancel(self, continuation: Continuation) -> None:
-        """Let it go at once, wherever it is; its row is free for the next step."""
-        if continuation.finished is None:
-            self._finish(continuation, "cancelled")
+    def cancel(self, sequence: Sequence) -> None:
+        """Finish a sequence early; its slot is free for the next step."""
+        if sequence.finish_reason is None:
+            self._finish(sequence, "cancelled")
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
-        """Go on by one token wherever a prompt has been read.
+    def step(self) -> list[SampledToken]:
+        """Prefill up to `prefill_chunk` prompt tokens, then decode one token where the prompt is complete.
 
-        What goes wrong with one continuation ends that one only, and is told in its `error`.
+        An error in one sequence ends that sequence alone: see `Sequence.error`.
         """
-        while self._waiting and len(self._rows) < self.slots:
-            self._rows.append(self._waiting.popleft())
-            self._cache.lengths[len(self._rows) - 1] = 0
-        speaking = self._speaking
-        with evaluating(self.model):
-            read = self._read_prompts(self.chunk)
-            hidden = [self._decode(speaking)] if speaking else []
-            logits = self.model.lm_head(torch.cat(hidden + read)) if hidden or read else None  # (rows, V)
-        return [] if logits is None else self._choose(logits)
+        while self._waiting and len(self._running) < self.slots:
+            self._running.append(self._waiting.popleft())
+            self._cache.lengths[len(self._running) - 1] = 0
+        decoding = self._num_decoding
+        with eval_mode(self.model):
+            prefilled = self._prefill(self.prefill_chunk)
+            hidden = [self._decode(decoding)] if decoding else []
+            logits = self.model.lm_head(torch.cat(hidden + prefilled)) if hidden or prefilled else None  # (rows, V)
+        return [] if logits is None else self._sample(logits)
 
-    def check(self, request: Request) -> None:
-        """Raise UserError for a request that cannot be served; any thread may ask."""
-        vocab_size, context = self.model.config.vocab_size, self._cache.max_length
-        if not request.prompt:
-            raise UserError("there is nothing to continue: the prompt has no tokens")
-        if len(request.prompt) > context:
-            raise UserError(f"{len(request.prompt)} tokens do not fit the model's context of {context}")
-        if not all(0 <= token < vocab_size for token in request.prompt):
-            raise UserError(f"the prompt has a token outside the model's vocabulary of {vocab_size}")
-        if request.max_new_tokens < 0:
-            raise UserError(f"max_new_tokens must be 0 or more, not {request.max_new_tokens}")
-        request.sampling.check_ids(vocab_size)
+    def check_request(self, request: GenerationRequest) -> None:
+        """Raise RequestError for a request that cannot be served. Thread safe."""
+        check_request(request, self.model.config.vocab_size, self._cache.max_length)
 
-    def _read_prompts(self, budget: int) -> list[Tensor]:
-        """Read on in the prompts, `budget` tokens in all; the last hidden states (1, C) of those that are through."""
-        through: list[Tensor] = []
-        while self._speaking < len(self._rows) and budget > 0:
-            row = self._speaking
-            tokens, cache = self._rows[row].tokens, self._cache[row : row + 1]
+    def _prefill(self, max_tokens: int) -> list[Tensor]:
+        """Prefill at most `max_tokens` tokens; the last hidden states (1, C) of the prompts that are complete."""
+        complete: list[Tensor] = []
+        while self._num_decoding < len(self._running) and max_tokens > 0:
+            row = self._num_decoding
+            tokens, cache = self._running[row].tokens, self._cache[row : row + 1]
             if cache.lengths[0] == 0:
-                self._copy_what_others_read(row, tokens)
-            read = int(cache.lengths[0])
-            chunk = tokens[read : read + budget]
-            hidden = self._run(row, [chunk])
-            budget -= len(chunk)
-            if read + len(chunk) == len(tokens):
-                through.append(hidden[:, -1])
-                self._speaking += 1
-        return through
+                self._copy_shared_prefix(row, tokens)
+            start = int(cache.lengths[0])
+            chunk = tokens[start : start + max_tokens]
+            hidden = self._forward(row, [chunk])
+            max_tokens -= len(chunk)
+            if start + len(chunk) == len(tokens):
+                complete.append(hidden[:, -1])
+                self._num_decoding += 1
+        return complete
 
-    def _copy_what_others_read(self, row: int, tokens: list[int]) -> None:
-        """All but the last token may come from another row; a few tokens are not worth the search."""
-        shared = [common_prefix(tokens[:-1], remembered) for remembered in self._remembered]
+    def _copy_shared_prefix(self, row: int, tokens: list[int]) -> None:
+        """Prefix cache: copy the longest prefix, the last token excluded, that any row of the cache holds."""
+        shared = [common_prefix_length(tokens[:-1], cached) for cached in self._cached_tokens]
         donor = max(range(self.slots), key=shared.__getitem__)
         self._cache.copy_row(donor, row, shared[donor])
-        self._remembered[row] = tokens[: shared[donor]]
+        self._cached_tokens[row] = tokens[: shared[donor]]
 
     def _decode(self, count: int) -> Tensor:
-        """Read the last token of the first `count` rows: (count, C)."""
+        """Run the model on the last token of the first `count` rows: (count, C)."""
         for row in range(count):
             if self._cache.lengths[row] == self._cache.max_length:
-                self._begin_again(row)
-        return self._run(0, [self._rows[row].tokens[-1:] for row in range(count)])[:, -1]
+                self._shift_context(row)
+        return self._forward(0, [self._running[row].tokens[-1:] for row in range(count)])[:, -1]
 
-    def _begin_again(self, row: int) -> None:
-        """The context is full: forget it, and read the later half of it again, all but the last token."""
-        continuation = self._rows[row]
-        continuation.start = len(continuation.tokens) - max(1, self._cache.max_length // 2)
+    def _shift_context(self, row: int) -> None:
+        """The context is full: empty the row and prefill its later half again, the last token excluded."""
+        sequence = self._running[row]
+        sequence.context_start = len(sequence.tokens) - max(1, self._cache.max_length // 2)
         self._cache.lengths[row] = 0
-        self._remembered[row] = []
-        if again := continuation.tokens[continuation.start : -1]:
-            self._run(row, [again])
+        self._cached_tokens[row] = []
+        if kept := sequence.tokens[sequence.context_start : -1]:
+            self._forward(row, [kept])
 
-    def _run(self, row: int, tokens: list[list[int]]) -> Tensor:
-        """The model on the next tokens (B, T) of the rows from `row` on: (B, T, C)."""
+    def _forward(self, row: int, tokens: list[list[int]]) -> Tensor:
+        """Run the model on the next tokens (B, T) of B rows from `row` on: (B, T, C)."""
         for i, new in enumerate(tokens, row):
-            self._remembered[i] += new
+            self._cached_tokens[i] += new
         rows = torch.tensor(tokens, device=self.model.device)
         return self.model.hidden_states(rows, self._cache[row : row + len(tokens)])
 
-    def _choose(self, logits: Tensor) -> list[Token]:
-        """One token for each of the first rows, by its own settings and its own random stream."""
-        rows = self._rows[: len(logits)]
-        sound = logits.amax(-1).isfinite().tolist()
+    def _sample(self, logits: Tensor) -> list[SampledToken]:
+        """One token for each row of `logits`, with its own settings and its own random stream."""
+        rows = self._running[: len(logits)]
+        finite = logits.amax(-1).isfinite().tolist()
         groups: dict[Sampling, list[int]] = {}
-        for i, continuation in enumerate(rows):
-            if sound[i]:
-                groups.setdefault(continuation.request.sampling, []).append(i)
+        for i, sequence in enumerate(rows):
+            if finite[i]:
+                groups.setdefault(sequence.request.sampling, []).append(i)
             else:
-                continuation.error = UserError(DAMAGED)
+                sequence.error = NonFiniteLogitsError(_NON_FINITE_LOGITS)
         for members in groups.values():
-            same = logits if len(members) == len(logits) else logits[members]
-            _append_chosen(same, [rows[i] for i in members])
-        told = _log_probabilities(logits, rows)
+            group_logits = logits if len(members) == len(logits) else logits[members]
+            _sample_and_append(group_logits, [rows[i] for i in members])
+        logprobs = _requested_logprobs(logits, rows)
         tokens = []
-        for i, continuation in enumerate(rows):
-            if continuation.error is None:
-                tokens.append(Token(continuation, continuation.tokens[-1], *told.get(i, (None, ()))))
-            if reason := _reason_to_finish(continuation):
-                self._finish(continuation, reason)
+        for i, sequence in enumerate(rows):
+            if sequence.error is None:
+                tokens.append(SampledToken(sequence, sequence.tokens[-1], *logprobs.get(i, (None, ()))))
+            if reason := _finish_reason(sequence):
+                self._finish(sequence, reason)
         return tokens
 
-    def _finish(self, continuation: Continuation, reason: str) -> None:
-        """Take it out; the last of those who speak comes to its row, and the last of all to that one's."""
-        continuation.finished = reason
-        if continuation in self._waiting:
-            self._waiting.remove(continuation)
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        """Free its row. The last decoding row moves into it, and the last row of all into the one that this leaves."""
+        sequence.finish_reason = reason
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
             return
-        hole = self._rows.index(continuation)
-        if hole < self._speaking:
-            self._speaking -= 1
-            self._move(self._speaking, hole)
-            hole = self._speaking
-        self._move(len(self._rows) - 1, hole)
-        self._rows.pop()
+        freed_row = self._running.index(sequence)
+        if freed_row < self._num_decoding:
+            self._num_decoding -= 1
+            self._move_row(self._num_decoding, freed_row)
+            freed_row = self._num_decoding
+        self._move_row(len(self._running) - 1, freed_row)
+        self._running.pop()
 
-    def _move(self, source: int, target: int) -> None:
+    def _move_row(self, source: int, target: int) -> None:
         if source != target:
-            self._rows[target] = self._rows[source]
-            self._remembered[target] = list(self._remembered[source])
+            self._running[target] = self._running[source]
+            self._cached_tokens[target] = list(self._cached_tokens[source])
             self._cache.copy_row(source, target, int(self._cache.lengths[source]))
 
 
-def _append_chosen(logits: Tensor, rows: list[Continuation]) -> None:
-    """Choose a token for each of the rows, which have the same settings; one that cannot go on is told why."""
+def _sample_and_append(logits: Tensor, sequences: list[Sequence]) -> None:
+    """Sample one token for each sequence, all with the same settings; set `error` where every token is ruled out."""
     try:
-        histories, streams = [row.history for row in rows], [row.stream for row in rows]
-        ids = choose(logits, rows[0].request.sampling, histories, streams).tolist()
-    except UserError as error:  # every token is ruled out: in one of them at least
-        if len(rows) == 1:
-            rows[0].error = error
+        histories, generators = [row.history for row in sequences], [row.generator for row in sequences]
+        ids = sample_tokens(logits, sequences[0].request.sampling, histories, generators).tolist()
+    except UserError as error:  # every token is ruled out in at least one row
+        if len(sequences) == 1:
+            sequences[0].error = error
             return
-        for i, row in enumerate(rows):
-            _append_chosen(logits[i : i + 1], [row])
+        for i, row in enumerate(sequences):
+            _sample_and_append(logits[i : i + 1], [row])
         return
-    for row, token in zip(rows, ids, strict=True):
+    for row, token in zip(sequences, ids, strict=True):
         row.tokens.append(token)
 
 
-def _reason_to_finish(continuation: Continuation) -> str | None:
-    if continuation.error is not None:
+def _finish_reason(sequence: Sequence) -> str | None:
+    if sequence.error is not None:
         return "error"
-    if continuation.tokens[-1] in continuation.request.end_tokens:
+    if sequence.tokens[-1] in sequence.request.end_tokens:
         return "stop"
-    written = len(continuation.tokens) - len(continuation.request.prompt)
-    return "length" if written == continuation.request.max_new_tokens else None
+    num_new = len(sequence.tokens) - len(sequence.request.prompt)
+    return "length" if num_new == sequence.request.max_new_tokens else None
 
 
-def _log_probabilities(logits: Tensor, rows: list[Continuation]) -> dict[int, tuple[float, Alternatives]]:
-    """By row, for those who asked: the log-probability of the token just chosen, and the most likely tokens."""
-    asked = {i: row.request.alternatives for i, row in enumerate(rows) if row.error is None}
-    wanted = {i: count for i, count in asked.items() if count is not None}
-    if not wanted:
+def _requested_logprobs(logits: Tensor, sequences: list[Sequence]) -> dict[int, tuple[float, TopLogprobs]]:
+    """By row, where requested: the log-probability of the token just sampled, and the most likely tokens."""
+    counts = {i: row.request.top_logprobs for i, row in enumerate(sequences) if row.error is None}
+    counts = {i: count for i, count in counts.items() if count is not None}
+    if not counts:
         return {}
-    chosen = torch.tensor([rows[i].tokens[-1] for i in wanted], device=logits.device)
-    own, ids, values = log_probabilities(logits[list(wanted)], chosen, max(wanted.values()))
-    told = zip(own.tolist(), ids.tolist(), values.tolist(), strict=True)
+    sampled = torch.tensor([sequences[i].tokens[-1] for i in counts], device=logits.device)
+    logprobs, ids, values = gather_logprobs(logits[list(counts)], sampled, max(counts.values()))
+    rows = zip(logprobs.tolist(), ids.tolist(), values.tolist(), strict=True)
     return {
-        i: (logprob, tuple(zip(best[:count], theirs[:count], strict=True)))
-        for (i, count), (logprob, best, theirs) in zip(wanted.items(), told, strict=True)
+        i: (logprob, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
+        for (i, count), (logprob, top_ids, top_values) in zip(counts.items(), rows, strict=True)
     }
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many tokens two texts have in common at their beginnings."""
+def check_request(request: GenerationRequest, vocab_size: int, context: int) -> None:
+    """Raise RequestError for a request that a model with this vocabulary and context cannot serve."""
+    if not request.prompt:
+        raise RequestError("there is nothing to continue: the prompt has no tokens", field="prompt")
+    if len(request.prompt) > context:
+        message = f"{len(request.prompt)} tokens do not fit the model's context of {context}"
+        raise RequestError(message, field="prompt", code="context_length_exceeded")
+    if not all(0 <= token < vocab_size for token in request.prompt):
+        raise RequestError(f"the prompt has a token outside the model's vocabulary of {vocab_size}", field="prompt")
+    if (count := request.max_new_tokens) < 0:
+        raise RequestError(f"max_new_tokens must be 0 or more, not {count}", field="max_new_tokens")
+    request.sampling.check_token_ids(vocab_size)
+
+
+def common_prefix_length(a: list[int], b: list[int]) -> int:
+    """The length of the longest common prefix of two token lists."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:
         return shorter
@@ -317,14 +331,14 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise UserError where a model's logits (B, V) have nan or inf as their largest."""
+    """Raise NonFiniteLogitsError if the largest logit of any row of (B, V) is nan or inf."""
     if not logits.amax(-1).isfinite().all():
-        raise UserError(DAMAGED)
+        raise NonFiniteLogitsError(_NON_FINITE_LOGITS)
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """No dropout within, and each module's mode as it was afterwards."""
+def eval_mode(model: Any) -> Iterator[None]:
+    """Switch dropout off inside the block, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False

@@ -1,296 +1,311 @@
-"""Speculative decoding: several tokens from one call of the model, with the model's own distribution.
+"""Speculative decoding: several tokens from one forward pass of the model, with the model's own distribution.
 
-A draft guesses the next k tokens, and the model reads them all in one call, which takes hardly longer than reading
-one. The guesses are gone through in order. One that the draft gave the probability q and the model p is kept with
-probability min(1, p / q); the first that is not kept is redrawn from max(p - q, 0), and those after it are forgotten.
-If all are kept, the model adds one of its own. Each token then has exactly the distribution p, whatever the draft:
-Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", section 2.3 and appendix A; Chen
-et al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling".
+A drafter proposes the next k tokens, and the model verifies them in one forward pass, which takes hardly longer than
+decoding one token. The draft tokens are checked in order. One with probability q under the drafter and p under the
+model is accepted with probability min(1, p / q); the first rejected one is resampled from max(p - q, 0), and the rest
+of the draft is dropped. If all are accepted, one more token is sampled from the model. Each token then has exactly the
+distribution p, whatever the drafter: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
+Decoding", section 2.3 and appendix A; Chen et al. 2023, "Accelerating Large Language Model Decoding with Speculative
+Sampling".
 
-p and q are what `gpt2.generation.sampling.probabilities` makes of the logits, with what was said up to each token, so
-every setting of `Sampling` holds. At temperature 0 the tokens are those of plain decoding. (Reading several tokens at
-once rounds otherwise than reading them one by one: where two tokens are equal to within rounding, in bfloat16 now and
-then, either may come.)
+p and q are `gpt2.generation.sampling.logits_to_probs` of the logits with the history up to each token, so every setting
+of `Sampling` applies. At temperature 0 the tokens are those of plain greedy decoding, except for ties: a forward pass
+over several tokens rounds differently, so where two logits are equal to within rounding (in bfloat16 now and then),
+either token may be chosen.
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.errors import UserError
+from gpt2.errors import ConfigError, ModelFilesError, NonFiniteLogitsError, RequestError
 from gpt2.generation.engine import (
-    DAMAGED,
-    Continuation,
+    GenerationRequest,
     LanguageModel,
-    Request,
+    Sequence,
     check_finite,
-    common_prefix,
-    evaluating,
+    check_request,
+    common_prefix_length,
+    eval_mode,
 )
 from gpt2.generation.filters import History
-from gpt2.generation.sampling import Sampling, draw, probabilities
-from gpt2.generation.search import check_prompt, encoded
-from gpt2.generation.text import TextStream
+from gpt2.generation.sampling import Sampling, logits_to_probs, sample_from_probs
+from gpt2.generation.text import check_stop_strings, encode_prompt, require_tokenizer, stream_text
 from gpt2.tokenizer import Tokenizer
 
-FIRST, LONGEST = 4, 16  # tokens in the first draft, and in any
+INITIAL_DRAFT_LENGTH, MAX_DRAFT_LENGTH = 4, 16  # tokens
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a draft guesses: k ids, and the distributions (k, V) that they were drawn from; None if it was certain."""
+    """A draft: k token ids, and the distributions (k, V) they were sampled from; None for a deterministic draft."""
 
     tokens: list[int]
     probs: Tensor | None = None
 
 
-class Draft(Protocol):
-    """What guesses the next tokens: a `ModelDraft` or a `PromptLookup`. It serves one text after the other."""
+class Drafter(Protocol):
+    """Proposes the next tokens: a `DraftModel` or a `PromptLookup`. It serves one sequence after the other."""
 
     def check(self, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
-        """Raise UserError if its ids are not those of a model with this vocabulary and tokenizer."""
+        """Raise ModelFilesError if its token ids are not those of a model with this vocabulary and tokenizer."""
         ...
 
-    def propose(self, history: History, count: int, sampling: Sampling, stream: torch.Generator) -> Proposal:
-        """Up to `count` tokens that may follow, drawn with `stream`; none is an answer too."""
+    def propose(self, history: History, max_tokens: int, sampling: Sampling, generator: torch.Generator) -> Proposal:
+        """Up to `max_tokens` next tokens, sampled with `generator`; may be none."""
         ...
 
 
-class Reader:
-    """A model with a cache for one text, which may change: only what differs from what was read before is read.
+class CachedModel:
+    """A model with a KV cache for one token list that may change: only tokens after the common prefix are computed.
 
-    A text that outgrows the context is seen through the window that `Engine` gives it: when the context is full, its
-    later half begins the next one.
+    Beyond the context it uses the windows of `Engine`: when the context is full, its later half begins the next window.
     """
 
     def __init__(self, model: LanguageModel, max_length: int | None = None) -> None:
         self.model = model
         self._cache = model.make_cache(1, max_length)
-        self._window: list[int] = []  # what the cache remembers
+        self._cached_tokens: list[int] = []
 
-    def room(self, length: int) -> int:
-        """How many tokens may follow a text of `length` tokens before its context is full."""
-        return self._cache.max_length - (length - self._begin(length))
+    def remaining_context(self, length: int) -> int:
+        """How many tokens fit into the context after `length` tokens."""
+        return self._cache.max_length - (length - self._window_start(length))
 
     def logits(self, tokens: list[int], count: int) -> Tensor:
-        """What may follow each of the last `count` tokens, which lie in one window: (count, V)."""
-        window = tokens[self._begin(len(tokens)) :]
-        kept = common_prefix(self._window, window[:-count])
-        self._window = window[:kept]  # should the reading be broken off
+        """The logits after each of the last `count` tokens, which must lie in one window: (count, V)."""
+        window = tokens[self._window_start(len(tokens)) :]
+        kept = common_prefix_length(self._cached_tokens, window[:-count])
+        self._cached_tokens = window[:kept]  # still right if the model is interrupted
         self._cache.lengths[0] = kept
         new = torch.tensor([window[kept:]], device=self.model.device)
         hidden = self.model.hidden_states(new, self._cache)  # (1, T, C)
-        self._window = window
+        self._cached_tokens = window
         return self.model.lm_head(hidden[0, -count:])
 
-    def _begin(self, length: int) -> int:
-        """Where the window of a text of `length` tokens begins."""
+    def _window_start(self, length: int) -> int:
+        """The index of the first token of the window, for `length` tokens."""
         context = self._cache.max_length
         step = context + 1 - max(1, context // 2)
         return step * -(-max(0, length - context) // step)
 
 
-class ModelDraft:
-    """A smaller model of the same vocabulary guesses, under the same settings.
+class DraftModel:
+    """A smaller model with the same vocabulary proposes, with the same sampling settings.
 
-    tokenizer: the model's own, if it has one, to be compared with that of the large model.
+    tokenizer: of the draft model, if it has one; `check` compares it with that of the target model.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._reader = Reader(model)
+        self._cached_model = CachedModel(model)
 
     def check(self, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
-        """Raise UserError for a model of another vocabulary, or with another tokenizer."""
+        """Raise ModelFilesError if the target model has another vocabulary size or another tokenizer."""
         own = self.model.config.vocab_size
         if own != vocab_size:
-            raise UserError(f"the draft has a vocabulary of {own:,} tokens, the model one of {vocab_size:,}")
+            raise ModelFilesError(f"the draft has a vocabulary of {own:,} tokens, the model one of {vocab_size:,}")
         if tokenizer and self.tokenizer and tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise UserError("the draft has another tokenizer than the model: its ids mean other words")
+            raise ModelFilesError("the draft has another tokenizer than the model: their token ids do not match")
 
     @torch.inference_mode()
-    def propose(self, history: History, count: int, sampling: Sampling, stream: torch.Generator) -> Proposal:
-        """Up to `count` tokens, fewer where the context or the settings leave no more. Raises UserError for nan."""
-        count = min(count, self._reader.room(len(history.tokens)) + 1)  # the last one need not be read
+    def propose(self, history: History, max_tokens: int, sampling: Sampling, generator: torch.Generator) -> Proposal:
+        """Up to `max_tokens` tokens, fewer at the end of the context or where the settings rule out every token.
+
+        Raises NonFiniteLogitsError if the draft model computes nan or inf.
+        """
+        room = self._cached_model.remaining_context(len(history.tokens)) + 1  # the model need not run on the last one
         tokens, probs = list(history.tokens), []
-        past = History(tokens, history.prompt_length, history.end_tokens)  # grows with the tokens
-        with evaluating(self.model):
-            for _ in range(count):
-                logits = self._reader.logits(tokens, 1)
-                if not logits.amax().isfinite():
-                    raise UserError(f"the draft is of no use: {DAMAGED}")
+        draft_history = History(tokens, history.prompt_length, history.end_tokens)  # grows with `tokens`
+        with eval_mode(self.model):
+            for _ in range(min(max_tokens, room)):
+                logits = self._cached_model.logits(tokens, 1)
                 try:
-                    q = probabilities(logits, sampling, [past])
-                except UserError:  # nothing may follow this guess; if it comes to it, the model will say so
+                    check_finite(logits)
+                except NonFiniteLogitsError as error:
+                    raise NonFiniteLogitsError(f"the draft model cannot be used: {error}") from None
+                try:
+                    q = logits_to_probs(logits, sampling, [draft_history])
+                except RequestError:  # every token is ruled out after this draft; the target model decides
                     break
-                tokens.append(int(draw(q, [stream])))
+                tokens.append(int(sample_from_probs(q, [generator])))
                 probs.append(q)
         return Proposal(tokens[len(history.tokens) :], torch.cat(probs) if probs else None)
 
 
 class PromptLookup:
-    """What followed the last time that the text ran like this: no second model, and no time to speak of.
+    """Prompt lookup decoding (Saxena 2023): copy what followed an earlier occurrence of the last tokens. No model.
 
-    The latest earlier occurrence of the last `ngram` tokens is looked for, then that of one less, down to a single
-    token, and what follows it is copied; a copy that reaches the end of the text goes on with itself. Saxena 2023,
-    "Prompt Lookup Decoding". Good where a text repeats its prompt or itself.
+    Looks for the latest earlier occurrence of the last `ngram` tokens, then of one less, down to a single token, and
+    copies what follows it; a copy that reaches the end continues with its own tokens. Useful where a text repeats its
+    prompt or itself.
     """
 
     def __init__(self, ngram: int = 3) -> None:
         if ngram < 1:
-            raise UserError(f"prompt lookup needs at least 1 token to look for, not {ngram}")
+            raise ConfigError(f"prompt lookup needs at least 1 token to look for, not {ngram}", field="ngram")
         self.ngram = ngram
 
     def check(self, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
-        """Its ids are the text's own."""
+        """Always passes: the ids are those of the sequence."""
 
-    def propose(self, history: History, count: int, sampling: Sampling, stream: torch.Generator) -> Proposal:
-        """`count` tokens, or none where nothing is repeated."""
+    def propose(self, history: History, max_tokens: int, sampling: Sampling, generator: torch.Generator) -> Proposal:
+        """`max_tokens` tokens, or none if the last token has not occurred before."""
         tokens, length = list(history.tokens), len(history.tokens)
         ids = np.array(tokens)
         for n in range(min(self.ngram, length - 1), 0, -1):
             windows = np.lib.stride_tricks.sliding_window_view(ids[:-1], n)  # (length - n, n)
-            found = np.flatnonzero((windows == ids[-n:]).all(-1))
-            if len(found):
-                for at in range(found[-1] + n, found[-1] + n + count):
-                    tokens.append(tokens[at])
+            matches = np.flatnonzero((windows == ids[-n:]).all(-1))
+            if len(matches):
+                for i in range(matches[-1] + n, matches[-1] + n + max_tokens):
+                    tokens.append(tokens[i])
                 break
         return Proposal(tokens[length:])
 
 
-class Speculation:
-    """One continuation of a request, in lists of new tokens: one list for each call of the model.
+class SpeculativeDecoder:
+    """Decodes one request: iterates over lists of new tokens, one list for each forward pass of the model.
 
-        speculation = Speculation(model, PromptLookup(), Request(prompt, Sampling(temperature=0)))
-        for tokens in speculation:
+        decoder = SpeculativeDecoder(model, PromptLookup(), GenerationRequest(prompt, Sampling(temperature=0)))
+        for tokens in decoder:
             ...
-        print(speculation.acceptance_rate, speculation.tokens_per_call)
+        print(decoder.acceptance_rate, decoder.tokens_per_call)
 
-    longest: tokens in a draft at most. A draft that was kept whole makes the next one a token longer, and one of which
-             less than half was kept makes it a token shorter.
+    max_draft_length: tokens in a draft, at most. A draft that is accepted whole makes the next one a token longer, and
+                      one of which less than half is accepted makes it a token shorter.
+    drafted, accepted, calls: draft tokens proposed, draft tokens accepted, and forward passes of the model, so far.
 
-    `continuation` holds the text so far and how it finished. A request's tokens depend on nothing but the request, the
-    model and the draft; its `alternatives` are not told. Raises UserError for a request that cannot be served, for a
-    draft of another vocabulary, and, when it is iterated, for a model that gives nan or settings that leave nothing.
+    `sequence` holds the tokens so far and the finish reason. The tokens depend on nothing but the request, the model
+    and the drafter; `top_logprobs` is ignored. Raises RequestError for a request that cannot be served and
+    ModelFilesError for a draft with another vocabulary; iteration raises NonFiniteLogitsError if the model computes nan
+    or inf, and RequestError if the settings rule out every token.
     """
 
-    def __init__(self, model: LanguageModel, draft: Draft, request: Request, longest: int = LONGEST) -> None:
-        check_prompt(model, list(request.prompt), request.max_new_tokens, request.sampling)
-        draft.check(model.config.vocab_size)
-        if longest < 1:
-            raise UserError(f"a draft has at least 1 token, not {longest}")
-        self.draft, self.continuation = draft, Continuation(request)
+    def __init__(
+        self,
+        model: LanguageModel,
+        drafter: Drafter,
+        request: GenerationRequest,
+        max_draft_length: int = MAX_DRAFT_LENGTH,
+    ) -> None:
+        check_request(request, model.config.vocab_size, model.config.block_size)
+        drafter.check(model.config.vocab_size)
+        if max_draft_length < 1:
+            raise ConfigError(f"a draft has at least 1 token, not {max_draft_length}", field="max_draft_length")
+        self.drafter, self.sequence = drafter, Sequence(request)
         self._model = model
-        self._reader = Reader(model, min(len(request.prompt) + request.max_new_tokens, model.config.block_size))
-        self._longest, self._length = longest, min(FIRST, longest)
-        self.drafted = 0
-        """How many tokens were guessed."""
-        self.accepted = 0
-        """How many of them were kept."""
-        self.calls = 0
-        """How often the model was called."""
+        self._cached_model = CachedModel(
+            model, min(len(request.prompt) + request.max_new_tokens, model.config.block_size)
+        )
+        self._max_draft_length, self._draft_length = max_draft_length, min(INITIAL_DRAFT_LENGTH, max_draft_length)
+        self.drafted = self.accepted = self.calls = 0
         if request.max_new_tokens == 0:
-            self.continuation.finished = "length"
+            self.sequence.finish_reason = "length"
 
     @property
     def acceptance_rate(self) -> float:
-        """The part of the drafted tokens that was kept; 0 if none was drafted."""
+        """Accepted over drafted tokens; 0 if none were drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_call(self) -> float:
-        """New tokens for each call of the model; 1 is plain decoding."""
-        return len(self.continuation.new_tokens) / self.calls if self.calls else 0.0
+        """New tokens per forward pass of the model; 1 for plain decoding."""
+        return len(self.sequence.new_tokens) / self.calls if self.calls else 0.0
 
     def __iter__(self) -> Iterator[list[int]]:
         return self
 
     @torch.inference_mode()
     def __next__(self) -> list[int]:
-        """The tokens of the next call: one or more, an end token last of all."""
-        said = self.continuation
-        if said.finished:
+        """The tokens of the next forward pass: one or more; an end token is the last one."""
+        sequence = self.sequence
+        if sequence.finish_reason:
             raise StopIteration
-        left = said.request.max_new_tokens - len(said.new_tokens)
-        count = min(self._length, left - 1, self._reader.room(len(said.tokens)))
+        left = sequence.request.max_new_tokens - len(sequence.new_tokens)
+        count = min(self._draft_length, left - 1, self._cached_model.remaining_context(len(sequence.tokens)))
         proposal = Proposal([])
         if count > 0:
-            proposal = self.draft.propose(said.history, count, said.request.sampling, said.stream)
-        with evaluating(self._model):
-            logits = self._reader.logits(said.tokens + proposal.tokens, len(proposal.tokens) + 1)  # (k + 1, V)
+            proposal = self.drafter.propose(sequence.history, count, sequence.request.sampling, sequence.generator)
+        with eval_mode(self._model):
+            logits = self._cached_model.logits(  # (k + 1, V)
+                sequence.tokens + proposal.tokens, len(proposal.tokens) + 1
+            )  # (k + 1, V)
         check_finite(logits)
         new, accepted = self._verify(proposal, logits)
-        said.tokens += new
+        sequence.tokens += new
         self.calls += 1
         self.drafted += len(proposal.tokens)
         self.accepted += accepted
-        if len(proposal.tokens) == self._length:
-            self._length = next_length(self._length, accepted, self._longest)
-        if new[-1] in said.request.end_tokens:
-            said.finished = "stop"
+        if len(proposal.tokens) == self._draft_length:
+            self._draft_length = next_draft_length(self._draft_length, accepted, self._max_draft_length)
+        if new[-1] in sequence.request.end_tokens:
+            sequence.finish_reason = "stop"
         elif len(new) == left:
-            said.finished = "length"
+            sequence.finish_reason = "length"
         return new
 
     def _verify(self, proposal: Proposal, logits: Tensor) -> tuple[list[int], int]:
-        """The guesses that are kept and one token of the model's, up to an end token; how many are guesses."""
-        stream, ends = self.continuation.stream, self.continuation.request.end_tokens
+        """(accepted draft tokens and one token of the model, up to an end token; the number of accepted ones)"""
+        generator, end_tokens = self.sequence.generator, self.sequence.request.end_tokens
         new: list[int] = []
-        for i, p in enumerate(self._probabilities(proposal.tokens, logits)):
+        for i, p in enumerate(self._target_probs(proposal.tokens, logits)):
             if i == len(proposal.tokens):
-                return [*new, int(draw(p.unsqueeze(0), [stream]))], i
-            guess = proposal.tokens[i]
-            new.append(keep_or_redraw(guess, p, None if proposal.probs is None else proposal.probs[i], stream))
-            if new[-1] != guess:
+                return [*new, int(sample_from_probs(p.unsqueeze(0), [generator]))], i
+            token, q = proposal.tokens[i], None if proposal.probs is None else proposal.probs[i]
+            new.append(accept_or_resample(token, p, q, generator))
+            if new[-1] != token:
                 return new, i
-            if guess in ends:
+            if token in end_tokens:
                 break
         return new, len(new)
 
-    def _probabilities(self, guesses: list[int], logits: Tensor) -> Iterator[Tensor]:
-        """What may follow the text, (V,), then what may follow it with the first guess, with the first two, ..."""
-        request = self.continuation.request
-        if not request.sampling.looks_back:
-            yield from probabilities(logits, request.sampling)
+    def _target_probs(self, draft_tokens: list[int], logits: Tensor) -> Iterator[Tensor]:
+        """The distribution (V,) after the sequence, then after it and one draft token, after it and two, ..."""
+        request = self.sequence.request
+        if not request.sampling.needs_history:
+            yield from logits_to_probs(logits, request.sampling)
             return
-        for i in range(len(logits)):  # only as far as they are wanted: settings may leave nothing after a wrong guess
-            past = History(self.continuation.tokens + guesses[:i], len(request.prompt), request.end_tokens)
-            yield probabilities(logits[i : i + 1], request.sampling, [past])[0]
+        for i in range(len(logits)):  # lazily: the settings may rule out every token after a rejected draft token
+            history = History(self.sequence.tokens + draft_tokens[:i], len(request.prompt), request.end_tokens)
+            yield logits_to_probs(logits[i : i + 1], request.sampling, [history])[0]
 
 
-def keep_or_redraw(guess: int, p: Tensor, q: Tensor | None, stream: torch.Generator) -> int:
-    """A token distributed as p (V,), given a guess distributed as q (V,), which it is as often as can be.
+def accept_or_resample(draft_token: int, p: Tensor, q: Tensor | None, generator: torch.Generator) -> int:
+    """Speculative sampling of one token: distributed as p (V,) if `draft_token` is distributed as q (V,).
 
-    q: None for a guess that was certain. Two numbers of the stream at most: Leviathan et al. 2023, section 2.3.
+    q: None for a deterministic draft. Takes at most two random numbers. Leviathan et al. 2023, section 2.3.
     """
-    number = float(torch.rand((), generator=stream, dtype=torch.float64))
-    if number * (1.0 if q is None else float(q[guess])) < float(p[guess]):
-        return guess
+    u = float(torch.rand((), generator=generator, dtype=torch.float64))
+    if u * (1.0 if q is None else float(q[draft_token])) < float(p[draft_token]):
+        return draft_token
     if q is None:
-        rest = p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
+        residual = p.index_fill(0, torch.tensor(draft_token, device=p.device), 0.0)
     else:
-        rest = (p - q.to(p.device)).clamp_min(0.0)
-    return int(draw(rest.unsqueeze(0), [stream])) if rest.any() else guess  # no rest: p is q to within rounding
+        residual = (p - q.to(p.device)).clamp_min(0.0)
+    if not residual.any():  # p equals q to within rounding
+        return draft_token
+    return int(sample_from_probs(residual.unsqueeze(0), [generator]))
 
 
-def next_length(length: int, accepted: int, longest: int) -> int:
-    """How long the next draft is, after one of `length` tokens of which `accepted` were kept."""
+def next_draft_length(length: int, accepted: int, max_length: int) -> int:
+    """The length of the next draft, after one of `length` tokens of which `accepted` were accepted."""
     if accepted == length:
-        return min(length + 1, longest)
+        return min(length + 1, max_length)
     return max(length - 1, 1) if 2 * accepted < length else length
 
 
-class SpeculatedText:
-    """The pieces of a text as they come; its `speculation` has the numbers."""
+class SpeculativeTextStream:
+    """An iterator over pieces of text; its `decoder` has the statistics."""
 
-    def __init__(self, speculation: Speculation, text: TextStream) -> None:
-        self.speculation = speculation
-        self._pieces = _pieces(speculation, text)
+    def __init__(self, decoder: SpeculativeDecoder, tokenizer: Tokenizer, stop: abc.Sequence[str]) -> None:
+        self.decoder = decoder
+        self._pieces = stream_text(tokenizer, chain.from_iterable(decoder), stop)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -299,44 +314,36 @@ class SpeculatedText:
         return next(self._pieces)
 
 
-def _pieces(speculation: Speculation, text: TextStream) -> Iterator[str]:
-    for tokens in speculation:
-        if piece := "".join(map(text.push, tokens)):
-            yield piece
-        if text.finished:
-            return
-    if piece := text.flush():
-        yield piece
-
-
 def speculate(
     model: LanguageModel,
     tokenizer: Tokenizer | None,
     prompt: str,
-    draft: Draft,
+    drafter: Drafter,
     sampling: Sampling | None = None,
     *,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
-    sample: int = 0,
-) -> SpeculatedText:
-    """Continue `prompt` as `gpt2.stream` does, with a draft: yields the continuation in pieces of whole characters.
+    sample_index: int = 0,
+) -> SpeculativeTextStream:
+    """Continue `prompt` by speculative decoding: yields the new text in pieces of whole characters.
 
-        text = speculate(model, tokenizer, "Hello", ModelDraft(*gpt2.load("gpt2")), Sampling(temperature=0))
+        text = speculate(model, tokenizer, "Hello", DraftModel(*gpt2.load("gpt2")), Sampling(temperature=0))
         for piece in text:
             print(piece, end="", flush=True)
-        print(text.speculation.acceptance_rate, text.speculation.tokens_per_call)
+        print(text.decoder.acceptance_rate, text.decoder.tokens_per_call)
 
-    stop:   the text ends before the first of these strings.
-    seed:   the same seed and sample give the same text; None draws a new seed. The text is another than that of
-            plain decoding with this seed, though from the same distribution; at temperature 0 it is the same.
+    stop: stop strings: the text ends before the first of them, or at the end-of-text token.
+    seed: the same seed and sample index give the same text; None draws a new seed. The text differs from that of plain
+          decoding with the same seed, but has the same distribution; at temperature 0 it is the same text.
 
-    A draft may serve one text after the other, and does not read again what they have in common. Raises UserError as
-    `Speculation` does, and for a draft with another tokenizer.
+    A drafter may serve one text after the other; its cache keeps their common prefix. Raises what `SpeculativeDecoder`
+    does, and ModelFilesError for a draft with another tokenizer.
     """
-    tokenizer, ids = encoded(tokenizer, prompt, stop)
-    draft.check(model.config.vocab_size, tokenizer)
+    tokenizer = require_tokenizer(tokenizer)
+    check_stop_strings(stop)
+    drafter.check(model.config.vocab_size, tokenizer)
     seed = secrets.randbits(32) if seed is None else seed
-    request = Request(ids, sampling or Sampling(), max_new_tokens, seed, sample, (tokenizer.end_of_text,))
-    return SpeculatedText(Speculation(model, draft, request), TextStream(tokenizer, stop))
+    ids, end_tokens = encode_prompt(tokenizer, prompt), (tokenizer.end_of_text,)
+    request = GenerationRequest(ids, sampling or Sampling(), max_new_tokens, seed, sample_index, end_tokens)
+    return SpeculativeTextStream(SpeculativeDecoder(model, drafter, request), tokenizer, stop)

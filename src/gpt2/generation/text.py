@@ -1,44 +1,27 @@
-"""Text in, text out: what a prompt becomes, whole or as it comes."""
+"""Generate text from text prompts: whole samples, or a stream of pieces."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterable, Iterator
 from typing import Any, overload
 
-from gpt2.errors import UserError, did_you_mean
-from gpt2.generation.engine import Continuation, Engine, LanguageModel, Request
-from gpt2.generation.fast import accelerated
+from gpt2.errors import ModelFilesError, RequestError, did_you_mean
+from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
+from gpt2.generation.inference import prepare_for_inference
 from gpt2.generation.sampling import Sampling
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
 MAX_SAMPLES = 10_000  # of one prompt
-MAX_ROWS = 64  # so many samples are made at a time; the others follow as these finish
+MAX_BATCH_SIZE = 64  # samples that are generated at a time; the others wait in the queue
+
+
+@overload
+def generate(model: LanguageModel, tokenizer: Tokenizer | None, prompt: str, **settings: Any) -> list[str]: ...
 
 
 @overload
 def generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer | None,
-    prompt: str,
-    *,
-    num_samples: int = 1,
-    max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
-    seed: int | None = None,
-    **settings: Any,
-) -> list[str]: ...
-
-
-@overload
-def generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer | None,
-    prompt: list[str] | tuple[str, ...],
-    *,
-    num_samples: int = 1,
-    max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
-    seed: int | None = None,
-    **settings: Any,
+    model: LanguageModel, tokenizer: Tokenizer | None, prompt: list[str] | tuple[str, ...], **settings: Any
 ) -> list[list[str]]: ...
 
 
@@ -49,7 +32,7 @@ def generate(
     *,
     num_samples: int = 1,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
     **settings: Any,
 ) -> list[str] | list[list[str]]:
@@ -57,14 +40,14 @@ def generate(
 
         texts = gpt2.generate(model, tokenizer, "Hello", num_samples=5, temperature=0.8, top_k=50, seed=42)
 
-    stop:     a text ends before the first of these strings.
-    seed:     the same seed gives the same texts; None draws a new one. Sample i of a prompt is the same for any
-              `num_samples` > i, and whatever other prompts there are.
+    stop:     stop strings: a text ends before the first of them.
+    seed:     the same seed gives the same texts; None draws a new seed. Sample i of a prompt does not depend on
+              `num_samples` or on the other prompts.
     settings: temperature, top_k, top_p, ...: the fields of `gpt2.Sampling`.
 
-    A sample ends at the end-of-text token (not shown) or after `max_new_tokens`. A model in training mode is asked
-    without its dropout, and stays in training mode. Raises UserError for settings that make no sense, for a prompt
-    that is longer than the context, and for a model that gives nan.
+    A sample ends at the end-of-text token (not part of the text) or after `max_new_tokens`. Dropout is off, and a model
+    in training mode stays in training mode. Raises RequestError for settings that are not supported and for a prompt
+    longer than the context, ModelFilesError without a tokenizer, NonFiniteLogitsError if the model computes nan or inf.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     texts = [text for text in prompts for _ in range(num_samples)]
@@ -72,7 +55,7 @@ def generate(
         model,
         tokenizer,
         prompts,
-        sampling_of(settings),
+        make_sampling(settings),
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         stop=stop,
@@ -93,111 +76,137 @@ def stream(
     *,
     num_samples: int = 1,
     max_new_tokens: int = 100,
-    stop: Sequence[str] = (),
+    stop: abc.Sequence[str] = (),
     seed: int | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """`generate` as it happens: yields (sample, text) for every new piece of text, always whole characters.
+    """`generate` as a stream: yields (sample, text) for every new piece of text, always whole characters.
 
-    Samples are counted on from one prompt to the next: sample s of prompt p is number p * num_samples + s.
+    sample: p * num_samples + s for sample s of prompt p.
     """
-    if tokenizer is None:
-        raise UserError("this model folder has no tokenizer: text needs one")
-    if not 1 <= num_samples <= MAX_SAMPLES or max_new_tokens < 0:
-        raise UserError(f"num_samples must be at least 1 and at most {MAX_SAMPLES:,}, max_new_tokens at least 0")
+    tokenizer = require_tokenizer(tokenizer)
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        message = f"num_samples must be at least 1 and at most {MAX_SAMPLES:,}, not {num_samples}"
+        raise RequestError(message, field="num_samples")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    # an empty prompt begins a text, which is what follows the end of another
-    ids = [tokenizer.encode(text, allow_special=True) or [tokenizer.end_of_text] for text in prompts]
+    ids = [encode_prompt(tokenizer, text) for text in prompts]
     seed = secrets.randbits(32) if seed is None else seed
     requests = [
-        Request(tokens, sampling or Sampling(), max_new_tokens, seed, sample, (tokenizer.end_of_text,))
+        GenerationRequest(tokens, sampling or Sampling(), max_new_tokens, seed, sample, (tokenizer.end_of_text,))
         for tokens in ids
         for sample in range(num_samples)
     ]
-    longest = max((len(tokens) for tokens in ids), default=0) + max_new_tokens
-    engine = Engine(accelerated(model), max(1, min(len(requests), MAX_ROWS)), longest)
-    return _run(engine, requests, [TextStream(tokenizer, stop) for _ in requests])
+    max_length = max((len(tokens) for tokens in ids), default=0) + max(0, max_new_tokens)
+    engine = Engine(prepare_for_inference(model), max(1, min(len(requests), MAX_BATCH_SIZE)), max_length)
+    return _stream_samples(engine, requests, [TextStream(tokenizer, stop) for _ in requests])
 
 
-def _run(engine: Engine, requests: list[Request], texts: list["TextStream"]) -> Iterator[tuple[int, str]]:
-    samples: dict[Continuation, int] = {engine.submit(request): i for i, request in enumerate(requests)}
+def _stream_samples(
+    engine: Engine, requests: list[GenerationRequest], texts: list["TextStream"]
+) -> Iterator[tuple[int, str]]:
+    samples: dict[Sequence, int] = {engine.submit(request): i for i, request in enumerate(requests)}
     while not engine.idle:
         for token in engine.step():
-            sample = samples[token.continuation]
+            sample = samples[token.sequence]
             if piece := texts[sample].push(token.id):
                 yield sample, piece
-            if texts[sample].finished:
-                engine.cancel(token.continuation)
-        for continuation, sample in list(samples.items()):
-            if continuation.finished:
-                if continuation.error:
-                    raise continuation.error
+            if texts[sample].finish_reason:
+                engine.cancel(token.sequence)
+        for sequence, sample in list(samples.items()):
+            if sequence.finish_reason:
+                if sequence.error:
+                    raise sequence.error
                 if piece := texts[sample].flush():
                     yield sample, piece
-                del samples[continuation]
+                del samples[sequence]
 
 
-def sampling_of(settings: dict[str, Any]) -> Sampling:
-    """The settings, by name, as a `Sampling`. Raises UserError for a name that is none."""
+def make_sampling(settings: dict[str, Any]) -> Sampling:
+    """A `Sampling` from settings by name. Raises RequestError for an unknown name."""
     names = list(Sampling.__dataclass_fields__)
     for name in settings:
         if name not in names:
-            raise UserError(f"there is no setting '{name}'{did_you_mean(name, names)}")
+            raise RequestError(f"there is no setting '{name}'{did_you_mean(name, names)}", field=name)
     return Sampling(**settings)
 
 
+def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """`tokenizer`. Raises ModelFilesError for None."""
+    if tokenizer is None:
+        raise ModelFilesError("this model folder has no tokenizer: text needs one")
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The token ids of a prompt; for an empty one the end-of-text token, which every training document follows."""
+    return tokenizer.encode(prompt, allow_special=True) or [tokenizer.end_of_text]
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], stop: abc.Sequence[str]) -> Iterator[str]:
+    """Detokenize a stream of ids up to a stop string or the end of text; takes no more ids than that needs."""
+    text = TextStream(tokenizer, stop)
+    for token in tokens:
+        if piece := text.push(token):
+            yield piece
+        if text.finish_reason:
+            return
+    if piece := text.flush():
+        yield piece
+
+
 class TextStream:
-    """The text of one continuation, in pieces that are certain when they are given out.
+    """Incremental detokenizer of one sequence with stop strings.
 
-    What could be the beginning of a stop string is held back until it is known, so that a stop string is found
-    wherever it lies across the tokens, and never shown in part. What all calls of `push` and a last `flush` return,
-    joined, is the text up to the first stop string or the end of the text.
+    Text that may be the beginning of a stop string is held back until that is decided, so that a stop string is found
+    wherever token boundaries lie, and is never returned in part. The results of all calls of `push` and a last `flush`,
+    joined, are the text up to the first stop string or the end of text.
 
-    Raises UserError for a stop string that is empty.
+    finish_reason: "stop" after a stop string or the end-of-text token; later tokens add no text.
+
+    Raises RequestError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        check_stop(stop)
+    def __init__(self, tokenizer: Tokenizer, stop: abc.Sequence[str] = ()) -> None:
+        check_stop_strings(stop)
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._decoder = StreamDecoder(tokenizer)
-        self._held = ""
-        self.finished: str | None = None
-        """"stop" once a stop string or the end of the text was met: what follows is not shown."""
+        self._pending = ""
+        self.finish_reason: str | None = None
 
     def push(self, token: int) -> str:
-        """The text that became certain with `token`: often its own, sometimes none."""
-        if self.finished:
+        """Add a token; returns the text that is now decided, which may be empty."""
+        if self.finish_reason:
             return ""
-        if token == self._tokenizer.end_of_text or token >= self._tokenizer.vocab_size:  # an id without text, too
+        if token == self._tokenizer.end_of_text or token >= self._tokenizer.vocab_size:  # padded vocabulary
             piece = self.flush()
-            self.finished = "stop"
+            self.finish_reason = "stop"
             return piece
-        return self._certain(self._decoder.push(token))
+        return self._hold_back_stop_prefix(self._decoder.push(token))
 
     def flush(self) -> str:
-        """What was held back, once no more will come."""
-        if self.finished:
+        """The text that was held back, at the end of the sequence."""
+        if self.finish_reason:
             return ""
-        piece = self._certain(self._decoder.flush())
-        piece, self._held = piece + self._held, ""
+        piece = self._hold_back_stop_prefix(self._decoder.flush())
+        piece, self._pending = piece + self._pending, ""
         return piece
 
-    def _certain(self, piece: str) -> str:
-        text = self._held + piece
+    def _hold_back_stop_prefix(self, piece: str) -> str:
+        text = self._pending + piece
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
-            self.finished, self._held = "stop", ""
+            self.finish_reason, self._pending = "stop", ""
             return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
+        held = max((_partial_stop_length(text, stop) for stop in self._stop), default=0)
+        self._pending = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def check_stop(stop: Sequence[str]) -> None:
-    """Raise UserError for stop strings that cannot be: an empty one is everywhere."""
+def check_stop_strings(stop: abc.Sequence[str]) -> None:
+    """Raise RequestError unless `stop` is a sequence of non-empty strings."""
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise UserError("a stop string must have at least one character")
+        raise RequestError("a stop string must have at least one character", field="stop")
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`, but not all of it."""
+def _partial_stop_length(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""GPT-2 on a CPU without a framework in between: one C++ file, compiled on the machine it runs on."""
+"""GPT-2 inference on a CPU: one C++ file, compiled on the machine that it runs on."""

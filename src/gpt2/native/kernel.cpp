@@ -1,23 +1,23 @@
-// GPT-2 on a CPU, one call for all layers: the same arithmetic as model.py, without a framework in between.
+// GPT-2 inference on a CPU with one call for all layers: the arithmetic of model.py without a framework.
 //
-// A decoding step reads every weight once and computes little with it, so that a framework's fixed costs for each
-// operation weigh as much as the work. Here a step is one parallel region; each matrix is read in one sequential
-// stream, and its input (a few tokens) stays in the caches.
+// Decoding is bandwidth-bound: a step reads every weight once and computes little with it, so the fixed cost of each
+// framework operation matters. Here a step is one parallel region; each matrix is read in one sequential stream, and
+// its input (a few tokens) stays in the caches.
 //
-// What a token gets never depends, in a single bit, on the tokens computed beside it: every sum runs over its terms
-// in an order that is fixed by the shape of the model alone.
+// Batch invariant, bit for bit: every sum has an order that depends on the shape of the model alone.
 //
 // Weights:
-//   float32, bfloat16  (out, in) as torch keeps them, and in its memory
-//   int8, int4         16 rows side by side, in fours along the input: block (out / 16), then (in / 4), then 16 rows,
-//                      then 4 weights; unsigned, zero at 128 or 8. In int4 a byte holds a weight of one such step in its
-//                      lower half, and of the next in its upper. For each `group` of the input and each row a
-//                      bfloat16 scale. The input itself is rounded to int8, with a scale for each token and group.
+//   float32, bfloat16  (out, in) as in torch, in torch's memory
+//   int8, int4         (out / 16, in / 4, 16 rows, 4 weights), unsigned, with the zero point at 128 or 8. In int4 the
+//                      low half of a byte belongs to one step of 4 inputs, the high half to the next one. Each `group`
+//                      of inputs of each row has a bfloat16 scale. Activations are quantized to int8, with a scale for
+//                      each token and group.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -40,7 +40,7 @@ template <class V, class T> inline V load(const T *from) {
 }
 template <class V, class T> inline void store(T *to, V v) { std::memcpy(to, &v, sizeof v); }
 
-// Keep a value in its register: GCC would rather load it again for each use, and loads are what is scarce.
+// Keep a value in its register: GCC would load it again for each use, and load bandwidth is the bottleneck.
 #if defined(__AVX512F__)
 #define KEEP(v) asm("" : "+v"(v))
 #else
@@ -49,7 +49,7 @@ template <class V, class T> inline void store(T *to, V v) { std::memcpy(to, &v, 
 
 inline F32 splat(float x) { return F32{} + x; }
 
-inline float sum(F32 v) {  // always in this order
+inline float sum(F32 v) {  // in a fixed order
   v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
   v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
   v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
@@ -84,7 +84,7 @@ inline float widen(uint16_t bits) {
 }
 inline F32 widen(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
 
-inline uint16_t narrow(float x) {  // to the nearest, ties to even; what is no number stays none
+inline uint16_t narrow(float x) {  // round to nearest, ties to even; nan stays nan
   uint32_t word;
   std::memcpy(&word, &x, 4);
   if ((word & 0x7fffffff) > 0x7f800000) return uint16_t(word >> 16 | 0x40);
@@ -95,7 +95,7 @@ inline uint16_t narrow(float x) {  // to the nearest, ties to even; what is no n
 inline F32 exp(F32 x) {
   x = x < -87.0f ? splat(-87.0f) : x;
   x = x > 88.0f ? splat(88.0f) : x;
-  const F32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const F32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   F32 shifted = x * 1.44269504088896341f + magic;
   F32 n = shifted - magic;
   F32 r = x - n * 0.693359375f;
@@ -141,7 +141,7 @@ struct Model {
 
 struct Cache {
   void *data;
-  int64_t layer_stride, value_stride, row_stride, head_stride;  // in numbers; positions follow each other
+  int64_t layer_stride, value_stride, row_stride, head_stride;  // in elements; positions are contiguous
   int32_t kind;                                                 // float32 or bfloat16
 };
 
@@ -149,7 +149,7 @@ struct Cache {
 
 namespace {
 
-// The input of a matrix product, as the matrix wants it.
+// The input of a matrix product, in the format of the matrix.
 struct Operand {
   int64_t in = 0, padded = 0, groups = 0;
   const float *f32 = nullptr;
@@ -170,8 +170,8 @@ struct Operand {
     }
   }
 
-  // Called for every token before the product.
-  void take(const Matrix &w, int64_t token, const float *x) {
+  // To be called for every token before the product.
+  void convert(const Matrix &w, int64_t token, const float *x) {
     if (w.kind == BFLOAT16) {
       uint16_t *to = bf16.data() + token * in;
       for (int64_t i = 0; i < in; i++) to[i] = narrow(x[i]);
@@ -183,7 +183,7 @@ struct Operand {
       }
   }
 
-  // To whole numbers from -127 to 127; a group (a multiple of 16) that ends early is filled up with zeros.
+  // Quantize to -127..127; a group (a multiple of 16) that ends early is padded with zeros.
   static void quantize(const float *x, int64_t count, int64_t group, int8_t *to, float &scale, int32_t &total) {
     F32 most = {};
     I32 none = {}, lanes = {};
@@ -198,7 +198,7 @@ struct Operand {
       most = v > most ? v : most;
     }
     const float top = largest(most), inverse = top > 0 ? 127.0f / top : 0.0f;
-    const F32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const F32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     for (int64_t i = 0; i < group; i += LANES) {
       I32 whole = i < count ? (I32)(part(i) * inverse + magic) - (I32)magic : I32{};
       lanes += whole;
@@ -210,26 +210,26 @@ struct Operand {
       broken |= none[i] != 0;
       total += lanes[i];
     }
-    scale = broken ? NAN : top / 127.0f;  // nan shows in the result, as it does in float32
+    scale = broken ? NAN : top / 127.0f;  // nan propagates, as in float32
   }
 };
 
-// What is done with the products, (tokens, out) into `y`.
-enum Then { STORE, ADD, ACTIVATE };
+// How the products are written to `y` (tokens, out).
+enum Epilogue { STORE, ADD, ACTIVATE };
 
 struct Output {
   float *y;
   int64_t stride;
-  Then then;
+  Epilogue epilogue;
   int32_t activation;
 
   inline void put(int64_t token, int64_t row, float value) const {
     float &to = y[token * stride + row];
-    to = then == ADD ? to + value : value;
+    to = epilogue == ADD ? to + value : value;
   }
 };
 
-// acc[r * M + m] += row r times token m, lane by lane; rest, what is left over at the end of the rows.
+// acc[r * M + m] += row r times token m, in each lane; `rest` is the sum over the last elements of the rows.
 template <int R, int M> inline void dots(const float *w, const float *x, int64_t in, F32 *acc, float *rest) {
   int64_t k = 0;
   for (; k + LANES <= in; k += LANES) {
@@ -282,7 +282,7 @@ void tile(const Matrix &w, const T *x, int64_t row, int64_t token, const Output 
   F32 acc[R * M] = {};
   float rest[R * M] = {};
   const T *weight = (const T *)w.weight + row * w.in;
-  if constexpr (M == 1)  // one row after the other: memory gives most to a single stream
+  if constexpr (M == 1)  // one row after the other: a single stream has the highest memory bandwidth
     for (int r = 0; r < R; r++) dots<1, 1>(weight + r * w.in, x + token * w.in, w.in, acc + r, rest + r);
   else
     dots<R, M>(weight, x + token * w.in, w.in, acc, rest);
@@ -348,7 +348,7 @@ void block(const Matrix &w, const Operand &x, int64_t index, int64_t token, cons
     for (int64_t r = 0; r < rows; r++) out.put(token + m, row + r, total[m][r] + (w.bias ? w.bias[row + r] : 0.0f));
 }
 
-template <int M> void some(const Matrix &w, const Operand &x, int64_t begin, int64_t end, int64_t token, const Output &out) {
+template <int M> void tokens_product(const Matrix &w, const Operand &x, int64_t begin, int64_t end, int64_t token, const Output &out) {
   if (w.kind == FLOAT32) rows_of<M>(w, x.f32, begin, end, token, out);
   if (w.kind == BFLOAT16) rows_of<M>(w, x.bf16.data(), begin, end, token, out);
   for (int64_t i = begin / LANES; w.kind == INT8 && i * LANES < end; i++) block<M, 8>(w, x, i, token, out);
@@ -381,25 +381,25 @@ void activate(float *y, int64_t count, int32_t activation) {
 
 // y = x W^T + b for all tokens. To be called by every thread of a parallel region; ends with a barrier.
 void product(const Matrix &w, const Operand &x, int64_t tokens, const Output &out, int32_t threads) {
-  constexpr int64_t STREAM = 128 << 10;  // bytes that a thread should read in one go: with less, memory is slower
+  constexpr int64_t STREAM = 128 << 10;  // bytes that a thread reads at a time; less is slower
   constexpr int64_t ROWS = 2 * LANES;
   constexpr int M = 4;
   constexpr int BITS[] = {32, 16, 8, 4};
   const int64_t bytes = w.out * w.in * BITS[w.kind] / 8;
-  const int64_t wanted = threads * std::max<int64_t>(1, bytes / (threads * STREAM));  // as many for each thread
+  const int64_t wanted = threads * std::max<int64_t>(1, bytes / (threads * STREAM));  // the same number for each thread
   const int64_t rows = ((w.out + wanted - 1) / wanted + ROWS - 1) / ROWS * ROWS;
   const int64_t chunks = (w.out + rows - 1) / rows;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     const int64_t begin = chunk * rows, end = std::min(w.out, begin + rows);
     int64_t token = 0;
-    for (; token + M <= tokens; token += M) some<M>(w, x, begin, end, token, out);
+    for (; token + M <= tokens; token += M) tokens_product<M>(w, x, begin, end, token, out);
     switch (tokens - token) {
-    case 3: some<3>(w, x, begin, end, token, out); break;
-    case 2: some<2>(w, x, begin, end, token, out); break;
-    case 1: some<1>(w, x, begin, end, token, out); break;
+    case 3: tokens_product<3>(w, x, begin, end, token, out); break;
+    case 2: tokens_product<2>(w, x, begin, end, token, out); break;
+    case 1: tokens_product<1>(w, x, begin, end, token, out); break;
     }
-    if (out.then == ACTIVATE)
+    if (out.epilogue == ACTIVATE)
       for (int64_t t = 0; t < tokens; t++) activate(out.y + t * out.stride + begin, end - begin, out.activation);
   }
 }
@@ -434,7 +434,7 @@ void attend(const float *q, const T *keys, const T *values, int64_t length, int6
   const float scale = 1.0f / std::sqrt(float(D));
   const int64_t whole = D / LANES * LANES;
   F32 most = splat(-INFINITY);
-  for (int64_t s = 0; s < length; s += 4) {  // four keys at a time; the last ones more than once
+  for (int64_t s = 0; s < length; s += 4) {  // four keys at a time; the last one may repeat
     F32 lanes[4] = {};
     float rest[4] = {};
     for (int j = 0; j < 4; j++) {
@@ -479,7 +479,7 @@ void attend(const float *q, const T *keys, const T *values, int64_t length, int6
   }
 }
 
-// One head of one row: remember the new keys and values, then attend for every new token. qkv (T, 3C), y (T, C).
+// One head of one row: cache the new keys and values, then attend for every new token. qkv (T, 3C), y (T, C).
 template <class T>
 void head(T *keys, T *values, const float *qkv, int64_t count, int64_t start, int64_t C, int64_t D, float *scores, float *y) {
   for (int64_t t = 0; t < count; t++)
@@ -502,6 +502,12 @@ void look_up(const Matrix &table, int64_t row, float *x, bool add) {
 }  // namespace
 
 extern "C" {
+
+// sizeof(Matrix), (Layer), (Model), (Cache): structs.py compares them with its own.
+void gpt2_struct_sizes(int64_t *sizes) {
+  const size_t own[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Cache)};
+  std::copy(std::begin(own), std::end(own), sizes);
+}
 
 // tokens (rows, count) -> hidden (rows, count, C), which continue the rows of the cache from starts (rows).
 void gpt2_hidden_states(const Model *model, const Cache *cache, const int64_t *tokens, const int64_t *starts,
@@ -527,23 +533,23 @@ void gpt2_hidden_states(const Model *model, const Cache *cache, const int64_t *t
         operand.f32 = from;
       }
     };
-    auto take = [&](const Matrix &w, const float *from) {
+    auto convert = [&](const Matrix &w, const float *from) {
       prepare(w, from);
       if (w.kind == FLOAT32) return;
 #pragma omp for
-      for (int64_t n = 0; n < N; n++) operand.take(w, n, from + n * w.in);
+      for (int64_t n = 0; n < N; n++) operand.convert(w, n, from + n * w.in);
     };
-    auto take_normed = [&](const Matrix &w, const float *weight, const float *bias) {
+    auto convert_normed = [&](const Matrix &w, const float *weight, const float *bias) {
       prepare(w, normed.data());
 #pragma omp for
       for (int64_t n = 0; n < N; n++) {
         layer_norm(&x[n * C], weight, bias, m.epsilon, C, &normed[n * C]);
-        operand.take(w, n, &normed[n * C]);
+        operand.convert(w, n, &normed[n * C]);
       }
     };
     for (int32_t l = 0; l < m.n_layer; l++) {
       const Layer &layer = m.layers[l];
-      take_normed(layer.c_attn, layer.ln_1_weight, layer.ln_1_bias);
+      convert_normed(layer.c_attn, layer.ln_1_weight, layer.ln_1_bias);
       product(layer.c_attn, operand, N, {qkv.data(), 3 * C, STORE, 0}, m.threads);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < rows * m.n_head; task++) {
@@ -559,11 +565,11 @@ void gpt2_hidden_states(const Model *model, const Cache *cache, const int64_t *t
           head<uint16_t>(keys, keys + cache->value_stride, from, count, starts[r], C, D, scores.data(), to);
         }
       }
-      take(layer.c_proj, y.data());
+      convert(layer.c_proj, y.data());
       product(layer.c_proj, operand, N, {x.data(), C, ADD, 0}, m.threads);
-      take_normed(layer.c_fc, layer.ln_2_weight, layer.ln_2_bias);
+      convert_normed(layer.c_fc, layer.ln_2_weight, layer.ln_2_bias);
       product(layer.c_fc, operand, N, {inner.data(), m.n_inner, ACTIVATE, m.activation}, m.threads);
-      take(layer.mlp_c_proj, inner.data());
+      convert(layer.mlp_c_proj, inner.data());
       product(layer.mlp_c_proj, operand, N, {x.data(), C, ADD, 0}, m.threads);
     }
 #pragma omp for
@@ -580,7 +586,7 @@ void gpt2_head(const Matrix *head, const float *hidden, int64_t count, int32_t t
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
-    for (int64_t n = 0; n < count; n++) operand.take(*head, n, hidden + n * head->in);
+    for (int64_t n = 0; n < count; n++) operand.convert(*head, n, hidden + n * head->in);
     product(*head, operand, count, {logits, head->out, STORE, 0}, threads);
   }
 }

@@ -1,1 +1,1 @@
-"""The server: any OpenAI client in, tokens out; and the playground, which shows why."""
+"""The HTTP server: OpenAI's API over the generation engine, and the playground."""

@@ -1,4 +1,4 @@
-"""The application: every path, and errors in OpenAI's form."""
+"""The FastAPI application: routes, error handlers and the OpenAPI schema."""
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,28 +13,28 @@ from starlette.responses import JSONResponse, Response
 
 from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
-from gpt2.serve import chats, completions, schema
-from gpt2.serve.answers import Answer, Ask
-from gpt2.serve.errors import APIError, api_error
-from gpt2.serve.guard import Access, Guard
+from gpt2.serve import chat_completions, completions, schema
+from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
-from gpt2.serve.models import ServedModel, find
+from gpt2.serve.middleware import AccessPolicy, RequestMiddleware
+from gpt2.serve.models import ServedModel, find_model
 from gpt2.serve.playground import playground_router
-from gpt2.serve.streams import EventStream, answer
+from gpt2.serve.response_stream import ParsedRequest, ResponseStream
+from gpt2.serve.sse import SSEResponse, json_response
 
-FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.ErrorBody, "description": about}
-    for status, about in {
-        400: "The request is wrong: `param` names the field",
+REQUEST_FIELDS = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields, "text", "tokens"}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.ErrorBody, "description": description}
+    for status, description in {
+        400: "The request is invalid: `param` names the field",
         401: "The API key is missing or wrong",
         403: "The request comes from another site",
-        404: "There is no such model",
+        404: "The model does not exist",
         408: "The request did not arrive in time",
-        413: "The request is too large",
+        413: "The request body is too large",
         429: "Too many requests: see Retry-After",
-        500: "The model is damaged, or the server has a fault",
+        500: "The model has non-finite logits, or the server failed",
         503: "The server is shutting down",
         504: "The request took too long",
     }.items()
@@ -46,16 +46,16 @@ _log = logging.getLogger("gpt2.serve")
 def create_app(
     models: Mapping[str, ServedModel],
     limits: Limits | None = None,
-    access: Access | None = None,
+    access: AccessPolicy | None = None,
     log_prompts: bool = False,
 ) -> FastAPI:
-    """The server of these models, by name; the first is the default. Its schedulers run while it does.
+    """The application that serves these models by name; the first is the default. It starts and stops their schedulers.
 
-    limits:      how much a client may ask for.
-    access:      who may ask; by default everybody who can reach it.
-    log_prompts: tell the log what was asked, which it does not say otherwise.
+    limits:      limits on what a client may request.
+    access:      which requests are accepted; all of them by default.
+    log_prompts: whether the bodies of requests are logged, prompts included.
     """
-    limits, access = limits or Limits(), access or Access()
+    limits, access = limits or Limits(), access or AccessPolicy()
     metrics = Metrics(models)
 
     @asynccontextmanager
@@ -66,172 +66,164 @@ def create_app(
         for served in models.values():
             await run_in_threadpool(served.scheduler.stop)
 
-    app = FastAPI(title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERRORS)
+    app = FastAPI(
+        title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES
+    )
     app.state.models, app.state.limits = dict(models), limits
-    _add_openai(app, limits, metrics, log_prompts)
-    _add_tools(app, metrics)
+    _add_openai_routes(app, limits, metrics, log_prompts)
+    _add_utility_routes(app, metrics)
     playground = playground_router(dict(models))
     app.include_router(playground)
-    _add_errors(app)
-    _describe(app)
+    for kind in (APIError, UserError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _error_response)
+    _customize_openapi(app)
     paths = [path for route in (*app.routes, *playground.routes) if (path := getattr(route, "path", ""))]
-    app.add_middleware(Guard, access=access, max_body=limits.max_body, metrics=metrics, paths=paths)
+    app.add_middleware(RequestMiddleware, access=access, max_body=limits.max_body, metrics=metrics, paths=paths)
     return app
 
 
-def _add_openai(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: bool) -> None:
+def _add_openai_routes(app: FastAPI, limits: Limits, metrics: Metrics, log_prompts: bool) -> None:
     models: Mapping[str, ServedModel] = app.state.models
 
-    def begin(request: Request, body: schema.Settings, ask: Ask) -> Answer:
+    def start(request: Request, body: schema.CommonRequestFields, parsed: ParsedRequest) -> ResponseStream:
         if log_prompts:
             _log.info("prompt %s", body.model_dump_json(exclude_none=True))
-        return Answer(ask, request.scope["gpt2.client"], limits, metrics)
+        return ResponseStream(parsed, request.scope["gpt2.client"], limits, metrics)
 
     @app.post("/v1/completions", response_model=schema.Completion)
     async def create_completion(body: schema.CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        ask = completions.ask_of(body, find(models, body.model), limits)
-        reply = begin(request, body, ask)
+        parsed = completions.parse_request(body, find_model(models, body.model), limits)
+        response = start(request, body, parsed)
         if body.stream:
-            return EventStream(completions.completion_chunks(body, reply))
-        return await answer(request, completions.completion(body, reply))
+            return SSEResponse(completions.completion_chunks(body, response))
+        return await json_response(request, completions.completion(body, response))
 
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion)
     async def create_chat_completion(body: schema.ChatRequest, request: Request) -> Response:
-        """Go on with a conversation."""
-        ask = chats.ask_of(body, find(models, body.model), limits)
-        reply = begin(request, body, ask)
+        """Continue a conversation."""
+        parsed = chat_completions.parse_request(body, find_model(models, body.model), limits)
+        response = start(request, body, parsed)
         if body.stream:
-            return EventStream(chats.chat_chunks(body, reply))
-        return await answer(request, chats.chat(body, reply))
+            return SSEResponse(chat_completions.chat_completion_chunks(body, response))
+        return await json_response(request, chat_completions.chat_completion(body, response))
 
-    @app.get("/v1/models", response_model=schema.ModelList)
-    async def list_models() -> dict[str, Any]:
-        """The models that are served."""
-        return {"object": "list", "data": [_info(served) for served in models.values()]}
+    @app.get("/v1/models")
+    async def list_models() -> schema.ModelList:
+        """List the models that are served."""
+        return schema.ModelList(object="list", data=[_model_info(served) for served in models.values()])
 
-    @app.get("/v1/models/{model:path}", response_model=schema.ModelInfo)
-    async def retrieve_model(model: str) -> dict[str, Any]:
-        """One of them."""
-        return _info(find(models, model))
-
-
-def _info(served: ServedModel) -> dict[str, Any]:
-    return {
-        "id": served.name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "gpt2",
-        "context_length": served.scheduler.context,
-        "vocab_size": served.model.config.vocab_size,
-    }
+    @app.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> schema.ModelInfo:
+        """Describe one model."""
+        return _model_info(find_model(models, model))
 
 
-def _add_tools(app: FastAPI, metrics: Metrics) -> None:
+def _model_info(served: ServedModel) -> schema.ModelInfo:
+    return schema.ModelInfo(
+        id=served.name,
+        object="model",
+        created=served.created,
+        owned_by="gpt2",
+        context_length=served.scheduler.context_length,
+        vocab_size=served.model.config.vocab_size,
+    )
+
+
+def _add_utility_routes(app: FastAPI, metrics: Metrics) -> None:
     models: Mapping[str, ServedModel] = app.state.models
 
-    @app.post("/tokenize", response_model=schema.Tokenized)
-    def tokenize(body: schema.TokenizeRequest) -> dict[str, Any]:
-        """The tokens of a text."""
-        tokenizer = find(models, body.model).tokenizer
+    @app.post("/tokenize")
+    def tokenize(body: schema.TokenizeRequest) -> schema.TokenizeResponse:
+        """Encode a text."""
+        tokenizer = find_model(models, body.model).tokenizer
         tokens = tokenizer.encode(body.text, allow_special=True)
-        return {"tokens": tokens, "texts": [tokenizer.decode([token]) for token in tokens], "count": len(tokens)}
+        texts = [tokenizer.decode([token]) for token in tokens]
+        return schema.TokenizeResponse(tokens=tokens, texts=texts, count=len(tokens))
 
-    @app.post("/detokenize", response_model=schema.Detokenized)
-    def detokenize(body: schema.DetokenizeRequest) -> dict[str, Any]:
-        """The text of tokens."""
+    @app.post("/detokenize")
+    def detokenize(body: schema.DetokenizeRequest) -> schema.DetokenizeResponse:
+        """Decode tokens."""
         try:
-            return {"text": find(models, body.model).tokenizer.decode(body.tokens)}
+            return schema.DetokenizeResponse(text=find_model(models, body.model).tokenizer.decode(body.tokens))
         except UserError as error:
             raise APIError(400, str(error), "tokens") from None
 
     @app.get("/health", response_model=schema.Health)
     async def health() -> JSONResponse:
-        """Whether the server takes requests."""
+        """Whether the server accepts requests."""
         schedulers = {name: served.scheduler for name, served in models.items()}
-        busy = {
-            name: {"running": one.running, "waiting": one.waiting, "slots": one.slots}
+        load = {
+            name: schema.ModelHealth(running=one.running, waiting=one.waiting, slots=one.slots)
             for name, one in schedulers.items()
         }
         broken = not all(one.alive for one in schedulers.values())
         status = "broken" if broken else "draining" if any(one.draining for one in schedulers.values()) else "ok"
-        return JSONResponse({"status": status, "models": busy}, 200 if status == "ok" else 503)
+        body = schema.Health(status=status, models=load)
+        return JSONResponse(body.model_dump(), 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def tell_metrics() -> Response:
-        """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+    async def read_metrics() -> Response:
+        """The metrics in Prometheus' text format."""
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def _add_errors(app: FastAPI) -> None:
-    async def tell_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, APIError)
+async def _error_response(request: Request, error: Exception) -> Response:
+    """The response for any exception of a route, in OpenAI's form."""
+    if isinstance(error, APIError):
         return error.response()
-
-    async def tell_user_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, UserError)
-        return api_error(error).response()
-
-    async def tell_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return _invalid(error.errors()).response()
-
-    async def tell_http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        response = APIError(error.status_code, _about(request, error)).response()
+    if isinstance(error, UserError):
+        return to_api_error(error).response()
+    if isinstance(error, RequestValidationError):
+        return _validation_error(error.errors()).response()
+    if isinstance(error, HTTPException):
+        response = APIError(error.status_code, _http_error_message(request, error)).response()
         response.headers.update(error.headers or {})
         return response
-
-    async def tell_fault(request: Request, error: Exception) -> Response:
-        return APIError(500, "this is a fault of the server: its log says more").response()
-
-    app.add_exception_handler(APIError, tell_error)
-    app.add_exception_handler(UserError, tell_user_error)
-    app.add_exception_handler(RequestValidationError, tell_invalid)
-    app.add_exception_handler(HTTPException, tell_http)
-    app.add_exception_handler(Exception, tell_fault)
+    return APIError(500, "the server failed: see its log").response()
 
 
-def _about(request: Request, error: HTTPException) -> str:
+def _http_error_message(request: Request, error: HTTPException) -> str:
     path = ascii(request.url.path)[1:-1][:100]
     if error.status_code == 404:
-        return f"there is no {path} here"
+        return f"{path} does not exist"
     if error.status_code == 405:
-        return f"{path} does not answer {request.method}"
+        return f"{path} does not support {request.method}"
     return str(error.detail)
 
 
-def _invalid(problems: Sequence[Any]) -> APIError:
-    """The first thing that is wrong with a request, by the name of its field."""
-    problem = problems[0]
-    where = [part for part in problem["loc"][1:] if isinstance(part, str | int)]
+def _validation_error(errors: Sequence[Any]) -> APIError:
+    """The error response for the first invalid field of a request."""
+    problem = errors[0]
+    location = [part for part in problem["loc"][1:] if isinstance(part, str | int)]
     if problem["type"] == "json_invalid":
         return APIError(400, "the request is not JSON")
-    if not where:
+    if not location:
         return APIError(400, "the request must be a JSON object, sent as application/json")
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if problem["type"] == "extra_forbidden":
-        name = str(where[-1])[:100]
-        return APIError(400, f"there is no field '{name}'{did_you_mean(name, FIELDS)}", param[:200], "unknown_field")
+        name = str(location[-1])[:100]
+        message = f"there is no field '{name}'{did_you_mean(name, REQUEST_FIELDS)}"
+        return APIError(400, message, param[:200], "unknown_field")
     return APIError(400, f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"[:500], param[:200])
 
 
-def _describe(app: FastAPI) -> None:
-    """What /openapi.json says: our own error for requests that are not valid, which FastAPI believes to be 422."""
-    plain = app.openapi
+def _customize_openapi(app: FastAPI) -> None:
+    """Correct /openapi.json: invalid requests get our 400 instead of FastAPI's 422, and completions may be streamed."""
+    default = app.openapi
 
-    def described() -> dict[str, Any]:
+    def customized() -> dict[str, Any]:
         if app.openapi_schema is None:
-            about = plain()
-            for operations in about["paths"].values():
+            document = default()
+            for operations in document["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
-                about["components"]["schemas"].pop(name, None)
+                document["components"]["schemas"].pop(name, None)
             for path in ("/v1/completions", "/v1/chat/completions"):
-                about["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {
+                document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {
                     "schema": {"type": "string"}
                 }
-        return app.openapi_schema or plain()
+        return app.openapi_schema or default()
 
-    app.openapi = described
+    app.openapi = customized

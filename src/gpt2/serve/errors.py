@@ -1,16 +1,14 @@
-"""What a client can do wrong, in the form OpenAI's clients know: a status, and a body that names the thing."""
+"""Errors of the API in OpenAI's form: an HTTP status, and a JSON body that names the field at fault."""
 
 import json
 import math
-from typing import Any
 
 from starlette.responses import Response
 
-from gpt2.errors import UserError
-from gpt2.generation.engine import DAMAGED
-from gpt2.generation.sampling import Sampling
+from gpt2.errors import NonFiniteLogitsError, UserError
+from gpt2.serve.schema import ErrorBody, ErrorDetail
 
-KINDS = {
+ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
@@ -18,15 +16,33 @@ KINDS = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
-SETTINGS = frozenset(Sampling.__dataclass_fields__)
+ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
+
+
+class TooManyRequestsError(UserError):
+    """The queue is full, or the client has too many open requests. retry_after: an estimate in seconds."""
+
+    code = ERROR_CODES[429]
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ShuttingDownError(UserError):
+    """The scheduler accepts no more requests, or stopped before the request was finished."""
+
+    code = ERROR_CODES[503]
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 class APIError(Exception):
-    """An answer that is an error.
+    """An error response.
 
-    param: the field of the request that is at fault, if one is.
-    retry_after: seconds after which it is worth trying again.
+    param:       the field of the request that is at fault, if there is one.
+    retry_after: seconds after which the client should try again.
     """
 
     def __init__(
@@ -39,28 +55,31 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
-        self.code = code or CODES.get(status)
+        self.code = code or ERROR_CODES.get(status)
 
     @property
-    def body(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
-        kind = KINDS.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+    def body(self) -> str:
+        """The JSON body, in ASCII. Nothing is validated: a client's own words may have lone surrogates."""
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error")
+        detail = ErrorDetail.model_construct(message=self.message, type=kind, param=self.param, code=self.code)
+        return json.dumps(ErrorBody.model_construct(error=detail).model_dump())
 
     def response(self) -> Response:
-        """The whole answer, in ASCII: what a client has sent may be no text."""
+        """The whole response, with the headers that its status calls for."""
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 504:
-            headers["X-Should-Retry"] = "false"  # OpenAI's clients would ask for the same again
-        return Response(json.dumps(self.body), self.status, headers, "application/json")
+            headers["X-Should-Retry"] = "false"  # otherwise OpenAI's clients repeat the request
+        return Response(self.body, self.status, headers, "application/json")
 
 
-def api_error(error: UserError) -> APIError:
-    """A UserError as the client's fault, with the setting it names; a damaged model is the server's."""
-    message = str(error)
-    if message == DAMAGED:
-        return APIError(500, message)
-    first = message.split(" ")[0].rstrip(":,").replace("-", "_")
-    return APIError(400, message, first if first in SETTINGS else None)
+def to_api_error(error: UserError) -> APIError:
+    """The error response for a UserError: 400 with the field at fault, unless the server or its model is the cause."""
+    if isinstance(error, TooManyRequestsError):
+        return APIError(429, str(error), retry_after=error.retry_after)
+    if isinstance(error, ShuttingDownError):
+        return APIError(503, str(error), retry_after=5)
+    if isinstance(error, NonFiniteLogitsError):
+        return APIError(500, str(error))
+    return APIError(400, str(error), error.field)

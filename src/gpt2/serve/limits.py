@@ -1,30 +1,31 @@
-"""How much a client may ask for."""
+"""Limits on what one client may request."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt2.errors import UserError
+from gpt2.errors import ConfigError
 
 
-def _limit(default: float, about: str) -> Any:
-    return field(default=default, metadata={"help": about})
+def _limit_field(default: float, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused beyond; `gpt2 serve` has a flag for each."""
+    """Requests beyond these limits are refused; `gpt2 serve` has a flag for each. Raises ConfigError."""
 
-    slots: int = _limit(32, "texts that are written at once")
-    max_waiting: int = _limit(256, "texts that wait for a slot; more are refused, with 429")
-    max_tokens: int = _limit(4096, "new tokens of a text at most")
-    max_n: int = _limit(16, "texts from one prompt at most")
-    max_prompts: int = _limit(128, "prompts in a request at most")
-    per_client: int = _limit(64, "requests of one client at a time")
-    max_body: int = _limit(4 * 2**20, "bytes of a request at most")
-    timeout: float = _limit(600.0, "seconds that a request may take")
+    slots: int = _limit_field(32, "sequences that are generated at the same time")
+    max_waiting: int = _limit_field(256, "sequences that wait for a slot; more are refused with 429")
+    max_tokens: int = _limit_field(4096, "maximum new tokens of a sequence")
+    max_n: int = _limit_field(16, "maximum sequences for one prompt")
+    max_prompts: int = _limit_field(128, "maximum prompts in a request")
+    per_client: int = _limit_field(64, "open requests of one client")
+    max_body: int = _limit_field(4 * 2**20, "maximum size of a request body in bytes")
+    timeout: float = _limit_field(600.0, "maximum time for a request in seconds")
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
             least = 0 if name == "max_waiting" else 1
             if not getattr(self, name) >= least:
-                raise UserError(f"{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+                flag = name.replace("_", "-")
+                raise ConfigError(f"{flag} must be at least {least}, not {getattr(self, name)}", field=name)

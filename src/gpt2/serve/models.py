@@ -1,4 +1,4 @@
-"""The models that are served, each with its tokenizer, its scheduler, and the way it writes a conversation."""
+"""The models that are served, each with its tokenizer, scheduler and chat template."""
 
 import time
 from collections.abc import Mapping
@@ -6,69 +6,70 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from gpt2.errors import UserError, did_you_mean
+from gpt2.errors import ModelFilesError, did_you_mean
 from gpt2.generation.engine import LanguageModel
 from gpt2.model import GPT
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
 from gpt2.serve.scheduler import Scheduler
-from gpt2.templates import Template
+from gpt2.templates import ChatTemplate
 from gpt2.tokenizer import Tokenizer
 
 
 @dataclass
 class ServedModel:
-    """A model as the server has it.
+    """A model with all that is needed to serve it.
 
-    model: the plain one, which can be looked into; fast: the one that writes, which only the scheduler runs.
+    model:           the plain model, for the playground's inspection.
+    inference_model: the model that generates; only the scheduler runs it.
     """
 
     name: str
     model: GPT
-    fast: LanguageModel
+    inference_model: LanguageModel
     tokenizer: Tokenizer
     scheduler: Scheduler
-    template: Template
+    template: ChatTemplate
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
-    def most_characters(self) -> int:
-        """No text that is longer fits the context, whatever it says: it need not be cut into tokens to know."""
+    def max_prompt_characters(self) -> int:
+        """The most characters a prompt can have: longer ones cannot fit the context, and are not even encoded."""
         longest = max(len(self.tokenizer.token_bytes(token)) for token in range(self.tokenizer.vocab_size))
-        return longest * self.scheduler.context
+        return longest * self.scheduler.context_length
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt, in which ``<|endoftext|>`` is that token; an empty one begins a text."""
+        """The tokens of a prompt. ``<|endoftext|>`` is encoded as that token, and so is an empty prompt."""
         return self.tokenizer.encode(text, allow_special=True) or [self.tokenizer.end_of_text]
 
 
-def serve_model(
+def create_served_model(
     name: str,
     model: GPT,
-    fast: LanguageModel,
+    inference_model: LanguageModel,
     tokenizer: Tokenizer | None,
     limits: Limits,
-    template: Template | None = None,
+    template: ChatTemplate | None = None,
     max_length: int | None = None,
 ) -> ServedModel:
-    """A model, ready to be served under a name. Raises UserError for one without a tokenizer."""
+    """A model with its own scheduler. Raises ModelFilesError if there is no tokenizer."""
     if tokenizer is None:
-        raise UserError(f"{name} has no tokenizer: text needs one")
-    scheduler = Scheduler(fast, limits.slots, limits.max_waiting, limits.per_client, max_length)
-    return ServedModel(name, model, fast, tokenizer, scheduler, template or Template())
+        raise ModelFilesError(f"{name} has no tokenizer, which serving requires")
+    scheduler = Scheduler(inference_model, limits.slots, limits.max_waiting, limits.per_client, max_length)
+    return ServedModel(name, model, inference_model, tokenizer, scheduler, template or ChatTemplate())
 
 
-def name_of(ref: str) -> str:
-    """What a model is called: its hub name, or its folder's; the model of a run has the run's."""
-    path = Path(ref).expanduser()
+def served_model_name(model_ref: str) -> str:
+    """The name of a model: its hub name or the name of its folder; for the model of a run, the name of the run."""
+    path = Path(model_ref).expanduser()
     if not path.exists():
-        return ref
+        return model_ref
     path = path.resolve()
-    return path.parent.name or path.name if path.name == "model" else path.name  # /model has no other
+    return path.parent.name or path.name if path.name == "model" else path.name  # /model has no parent with a name
 
 
-def find(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
-    """The model of that name, or the first. Raises APIError 404."""
+def find_model(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
+    """The model with this name; the first one for None. Raises APIError 404."""
     if name is None:
         return next(iter(models.values()))
     if name not in models:

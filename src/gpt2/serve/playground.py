@@ -1,65 +1,58 @@
-"""The playground: one page, and the questions it asks about a model.
+"""The playground: a page, and the routes by which it inspects a model.
 
-    GET  /                    the page; GET /static/NAME what it is made of
+    GET  /                    the page; GET /static/NAME its files
     GET  /inspect/models      the models and their shapes
-    POST /inspect/next        what might come next, under any settings
-    POST /inspect/score       what a model thinks of each token of a text, and its perplexity
-    POST /inspect/attention   where the token at a position looks, by layer and head
-    POST /inspect/lens        what each layer would have said
+    POST /inspect/next        the most likely next tokens, under any sampling parameters
+    POST /inspect/score       the log-probability of each token of a text, and its perplexity
+    POST /inspect/attention   the attention weights of one position, by layer and head
+    POST /inspect/lens        the logit lens: the prediction of each layer
 
-The questions are answered by the plain model in a thread, one at a time, beside the scheduler and not through it.
+Inspection runs the plain model in a thread, one request at a time, and not through the scheduler.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from gpt2.errors import UserError, did_you_mean
+from gpt2.errors import RequestError
 from gpt2.generation.filters import History
-from gpt2.model import GPT
-from gpt2.serve.errors import APIError, api_error
-from gpt2.serve.inspect import attention, candidates_of, lens, next_logits, perplexity, piece, score, starts
-from gpt2.serve.schema import Settings
-from gpt2.tokenizer import Tokenizer
+from gpt2.serve.errors import APIError
+from gpt2.serve.inspect import (
+    attention_weights,
+    logit_lens,
+    next_logits,
+    perplexity,
+    score_tokens,
+    token_offsets,
+    token_text,
+    top_candidates,
+)
+from gpt2.serve.models import ServedModel, find_model
+from gpt2.serve.schema import CommonRequestFields
 
 STATIC = Path(__file__).parent / "static"
-MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-HEADERS = {
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+PAGE_HEADERS = {  # stricter than the other responses
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-MAX_CHARACTERS, MAX_TOKENS = 100_000, 16_384  # of a text to score
-MAX_LOOK = 512  # tokens before the one whose attention or layers are shown; more would be too small to see
-MAX_WAITING = 32  # questions at a time; a page asks a few
-
-T = TypeVar("T")
+MAX_CHARACTERS, MAX_TOKENS = 100_000, 16_384  # of an inspected text
+MAX_INSPECT_TOKENS = 512  # of the context whose attention or layers are shown: more would be too small to see
+MAX_PENDING_REQUESTS = 32  # a page sends a few at a time
 
 
-class Inspected(Protocol):
-    """What the playground needs of a served model."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def model(self) -> GPT: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-
-class _Question(BaseModel):
-    """About a text, as `tokens` or as `text`; `model` may be left out where there is one."""
+class _InspectRequest(BaseModel):
+    """A text to inspect, as `tokens` or as `text`. `model` may be omitted if there is only one."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str | None = None
@@ -67,210 +60,187 @@ class _Question(BaseModel):
     text: str | None = Field(default=None, max_length=MAX_CHARACTERS)
 
 
-class NextQuestion(_Question, Settings):
-    """What might come next under the settings of a request; `asked` is a token to tell of wherever it ranks."""
+class NextTokenRequest(_InspectRequest, CommonRequestFields):
+    """Predict the next token under sampling parameters. `asked`: a token to report whatever its rank."""
 
     prompt_length: int | None = Field(default=None, ge=0)
     top: int = Field(default=20, ge=1, le=200)
     asked: int | None = Field(default=None, ge=0)
 
 
-class ScoreQuestion(_Question):
-    """What the model thinks of every token but the first, which nothing stands before."""
+class ScoreTextRequest(_InspectRequest):
+    """Score every token except the first, which has no context."""
 
 
-class AttentionQuestion(_Question):
-    """Where the token at `position` looks; the last one if it is left out."""
+class AttentionRequest(_InspectRequest):
+    """Show the attention of `position`, by default the last one."""
 
     position: int | None = Field(default=None, ge=0)
 
 
-class LensQuestion(AttentionQuestion):
-    """What each layer would say after `position`."""
+class LogitLensRequest(AttentionRequest):
+    """Show the prediction of each layer after `position`. `asked`: a token to report whatever its rank."""
 
     top: int = Field(default=5, ge=1, le=50)
     asked: int | None = Field(default=None, ge=0)
 
 
-class _Desk:
-    """Answers one question at a time, in a thread, and remembers the last logits: sliders move over one prompt."""
+class _InspectWorker:
+    """Runs one request at a time in a thread, and keeps the last logits: moving a slider asks for the same prompt."""
 
-    def __init__(self, models: Mapping[str, Inspected]) -> None:
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self.models = models
-        self._one, self._waiting = asyncio.Semaphore(1), 0
-        self._last: tuple[str, list[int], Tensor] | None = None
+        self._semaphore, self._num_pending = asyncio.Semaphore(1), 0
+        self._cached_logits: tuple[str, list[int], Tensor] | None = None
 
-    def find(self, name: str | None) -> Inspected:
-        """The model of a name, or the only one."""
-        if name is None and len(self.models) == 1:
-            return next(iter(self.models.values()))
-        if name is None:
-            raise APIError(400, f"which model? There are {', '.join(self.models)}", "model")
-        if name not in self.models:
-            hint = did_you_mean(name, self.models)
-            raise APIError(404, f"there is no model '{name}'{hint}", "model", "model_not_found")
-        return self.models[name]
-
-    async def answer(self, work: Callable[[], T]) -> T:
-        """What `work` returns, in its turn."""
-        if self._waiting >= MAX_WAITING:
-            raise APIError(429, "too many questions at once", retry_after=1)
-        self._waiting += 1
+    async def run(self, body: Any, handler: Callable[["_InspectWorker", ServedModel, list[int], Any], Any]) -> Any:
+        """The response to a request, by the function that computes it from the token ids."""
+        if body.model is None and len(self.models) != 1:
+            raise APIError(400, f"model is required: there are {', '.join(self.models)}", "model")
+        served = find_model(self.models, body.model)
+        if self._num_pending >= MAX_PENDING_REQUESTS:
+            raise APIError(429, "too many requests at the same time", retry_after=1)
+        self._num_pending += 1
         try:
-            async with self._one:
-                return await asyncio.to_thread(work)
+            async with self._semaphore:
+                return await asyncio.to_thread(lambda: handler(self, served, _token_ids(served, body), body))
         finally:
-            self._waiting -= 1
+            self._num_pending -= 1
 
-    def logits(self, served: Inspected, tokens: list[int]) -> Tensor:
+    def logits(self, served: ServedModel, tokens: list[int]) -> Tensor:
         """The logits after `tokens`, (1, V)."""
-        if self._last is None or self._last[:2] != (served.name, tokens):
-            self._last = served.name, tokens, next_logits(served.model, tokens)
-        return self._last[2]
+        if self._cached_logits is None or self._cached_logits[:2] != (served.name, tokens):
+            self._cached_logits = served.name, tokens, next_logits(served.model, tokens)
+        return self._cached_logits[2]
 
 
-def playground_router(models: Mapping[str, Inspected]) -> APIRouter:
-    """The page and its questions, for models by name. Errors have OpenAI's body."""
-    router, desk = APIRouter(), _Desk(models)
-    _add_page(router)
-    _add_questions(router, desk)
-    return router
-
-
-def _add_page(router: APIRouter) -> None:
-    files = {path.name: path for path in STATIC.iterdir() if path.suffix in MEDIA}
+def playground_router(models: Mapping[str, ServedModel]) -> APIRouter:
+    """The routes of the page and of the inspection, for models by name."""
+    router, worker = APIRouter(), _InspectWorker(models)
+    files = {path.name: path for path in STATIC.iterdir() if path.suffix in MEDIA_TYPES}
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        return _file(files["index.html"])
+        return _file_response(files["index.html"])
 
     @router.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
-        return _file(files[name]) if name in files else APIError(404, f"there is no file '{name}'").response()
+        if name not in files:
+            raise APIError(404, f"there is no file '{name}'")
+        return _file_response(files[name])
 
-
-def _file(path: Path) -> Response:
-    return FileResponse(path, media_type=MEDIA[path.suffix], headers=HEADERS)
-
-
-def _add_questions(router: APIRouter, desk: _Desk) -> None:
     @router.get("/inspect/models")
-    async def models() -> Any:
-        return {"models": [_shape(served) for served in desk.models.values()]}
+    async def models_() -> Any:
+        return {"models": [_model_info(served) for served in models.values()]}
 
     @router.post("/inspect/next")
-    async def next_token(question: NextQuestion) -> Any:
-        return await _told(desk, question, _next)
+    async def next_token(body: NextTokenRequest) -> Any:
+        return await worker.run(body, _inspect_next)
 
     @router.post("/inspect/score")
-    async def score_text(question: ScoreQuestion) -> Any:
-        return await _told(desk, question, _score)
+    async def score_text(body: ScoreTextRequest) -> Any:
+        return await worker.run(body, _inspect_score)
 
     @router.post("/inspect/attention")
-    async def attention_of(question: AttentionQuestion) -> Any:
-        return await _told(desk, question, _attention)
+    async def attention_of(body: AttentionRequest) -> Any:
+        return await worker.run(body, _inspect_attention)
 
     @router.post("/inspect/lens")
-    async def layers_of(question: LensQuestion) -> Any:
-        return await _told(desk, question, _lens)
+    async def layers_of(body: LogitLensRequest) -> Any:
+        return await worker.run(body, _inspect_lens)
+
+    return router
 
 
-async def _told(
-    desk: _Desk, question: Any, answer: Callable[[_Desk, Inspected, list[int], Any], dict[str, Any]]
-) -> Any:
-    """The answer, or what is wrong with the question."""
-    try:
-        served = desk.find(question.model)
-        return await desk.answer(lambda: answer(desk, served, _tokens(served, question), question))
-    except APIError as error:
-        return error.response()
-    except UserError as error:
-        return api_error(error).response()
+def _file_response(path: Path) -> Response:
+    return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=PAGE_HEADERS)
 
 
-def _shape(served: Inspected) -> dict[str, Any]:
-    c, tokenizer = served.model.config, served.tokenizer
+def _model_info(served: ServedModel) -> dict[str, Any]:
+    config, tokenizer = served.model.config, served.tokenizer
     return {
         "name": served.name,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "n_embd": c.n_embd,
-        "block_size": c.block_size,
-        "vocab_size": c.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "block_size": config.block_size,
+        "vocab_size": config.vocab_size,
         "parameters": served.model.num_parameters(),
         "end_of_text": tokenizer.end_of_text,
         "fingerprint": tokenizer.fingerprint,
     }
 
 
-def _tokens(served: Inspected, question: _Question) -> list[int]:
-    """The ids that the question is about."""
-    if (question.tokens is None) == (question.text is None):
-        raise UserError("a question needs tokens or text, and not both")
-    ids = question.tokens
+def _token_ids(served: ServedModel, body: _InspectRequest) -> list[int]:
+    """The token ids of the text to inspect."""
+    if (body.tokens is None) == (body.text is None):
+        raise RequestError("give either tokens or text")
+    ids = body.tokens
     if ids is None:
-        ids = served.tokenizer.encode(question.text or "", allow_special=True)
+        ids = served.tokenizer.encode(body.text or "", allow_special=True)
     if len(ids) > MAX_TOKENS:
-        raise UserError(f"{len(ids)} tokens are more than the {MAX_TOKENS} that are looked at")
+        raise RequestError(f"the text has {len(ids)} tokens: at most {MAX_TOKENS} can be inspected")
     return ids
 
 
-def _next(desk: _Desk, served: Inspected, ids: list[int], question: NextQuestion) -> dict[str, Any]:
-    sampling = question.sampling()
-    sampling.check_ids(served.model.config.vocab_size)
-    _check_asked(served, question.asked)
+def _inspect_next(
+    worker: _InspectWorker, served: ServedModel, ids: list[int], body: NextTokenRequest
+) -> dict[str, Any]:
+    sampling = body.sampling()
+    sampling.check_token_ids(served.model.config.vocab_size)
+    _check_token_id(served, body.asked)
     end = served.tokenizer.end_of_text
-    ids = ids or [end]  # an empty text stands after the end of another
-    prompt_length = len(ids) if question.prompt_length is None else min(question.prompt_length, len(ids))
+    ids = ids or [end]  # an empty text begins after the end of another
+    prompt_length = len(ids) if body.prompt_length is None else min(body.prompt_length, len(ids))
     history = History(ids, prompt_length, (end,))
-    logits = desk.logits(served, ids)
-    return asdict(candidates_of(logits, served.tokenizer, sampling, history, question.top, question.asked))
+    logits = worker.logits(served, ids)
+    return asdict(top_candidates(logits, served.tokenizer, sampling, history, body.top, body.asked))
 
 
-def _score(desk: _Desk, served: Inspected, ids: list[int], question: ScoreQuestion) -> dict[str, Any]:
-    scored = score(served.model, served.tokenizer, ids) if ids else []
-    first = [{"id": token, "text": piece(served.tokenizer, token), "logprob": None, "rank": None} for token in ids[:1]]
-    told = first + [asdict(token) for token in scored]
-    tokens = [token | {"start": at} for token, at in zip(told, starts(served.tokenizer, ids), strict=True)]
+def _inspect_score(
+    worker: _InspectWorker, served: ServedModel, ids: list[int], body: ScoreTextRequest
+) -> dict[str, Any]:
+    scored = score_tokens(served.model, served.tokenizer, ids) if ids else []
+    first = [
+        {"id": token, "text": token_text(served.tokenizer, token), "logprob": None, "rank": None} for token in ids[:1]
+    ]
+    rows = zip(first + [asdict(token) for token in scored], token_offsets(served.tokenizer, ids), strict=True)
+    tokens = [token | {"start": offset} for token, offset in rows]
     return {"tokens": tokens, "perplexity": perplexity(scored), "count": len(ids)}
 
 
-def _attention(desk: _Desk, served: Inspected, ids: list[int], question: AttentionQuestion) -> dict[str, Any]:
-    ids, position, start = _looked_at(served, ids, question.position)
-    weights = attention(served.model, ids, position)
-    texts = [piece(served.tokenizer, token) for token in ids]
-    return {"start": start, "position": start + position, "texts": texts, "weights": _rounded(weights)}
+def _inspect_attention(
+    worker: _InspectWorker, served: ServedModel, ids: list[int], body: AttentionRequest
+) -> dict[str, Any]:
+    ids, position, start = _context_window(served, ids, body.position)
+    weights = attention_weights(served.model, ids, position)
+    texts = [token_text(served.tokenizer, token) for token in ids]
+    return {"start": start, "position": start + position, "texts": texts, "weights": _round_weights(weights)}
 
 
-def _lens(desk: _Desk, served: Inspected, ids: list[int], question: LensQuestion) -> dict[str, Any]:
-    _check_asked(served, question.asked)
-    ids, position, start = _looked_at(served, ids, question.position)
-    layers = lens(served.model, served.tokenizer, ids, position, question.top, question.asked)
-    told = [
-        {
-            "layer": layer.layer,
-            "asked": layer.asked,
-            "tokens": [{"id": i, "text": text, "probability": p} for i, text, p in layer.tokens],
-        }
-        for layer in layers
-    ]
-    return {"start": start, "position": start + position, "layers": told}
+def _inspect_lens(
+    worker: _InspectWorker, served: ServedModel, ids: list[int], body: LogitLensRequest
+) -> dict[str, Any]:
+    _check_token_id(served, body.asked)
+    ids, position, start = _context_window(served, ids, body.position)
+    layers = logit_lens(served.model, served.tokenizer, ids, position, body.top, body.asked)
+    return {"start": start, "position": start + position, "layers": [asdict(layer) for layer in layers]}
 
 
-def _looked_at(served: Inspected, ids: list[int], position: int | None) -> tuple[list[int], int, int]:
-    """The tokens up to a position, the last of them if they are many; where it is among them, and where they begin."""
+def _context_window(served: ServedModel, ids: list[int], position: int | None) -> tuple[list[int], int, int]:
+    """The last tokens up to a position (that fit), the index of the position among them, and where they begin."""
     position = len(ids) - 1 if position is None else position
     if not 0 <= position < len(ids):
-        raise UserError(f"there is no position {position} in a text of {len(ids)} tokens")
-    start = max(0, position + 1 - min(MAX_LOOK, served.model.config.block_size))
+        raise RequestError(f"there is no position {position} in a text of {len(ids)} tokens")
+    start = max(0, position + 1 - min(MAX_INSPECT_TOKENS, served.model.config.block_size))
     return ids[start : position + 1], position - start, start
 
 
-def _check_asked(served: Inspected, asked: int | None) -> None:
-    if asked is not None and asked >= served.model.config.vocab_size:
-        raise UserError(f"token {asked} is not in the model's vocabulary of {served.model.config.vocab_size:,}")
+def _check_token_id(served: ServedModel, token_id: int | None) -> None:
+    if token_id is not None and token_id >= served.model.config.vocab_size:
+        raise RequestError(f"token {token_id} is not in the model's vocabulary of {served.model.config.vocab_size:,}")
 
 
-def _rounded(weights: Tensor) -> list[list[list[float]]]:
-    """To five decimals: the page draws them, and a long text has many."""
+def _round_weights(weights: Tensor) -> list[list[list[float]]]:
+    """Round to five decimals, which is enough to draw them, to keep the response small."""
     return [[[round(w, 5) for w in head] for head in layer] for layer in weights.tolist()]

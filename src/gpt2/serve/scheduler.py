@@ -1,8 +1,8 @@
-"""Requests in, tokens out: one thread drives the engine, and clients join and leave its batch between two steps.
+"""Continuous batching for many clients: one thread runs the engine, and sequences join and leave between its steps.
 
-What clients send arrives in that thread through a queue; what the engine says leaves it through the queue of each
-call, once for each step. A text waits until the engine has a free slot; the clients take turns, so that one with a
-hundred texts does not keep out another with one.
+Commands of clients reach the thread through a queue, and events reach each request's own queue once per step. A
+sequence waits until the engine has a free slot. Slots are given to clients in turn, so a client with a hundred
+sequences does not keep out another with one.
 """
 
 import asyncio
@@ -10,84 +10,75 @@ import contextlib
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import abc, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpt2.errors import UserError
-from gpt2.generation.engine import CHUNK, Continuation, Engine, LanguageModel, Request, Token
-from gpt2.serve.scoring import Scored, Scorer
+from gpt2.errors import RequestError, UserError
+from gpt2.generation.engine import PREFILL_CHUNK, Engine, GenerationRequest, LanguageModel, SampledToken, Sequence
+from gpt2.serve.errors import ShuttingDownError, TooManyRequestsError
+from gpt2.serve.prompt_logprobs import PromptScorer, TokenLogprob
 
-GOODBYE = "the server is shutting down"
-LEAST_READ = 24  # tokens of prompts in a step, however few texts wait for it
-
-
-class Busy(Exception):
-    """There is no room for a call now; `retry_after` is a guess in seconds."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Closing(Exception):
-    """The scheduler takes no more calls."""
+MIN_PREFILL_TOKENS = 24  # prompt tokens in a step, however few sequences are decoding
 
 
 @dataclass(frozen=True)
-class ScoreRequest:
-    """A prompt whose own tokens are to be scored: the log-probability of each after those before it.
+class PromptLogprobsRequest:
+    """A request for the log-probabilities of a prompt's own tokens, each given the tokens before it.
 
-    alternatives: how many of the most likely tokens are told with each.
+    top_logprobs: the number of most likely tokens to report for each token.
     """
 
-    prompt: Sequence[int]
-    alternatives: int = 0
+    prompt: abc.Sequence[int]
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The last event of a text: "stop", "length", "cancelled" or "error", and what went wrong."""
+class SequenceFinished:
+    """The last event of a sequence. finish_reason: "stop", "length", "cancelled" or "error"; then there is an error."""
 
-    reason: str
+    finish_reason: str
     error: UserError | None = None
 
 
-Event = Token | list[Scored] | Finished
+SequenceEvent = SampledToken | list[TokenLogprob] | SequenceFinished
 
 
-class Text:
-    """One text of a call, on its way. Only the scheduler's thread touches it, once the call is open."""
+@dataclass(eq=False)
+class SequenceHandle:
+    """One sequence of a request. Only the scheduler's thread changes it once the request was submitted."""
 
-    def __init__(self, call: "Call", index: int, request: Request | ScoreRequest) -> None:
-        self.call, self.index, self.request = call, index, request
-        self.continuation: Continuation | None = None
-        self.began = 0.0
-        self.done = False
+    parent: "RequestHandle"
+    index: int
+    request: GenerationRequest | PromptLogprobsRequest
+    sequence: Sequence | None = None
+    start_time: float = 0.0
+    done: bool = False
 
 
-class Call:
-    """What one client asked for at once: any number of texts, and where their events arrive.
+class RequestHandle:
+    """All sequences that a client submitted together, and the queue of their events.
 
-    events: (index of the text, event), for the event loop in which the call was made. The last event of each text is
-    `Finished`.
+    events: (index of the sequence, event), for the event loop that submitted the request. The last event of each
+            sequence is `SequenceFinished`.
     """
 
-    def __init__(self, client: str, requests: Sequence[Request | ScoreRequest]) -> None:
+    def __init__(self, client: str, requests: abc.Sequence[GenerationRequest | PromptLogprobsRequest]) -> None:
         self.client = client
         self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self.texts = [Text(self, i, request) for i, request in enumerate(requests)]
-        self.open = len(self.texts)
+        self.events: asyncio.Queue[tuple[int, SequenceEvent]] = asyncio.Queue()
+        self.sequences = [SequenceHandle(self, i, request) for i, request in enumerate(requests)]
+        self.num_unfinished = len(self.sequences)
 
 
 class Scheduler:
-    """Continuous batching over an engine. `start` it, `open` calls from any event loop, `stop` it.
+    """Continuous batching over an engine: `start` it, `submit` requests from any event loop, and `stop` it.
 
-    model:       what the engine runs; nothing else may run it while the scheduler does.
-    max_waiting: texts beyond the slots that are kept waiting; more are refused with Busy.
-    per_client:  calls that one client may have open.
-    max_length:  the context, when it is to be shorter than the model's.
+    model:       the model of the engine; nothing else may run it while the scheduler does.
+    slots:       sequences that run at the same time.
+    max_waiting: sequences that wait for a slot; more are refused.
+    per_client:  open requests of one client; more are refused.
+    max_length:  the context length, if it is to be shorter than the model's.
     """
 
     def __init__(
@@ -98,229 +89,236 @@ class Scheduler:
         per_client: int = 64,
         max_length: int | None = None,
     ) -> None:
-        self._scorer = Scorer(model, max_length)  # before the engine: making a cache lets go of the CUDA graphs
+        self._scorer = PromptScorer(model, max_length)  # before the engine: making a cache drops the CUDA graphs
         self.engine = Engine(model, slots, max_length)
         self.slots, self.max_waiting, self.per_client = slots, max_waiting, per_client
-        self.context = min(max_length or model.config.block_size, model.config.block_size)
+        self.context_length = min(max_length or model.config.block_size, model.config.block_size)
         self.cache_bytes = self._scorer.row_bytes * (slots + 1)
-        self._letters: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiting: dict[str, deque[Text]] = {}  # by client; the next to take a turn comes first
-        self._running: dict[Continuation, Text] = {}
-        self._scoring: Text | None = None
-        self._speaking = 0  # texts that got a token from the last step, and go on
-        self._outbox: list[tuple[Text, Event]] = []
-        self._lock = threading.Lock()  # of what follows, which other threads change or read
-        self._texts = 0
-        self._calls: dict[str, int] = {}
-        self._open: set[Call] = set()
-        self._seconds_each = 1.0  # that a text took of a slot, lately
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: dict[str, deque[SequenceHandle]] = {}  # by client; the client whose turn it is comes first
+        self._running: dict[Sequence, SequenceHandle] = {}
+        self._scoring: SequenceHandle | None = None
+        self._num_decoding = 0  # sequences that got a token from the last step and are not finished
+        self._pending_events: list[tuple[SequenceHandle, SequenceEvent]] = []
+        self._lock = threading.Lock()  # for what follows, which other threads change or read
+        self._num_unfinished = 0
+        self._open_per_client: dict[str, int] = {}
+        self._open_requests: set[RequestHandle] = set()
+        self._mean_slot_seconds = 1.0  # moving average of the time that a sequence has its slot
         self._draining = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="gpt2-scheduler", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether it works: it was started, and nothing has ended its thread."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     @property
     def draining(self) -> bool:
-        """Whether new calls are refused."""
+        """Whether new requests are refused."""
         return self._draining
 
     @property
     def running(self) -> int:
-        """Texts that have a slot."""
-        return self.engine.running
+        """The number of sequences that have a slot."""
+        return self.engine.num_running
 
     @property
     def waiting(self) -> int:
-        """Texts that wait for one, or whose prompts wait to be scored."""
-        return max(0, self._texts - self.engine.running)
+        """The number of sequences that wait for a slot, and of prompts that wait to be scored."""
+        return max(0, self._num_unfinished - self.engine.num_running)
 
     @property
     def idle(self) -> bool:
-        """Whether no text is on its way."""
-        return self._texts == 0
+        """Whether every sequence has finished."""
+        return self._num_unfinished == 0
 
-    def open(self, client: str, requests: Sequence[Request | ScoreRequest]) -> Call:
-        """Take a call with all its texts, or none of it.
+    def submit(self, client: str, requests: abc.Sequence[GenerationRequest | PromptLogprobsRequest]) -> RequestHandle:
+        """Submit all sequences of a request, or none.
 
-        Raises UserError for what the model cannot do, Busy when there is no room, Closing after `drain` or `stop`.
+        Raises RequestError for a request that can never be served, TooManyRequestsError when the queue is full or the
+        client has too many open requests, and ShuttingDownError after `drain` or `stop`.
         """
         for request in requests:
-            self.engine.check(request if isinstance(request, Request) else Request(request.prompt))
+            self.engine.check_request(
+                request if isinstance(request, GenerationRequest) else GenerationRequest(request.prompt)
+            )
         if len(requests) > self.slots + self.max_waiting:
             most = self.slots + self.max_waiting
-            raise UserError(f"{len(requests)} texts in one request are more than this server takes ({most})")
-        call = Call(client, requests)
+            raise RequestError(f"a request may have at most {most} sequences on this server, not {len(requests)}")
+        handle = RequestHandle(client, requests)
         with self._lock:
             if self._draining or not self.alive:
-                raise Closing(GOODBYE)
-            if self._calls.get(client, 0) >= self.per_client:
-                raise Busy(f"you have {self.per_client} requests open already", self._seconds_each)
-            if self._texts + len(requests) > self.slots + self.max_waiting:
-                ahead = self._texts + len(requests) - self.slots
-                raise Busy("the queue is full: try again later", min(60, self._seconds_each * ahead / self.slots))
-            self._texts += len(requests)
-            self._calls[client] = self._calls.get(client, 0) + 1
-            self._open.add(call)
-        self._letters.put(lambda: self._enqueue(call))
-        return call
+                raise ShuttingDownError
+            if self._open_per_client.get(client, 0) >= self.per_client:
+                raise TooManyRequestsError(f"this client has {self.per_client} open requests", self._mean_slot_seconds)
+            if self._num_unfinished + len(requests) > self.slots + self.max_waiting:
+                ahead = self._num_unfinished + len(requests) - self.slots
+                seconds = min(60, self._mean_slot_seconds * ahead / self.slots)
+                raise TooManyRequestsError("the queue is full: try again later", seconds)
+            self._num_unfinished += len(requests)
+            self._open_per_client[client] = self._open_per_client.get(client, 0) + 1
+            self._open_requests.add(handle)
+        self._commands.put(lambda: self._enqueue(handle))
+        return handle
 
-    def cancel(self, call: Call, index: int | None = None) -> None:
-        """Let a text of a call go, or all of them; their slots are free for the next step."""
-        texts = call.texts if index is None else [call.texts[index]]
-        self._letters.put(lambda: self._cancel(texts))
+    def cancel(self, request_handle: RequestHandle, index: int | None = None) -> None:
+        """Cancel one sequence of a request, or all of them; their slots are free in the next step."""
+        handles = request_handle.sequences if index is None else [request_handle.sequences[index]]
+        self._commands.put(lambda: self._cancel(handles))
 
     def drain(self) -> None:
-        """Refuse new calls, and finish those that are open."""
+        """Refuse new requests, and finish those that are open."""
         self._draining = True
 
-    def give_up(self) -> None:
-        """End the thread after its step. What is still open is told so, with the error `GOODBYE`."""
+    def abort(self) -> None:
+        """Stop the thread after its current step. Unfinished sequences end with ShuttingDownError."""
         self._draining = True
-        self._letters.put(self._end)
+        self._commands.put(self._set_stopped)
 
-    def stop(self, patience: float = 10.0) -> None:
-        """`give_up`, and wait until the thread has ended."""
-        self.give_up()
+    def stop(self, timeout: float = 10.0) -> None:
+        """`abort`, and wait until the thread has ended."""
+        self.abort()
         if self.alive:
-            self._thread.join(patience)
+            self._thread.join(timeout)
 
-    # What follows is done by the thread.
+    # The methods below run in the thread.
 
     def _run(self) -> None:
         try:
             while not self._stopped:
-                self._turn()
-        finally:  # whatever happened, nobody waits for ever
+                self._step()
+        finally:  # also after an exception: no client may wait forever
             self._draining = True
             with self._lock:
-                unfinished = [text for call in self._open for text in call.texts if not text.done]
-            for text in unfinished:
-                self._finish(text, Finished("error", UserError(GOODBYE)))
-            self._deliver()
+                unfinished = [one for request in self._open_requests for one in request.sequences if not one.done]
+            for handle in unfinished:
+                self._finish(handle, SequenceFinished("error", ShuttingDownError()))
+            self._send_events()
 
-    def _turn(self) -> None:
-        """One step of the engine, and what belongs to it."""
-        self._read_letters()
+    def _step(self) -> None:
+        """Run the commands, admit sequences, score a chunk of a prompt, run the engine once, and send the events."""
+        self._run_commands()
         self._admit()
-        self._score()
-        self.engine.chunk = self._pace()
-        tokens = self.engine.step() if self._running else []  # without texts the engine is left alone
-        self._outbox += [(self._running[token.continuation], token) for token in tokens]
-        self._speaking = sum(token.continuation.finished is None for token in tokens)
+        self._score_prompt()
+        self.engine.prefill_chunk = self._prefill_budget()
+        tokens = self.engine.step() if self._running else []  # without sequences the engine may be used by others
+        self._pending_events += [(self._running[token.sequence], token) for token in tokens]
+        self._num_decoding = sum(token.sequence.finish_reason is None for token in tokens)
         self._collect_finished()
-        self._deliver()
+        self._send_events()
 
-    def _pace(self) -> int:
-        """How many tokens of prompts the next step reads, while texts that speak wait for it.
+    def _prefill_budget(self) -> int:
+        """The most prompt tokens for the next step (chunked prefill), so that new prompts do not stall decoding.
 
-        On a CPU every token costs time, of a prompt or not: two for each text make the step of a full batch about
-        twice as long. So texts that come do not stop those that run.
+        On a CPU the time of a step grows with every token: two prompt tokens for each sequence make the step of a full
+        batch about twice as long.
         """
-        if self._speaking and self.engine.model.device.type == "cpu":
-            return min(CHUNK, max(LEAST_READ, 2 * len(self._running)))
-        return CHUNK
+        if self._num_decoding and self.engine.model.device.type == "cpu":
+            return min(PREFILL_CHUNK, max(MIN_PREFILL_TOKENS, 2 * len(self._running)))
+        return PREFILL_CHUNK
 
-    def _read_letters(self) -> None:
-        """Do what was asked for in the meantime; with nothing to do, wait for it."""
+    def _run_commands(self) -> None:
+        """Run the commands in the queue; wait for one if there is nothing else to do."""
         block = not (self._running or self._scoring or self._waiting)
         while True:
             try:
-                self._letters.get(block)()
+                self._commands.get(block)()
             except queue.Empty:
                 return
             block = False
 
-    def _end(self) -> None:
+    def _set_stopped(self) -> None:
         self._stopped = True
 
-    def _enqueue(self, call: Call) -> None:
-        self._waiting.setdefault(call.client, deque()).extend(text for text in call.texts if not text.done)
+    def _enqueue(self, request_handle: RequestHandle) -> None:
+        self._waiting.setdefault(request_handle.client, deque()).extend(
+            handle for handle in request_handle.sequences if not handle.done
+        )
 
-    def _cancel(self, texts: list[Text]) -> None:
-        for text in texts:
-            if not text.done:
-                self._finish(text, Finished("cancelled"))
+    def _cancel(self, handles: list[SequenceHandle]) -> None:
+        for handle in handles:
+            if not handle.done:
+                self._finish(handle, SequenceFinished("cancelled"))
 
     def _admit(self) -> None:
-        """Give what is free to those who wait, one text for each client in turn."""
-        while client := next((client for client, texts in self._waiting.items() if self._has_room(texts[0])), None):
-            texts = self._waiting.pop(client)
-            text = texts.popleft()
-            if texts:
-                self._waiting[client] = texts  # behind all others
-            if isinstance(text.request, ScoreRequest):
-                self._scoring = text
-                self._scorer.begin(text.request.prompt, text.request.alternatives)
+        """Give free slots to waiting sequences, one for each client in turn."""
+        while client := next((client for client, queued in self._waiting.items() if self._has_room(queued[0])), None):
+            queued = self._waiting.pop(client)
+            handle = queued.popleft()
+            if queued:
+                self._waiting[client] = queued  # behind all others
+            if isinstance(handle.request, PromptLogprobsRequest):
+                self._scoring = handle
+                self._scorer.start(handle.request.prompt, handle.request.top_logprobs)
             else:
-                text.continuation = self.engine.submit(text.request)
-                self._running[text.continuation] = text
-                text.began = time.monotonic()
+                handle.sequence = self.engine.submit(handle.request)
+                self._running[handle.sequence] = handle
+                handle.start_time = time.monotonic()
 
-    def _has_room(self, text: Text) -> bool:
-        if isinstance(text.request, ScoreRequest):
+    def _has_room(self, handle: SequenceHandle) -> bool:
+        if isinstance(handle.request, PromptLogprobsRequest):
             return self._scoring is None
         return len(self._running) < self.slots
 
-    def _score(self) -> None:
-        """Read on in the prompt that is being scored."""
+    def _score_prompt(self) -> None:
+        """Score the next chunk of the prompt that is being scored, if there is one."""
         if self._scoring is None:
             return
-        text = self._scoring
+        handle = self._scoring
         try:
-            scored = self._scorer.advance()
+            scored = self._scorer.step()
         except UserError as error:
-            self._finish(text, Finished("error", error))
+            self._finish(handle, SequenceFinished("error", error))
             return
         if scored is not None:
-            self._outbox.append((text, scored))
-            self._finish(text, Finished("stop"))
+            self._pending_events.append((handle, scored))
+            self._finish(handle, SequenceFinished("stop"))
 
     def _collect_finished(self) -> None:
-        for continuation, text in list(self._running.items()):
-            if continuation.finished:
-                self._seconds_each += 0.1 * (time.monotonic() - text.began - self._seconds_each)
-                self._finish(text, Finished(continuation.finished, continuation.error))
+        for sequence, handle in list(self._running.items()):
+            if sequence.finish_reason:
+                self._mean_slot_seconds += 0.1 * (time.monotonic() - handle.start_time - self._mean_slot_seconds)
+                self._finish(handle, SequenceFinished(sequence.finish_reason, sequence.error))
 
-    def _finish(self, text: Text, event: Finished) -> None:
-        """Take it out, wherever it is, and tell it."""
-        text.done = True
-        if text.continuation is not None:
-            self.engine.cancel(text.continuation)
-            del self._running[text.continuation]
-        elif text is self._scoring:
+    def _finish(self, handle: SequenceHandle, event: SequenceFinished) -> None:
+        """Remove a running, scoring or waiting sequence, and queue its last event."""
+        handle.done = True
+        client = handle.parent.client
+        if handle.sequence is not None:
+            self.engine.cancel(handle.sequence)
+            del self._running[handle.sequence]
+        elif handle is self._scoring:
             self._scoring = None
-        elif (texts := self._waiting.get(text.call.client)) and text in texts:
-            texts.remove(text)
-            if not texts:
-                del self._waiting[text.call.client]
-        self._outbox.append((text, event))
+        elif (queued := self._waiting.get(client)) and handle in queued:
+            queued.remove(handle)
+            if not queued:
+                del self._waiting[client]
+        self._pending_events.append((handle, event))
         with self._lock:
-            self._texts -= 1
-            text.call.open -= 1
-            if not text.call.open:
-                self._open.discard(text.call)
-                self._calls[text.call.client] -= 1
-                if not self._calls[text.call.client]:
-                    del self._calls[text.call.client]
+            self._num_unfinished -= 1
+            handle.parent.num_unfinished -= 1
+            if not handle.parent.num_unfinished:
+                self._open_requests.discard(handle.parent)
+                self._open_per_client[client] -= 1
+                if not self._open_per_client[client]:
+                    del self._open_per_client[client]
 
-    def _deliver(self) -> None:
-        """Hand the events of a step to the event loops, once for each."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Text, Event]]] = {}
-        for text, event in self._outbox:
-            by_loop.setdefault(text.call.loop, []).append((text, event))
-        self._outbox = []
+    def _send_events(self) -> None:
+        """Hand the events of a step to the event loops of their requests, with one call for each loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[SequenceHandle, SequenceEvent]]] = {}
+        for handle, event in self._pending_events:
+            by_loop.setdefault(handle.parent.loop, []).append((handle, event))
+        self._pending_events = []
         for loop, events in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens
-                loop.call_soon_threadsafe(_hand_out, events)
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the request
+                loop.call_soon_threadsafe(_enqueue_events, events)
 
 
-def _hand_out(events: list[tuple[Text, Event]]) -> None:
-    for text, event in events:
-        text.call.events.put_nowait((text.index, event))
+def _enqueue_events(events: list[tuple[SequenceHandle, SequenceEvent]]) -> None:
+    for handle, event in events:
+        handle.parent.events.put_nowait((handle.index, event))

@@ -1,5 +1,9 @@
-"""Requests and responses of OpenAI's API, with our samplers as further fields. An unknown field is an error."""
+"""Requests and responses of OpenAI's API, with further fields for more samplers. Unknown fields are errors.
 
+Responses are built from these types, and the fields that are set are sent.
+"""
+
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator
@@ -7,20 +11,21 @@ from pydantic_core import PydanticCustomError
 
 from gpt2.generation.sampling import Sampling
 
-TOP_LOGPROBS = 20  # of one token
+MAX_TOP_LOGPROBS = 20  # for each token
+FinishReason = Literal["stop", "length"]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
-StopText = Annotated[str, Field(min_length=1, max_length=500)]
+StopString = Annotated[str, Field(min_length=1, max_length=500)]
 
 
-def _one_of(meaning: str) -> WrapValidator:
-    """One message for a union, instead of one for each of its members."""
+def _union_error(expected: str) -> WrapValidator:
+    """One error message for a union, instead of one for each of its members."""
 
     def validate(value: Any, handler: Any) -> Any:
         try:
             return handler(value)
         except ValueError:
-            raise PydanticCustomError("union", "must be {meaning}", {"meaning": meaning}) from None
+            raise PydanticCustomError("union", "must be {meaning}", {"meaning": expected}) from None
 
     return WrapValidator(validate)
 
@@ -28,29 +33,29 @@ def _one_of(meaning: str) -> WrapValidator:
 TokenIds = list[Count]
 Prompt = Annotated[
     str | list[str] | TokenIds | list[TokenIds],
-    _one_of("a text, a list of texts, a list of token ids, or a list of such lists"),
+    _union_error("a text, a list of texts, a list of token ids, or a list of such lists"),
 ]
 Stop = Annotated[
-    StopText | Annotated[list[StopText], Field(max_length=16)],
-    _one_of("a text of 1 to 500 characters, or a list of up to 16 such texts"),
+    StopString | Annotated[list[StopString], Field(max_length=16)],
+    _union_error("a text of 1 to 500 characters, or a list of up to 16 such texts"),
 ]
-Content = Annotated["str | list[TextPart]", _one_of("a text, or a list of parts of type 'text'")]
+Content = Annotated["str | list[TextPart]", _union_error("a text, or a list of parts of type 'text'")]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
-    """What a stream tells besides the text."""
+class StreamOptions(_StrictModel):
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
-class Settings(_Strict):
-    """What completions and chat have in common. A field that is null means its default."""
+class CommonRequestFields(_StrictModel):
+    """The fields that completions and chat share. A field that is null has its default."""
 
-    model: str | None = Field(None, description="one of /v1/models; by default the first of them")
+    model: str | None = Field(None, description="one of /v1/models; the first of them by default")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -76,42 +81,46 @@ class Settings(_Strict):
     bad_words: Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000)] | None = None
 
     def sampling(self) -> Sampling:
-        """The settings of the sampler. Raises UserError for those that make no sense."""
+        """The sampling parameters. Raises UserError for values that are not supported."""
         given = {name: getattr(self, name, None) for name in Sampling.__dataclass_fields__}
         if given["min_new_tokens"] is None:
             given["min_new_tokens"] = self.min_tokens
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
+    def resolve_seed(self) -> int:
+        """The seed, or a random one."""
+        return secrets.randbits(32) if self.seed is None else self.seed
+
     @property
-    def stops(self) -> list[str]:
-        """The stop strings."""
+    def stop_strings(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def tells_usage(self) -> bool:
-        """Whether a stream ends with the number of tokens."""
+    def include_usage(self) -> bool:
+        """Whether the last chunk of a stream has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionRequest(Settings):
+class CompletionRequest(CommonRequestFields):
     """POST /v1/completions"""
 
     prompt: Prompt | None = None
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class TextPart(_Strict):
-    """A part of a message: text is all that this model reads."""
+class TextPart(_StrictModel):
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
-    """A turn of a conversation."""
+class Message(_StrictModel):
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
@@ -119,26 +128,26 @@ class Message(_Strict):
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """Its text parts, joined."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Settings):
+class ChatRequest(CommonRequestFields):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(_StrictModel):
     """POST /tokenize"""
 
     model: str | None = None
     text: str
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(_StrictModel):
     """POST /detokenize"""
 
     model: str | None = None
@@ -146,7 +155,7 @@ class DetokenizeRequest(_Strict):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """An error: its message, the kind of error, the request field at fault, and a code for programs."""
 
     message: str
     type: str
@@ -155,13 +164,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class Usage(BaseModel):
-    """Tokens that were read and made."""
+    """Token counts of a response: each prompt once, and the new tokens of all its choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -169,7 +178,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Parallel lists; `top_logprobs` is null where only the tokens' own were asked for."""
+    """Parallel lists with an entry for each token; the `top_` lists are null for `logprobs: 0`."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -180,16 +189,16 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text."""
+    """One generated text, or in a stream the next part of it."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class Completion(BaseModel):
-    """The answer of /v1/completions."""
+    """The response of /v1/completions, and each chunk of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -199,7 +208,7 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class ChatToken(BaseModel):
+class ChatTopLogprob(BaseModel):
     """A token, its log-probability, and its bytes."""
 
     token: str
@@ -207,21 +216,21 @@ class ChatToken(BaseModel):
     bytes: list[int] | None
 
 
-class ChatTokenWithTop(ChatToken):
-    """The same with the most likely tokens in its place."""
+class ChatTokenLogprob(ChatTopLogprob):
+    """A generated token, with the most likely tokens at its position."""
 
-    top_logprobs: list[ChatToken]
+    top_logprobs: list[ChatTopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Of the tokens of a message."""
+    """The log-probabilities of the tokens of a message."""
 
-    content: list[ChatTokenWithTop] | None
+    content: list[ChatTokenLogprob] | None
     refusal: None
 
 
 class ChatMessage(BaseModel):
-    """What the model says."""
+    """The generated message."""
 
     role: Literal["assistant"]
     content: str
@@ -229,16 +238,16 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One generated message with its finish reason."""
 
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class ChatCompletion(BaseModel):
-    """The answer of /v1/chat/completions."""
+    """The response of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -246,6 +255,33 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ChatDelta(BaseModel):
+    """The next part of a message; the first one of a choice has the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """The next part of a choice."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """A chunk of the stream of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
 
 
 class ModelInfo(BaseModel):
@@ -260,28 +296,28 @@ class ModelInfo(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them."""
+    """All models that are served."""
 
     object: Literal["list"]
     data: list[ModelInfo]
 
 
-class Tokenized(BaseModel):
-    """The tokens of a text, and what each stands for (U+FFFD where it is no whole character)."""
+class TokenizeResponse(BaseModel):
+    """The token ids of a text, and the text of each token (U+FFFD where it is not a whole character)."""
 
     tokens: list[int]
     texts: list[str]
     count: int
 
 
-class Detokenized(BaseModel):
-    """The text of tokens."""
+class DetokenizeResponse(BaseModel):
+    """The text of the tokens."""
 
     text: str
 
 
 class ModelHealth(BaseModel):
-    """How busy a model is."""
+    """The load of a model: sequences with a slot, sequences that wait, and the number of slots."""
 
     running: int
     waiting: int
@@ -289,7 +325,7 @@ class ModelHealth(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server takes requests: "ok", "draining" or "broken"."""
+    """Whether the server accepts requests: "ok", "draining" or "broken"."""
 
     status: str
     models: dict[str, ModelHealth]

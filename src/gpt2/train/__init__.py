@@ -1,1 +1,1 @@
-"""From batches to a run folder: config -> optim -> trainer -> checkpoint, with report beside them."""
+"""Training: recipes, setup, the training loop, checkpoints and the run folder."""

@@ -1,12 +1,11 @@
-"""A checkpoint is whole or it is not there.
+"""Checkpoints, written atomically and in the background.
 
-`step-N/` holds `model/` (a model folder like any other: `gpt2 sample RUN/checkpoints/step-N` works) or, where adapters
-are learned, `adapter/` in PEFT's form; the optimizer's state in safetensors; and `state.json`, which is written last
-and knows every file's checksum.
+`step-N/` holds `model/` (a model folder: `gpt2 sample RUN/checkpoints/step-N` works) or, with LoRA, a PEFT
+`adapter/`; the optimizer state in safetensors; and `state.json`, written last, with the checksums of all files.
 All of it is written to a hidden folder, synced to disk, read back and compared, and renamed into place.
 
-`CheckpointWriter` does so while the training goes on: only the copy of the state into memory of its own holds it up.
-Rank 0 writes, for all: the files are the same whatever the number of ranks, and any number of them can go on from them.
+`CheckpointWriter` writes in a thread: training only waits while the state is copied into buffers. Rank 0 writes for all
+ranks. The files do not depend on the number of ranks, and any number of ranks can resume from them.
 """
 
 import hashlib
@@ -28,99 +27,106 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gpt2.errors import UserError
-from gpt2.files import sha256_of
+from gpt2.distributed.parallel import full_tensor, shard_like
+from gpt2.errors import ModelFilesError, UserError
+from gpt2.files import file_sha256
 from gpt2.model import GPT
 from gpt2.runtime import synchronize
-from gpt2.train.parallel import part_like, whole
-from gpt2.train.product import Product
+from gpt2.train.artifact import ModelArtifact
 
 log = logging.getLogger("gpt2")
 
-_SAME_SIZE_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class State:
-    """What a checkpoint is made of. The tensors of `optimizer` bear names like `exp_avg.transformer.wte.weight`."""
+class CheckpointState:
+    """The content of a checkpoint. Names in `optimizer` look like `exp_avg.transformer.wte.weight`."""
 
     step: int
-    product: Product
+    artifact: ModelArtifact
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    facts: dict[str, Any]  # what a resumed run is compared with; anything JSON can hold
+    metadata: dict[str, Any]  # checked when the run resumes; JSON values
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, and after each the run's `model/` (or `adapter/`), in a thread beside the training.
+    """Writes checkpoints, and after each the run's `model/` (or `adapter/`), in a background thread.
 
-    with CheckpointWriter(folder, Product(model.config, tokenizer), keep=2, facts=facts) as writer:
-        ...
-        writer.save(step, model, optimizers)
+        with CheckpointWriter(folder, ModelArtifact(model.config, tokenizer), keep=2, metadata=metadata) as writer:
+            ...
+            writer.save(step, model, optimizers)
 
-    `save` returns as soon as the state is copied: weights and optimizer state once more in CPU memory (12 bytes a
-    parameter with AdamW, 8 with Muon's matrices), kept for the next save, and while it is written the weights a third
-    time. A save that finds the one before still being written waits for it. What goes wrong in the thread is raised
-    as a UserError by the next `save` or `check`, or at the end of the block, which waits for the last write. Where
-    the block ends with another error the write is finished too, and its own error is only logged.
+    `save` returns when the state is copied to buffers in CPU memory (12 bytes per parameter with AdamW, 8 for Muon's
+    matrices), which are reused; writing needs a third copy of the weights. A save waits until the previous one is
+    written. Errors of the thread are raised as UserError by the next `save` or `raise_if_failed`, or at the end of
+    the block, which waits for the last write. If the block ends with another error, the thread's is only logged.
 
-    stall_seconds: how long the last `save` held up the training.
-    write_seconds: how long the last finished write took beside it.
+    stall_seconds: how long the last `save` blocked the training.
+    write_seconds: how long the last finished write took in the background.
     """
 
     def __init__(
-        self, run_folder: Path, product: Product, keep: int, facts: dict[str, Any] | None = None, *, writes: bool = True
+        self,
+        run_folder: Path,
+        artifact: ModelArtifact,
+        keep: int,
+        metadata: dict[str, Any] | None = None,
+        *,
+        is_writer: bool = True,
     ) -> None:
-        """writes: False on the ranks that only give their parts of the state to the one that does."""
+        """is_writer: False on the ranks that only contribute their shards of the state."""
         self.stall_seconds = self.write_seconds = 0.0
-        self._writes = writes
-        self._folder, self._product, self._keep, self._facts = run_folder, product, keep, facts or {}
+        self._is_writer = is_writer
+        self._folder, self._artifact, self._keep, self._metadata = run_folder, artifact, keep, metadata or {}
         self._buffers: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[float] | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending_write: Future[float] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._thread.shutdown()  # waits
+        self._executor.shutdown()  # waits
         if kind is None:
             self.wait()
-        elif self._writing is not None and self._writing.exception() is not None:
-            log.warning("%s", self._writing.exception())
+        elif self._pending_write is not None and self._pending_write.exception() is not None:
+            log.warning("%s", self._pending_write.exception())
 
     def save(self, step: int, model: GPT, optimizers: Sequence[Optimizer], *, publish: bool = True) -> None:
-        """Copy the state after update `step`, and have it written; `publish` makes its weights the run's own.
+        """Copy the state after update `step` and start writing it; `publish` also writes the run's `model/`.
 
-        Where ranks have parts of it, each of them must call this.
+        With FSDP, all ranks must call this.
         """
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.wait()
         samples = self._folder / "samples.txt"
-        facts = {**self._facts, "samples_bytes": samples.stat().st_size if samples.exists() else 0}
-        weights = {name: self._copied(f"weight.{name}", w) for name, w in self._product.weights(model).items()}
-        tensors = {name: self._copied(name, value) for name, value in optimizer_tensors(model, optimizers).items()}
+        metadata = {**self._metadata, "samples_bytes": samples.stat().st_size if samples.exists() else 0}
+        weights = {name: self._copy_to_buffer(f"weight.{name}", w) for name, w in self._artifact.weights(model).items()}
+        tensors = {
+            name: self._copy_to_buffer(name, value) for name, value in optimizer_tensors(model, optimizers).items()
+        }
         synchronize(model.device)
-        if self._writes:
-            state = State(step, self._product, weights, tensors, facts)
-            self._writing = self._thread.submit(self._write, state, publish)
-        self.stall_seconds = time.perf_counter() - began
+        if self._is_writer:
+            state = CheckpointState(step, self._artifact, weights, tensors, metadata)
+            self._pending_write = self._executor.submit(self._write, state, publish)
+        self.stall_seconds = time.perf_counter() - started
 
-    def check(self) -> None:
-        """Raise what went wrong in the last write, if it is over. Waits for nothing."""
-        if self._writing is not None and self._writing.done():
+    def raise_if_failed(self) -> None:
+        """Raise the error of the last write if it has failed. Does not wait."""
+        if self._pending_write is not None and self._pending_write.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the write under way, and raise what went wrong in it: for who is about to say that all is saved."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            self.write_seconds = writing.result()
+        """Wait until the current write is finished, and raise its error."""
+        pending, self._pending_write = self._pending_write, None
+        if pending is not None:
+            self.write_seconds = pending.result()
 
-    def _copied(self, name: str, value: Tensor) -> Tensor:
-        """`value` in memory of our own, the same one at every save; page-locked for a GPU's, which then goes fast."""
-        value = whole(value)
-        if not self._writes:
+    def _copy_to_buffer(self, name: str, value: Tensor) -> Tensor:
+        """Copy `value` to a buffer that is reused at every save; pinned memory for a fast copy from a GPU."""
+        value = full_tensor(value)
+        if not self._is_writer:
             return value
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
@@ -128,120 +134,121 @@ class CheckpointWriter:
             self._buffers[name] = buffer
         return buffer.copy_(value, non_blocking=value.is_cuda)
 
-    def _write(self, state: State, publish: bool) -> float:
-        """In the thread: the checkpoint, then the run's own weights; returns the seconds it took."""
-        began = time.perf_counter()
-        told = [self._folder / name for name in ("metrics.jsonl", "samples.txt")]
+    def _write(self, state: CheckpointState, publish: bool) -> float:
+        """In the thread: write the checkpoint, then the run's `model/`; returns the seconds it took."""
+        started = time.perf_counter()
+        logs = [self._folder / name for name in ("metrics.jsonl", "samples.txt")]
         try:
-            sync(path for path in told if path.exists())  # no checkpoint is ahead of what the run says of itself
+            fsync_paths(path for path in logs if path.exists())  # no checkpoint is ahead of its metrics
             write_checkpoint(self._folder / "checkpoints", state, self._keep)
             if publish:
-                state.product.save(state.weights, self._folder)
-                sync((self._folder / state.product.name).iterdir())
+                state.artifact.save(state.weights, self._folder)
+                fsync_paths((self._folder / state.artifact.folder_name).iterdir())
         except OSError as error:
             raise UserError(f"cannot write the run folder {self._folder}: {error.strerror or error}") from error
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint under `folder` whose files are all as they were written; a broken one is passed over."""
-    for step in sorted(_steps(folder), reverse=True):
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint under `folder` whose checksums match; corrupt ones are skipped with a warning."""
+    for step in sorted(_checkpoint_steps(folder), reverse=True):
         path = folder / f"step-{step}"
-        broken = _first_broken_file(path)
-        if broken is None:
+        corrupt = _first_corrupt_file(path)
+        if corrupt is None:
             return path
-        log.warning("checkpoint %s is broken (%s): looking for an older one", path, broken)
+        log.warning("checkpoint %s is corrupt (%s): looking for an older one", path, corrupt)
     return None
 
 
 def load_optimizers(path: Path, model: GPT, optimizers: Sequence[Optimizer]) -> int:
-    """Put the state in a checkpoint into the `optimizers` of `model`, which has its weights; returns its step.
+    """Load the optimizer state of a checkpoint into the `optimizers` of `model`; returns the checkpoint's step.
 
-    Raises UserError when the checkpoint holds the state of another kind of optimizer.
+    Raises ModelFilesError when the checkpoint has state of parameters that these optimizers do not train.
     """
     parameters = dict(model.named_parameters())
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         kind, name = key.split(".", 1)
-        matching = name in parameters and parameters[name].shape == tensor.shape  # its number of steps is no part of it
-        state.setdefault(name, {})[kind] = part_like(tensor, parameters[name]) if matching else tensor
+        matching = name in parameters and parameters[name].shape == tensor.shape  # not its step count
+        state.setdefault(name, {})[kind] = shard_like(tensor, parameters[name]) if matching else tensor
     for optimizer in optimizers:
-        names = _names(model, optimizer)
+        names = _parameter_names(model, optimizer)
         own = {index: state.pop(name) for index, name in enumerate(names) if name in state}
         optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
     if state:
-        raise UserError(f"{path} has optimizer state for {next(iter(state))}, which this run does not train")
+        raise ModelFilesError(f"{path} has optimizer state for {next(iter(state))}, which this run does not train")
     return int(_read_state(path)["step"])
 
 
-def checkpoint_facts(path: Path) -> dict[str, Any]:
-    """The facts that a whole checkpoint was saved with."""
+def checkpoint_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a whole checkpoint."""
     return dict(_read_state(path)["facts"])
 
 
 def is_published(path: Path, run_folder: Path) -> bool:
-    """Are the weights of the checkpoint at `path`, and what goes with them, the run's own?"""
-    return all(_is_same(run_folder / name, sum) for name, sum in _published(path).items())
+    """Return whether the run's `model/` or `adapter/` equals that of the checkpoint at `path`."""
+    return all(_matches_checksum(run_folder / name, sum) for name, sum in _published_files(path).items())
 
 
 def publish(path: Path, run_folder: Path) -> None:
-    """Make the weights of the checkpoint at `path` the run's own."""
-    for name, sum in _published(path).items():
+    """Copy the checkpoint's `model/` or `adapter/` to the run folder."""
+    for name, sum in _published_files(path).items():
         target = run_folder / name
-        if not _is_same(target, sum):
+        if not _matches_checksum(target, sum):
             target.parent.mkdir(exist_ok=True)
             partial = run_folder / f".{target.name}.partial"
             shutil.copyfile(path / name, partial)
             partial.replace(target)
 
 
-def _published(path: Path) -> dict[str, str]:
-    """The files of a checkpoint that are the run's, too, and their checksums."""
+def _published_files(path: Path) -> dict[str, str]:
+    """The files of a checkpoint that are copied to the run folder, and their checksums."""
     sums = dict(_read_state(path)["sha256"])
     return {name: sum for name, sum in sums.items() if name.startswith(("model/", "adapter/"))}
 
 
-def _is_same(path: Path, sum: str) -> bool:
-    return path.is_file() and sha256_of(path) == sum
+def _matches_checksum(path: Path, expected_sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == expected_sha256
 
 
-def sweep_checkpoints(folder: Path) -> None:
-    """Take away what kills left of checkpoints that were being written or removed."""
+def remove_partial_checkpoints(folder: Path) -> None:
+    """Remove checkpoints whose writing or removal was interrupted."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_checkpoint(folder: Path, state: State, keep: int) -> Path:
-    """Write `folder/step-N` and drop all but the newest `keep`; returns its path.
+def write_checkpoint(folder: Path, state: CheckpointState, keep: int) -> Path:
+    """Write `folder/step-N` and remove all but the newest `keep`; returns its path.
 
-    Raises UserError when it cannot be written; what was there before is still there then, and no half of this one.
+    Raises UserError when it cannot be written; earlier checkpoints are then unchanged.
     """
     final, unfinished = folder / f"step-{state.step}", folder / f".step-{state.step}.unfinished"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        state.product.save(state.weights, unfinished)
+        state.artifact.save(state.weights, unfinished)
         save_file(state.optimizer, unfinished / "optimizer.safetensors")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        sync(files)
-        _check_written(unfinished, state)
-        sums = {path.relative_to(unfinished).as_posix(): sha256_of(path) for path in files}
-        (unfinished / "state.json").write_bytes(_state_text(state.step, state.facts, sums))
-        sync([unfinished / "state.json", unfinished / state.product.name, unfinished])
-        _remove(final)
+        fsync_paths(files)
+        _verify_written(unfinished, state)
+        sums = {path.relative_to(unfinished).as_posix(): file_sha256(path) for path in files}
+        (unfinished / "state.json").write_bytes(_state_json(state.step, state.metadata, sums))
+        fsync_paths([unfinished / "state.json", unfinished / state.artifact.folder_name, unfinished])
+        _remove_checkpoint(final)
         unfinished.rename(final)
-        sync([folder, folder.parent])
+        fsync_paths([folder, folder.parent])
     except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {final}: {error}") from error
-    later = [other for other in _steps(folder) if other > state.step]  # broken, or this run would have begun there
-    for old in later + sorted(other for other in _steps(folder) if other <= state.step)[:-keep]:
-        _remove(folder / f"step-{old}")
+    steps = sorted(_checkpoint_steps(folder))
+    later = [step for step in steps if step > state.step]  # corrupt, as the run did not resume from them
+    for step in later + [step for step in steps if step <= state.step][:-keep]:
+        _remove_checkpoint(folder / f"step-{step}")
     return final
 
 
-def _remove(path: Path) -> None:
-    """Take a checkpoint away; a kill on the way leaves it whole under its name, or hidden."""
+def _remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; if the process is killed on the way, it is whole or hidden."""
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     if path.exists():
@@ -250,92 +257,92 @@ def _remove(path: Path) -> None:
 
 
 def optimizer_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state, where it is, under names like `exp_avg.transformer.wte.weight`."""
+    """The optimizers' state by names like `exp_avg.transformer.wte.weight`; not copied."""
     tensors: dict[str, Tensor] = {}
     for optimizer in optimizers:
         state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-        for index, name in enumerate(_names(model, optimizer)):
+        for index, name in enumerate(_parameter_names(model, optimizer)):
             for kind, value in state.get(index, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"{kind}.{name}"] = value.detach()
     return tensors
 
 
-def _names(model: GPT, optimizer: Optimizer) -> list[str]:
+def _parameter_names(model: GPT, optimizer: Optimizer) -> list[str]:
     """The names of an optimizer's parameters, in the order of its state."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _steps(folder: Path) -> list[int]:
+def _checkpoint_steps(folder: Path) -> list[int]:
     names = (re.fullmatch(r"step-([0-9]+)", path.name) for path in folder.glob("step-*"))
     return [int(match[1]) for match in names if match]
 
 
-def _state_text(step: int, facts: dict[str, Any], sums: dict[str, str]) -> bytes:
-    """`state.json`, with a checksum of its own in its last line."""
-    state = {"step": step, "facts": facts, "sha256": sums}
+def _state_json(step: int, metadata: dict[str, Any], checksums: dict[str, str]) -> bytes:
+    """The bytes of `state.json`, with a checksum of itself in the last line."""
+    state = {"step": step, "facts": metadata, "sha256": checksums}
     seal = hashlib.sha256(json.dumps(state).encode()).hexdigest()
     return (json.dumps({**state, "seal": seal}, indent=2) + "\n").encode()
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`; a ValueError unless it is, byte for byte, as it was written."""
+    """A checkpoint's `state.json`. Raises ValueError unless it is, byte for byte, as it was written."""
     try:
         text = (path / "state.json").read_bytes()
         state = json.loads(text)
-        written = _state_text(state["step"], dict(state["facts"]), dict(state["sha256"]))
+        written = _state_json(state["step"], dict(state["facts"]), dict(state["sha256"]))
     except (OSError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
     if text != written or path.name != f"step-{state['step']}":
-        raise ValueError("it is damaged, or another checkpoint's")
+        raise ValueError("it is corrupt, or another checkpoint's")
     return state
 
 
-def _first_broken_file(path: Path) -> str | None:
-    """The first file of a checkpoint that is missing or changed, None when it is whole."""
+def _first_corrupt_file(path: Path) -> str | None:
+    """The first file of a checkpoint that is missing or changed; None when all are intact."""
     try:
         sums = _read_state(path)["sha256"]
     except ValueError:
         return "state.json"
     for name, expected in sums.items():
-        if not _is_same(path / name, expected):
+        if not _matches_checksum(path / name, expected):
             return name
     return None
 
 
-def _check_written(folder: Path, state: State) -> None:
-    """Read the tensors back from the disk; an OSError when they are not, bit for bit, what was to be written."""
-    for pattern, meant in (
-        state.product.files(state.weights),
+def _verify_written(folder: Path, state: CheckpointState) -> None:
+    """Read the tensors back from the disk. Raises OSError unless they are bitwise equal to the state."""
+    for pattern, expected in (
+        state.artifact.saved_tensors(state.weights),
         ("optimizer.safetensors", state.optimizer),
     ):
-        left = dict(meant)
+        left = dict(expected)
         for path in folder.glob(pattern):
-            _forget(path)
+            _drop_page_cache(path)
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name not in left or not _same_bits(file.get_tensor(name), left.pop(name)):
-                        raise OSError(f"{name} reads back from {path} otherwise than it was written")
+                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    if name not in left or not _bitwise_equal(file.get_tensor(name), left.pop(name)):
+                        raise OSError(f"{name} in {path} differs from what was written")
         if left:
             raise OSError(f"{next(iter(left))} is missing in {folder / pattern}")
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal to the bit, so that a NaN equals itself and 0.0 is not -0.0."""
-    bits = _SAME_SIZE_INTEGERS[one.element_size()]
+def _bitwise_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether all bits are equal: a NaN equals itself, and 0.0 is not -0.0."""
+    bits = _INTEGER_DTYPES[one.element_size()]
     return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))
 
 
-def _forget(path: Path) -> None:
-    """Ask the system to drop what it remembers of a synced file, where it can, so that a read comes from the disk."""
+def _drop_page_cache(path: Path) -> None:
+    """Drop a synced file from the page cache where the system supports it, so that it is read from the disk."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def sync(paths: Iterable[Path]) -> None:
-    """Ask the disk to keep what was written to these files and folders."""
+def fsync_paths(paths: Iterable[Path]) -> None:
+    """Call fsync on files and folders."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

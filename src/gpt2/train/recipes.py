@@ -1,12 +1,12 @@
-"""Recipes: named values for the settings of a run, and nothing else."""
+"""Recipes: named sets of training settings."""
 
 from pathlib import Path
 
-from gpt2.errors import UserError, did_you_mean
-from gpt2.train.config import TrainConfig, read_toml
+from gpt2.config import TrainConfig, read_toml
+from gpt2.errors import ConfigError, did_you_mean
 
 RECIPES = {
-    # a small GPT-2 that learns to talk like the Python reference in about half a minute on two cores, offline
+    # a small GPT-2 on the Python reference: about half a minute on two cores, offline
     "quickstart": TrainConfig(
         data="python-docs",
         tokenizer="bpe:1024",
@@ -26,7 +26,7 @@ RECIPES = {
         save_every=100,
         sample_prompt="The ",
     ),
-    # bytes, in a minute or so on two cores: what benchmarks/shakespeare_race.py runs
+    # bytes, about a minute on two cores: what benchmarks/shakespeare_race.py runs
     "shakespeare-cpu": TrainConfig(
         data="shakespeare",
         tokenizer="bytes",
@@ -59,7 +59,7 @@ RECIPES = {
         lr=1e-3,
         beta2=0.99,
     ),
-    # the same size, on a vocabulary of its own
+    # the same size, with a BPE vocabulary trained on the data
     "shakespeare-bpe": TrainConfig(
         data="shakespeare",
         tokenizer="bpe:2048",
@@ -73,7 +73,7 @@ RECIPES = {
         lr=1e-3,
         beta2=0.99,
     ),
-    # what `gpt2 finetune` begins with: three times through the data, the best kept, no document sees another
+    # the defaults of `gpt2 finetune`: three epochs, early stopping, the best weights kept, documents separate
     "finetune": TrainConfig(
         data="",
         separate_documents=True,
@@ -93,7 +93,7 @@ RECIPES = {
     ),
     # Karpathy's reproduction: 0.5M tokens a step, 10B tokens in all, GPT-3's schedule
     "gpt2-124m": TrainConfig(
-        data="",  # ten billion tokens, of your choice
+        data="",  # to be chosen: ten billion tokens
         tokenizer="gpt2",
         batch_size=512,
         micro_batch_size=16,
@@ -108,11 +108,11 @@ RECIPES = {
 }
 
 
-def recipe(ref: str) -> TrainConfig:
+def load_recipe(ref: str) -> TrainConfig:
     """The recipe called `ref`, or the one in the TOML file at that path."""
     if ref in RECIPES:
         return RECIPES[ref]
     if ref.endswith(".toml"):
         return read_toml(Path(ref))
     known = ", ".join(RECIPES)
-    raise UserError(f"no recipe '{ref}'{did_you_mean(ref, RECIPES)}: there are {known}, or a file.toml")
+    raise ConfigError(f"no recipe '{ref}'{did_you_mean(ref, RECIPES)}: there are {known}, or a file.toml")

@@ -1,297 +1,263 @@
-"""The training loop, short enough to read aloud."""
+"""The training loop: `train` sets up a run, `train_loop` iterates over batches, `update` is one optimizer step."""
 
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from gpt2.data.loader import Batch, prefetched
+from gpt2.config import TrainConfig
+from gpt2.data.loader import Batch, prefetch_batches
+from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from gpt2.model import GPT
-from gpt2.runtime import autocast, random_state, seed_step, synchronize
+from gpt2.optimizers import learning_rate
+from gpt2.reporting.metrics import MetricsLogger
+from gpt2.reporting.profiler import StepProfiler
+from gpt2.reporting.trackers import open_trackers
+from gpt2.runtime import autocast, get_rng_state, seed_step, synchronize
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.checkpoint import CheckpointWriter
-from gpt2.train.config import TrainConfig
-from gpt2.train.culprit import Attempt
-from gpt2.train.folder import RunFolder
-from gpt2.train.guard import diagnose, excerpt
-from gpt2.train.optim import learning_rate
-from gpt2.train.profile import StepProfiler
-from gpt2.train.ranks import ALONE, Ranks
-from gpt2.train.report import Report
-from gpt2.train.run import Run, describe, explain, set_up
-from gpt2.train.spikes import skipped_line, worst_row
-from gpt2.train.trackers import open_trackers
+from gpt2.train.non_finite import diagnose_non_finite, excerpt
+from gpt2.train.non_finite_origin import StepInputs
+from gpt2.train.outlier_batches import highest_loss_row, skipped_batch_message
+from gpt2.train.run_folder import RunFolder
+from gpt2.train.run_report import describe_run, write_report
+from gpt2.train.setup import Run, setup_run
+from gpt2.train.stopping import Interrupted, StopCondition, catch_signals
 
-Sampler = Callable[[GPT, Tokenizer, str, int], str]  # (model, tokenizer, prompt, number of tokens) -> text
+Sampler = Callable[[GPT, Tokenizer, str, int], str]  # (model, tokenizer, prompt, max_new_tokens) -> text
 
-OVERFITTING = 2  # validations in a row that are no better, after which it is said
-OUT_OF_TIME = 75  # the exit code of a run that --max-minutes stopped: EX_TEMPFAIL of sysexits.h, "try again"
+OVERFITTING_EVALS = 2  # validations in a row without improvement, after which overfitting is reported
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, has saved its state, and can go on later: `folder`, after `step` updates.
-
-    exit_code: 128 + n after signal n, 75 when its time was over.
-    """
-
-    def __init__(self, folder: Path, step: int, why: str, exit_code: int) -> None:
-        super().__init__(
-            f"stopped by {why} after step {step:,}, everything saved; go on with: gpt2 train --resume {folder}"
-        )
-        self.folder, self.step, self.exit_code = folder, step, exit_code
-
-
-def train(config: TrainConfig, sampler: Sampler | None = None, ranks: Ranks = ALONE) -> Path:
+def train(config: TrainConfig, sampler: Sampler | None = None, ranks: ProcessGroup = SINGLE_PROCESS) -> Path:
     """Train as `config` says, and return the run folder.
 
-    sampler: writes a text with the model as it is; asked at every validation.
-    ranks:   the processes that do it together, each calling this; the first alone touches the run folder.
+    sampler: generates a text with the current model, after every validation.
+    ranks:   the processes that train together, each of which calls this; only the main process writes the run folder.
 
-    Raises UserError for what the user can mend, and Interrupted when a signal or --max-minutes stopped the run.
+    Raises UserError for mistakes that the user can fix, and Interrupted when a signal or --max-minutes stopped the run.
     """
     deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
     with ExitStack() as stack:
-        with ranks.together():
-            held = stack.enter_context(RunFolder(config.check())) if ranks.main else None
-        stop = Stop(stack.enter_context(noted_signals(insist=ranks.alone)), deadline)
-        run = set_up(config, ranks.first(lambda: held.path if held else Path()), ranks)
-        with ranks.together():
-            if held is not None:
-                held.begin(run.config, run.checkpoint, published=run.publishes)
-        train_steps(run, sampler, stop)
-        finished = run.step == run.config.max_steps or run.given_up
-        code, why = (0, "") if finished else max(ranks.gathered((stop.exit_code(), stop.why())))
-        with ranks.together():
-            if ranks.main:
-                run.product.save_merged(run.model, run.folder)
-                explain(run, why)
+        with ranks.raise_on_all_ranks():
+            locked = stack.enter_context(RunFolder(config.check())) if ranks.is_main_process else None
+        stop = StopCondition(stack.enter_context(catch_signals(restore_after_first=ranks.is_single_process)), deadline)
+        run = setup_run(config, ranks.broadcast_from_main(lambda: locked.path if locked else Path()), ranks)
+        with ranks.raise_on_all_ranks():
+            if locked is not None:
+                locked.initialize(run.config, run.checkpoint, published=run.should_publish)
+        train_loop(run, sampler, stop)
+        finished = run.step == run.config.max_steps or run.early_stopped
+        code, reason = (0, "") if finished else max(ranks.all_gather_object((stop.exit_code(), stop.reason())))
+        with ranks.raise_on_all_ranks():
+            if ranks.is_main_process:
+                run.artifact.save_merged(run.model, run.folder)
+                write_report(run, reason)
     if not finished:
-        raise Interrupted(run.folder, run.step, why, code)
+        raise Interrupted(run.folder, run.step, reason, code)
     return run.folder
 
 
-class Stop(NamedTuple):
-    """What may end a run before its last step: signals that came, and a time on the monotonic clock."""
-
-    signals: list[int]
-    deadline: float | None
-
-    def due(self) -> bool:
-        return bool(self.signals) or (self.deadline is not None and time.monotonic() >= self.deadline)
-
-    def why(self) -> str:
-        return signal.Signals(self.signals[0]).name if self.signals else "--max-minutes"
-
-    def exit_code(self) -> int:
-        return 128 + self.signals[0] if self.signals else OUT_OF_TIME
-
-
-def train_steps(run: Run, sampler: Sampler | None, stop: Stop) -> None:
-    """From the step a run is at to its last one, or to where `stop` is due; what is left is a saved run."""
-    config = run.config
+def train_loop(run: Run, sampler: Sampler | None, stop_condition: StopCondition) -> None:
+    """Train from the run's current step to its last one, or until `stop_condition` holds. The end state is saved."""
+    config, ranks, is_main = run.config, run.ranks, run.ranks.is_main_process
+    last_step = run.step if run.early_stopped else config.max_steps
     with ExitStack() as stack:
-        main = run.ranks.main
-        report = stack.enter_context(Report(run.folder, run.step, config.max_steps, silent=not main))
-        writer = stack.enter_context(
-            CheckpointWriter(run.folder, run.product, config.keep_checkpoints, run.facts, writes=main)
+        logger = stack.enter_context(MetricsLogger(run.folder, run.step, config.max_steps, quiet=not is_main))
+        writer = CheckpointWriter(
+            run.folder, run.artifact, config.keep_checkpoints, run.checkpoint_metadata, is_writer=is_main
         )
-        profiler = stack.enter_context(
-            StepProfiler(run.folder, run.device, config.max_steps - run.step, enabled=config.profile and main)
-        )
-        trackers = open_trackers(config, run.folder, run.step) if main else []
+        stack.enter_context(writer)
+        profiler = StepProfiler(run.folder, run.device, config.max_steps - run.step, enabled=config.profile and is_main)
+        stack.enter_context(profiler)
+        trackers = open_trackers(config, run.folder, run.step) if is_main else []
         for tracker in trackers:
             stack.callback(tracker.close)
-        report.say(f"{describe(run)}\nrun folder: {run.folder}")
-        end = run.step if run.given_up else config.max_steps
-        if run.step == end:
-            report.say(f"nothing to do: all {end:,} steps were done")
-        stall = 0.0
-        began = time.perf_counter()
-        part = {"part": run.ranks.rank, "parts": run.ranks.size}
-        for batch in prefetched(run.loader, run.step, end, run.device, **part):
-            waited = time.perf_counter() - began - stall
-            record: dict[str, Any] = {"step": run.step + 1, "save_seconds": stall, "data_seconds": waited}
-            record |= one_step(run, batch, report)
-            last = run.step == config.max_steps
-            if last or _due(run.step, config.eval_every):
-                record |= _look(run, sampler)
-            better = run.best.note(record)
-            if run.best.since == OVERFITTING and "val_loss" in record:
-                report.say(f"validation was best at step {run.best.step:,}: from there on it may be learning by heart")
-            writer.check()
-            record |= {
-                "seconds": time.perf_counter() - began,
-                "tokens_per_second": run.tokens_per_step / record["update_seconds"],
-            }
-            report.step(record)  # before the save: no checkpoint is ahead of its metrics
+        logger.log_message(f"{describe_run(run)}\nrun folder: {run.folder}")
+        if run.step == last_step:
+            logger.log_message(f"nothing to do: all {last_step:,} steps are done")
+        started, save_seconds = time.perf_counter(), 0.0
+        batches = prefetch_batches(
+            run.loader, run.step, last_step, run.device, rank=ranks.rank, world_size=ranks.world_size
+        )
+        for batch in batches:
+            data_seconds = time.perf_counter() - started - save_seconds
+            run.step += 1
+            is_last = run.step == config.max_steps
+            record: dict[str, Any] = {"step": run.step, "save_seconds": save_seconds, "data_seconds": data_seconds}
+            record |= _timed_update(run, batch, logger)
+            if is_last or _is_due(run.step, config.eval_every):
+                record |= _evaluate_and_sample(run, sampler)
+            improved = run.best_validation.update(record)
+            _report_overfitting(run, record, logger)
+            writer.raise_if_failed()
+            record["seconds"] = time.perf_counter() - started
+            record["tokens_per_second"] = run.tokens_per_step / record["update_seconds"]
+            logger.log_step(record)  # before the save: no checkpoint is ahead of its metrics
             for tracker in trackers:
                 tracker.log(record)
             profiler.step()
-            began, stall = time.perf_counter(), 0.0
-            stopping = run.ranks.any(stop.due()) or run.given_up
-            if last or stopping or _due(run.step, config.save_every) or (better and config.keep_best):
-                writer.save(run.step, run.model, run.optimizers, publish=run.publishes)
-                stall = writer.stall_seconds
+            started, save_seconds = time.perf_counter(), 0.0
+            stopping = ranks.any_rank(stop_condition.should_stop()) or run.early_stopped
+            if is_last or stopping or _is_due(run.step, config.save_every) or (improved and config.keep_best):
+                writer.save(run.step, run.model, run.optimizers, publish=run.should_publish)
+                save_seconds = writer.stall_seconds
             if stopping:
                 break
 
 
-def one_step(run: Run, batch: Batch, report: Report) -> dict[str, Any]:
-    """The update of one batch, and its part of the step's record; a batch whose loss stands out is left out."""
-    began = time.perf_counter()
-    run.step += 1
-    rate = learning_rate(run.step, run.config)
-    loss, norm, score = update(run, batch, rate)
-    record: dict[str, Any] = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": run.step * run.tokens_per_step}
-    if score is not None:
-        model = run.spread.whole_model()
-        if run.ranks.main:
-            batch = _whole_batch(run, batch)
-            row = worst_row(model, batch, run.dtype)
-            report.say(skipped_line(run.step, loss, score, row, excerpt(run.data.tokenizer, batch.tokens[row])))
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _timed_update(run: Run, batch: Batch, logger: MetricsLogger) -> dict[str, Any]:
+    """The update of one batch, and its part of the step's record; a skipped outlier batch is logged."""
+    started = time.perf_counter()
+    lr = learning_rate(run.step, run.config)
+    loss, norm, outlier_score = update(run, batch, lr)
+    record: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.step * run.tokens_per_step}
+    if outlier_score is not None:
+        model = run.distributed_model.full_model()
+        if run.ranks.is_main_process:
+            batch = _global_batch(run, batch)
+            row = highest_loss_row(model, batch, run.dtype)
+            text = excerpt(run.data.tokenizer, batch.tokens[row])
+            logger.log_message(skipped_batch_message(run.step, loss, outlier_score, row, text))
         record["skipped"] = True
-    return {**record, "update_seconds": time.perf_counter() - began}
+    return {**record, "update_seconds": time.perf_counter() - started}
 
 
-class Update(NamedTuple):
-    """What came of a batch: its mean loss, the norm of its gradient, and how far it stood out if it was left out."""
+class UpdateResult(NamedTuple):
+    """The result of one update.
+
+    loss:          mean loss of the global batch in nats per token.
+    grad_norm:     norm of its gradient before clipping.
+    outlier_score: z-score of the loss if the batch was skipped as an outlier, else None.
+    """
 
     loss: float
     grad_norm: float
-    spike: float | None
+    outlier_score: float | None
 
 
-def update(run: Run, batch: Batch, rate: float) -> Update:
+def update(run: Run, batch: Batch, lr: float) -> UpdateResult:
     """One optimizer step on a global batch, of which `batch` is this rank's part, on the CPU.
 
-    The micro-batches' losses are sums divided by the whole batch's number of targets, so their gradients add up to
-    the gradient of the whole, however it is cut. Raises UserError, with all there is to know, before a loss or a
-    gradient that is not finite could reach the weights.
+    The loss of each micro-batch is a sum, divided by the number of targets in the global batch. So the accumulated
+    gradients equal the gradient of the whole batch, however it is divided. Raises UserError, with a diagnosis, before
+    a loss or gradient that is not finite changes the weights.
     """
+    model, ranks, optimizers = run.distributed_model, run.ranks, run.optimizers
     run.model.train()
-    seed_step(run.config.seed, run.step, run.ranks.rank)
-    random = random_state(run.device)
-    (divisor,) = run.ranks.sum(float(batch.num_targets))
-    total = torch.zeros((), device=run.device)
-    parts = batch.split(run.rows)
-    for number, part in enumerate(parts, 1):
-        part = part.to(run.device)
-        with run.spread.accumulating(last=number == len(parts)):
+    seed_step(run.config.seed, run.step, ranks.rank)
+    rng_state = get_rng_state(run.device)
+    (divisor,) = ranks.all_reduce_scalars(float(batch.num_targets))
+
+    # Forward and backward, with gradient accumulation over the micro-batches.
+    total_loss = torch.zeros((), device=run.device)
+    micro_batches = batch.split(run.micro_batch_size)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        micro_batch = micro_batch.to(run.device)
+        with model.gradient_accumulation(last=number == len(micro_batches)):
             with autocast(run.device, run.dtype):
-                part_loss = run.spread.loss(part.tokens, part.targets, divisor, part.documents)
-            part_loss.backward()
-        total += part_loss.detach()
-        del part_loss  # with it goes what the backward pass has kept
-    total_norm = run.spread.clip(run.config.grad_clip or torch.inf)
-    loss, norm = torch.stack((run.ranks.add_up(total), total_norm)).tolist()
+                loss = model.loss(micro_batch.tokens, micro_batch.targets, divisor, micro_batch.documents)
+            loss.backward()
+        total_loss += loss.detach()
+        del loss  # frees the autograd graph before the next forward pass
+
+    # All-reduce the loss, clip the gradients, and check that both are finite.
+    grad_norm = model.clip_grad_norm(run.config.grad_clip or torch.inf)
+    loss, norm = torch.stack((ranks.all_reduce_sum(total_loss), grad_norm)).tolist()
     if not (abs(loss) < torch.inf and norm < torch.inf):
-        _tell(run, batch, partial(Attempt, random=random, divisor=divisor, rate=rate, loss=loss, grad_norm=norm))
-    spike = run.spikes.spike(loss)
-    run.spikes.note(loss, skipped=spike is not None)
-    for optimizer in run.optimizers:
+        _raise_non_finite(run, batch, rng_state=rng_state, divisor=divisor, lr=lr, loss=loss, grad_norm=norm)
+
+    # Update the weights, unless the batch is an outlier.
+    outlier_score = run.outlier_filter.outlier_score(loss)
+    run.outlier_filter.record(loss, skipped=outlier_score is not None)
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        if spike is None:
+            group["lr"] = lr
+        if outlier_score is None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     synchronize(run.device)
-    return Update(loss, norm, spike)
+    return UpdateResult(loss, norm, outlier_score)
 
 
-def _tell(run: Run, batch: Batch, attempt: Callable[..., Attempt]) -> None:
-    """Raise what there is to know of a step whose loss or gradient is not finite: rank 0 computes it all again."""
-    model = run.spread.whole_model()
-    with run.ranks.together():
-        if run.ranks.main:
-            made = attempt(
-                run.step, _whole_batch(run, batch), run.rows, dtype=run.dtype, recompute=run.config.recompute
+def _raise_non_finite(run: Run, batch: Batch, **computed: Any) -> NoReturn:
+    """Raise the diagnosis of a step whose loss or gradient is not finite: the main process computes it again.
+
+    computed: the fields of StepInputs that the update has computed.
+    """
+    model = run.distributed_model.full_model()
+    with run.ranks.raise_on_all_ranks():
+        if run.ranks.is_main_process:
+            inputs = StepInputs(
+                step=run.step,
+                batch=_global_batch(run, batch),
+                micro_batch_size=run.micro_batch_size,
+                dtype=run.dtype,
+                activation_checkpointing=run.config.activation_checkpointing,
+                **computed,
             )
-            raise diagnose(run.folder, model, run.data.tokenizer, made)
+            raise diagnose_non_finite(run.folder, model, run.data.tokenizer, inputs)
+    raise AssertionError("the main process raises on all ranks")
 
 
-def _whole_batch(run: Run, part: Batch) -> Batch:
-    """The global batch of the step under way, of which this rank has a part."""
-    return part if run.ranks.size == 1 else run.loader.batch(run.step - 1)
+def _global_batch(run: Run, part: Batch) -> Batch:
+    """The global batch of the current step, of which this rank has `part`."""
+    return part if run.ranks.world_size == 1 else run.loader.batch(run.step - 1)
+
+
+def _evaluate_and_sample(run: Run, sampler: Sampler | None) -> dict[str, float]:
+    """Validate, append a sample to samples.txt, and return the step's record of both."""
+    record, started = {}, time.perf_counter()
+    if run.data.val_tokens:
+        record["val_loss"] = validate(run)
+        record["eval_seconds"] = time.perf_counter() - started
+        started = time.perf_counter()
+    config, tokenizer = run.config, run.data.tokenizer
+    if sampler is None or not config.sample_tokens:
+        return record
+    model = run.distributed_model.full_model()
+    if run.ranks.is_main_process:
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):  # otherwise each prompt length would be compiled
+            text = sampler(model, tokenizer, config.sample_prompt, config.sample_tokens)
+        with (run.folder / "samples.txt").open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- step {run.step}\n{text}\n\n")
+        record["sample_seconds"] = time.perf_counter() - started
+    return record
+
+
+def _report_overfitting(run: Run, record: dict[str, Any], logger: MetricsLogger) -> None:
+    """Log once that the validation loss no longer improves."""
+    best = run.best_validation
+    if best.evals_since_best == OVERFITTING_EVALS and "val_loss" in record:
+        logger.log_message(f"validation loss was lowest at step {best.step:,}: the model may be overfitting since then")
 
 
 def validate(run: Run) -> float:
-    """Mean loss over the validation tokens in nats, every one of them a target once (up to `eval_tokens`)."""
+    """Mean validation loss in nats per token, over at most `eval_tokens` tokens; each is a target once."""
     config = run.config
-    batches = run.data.validation(run.rows, config.block_size, config.eval_tokens or None)
+    batches = run.data.validation_batches(run.micro_batch_size, config.block_size, config.eval_tokens or None)
     loss = mean_loss(run.model, batches, run.dtype, run.ranks)
-    run.spread.settle()
+    run.distributed_model.reshard()
     return loss
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, batches: Iterable[Batch], dtype: torch.dtype, ranks: Ranks = ALONE) -> float:
-    """The mean loss in nats over every target of the batches, which the ranks share, read in evaluation mode."""
+def mean_loss(model: GPT, batches: Iterable[Batch], dtype: torch.dtype, ranks: ProcessGroup = SINGLE_PROCESS) -> float:
+    """The mean loss in nats per target over all batches, which are sharded over the ranks; in evaluation mode."""
     model.eval()
     total, count, device = 0.0, 0, model.device
-    for batch in ranks.dealt(batches):
+    for batch in ranks.shard(batches):
         part = batch.to(device)
         with autocast(device, dtype):
             total += model.loss(part.tokens, part.targets, 1.0, part.documents).item()
         count += batch.num_targets
-    total, count = ranks.sum(total, count)
+    total, count = ranks.all_reduce_scalars(total, count)
     return total / count
-
-
-@contextmanager
-def noted_signals(*, insist: bool = True) -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP only leave a note, read at the end of a step.
-
-    insist: let a second one do what it always did. Under torchrun it would be the same once more: torchrun passes on
-        what a terminal has sent to all already, and ends by itself who does not end in time.
-    """
-    noted: list[int] = []
-    numbers = [int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        if insist:
-            signal.signal(number, before[number])
-
-    try:
-        for number in before:
-            signal.signal(number, note)
-    except ValueError:  # not in the main thread: there a run is stopped by whoever started the thread
-        yield noted
-        return
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _look(run: Run, sampler: Sampler | None) -> dict[str, float]:
-    """Validate and let the model talk; what both say of this step."""
-    record, began = {}, time.perf_counter()
-    if run.data.val_tokens:
-        record["val_loss"] = validate(run)
-        record["eval_seconds"] = time.perf_counter() - began
-        began = time.perf_counter()
-    config, tokenizer = run.config, run.data.tokenizer
-    if sampler is None or not config.sample_tokens:
-        return record
-    model = run.spread.whole_model()
-    if run.ranks.main:
-        model.eval()
-        with torch.compiler.set_stance("force_eager"):  # a prompt of every length would be compiled anew
-            text = sampler(model, tokenizer, config.sample_prompt, config.sample_tokens)
-        with (run.folder / "samples.txt").open("a", encoding="utf-8", newline="") as file:
-            file.write(f"--- step {run.step}\n{text}\n\n")
-        record["sample_seconds"] = time.perf_counter() - began
-    return record

@@ -1,4 +1,4 @@
-// What the page asks the server: JSON, and a stream of events.
+// Requests to the server: JSON, and server-sent events.
 
 export class ApiError extends Error {
   constructor(message, status = 0, retryAfter = null) {
@@ -8,7 +8,7 @@ export class ApiError extends Error {
 }
 
 const KEY = "gpt2-key";
-let held = ""; // where the browser lets pages keep nothing
+let keyInMemory = ""; // used where the browser has no session storage
 
 const storage = () => {
   try {
@@ -18,38 +18,38 @@ const storage = () => {
   }
 };
 
-const keyGiven = () => storage()?.getItem(KEY) ?? held;
+const currentKey = () => storage()?.getItem(KEY) ?? keyInMemory;
 
-export const useKey = (key) => {
-  held = key;
+export const setKey = (key) => {
+  keyInMemory = key;
   storage()?.setItem(KEY, key);
 };
-export const hasKey = () => Boolean(keyGiven());
+export const hasKey = () => Boolean(currentKey());
 
-export async function ask(path, body, signal) {
+export async function requestJson(path, body, signal) {
   const response = await request(path, body, signal);
   return response.json();
 }
 
 async function request(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  const key = keyGiven();
+  const key = currentKey();
   if (key) headers.Authorization = `Bearer ${key}`;
-  const how = body === undefined ? { headers, signal } : { method: "POST", headers, signal, body: JSON.stringify(body) };
+  const options = body === undefined ? { headers, signal } : { method: "POST", headers, signal, body: JSON.stringify(body) };
   let response;
   try {
-    response = await fetch(path, how);
+    response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server does not answer. Is gpt2 serve still running?");
+    throw new ApiError("The server does not respond. Is gpt2 serve still running?");
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await responseError(response);
   return response;
 }
 
-async function refusal(response) {
-  const told = await response.json().catch(() => null);
-  const message = told?.error?.message ?? `The server said ${response.status}.`;
+async function responseError(response) {
+  const body = await response.json().catch(() => null);
+  const message = body?.error?.message ?? `The server responded with status ${response.status}.`;
   const retryAfter = Number(response.headers.get("Retry-After")) || null;
   if (response.status !== 429) return new ApiError(message, response.status, retryAfter);
   const when = retryAfter ? `Try again in ${retryAfter} s.` : "Try again in a moment.";
@@ -63,7 +63,7 @@ export async function* events(path, body, signal) {
   let rest = "";
   for (;;) {
     const { value, done } = await read(reader);
-    if (done) throw new ApiError("The server went away in the middle of the text.");
+    if (done) throw new ApiError("The connection was lost before the text was complete.");
     const blocks = (rest + value).split(/\r?\n\r?\n/);
     rest = blocks.pop();
     for (const data of blocks.map(dataOf)) {
@@ -81,7 +81,7 @@ async function read(reader) {
     return await reader.read();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server went away in the middle of the text.");
+    throw new ApiError("The connection was lost before the text was complete.");
   }
 }
 
@@ -90,8 +90,8 @@ function dataOf(block) {
   return lines.map((line) => line.slice(5).replace(/^ /, "")).join("\n");
 }
 
-// Runs only the latest of what it is given, after a pause; what is under way is given up.
-export function latest(pause, work) {
+// A debounced function: runs the latest call after a pause, and aborts the one before it.
+export function runLatest(pause, work) {
   let timer, controller;
   return (...args) => {
     clearTimeout(timer);

@@ -1,11 +1,11 @@
-// The two dialogs: what was written before, and ways to take a text away.
+// The dialogs for history and sharing.
 
 import { $, el } from "./dom.js";
 import { readableRequest } from "./request.js";
 import { asCommand, asCurl, asPython } from "./snippets.js";
-import { asJson, copy, download, forgetHistory, history, toFragment } from "./share.js";
+import { asJson, copy, download, clearHistory, history, toFragment } from "./share.js";
 import { path, state } from "./state.js";
-import { packed, textOf } from "./tree.js";
+import { serialize, textOf } from "./tree.js";
 
 export function wireDialogs(take) {
   $("open-history").addEventListener("click", () => {
@@ -13,11 +13,11 @@ export function wireDialogs(take) {
     $("history").showModal();
   });
   $("forget").addEventListener("click", () => {
-    forgetHistory();
+    clearHistory();
     drawHistory(take);
   });
   $("open-share").addEventListener("click", () => {
-    drawChoices();
+    drawShareOptions();
     $("share").showModal();
   });
   for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
@@ -26,11 +26,11 @@ export function wireDialogs(take) {
 function drawHistory(take) {
   const entries = history();
   const none = el("li", { className: "quiet" }, "Nothing yet.");
-  $("entries").replaceChildren(...(entries.length ? entries.map((entry) => entryOf(entry, take)) : [none]));
+  $("entries").replaceChildren(...(entries.length ? entries.map((entry) => historyItem(entry, take)) : [none]));
   $("forget").hidden = !entries.length;
 }
 
-function entryOf(entry, take) {
+function historyItem(entry, take) {
   const words = entry.path.map((item) => (Array.isArray(item) ? item[0] : item)).join("").replace(/\s+/g, " ").trim();
   const when = new Date(entry.at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
   const button = el("button", { type: "button" }, el("span", {}, words.slice(0, 140)), el("small", {}, `${entry.model}, ${when}`));
@@ -41,37 +41,37 @@ function entryOf(entry, take) {
   return el("li", {}, button);
 }
 
-const shared = () => ({ path: packed(path()), ...state.sides.A, ...(state.comparing && { b: state.sides.B }) });
+const sharedState = () => ({ path: serialize(path()), ...state.sides.A, ...(state.comparing && { b: state.sides.B }) });
 
 const COPIES = {
-  "Copy link": async (base) => `${base}${toFragment(shared())}`,
+  "Copy link": async (base) => `${base}${toFragment(sharedState())}`,
   "Copy as curl": async (base) => asCurl(await readableRequest(state.sides.A), base),
   "Copy as Python": async (base) => asPython(await readableRequest(state.sides.A), base),
   "Copy as command line": async () => asCommand(await readableRequest(state.sides.A), state.sides.A.settings),
 };
 
-function drawChoices() {
+function drawShareOptions() {
   const base = new URL(".", location.href).href;
-  const copies = Object.entries(COPIES).map(([name, make]) => choice(name, () => taken(() => make(base))));
-  const asText = choice("Save as text", () => download("gpt2.txt", "text/plain", textOf(path())));
-  const asFile = choice("Save as JSON", () => download("gpt2.json", "application/json", asJson(path(), state.sides.A)));
+  const copies = Object.entries(COPIES).map(([name, make]) => shareButton(name, () => copyAndPreview(() => make(base))));
+  const asText = shareButton("Save as text", () => download("gpt2.txt", "text/plain", textOf(path())));
+  const asFile = shareButton("Save as JSON", () => download("gpt2.json", "application/json", asJson(path(), state.sides.A)));
   $("choices").replaceChildren(...copies, asText, asFile);
   $("preview").hidden = true;
   $("copied").textContent = "";
 }
 
-function choice(name, act) {
+function shareButton(name, act) {
   const button = el("button", { type: "button" }, name);
   button.addEventListener("click", act);
   return button;
 }
 
-async function taken(make) {
+async function copyAndPreview(make) {
   try {
     const text = await make();
     $("preview").textContent = text;
     $("preview").hidden = false;
-    $("copied").textContent = (await copy(text)) ? "Copied." : "The browser forbids it: copy it from above.";
+    $("copied").textContent = (await copy(text)) ? "Copied." : "The browser does not allow copying: select the text above.";
   } catch (error) {
     $("copied").textContent = error.message;
   }

@@ -1,4 +1,4 @@
-// Small helpers for what is drawn.
+// Helpers to create elements and format values.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -12,8 +12,8 @@ export function el(tag, properties = {}, ...children) {
   return element;
 }
 
-// White space as it can be seen.
-export const spelled = (text) =>
+// Text with visible white space.
+export const visible = (text) =>
   text.replace(/^ /, "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ +$/, (s) => "␣".repeat(s.length)) || "∅";
 
 export function percent(p) {
@@ -22,7 +22,7 @@ export function percent(p) {
   return `${(100 * p).toFixed(p < 0.01 ? 2 : 1)} %`;
 }
 
-// Six shades from expected to surprising: a shade for every two bits.
+// Six colour classes from likely to unlikely, one for every two bits of surprisal.
 export const shadeOf = (logprob) => `p${Math.max(0, Math.min(5, Math.floor(-logprob / Math.LN2 / 2)))}`;
 
 export const clamp = (value, low, high) => Math.max(low, Math.min(high, value));

@@ -1,69 +1,69 @@
-// The panels beside the text: what comes next, attention, layers, tokens, and the tree.
+// The panels of the inspector: next tokens, attention, layers, tokens and the tree.
 
-import { ask } from "./api.js";
+import { requestJson } from "./api.js";
 import { openCard } from "./card.js";
 import { $ } from "./dom.js";
-import { drawAttention, drawBars, drawLayers, drawTokens, drawTree, say } from "./look.js";
-import { quietly } from "./notice.js";
-import { askNext } from "./request.js";
-import { changed, moved, onChange, path, shapeOf, state } from "./state.js";
-import { idsOf, isOf } from "./tokens.js";
-import { add, begunByModel, endOf, goTo, spansOf, textOf } from "./tree.js";
+import { drawAttention, drawBars, drawLayers, drawTokens, drawTree, showMessage } from "./draw.js";
+import { runLatestAndReport } from "./notice.js";
+import { requestNextTokens } from "./request.js";
+import { render, textReplaced, onRender, path, infoOf, state } from "./state.js";
+import { idsOf, hasVocabulary } from "./tokens.js";
+import { add, startsGenerated, endOf, goTo, spansOf, textOf } from "./tree.js";
 
-const NOTHING = "Choose a word that the model has said: click it, or press Alt ↵ where the cursor is.";
+const NO_TOKEN = "Select a generated token: click it, or press Alt ↵ at the cursor.";
 
 async function fillSettings(panel, signal) {
   const side = state.sides[state.shown];
-  const ids = await idsOf(path(), shapeOf(side.model), signal);
-  const { tokens, kept, entropy } = await askNext(side, ids, { top: 12 }, signal);
+  const ids = await idsOf(path(), infoOf(side.model), signal);
+  const { tokens, kept, entropy } = await requestNextTokens(side, ids, { top: 12 }, signal);
   drawBars($("next"), tokens);
   const many = kept === 1 ? "1 token has" : `${kept.toLocaleString("en")} tokens have`;
-  $("next-note").textContent = `${many} a chance, ${entropy.toFixed(1)} bits. The tick is the chance before the settings.`;
+  $("next-note").textContent = `${many} a probability above 0; the entropy is ${entropy.toFixed(1)} bits. The tick is the probability before the sampling settings.`;
 }
 
-// The token that is looked at: the chosen one, or the last that was said.
-async function lookedAt(shape, signal) {
-  if (state.chosen) return state.chosen;
+// The token to inspect: the selected one, or the last generated one.
+async function selectedToken(info, signal) {
+  if (state.selected) return state.selected;
   const nodes = path();
-  const i = nodes.findLastIndex((node) => isOf(node, shape));
+  const i = nodes.findLastIndex((node) => hasVocabulary(node, info));
   if (i < 0) return null;
-  return { ids: await idsOf(nodes.slice(0, i), shape, signal), token: { id: nodes[i].said.id, text: nodes[i].text } };
+  return { ids: await idsOf(nodes.slice(0, i), info, signal), token: { id: nodes[i].generated.id, text: nodes[i].text } };
 }
 
 async function fillAttention(panel, signal) {
   const { model } = state.sides.A;
-  const chosen = await lookedAt(shapeOf(model), signal);
-  if (!chosen) return say(panel, NOTHING);
-  drawAttention(panel, await ask("inspect/attention", { model, tokens: chosen.ids }, signal), chosen.token.text);
+  const selected = await selectedToken(infoOf(model), signal);
+  if (!selected) return showMessage(panel, NO_TOKEN);
+  drawAttention(panel, await requestJson("inspect/attention", { model, tokens: selected.ids }, signal), selected.token.text);
 }
 
 async function fillLayers(panel, signal) {
   const { model } = state.sides.A;
-  const chosen = await lookedAt(shapeOf(model), signal);
-  if (!chosen) return say(panel, NOTHING);
-  const { ids, token } = chosen;
-  drawLayers(panel, await ask("inspect/lens", { model, tokens: ids, asked: token.id }, signal), token.text);
+  const selected = await selectedToken(infoOf(model), signal);
+  if (!selected) return showMessage(panel, NO_TOKEN);
+  const { ids, token } = selected;
+  drawLayers(panel, await requestJson("inspect/lens", { model, tokens: ids, asked: token.id }, signal), token.text);
 }
 
 async function fillTokens(panel, signal) {
   const nodes = path(), text = textOf(nodes);
-  const shape = shapeOf(state.sides.A.model);
-  const ids = await idsOf(nodes, shape, signal);
-  const key = `${shape.name} ${text && ids}`;
-  if (panel.key === key) return; // somebody may be among its buttons
-  const told = text && (await ask("inspect/score", { model: shape.name, tokens: ids }, signal));
+  const info = infoOf(state.sides.A.model);
+  const ids = await idsOf(nodes, info, signal);
+  const key = `${info.name} ${text && ids}`;
+  if (panel.key === key) return; // the focus may be on one of its buttons
+  const result = text && (await requestJson("inspect/score", { model: info.name, tokens: ids }, signal));
   panel.key = key;
-  if (!text) return say(panel, "Write something first.");
-  const first = begunByModel(nodes) ? 1 : 0; // the end of another text is none of this one
-  const origin = told.tokens[first].start;
-  drawTokens(panel, told.tokens.slice(first), told.perplexity, (i, button) => {
-    const { id, text: word, start } = told.tokens[i + first];
-    const before = i + first ? ids.slice(0, i + first) : [shape.end_of_text];
+  if (!text) return showMessage(panel, "Write something first.");
+  const first = startsGenerated(nodes) ? 1 : 0; // the end-of-text token is not part of the text
+  const origin = result.tokens[first].start;
+  drawTokens(panel, result.tokens.slice(first), result.perplexity, (i, button) => {
+    const { id, text: word, start } = result.tokens[i + first];
+    const before = i + first ? ids.slice(0, i + first) : [info.end_of_text];
     openCard({ ids: before, token: { id, text: word }, nodes: () => nodesBefore(start - origin), opener: button });
   });
 }
 
-// The nodes of the text's first characters; where they cut what was typed, a typed beginning of it.
+// The nodes of the first characters of the text; typed text may be cut within a node.
 function nodesBefore(characters) {
   const length = [...textOf(path())].slice(0, characters).join("").length;
   const nodes = [];
@@ -78,13 +78,13 @@ function nodesBefore(characters) {
 function fillTree(panel) {
   drawTree(panel, state.tree, (node) => {
     goTo(state.tree, endOf(node));
-    moved();
+    textReplaced();
   });
 }
 
 const PANELS = { settings: fillSettings, attention: fillAttention, layers: fillLayers, tokens: fillTokens, tree: fillTree };
 
-const fill = quietly(80, async (signal) => {
+const fill = runLatestAndReport(80, async (signal) => {
   if (!state.running && state.models.length) await PANELS[state.tab]($(`panel-${state.tab}`), signal);
 });
 
@@ -99,11 +99,11 @@ function drawTabs() {
 }
 
 export function wireInspector() {
-  onChange(drawTabs);
+  onRender(drawTabs);
   const names = Object.keys(PANELS);
   const choose = (name) => {
     state.tab = name;
-    changed();
+    render();
   };
   names.forEach((name, i) => {
     $(`tab-${name}`).addEventListener("click", () => choose(name));

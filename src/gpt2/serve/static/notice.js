@@ -1,12 +1,12 @@
-// What went wrong, and how to go on.
+// Error messages, each with a way to try again.
 
-import { ApiError, latest, useKey } from "./api.js";
+import { ApiError, runLatest, setKey } from "./api.js";
 import { $ } from "./dom.js";
 
 let retry = () => {};
 
-// `again` is what "Try again" does.
-export function tell(error, again) {
+// again: the function of "Try again".
+export function showError(error, again) {
   if (error.name === "AbortError") return;
   if (!(error instanceof ApiError)) console.error(error);
   retry = again;
@@ -21,13 +21,13 @@ export function clearNotice() {
   $("notice").hidden = $("key-form").hidden = true;
 }
 
-// Work of which only the latest counts. If it fails it says so, unless something worse was said already.
-export function quietly(pause, work) {
-  const run = latest(pause, async (signal, ...args) => {
+// `runLatest` that shows an error, unless one is shown already.
+export function runLatestAndReport(pause, work) {
+  const run = runLatest(pause, async (signal, ...args) => {
     try {
       await work(signal, ...args);
     } catch (error) {
-      if (!signal.aborted && $("notice").hidden) tell(error, () => run(...args));
+      if (!signal.aborted && $("notice").hidden) showError(error, () => run(...args));
     }
   });
   return run;
@@ -43,7 +43,7 @@ export function wireNotice() {
   $("dismiss").addEventListener("click", clearNotice);
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    useKey($("key").value.trim());
+    setKey($("key").value.trim());
     $("key").value = "";
     tryAgain();
   });

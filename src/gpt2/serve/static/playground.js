@@ -1,60 +1,60 @@
-// The page: what each part of it needs is tied together here.
+// The page: connects its parts.
 
-import { ask } from "./api.js";
+import { requestJson } from "./api.js";
 import { hideCard, wireCard } from "./card.js";
 import { wireDialogs } from "./dialogs.js";
 import { $ } from "./dom.js";
 import { wireEditor } from "./editor.js";
 import { wireInspector } from "./inspector.js";
-import { tell, wireNotice } from "./notice.js";
-import { checked } from "./settings.js";
+import { showError, wireNotice } from "./notice.js";
+import { validSettings } from "./settings.js";
 import { draft, fromFragment, keepDraft } from "./share.js";
-import { changed, moved, onChange, path, shapeOf, state } from "./state.js";
+import { render, textReplaced, onRender, path, infoOf, state } from "./state.js";
 import { fillModels, wireSides } from "./sides.js";
-import { packed, unpacked } from "./tree.js";
-import { goOn, stop, wireWriting } from "./writing.js";
+import { serialize, deserialize } from "./tree.js";
+import { continueText, stop, wireGeneration } from "./generation.js";
 
-// Takes up what was kept or shared.
+// Loads a text from a link, the draft or the history.
 function take({ path: items, model, settings, b }) {
-  unpacked(state.tree, items.slice(0, 20000));
+  deserialize(state.tree, items.slice(0, 20000));
   const { A, B } = state.sides;
-  if (shapeOf(model)) A.model = model;
-  A.settings = checked(settings);
+  if (infoOf(model)) A.model = model;
+  A.settings = validSettings(settings);
   if (b) {
-    if (shapeOf(b.model)) B.model = b.model;
-    B.settings = checked(b.settings);
+    if (infoOf(b.model)) B.model = b.model;
+    B.settings = validSettings(b.settings);
     state.comparing = true;
   }
-  moved();
+  textReplaced();
 }
 
 function onKey(event) {
   if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape" && !$("alternatives").hidden) hideCard();
   else if (event.key === "Escape" && state.running) stop();
-  else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) goOn();
+  else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) continueText();
   else return;
   event.preventDefault();
 }
 
 async function start() {
   try {
-    state.models = (await ask("inspect/models")).models;
+    state.models = (await requestJson("inspect/models")).models;
   } catch (error) {
-    return tell(error, start);
+    return showError(error, start);
   }
   fillModels();
   const kept = fromFragment(location.hash) ?? draft();
   if (Array.isArray(kept?.path)) take(kept);
-  else changed();
-  onChange(() => keepDraft({ path: packed(path()), ...state.sides.A }));
+  else render();
+  onRender(() => keepDraft({ path: serialize(path()), ...state.sides.A }));
 }
 
 wireEditor();
 wireSides();
 wireCard();
 wireInspector();
-wireWriting();
+wireGeneration();
 wireNotice();
 wireDialogs(take);
 document.addEventListener("keydown", onKey);

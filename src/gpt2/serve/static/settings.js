@@ -1,29 +1,29 @@
-// The sliders, one for each sampler, and what else a request says.
+// The settings of a request: sliders, and text fields with one value per line.
 
 import { $, el } from "./dom.js";
 
 export const SETTINGS = [
-  { name: "temperature", label: "Temperature", max: 2, step: 0.05, value: 1, where: "sliders", about: "0 always takes the likeliest" },
-  { name: "top_k", label: "Top-k", max: 200, step: 1, value: 50, where: "sliders", about: "only the k likeliest; 0 for all" },
-  { name: "top_p", label: "Top-p", min: 0.01, max: 1, step: 0.01, value: 1, where: "sliders", about: "only the likeliest that sum to p" },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, value: 1, where: "sliders", about: "over 1 avoids what was said" },
-  { name: "max_tokens", label: "Length", min: 1, max: 500, step: 1, value: 60, where: "sliders", about: "tokens at most" },
-  { name: "min_p", label: "Min-p", max: 1, step: 0.01, value: 0, where: "more", about: "at least p times as likely as the likeliest" },
-  { name: "typical_p", label: "Typical-p", min: 0.01, max: 1, step: 0.01, value: 1, where: "more", about: "of the most expected surprise" },
-  { name: "epsilon_cutoff", label: "Epsilon cutoff", max: 0.1, step: 0.001, value: 0, where: "more", about: "of at least this probability" },
-  { name: "eta_cutoff", label: "Eta cutoff", max: 0.1, step: 0.001, value: 0, where: "more", about: "the same, following the entropy" },
-  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, value: 0, where: "more", about: "once for what was said" },
-  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, value: 0, where: "more", about: "each time it was said" },
-  { name: "no_repeat_ngram_size", label: "No repeated runs of", max: 8, step: 1, value: 0, where: "more", about: "tokens; 0 for no such rule" },
-  { name: "min_new_tokens", label: "Shortest", max: 100, step: 1, value: 0, where: "ending", about: "tokens before the text may end" },
+  { name: "temperature", label: "Temperature", max: 2, step: 0.05, value: 1, where: "sliders", about: "0 is greedy" },
+  { name: "top_k", label: "Top-k", max: 200, step: 1, value: 50, where: "sliders", about: "the k most likely tokens; 0 for all" },
+  { name: "top_p", label: "Top-p", min: 0.01, max: 1, step: 0.01, value: 1, where: "sliders", about: "the most likely tokens that sum to p" },
+  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, value: 1, where: "sliders", about: "above 1 avoids repetition" },
+  { name: "max_tokens", label: "Length", min: 1, max: 500, step: 1, value: 60, where: "sliders", about: "maximum new tokens" },
+  { name: "min_p", label: "Min-p", max: 1, step: 0.01, value: 0, where: "more", about: "at least p times the largest probability" },
+  { name: "typical_p", label: "Typical-p", min: 0.01, max: 1, step: 0.01, value: 1, where: "more", about: "closest to the expected surprisal" },
+  { name: "epsilon_cutoff", label: "Epsilon cutoff", max: 0.1, step: 0.001, value: 0, where: "more", about: "minimum probability" },
+  { name: "eta_cutoff", label: "Eta cutoff", max: 0.1, step: 0.001, value: 0, where: "more", about: "minimum that depends on the entropy" },
+  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, value: 0, where: "more", about: "once for each token that occurred" },
+  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, value: 0, where: "more", about: "for each occurrence" },
+  { name: "no_repeat_ngram_size", label: "No repeated runs of", max: 8, step: 1, value: 0, where: "more", about: "tokens; 0 to disable" },
+  { name: "min_new_tokens", label: "Shortest", max: 100, step: 1, value: 0, where: "ending", about: "minimum new tokens" },
   { name: "seed", label: "Seed", max: 999, step: 1, value: 42, where: "ending", about: "the same seed, the same text" },
 ];
 
-// Those that are texts, one for each line. They are kept as they were typed.
+// Settings with one value per line, kept as typed.
 const LINES = [
-  { name: "logit_bias", label: "Logit bias", where: "more", about: 'id=bias or "text"=bias, one a line', hint: '"Rome"=5\n50256=-100' },
-  { name: "bad_words", label: "Bad words", where: "more", about: "never said; one a line", hint: "" },
-  { name: "stop", label: "Stop at", where: "ending", about: "ends before it; one a line, \\n for a new line", hint: "" },
+  { name: "logit_bias", label: "Logit bias", where: "more", about: 'id=bias or "text"=bias, one per line', hint: '"Rome"=5\n50256=-100' },
+  { name: "bad_words", label: "Bad words", where: "more", about: "never generated; one per line", hint: "" },
+  { name: "stop", label: "Stop at", where: "ending", about: "stop strings; one per line, \\n for a new line", hint: "" },
 ];
 
 export function defaults() {
@@ -31,8 +31,8 @@ export function defaults() {
   return Object.fromEntries([...numbers, ...LINES.map(({ name }) => [name, ""])]);
 }
 
-// What came from a link or the browser's memory, with nothing in it that is no setting.
-export function checked(given) {
+// Settings from a link or the browser's storage; anything else in it is dropped.
+export function validSettings(given) {
   const settings = defaults();
   for (const { name } of SETTINGS) if (Number.isFinite(given?.[name])) settings[name] = given[name];
   for (const { name } of LINES) if (typeof given?.[name] === "string") settings[name] = given[name].slice(0, 10000);
@@ -41,7 +41,7 @@ export function checked(given) {
 
 export const linesOf = (typed) => typed.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
 
-// The lines of a logit bias as [id or text, bias], and those that are none.
+// The lines of a logit bias as [id or text, bias], and the invalid lines.
 export function biasesOf(typed) {
   const pairs = [], unread = [];
   for (const line of typed.split("\n").filter((each) => each.trim())) {
@@ -55,7 +55,7 @@ export function biasesOf(typed) {
   return { pairs, unread };
 }
 
-// Draws them once; the returned function shows settings in them, but for where somebody is typing.
+// Draws the controls; the returned function shows settings in them, except in the focused one.
 export function drawSettings(onInput) {
   const shows = [...SETTINGS.map((setting) => drawNumber(setting, onInput)), ...LINES.map((setting) => drawLines(setting, onInput))];
   return (settings) => shows.forEach((show) => show(settings));

@@ -1,7 +1,7 @@
-// A text as a link or a file, and what the browser remembers.
+// Links, files, and the draft and history in the browser's storage.
 
 import { el } from "./dom.js";
-import { packed, textOf } from "./tree.js";
+import { serialize, textOf } from "./tree.js";
 
 const HISTORY = "gpt2-history", DRAFT = "gpt2-draft", MOST = 40;
 
@@ -11,7 +11,7 @@ export function toFragment(what) {
   return `#s=${btoa(letters).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
 }
 
-// Null for what is no link of ours.
+// Null if the fragment is not a valid link.
 export function fromFragment(fragment) {
   if (!fragment.startsWith("#s=")) return null;
   try {
@@ -24,7 +24,7 @@ export function fromFragment(fragment) {
 }
 
 export function asJson(path, side) {
-  const tokens = path.map(({ text, said }) => (said ? { text, id: said.id, logprob: said.logprob } : { text }));
+  const tokens = path.map(({ text, generated }) => (generated ? { text, id: generated.id, logprob: generated.logprob } : { text }));
   return JSON.stringify({ model: side.model, settings: side.settings, text: textOf(path), tokens }, null, 2);
 }
 
@@ -55,7 +55,7 @@ function write(key, value) {
   try {
     localStorage.setItem(key, JSON.stringify(value));
   } catch {
-    // a full or forbidden store: the page works without a memory
+    // storage is full or not allowed: the page works without it
   }
 }
 
@@ -67,10 +67,10 @@ export function history() {
   return Array.isArray(entries) ? entries.filter((entry) => Array.isArray(entry?.path)) : [];
 }
 
-export const forgetHistory = () => write(HISTORY, []);
+export const clearHistory = () => write(HISTORY, []);
 
-export function remember(path, side) {
-  const entry = { at: Date.now(), path: packed(path), model: side.model, settings: side.settings };
+export function addToHistory(path, side) {
+  const entry = { at: Date.now(), path: serialize(path), model: side.model, settings: side.settings };
   const others = history().filter((old) => JSON.stringify(old.path) !== JSON.stringify(entry.path));
   write(HISTORY, [entry, ...others].slice(0, MOST));
 }

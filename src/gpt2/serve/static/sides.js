@@ -1,8 +1,8 @@
-// Which model writes, with which settings; and a second one beside it.
+// Models and settings of side A, and of side B for comparison.
 
 import { $, el } from "./dom.js";
 import { drawSettings, defaults } from "./settings.js";
-import { changed, onChange, settings, shapeOf, state } from "./state.js";
+import { render, onRender, settings, infoOf, state } from "./state.js";
 import { add, goTo } from "./tree.js";
 
 export function fillModels() {
@@ -25,16 +25,16 @@ function drawSides() {
   $("model-b").hidden = state.shown !== "B";
   $("adopt").disabled = state.running !== null || !state.other.length;
   document.body.classList.toggle("comparing", on);
-  const shape = shapeOf(A.model);
-  if (!shape) return;
-  const millions = (shape.parameters / 1e6).toFixed(shape.parameters < 1e7 ? 1 : 0);
-  $("shape").textContent = `${millions} M parameters, ${shape.n_layer} layers of ${shape.n_head} heads, context ${shape.block_size}`;
+  const info = infoOf(A.model);
+  if (!info) return;
+  const millions = (info.parameters / 1e6).toFixed(info.parameters < 1e7 ? 1 : 0);
+  $("shape").textContent = `${millions} M parameters, ${info.n_layer} layers of ${info.n_head} heads, context ${info.block_size}`;
 }
 
 function pickModel(name, model) {
   state.sides[name].model = model;
-  state.chosen = null;
-  changed();
+  state.selected = null;
+  render();
 }
 
 function compare() {
@@ -42,29 +42,29 @@ function compare() {
   state.shown = state.comparing ? "B" : "A";
   state.tab = "settings";
   state.other = [];
-  changed();
+  render();
 }
 
 function show(name) {
   state.shown = name;
-  changed();
+  render();
 }
 
-// B's text becomes the text.
+// Replaces the text with that of B.
 function adopt() {
   goTo(state.tree, state.begin);
-  for (const { text, said } of state.other) state.tree.leaf = add(state.tree.leaf, text, said);
+  for (const { text, generated } of state.other) state.tree.leaf = add(state.tree.leaf, text, generated);
   state.other = [];
-  changed();
+  render();
 }
 
 export function wireSides() {
   const fillSettings = drawSettings((name, value) => {
     settings()[name] = value;
-    changed();
+    render();
   });
-  onChange(drawSides);
-  onChange(() => fillSettings(settings()));
+  onRender(drawSides);
+  onRender(() => fillSettings(settings()));
   $("model").addEventListener("change", () => pickModel("A", $("model").value));
   $("model-b").addEventListener("change", () => pickModel("B", $("model-b").value));
   $("compare").addEventListener("click", compare);
@@ -73,6 +73,6 @@ export function wireSides() {
   $("adopt").addEventListener("click", adopt);
   $("reset").addEventListener("click", () => {
     state.sides[state.shown].settings = defaults();
-    changed();
+    render();
   });
 }

@@ -1,11 +1,11 @@
-// A request as something to run elsewhere. A key is never written down: it comes from the environment.
+// A request as a command or script. It reads the API key from the environment.
 
 import { hasKey } from "./api.js";
-import { wordsOf } from "./request.js";
+import { badWordsOf } from "./request.js";
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 const CLI_NAMES = { max_tokens: "max-new-tokens" };
-// what the OpenAI client has a name for
+// parameters of the OpenAI client
 const OPENAI = ["model", "prompt", "max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "logit_bias"];
 
 export function asCurl({ request }, base) {
@@ -33,8 +33,8 @@ export function asCommand({ request, text }, settings) {
   const { model, prompt, stop = [], bad_words, logit_bias = {}, ...numbers } = request;
   const flags = Object.entries(numbers).map(([name, value]) => `--${CLI_NAMES[name] ?? name.replaceAll("_", "-")}=${value}`);
   flags.push(...Object.entries(logit_bias).map(([id, bias]) => `--logit-bias=${id}=${bias}`));
-  flags.push(...wordsOf(settings).map((word) => `--bad-word=${quoted(word)}`));
+  flags.push(...badWordsOf(settings).map((word) => `--bad-word=${quoted(word)}`));
   flags.push(...stop.map((each) => `--stop=${quoted(each)}`));
-  const note = typeof prompt === "string" ? "" : "# takes text only: these are not quite the tokens that were said\n";
+  const note = typeof prompt === "string" ? "" : "# gpt2 sample takes text: its tokens may differ from those of the page\n";
   return `${note}gpt2 sample ${quoted(model)} --prompt=${quoted(text)} \\\n  ${flags.join(" \\\n  ")}`;
 }

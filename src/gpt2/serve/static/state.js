@@ -1,4 +1,4 @@
-// What the page knows. Whoever changes some of it calls changed(), and everything is drawn from it anew.
+// The state of the page. After a change to it, render() draws everything again.
 
 import { defaults } from "./settings.js";
 import { makeTree, pathTo } from "./tree.js";
@@ -7,27 +7,27 @@ export const state = {
   models: [],
   tree: makeTree(),
   begin: null, // the node where the last continuation began
-  other: [], // what B said after it, when two are compared: {text, said}
+  other: [], // tokens of B after it, in a comparison: {text, generated}
   sides: { A: { model: "", settings: defaults() }, B: { model: "", settings: { ...defaults(), temperature: 0.5 } } },
   shown: "A", // whose settings are shown
   comparing: false,
-  running: null, // the AbortController of what is being written
-  chosen: null, // {ids, token: {id, text}}: a token that is looked at, and what stood before it
+  running: null, // the AbortController of the running generation
+  selected: null, // {ids, token: {id, text}}: the inspected token, and the token ids before it
   tab: "settings",
 };
 
 export const path = () => pathTo(state.tree.leaf);
-export const shapeOf = (name) => state.models.find((model) => model.name === name);
+export const infoOf = (name) => state.models.find((model) => model.name === name);
 export const settings = () => state.sides[state.shown].settings;
 
-const drawings = [];
-export const onChange = (draw) => drawings.push(draw);
-export const changed = () => drawings.forEach((draw) => draw());
+const renderers = [];
+export const onRender = (draw) => renderers.push(draw);
+export const render = () => renderers.forEach((draw) => draw());
 
-// Another text is shown, or the same one changed by hand: nothing of the last continuation holds for it.
-export function moved() {
+// Another text was opened, or the text was edited: resets what belongs to the last continuation.
+export function textReplaced() {
   state.running?.abort();
-  state.begin = state.chosen = null;
+  state.begin = state.selected = null;
   state.other = [];
-  changed();
+  render();
 }

@@ -1,34 +1,34 @@
-// Text as token ids, for one model or another.
+// Text to token ids, for each model.
 
-import { ask } from "./api.js";
-import { begunByModel } from "./tree.js";
+import { requestJson } from "./api.js";
+import { startsGenerated } from "./tree.js";
 
 const encoded = new Map();
 
-export async function encode(text, shape, signal) {
+export async function encode(text, info, signal) {
   if (!text) return [];
-  const key = `${shape.fingerprint}/${text}`;
+  const key = `${info.fingerprint}/${text}`;
   if (!encoded.has(key)) {
     if (encoded.size > 200) encoded.clear();
-    encoded.set(key, (await ask("tokenize", { model: shape.name, text }, signal)).tokens);
+    encoded.set(key, (await requestJson("tokenize", { model: info.name, text }, signal)).tokens);
   }
   return encoded.get(key);
 }
 
-// The ids of a path for a model: what it said as it said it, and text encoded. What nobody began stands after the end
-// of another text, as it does when the model begins one.
-export async function idsOf(path, shape, signal) {
-  const ids = begunByModel(path) ? [shape.end_of_text] : [];
+// The token ids of a path for a model: generated tokens keep their ids, and typed text is encoded. A path that does not
+// begin with typed text has the end-of-text token before it.
+export async function idsOf(path, info, signal) {
+  const ids = startsGenerated(path) ? [info.end_of_text] : [];
   for (let i = 0; i < path.length; ) {
-    if (isOf(path[i], shape)) {
-      ids.push(path[i++].said.id);
+    if (hasVocabulary(path[i], info)) {
+      ids.push(path[i++].generated.id);
       continue;
     }
     let text = "";
-    while (i < path.length && !isOf(path[i], shape)) text += path[i++].text;
-    for (const id of await encode(text, shape, signal)) ids.push(id);
+    while (i < path.length && !hasVocabulary(path[i], info)) text += path[i++].text;
+    for (const id of await encode(text, info, signal)) ids.push(id);
   }
   return ids;
 }
 
-export const isOf = (node, shape) => node.said !== null && node.said.vocabulary === shape.fingerprint;
+export const hasVocabulary = (node, info) => node.generated !== null && node.generated.vocabulary === info.fingerprint;

@@ -1,33 +1,33 @@
-// A tree of what was typed and said. A node is a token that a model said, or a run of text that somebody typed;
-// the text in the editor is the path from the root to the leaf. Nothing that was said is ever lost by editing.
+// A tree of typed text and generated tokens. A node is a generated token or a run of typed text; the text of the editor
+// is the path from the root to the leaf. Editing never deletes generated tokens.
 
 export function makeTree() {
   const root = makeNode(null, "");
   return { root, leaf: root };
 }
 
-function makeNode(parent, text, said = null) {
-  return { parent, text, said, children: [], last: null };
+function makeNode(parent, text, generated = null) {
+  return { parent, text, generated, children: [], last: null };
 }
 
-export function add(parent, text, said = null) {
-  const same = parent.children.find((child) => isSame(child, text, said));
-  const child = same ?? makeNode(parent, text, said);
+export function add(parent, text, generated = null) {
+  const same = parent.children.find((child) => isSame(child, text, generated));
+  const child = same ?? makeNode(parent, text, generated);
   if (!same) parent.children.push(child);
   parent.last = child;
   return child;
 }
 
-// More text for what was said last: the end of a character, or what might have been a stop string.
-export function lengthen(leaf, text) {
-  if (!leaf.said) return add(leaf, text);
+// Appends text to the last token: the rest of a character, or text that was held back as a possible stop string.
+export function appendToLeaf(leaf, text) {
+  if (!leaf.generated) return add(leaf, text);
   const parent = leaf.children.length ? leaf.parent : forget(leaf);
-  return add(parent, leaf.text + text, leaf.said);
+  return add(parent, leaf.text + text, leaf.generated);
 }
 
-function isSame(child, text, said) {
-  if (!said || !child.said) return !said && !child.said && child.text === text;
-  return child.text === text && child.said.id === said.id && child.said.vocabulary === said.vocabulary;
+function isSame(child, text, generated) {
+  if (!generated || !child.generated) return !generated && !child.generated && child.text === text;
+  return child.text === text && child.generated.id === generated.id && child.generated.vocabulary === generated.vocabulary;
 }
 
 export function pathTo(node) {
@@ -38,7 +38,7 @@ export function pathTo(node) {
 
 export const textOf = (path) => path.map((node) => node.text).join("");
 
-// Follows what was said last, down to its end.
+// The leaf below a node, by the last used child of each node.
 export function endOf(node) {
   while (node.last) node = node.last;
   return node;
@@ -49,29 +49,29 @@ export function goTo(tree, node) {
   tree.leaf = node;
 }
 
-// The text was changed in the editor: what still stands is kept, the rest becomes typed text.
+// Updates the tree after an edit: nodes that are still a prefix of the text are kept, the rest becomes typed text.
 export function edit(tree, text) {
   const path = pathTo(tree.leaf);
   let kept = tree.root, length = 0;
   for (const node of path) {
     if (!text.startsWith(node.text, length)) break;
     length += node.text.length;
-    if (node.text) kept = node; // one without text is a part of a character, and stands or falls with it
+    if (node.text) kept = node; // a node without text is part of a character, and is kept with it
   }
   let rest = text.slice(length);
-  if (rest && kept.parent && !kept.said && !kept.children.length) {
+  if (rest && kept.parent && !kept.generated && !kept.children.length) {
     rest = kept.text + rest;
     kept = forget(kept);
   }
-  forgetTyped(tree, path, kept);
+  removeTyped(tree, path, kept);
   tree.leaf = rest ? add(kept, rest) : kept;
   if (!rest) kept.last = null;
 }
 
-// A half-typed word is not worth a branch.
-function forgetTyped(tree, path, kept) {
+// Removes typed nodes without children: text that was typed in between gets no branch.
+function removeTyped(tree, path, kept) {
   for (let i = path.length - 1; i >= 0 && path[i] !== kept; i--) {
-    if (path[i].said || path[i].children.length) return;
+    if (path[i].generated || path[i].children.length) return;
     forget(path[i]);
   }
 }
@@ -83,24 +83,24 @@ function forget(node) {
   return parent;
 }
 
-// Where each node of a path stands in the text.
+// The start and end of each node of a path in the text.
 export function spansOf(path) {
   let start = 0;
   return path.map((node) => ({ node, start, end: (start += node.text.length) }));
 }
 
-export const begunByModel = (path) => !path.length || path[0].said !== null;
+export const startsGenerated = (path) => !path.length || path[0].generated !== null;
 
 // A path as plain data, and back.
-export const packed = (path) => path.map(({ text, said }) => (said ? [text, said.id, said.logprob, said.vocabulary] : text));
+export const serialize = (path) => path.map(({ text, generated }) => (generated ? [text, generated.id, generated.logprob, generated.vocabulary] : text));
 
-export function unpacked(tree, items) {
+export function deserialize(tree, items) {
   let at = tree.root;
   for (const item of items) {
     const [text, id, logprob, vocabulary] = Array.isArray(item) ? item : [item];
     if (typeof text !== "string") continue;
-    const said = Number.isInteger(id) ? { id, logprob: Number(logprob), vocabulary: String(vocabulary) } : null;
-    if (text || said) at = add(at, text, said);
+    const generated = Number.isInteger(id) ? { id, logprob: Number(logprob), vocabulary: String(vocabulary) } : null;
+    if (text || generated) at = add(at, text, generated);
   }
   goTo(tree, at);
 }

@@ -1,0 +1,240 @@
+"""gpt2 eval MODEL [MODEL ...] [--tasks NAMES] [--data FILE]"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from gpt2.cli import Parser, positive_int
+from gpt2.commands.eval_progress import ProgressBar
+from gpt2.commands.generation_args import (
+    add_model_flags,
+    load_inference_model,
+    load_model,
+    resolve_from_args,
+)
+from gpt2.distributed.process_group import ProcessGroup, process_group
+from gpt2.errors import UserError
+from gpt2.evaluation.evaluate import Interrupted, TaskResult, prepare_task, run_parts, task_names
+from gpt2.evaluation.own import BUILT_IN, prepare_texts, rolling_protocol, texts_of_source, validation_texts
+from gpt2.evaluation.prepare import Part, prepare_task_file
+from gpt2.evaluation.published import openai_size, run_checks
+from gpt2.evaluation.records import read_bytes
+from gpt2.evaluation.report import ModelReport, checks_table, listing, table, to_json
+from gpt2.evaluation.scorer import LanguageModel
+from gpt2.evaluation.share import Share
+from gpt2.evaluation.tasks import SETS, TASKS
+from gpt2.files import expand_path, write_error
+from gpt2.runtime import configure_malloc, pick_device
+from gpt2.tokenizer import Tokenizer
+
+THROUGH_TORCH = ("float32", "bfloat16", "float16")  # the other precisions run through the CPU kernel
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if args.list:
+        print(listing())
+        return 0
+    if not args.models:
+        raise UserError("which model? gpt2 eval MODEL: a run folder, a model folder, or a hub name")
+    chosen = _Chosen(args)
+    with process_group() as ranks:
+        with ranks.raise_on_all_ranks():
+            device = pick_device(args.device)
+        ranks.set_device(device)
+        if device.type == "cpu":
+            configure_malloc(keep_freed=True)
+        reports, complete = _evaluate(args, chosen, ranks)
+        if ranks.is_main_process:
+            _show(args, reports)
+    failed = any(not check.passed for report in reports for check in report.checks)
+    return 130 if not complete else 1 if failed else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="gpt2 eval",
+        description="How good a model is, in numbers that compare: each task follows a stated protocol.",
+        epilog="Under torchrun the ranks share the rows. gpt2 eval --list shows all tasks.",
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a run folder, a model folder, or a hub name")
+    parser.add_flag("tasks", metavar="NAMES", help=f"tasks and sets, divided by commas [{','.join(SETS['default'])}]")
+    parser.add_flag("limit", type=positive_int, metavar="N", help="only the first N rows of each task")
+    parser.add_flag(
+        "data", action="append", default=[], metavar="FILE", help="loss, perplexity, bits per byte of a text"
+    )
+    parser.add_flag(
+        "stride", type=positive_int, metavar="N", help="of the windows over long texts [the model's context]"
+    )
+    parser.add_flag(
+        "task-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="rows {query, choices, gold} or {context_options, continuation, gold}",
+    )
+    parser.add_flag(
+        "task-data", action="append", default=[], metavar="TASK=FILE", help="a task's data, put there by hand"
+    )
+    parser.add_flag("lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness (pip install 'gpt2[eval]')")
+    parser.add_flag("json", metavar="FILE", help="write the results there too")
+    parser.add_flag("list", action="store_true", help="name all tasks with rows, size and protocol")
+    add_model_flags(parser)
+    return parser
+
+
+class _Chosen:
+    """What the flags ask for, checked before anything is loaded."""
+
+    def __init__(self, args: Namespace) -> None:
+        names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+        if args.tasks is not None and not names:
+            raise UserError("--tasks names no task: see gpt2 eval --list")
+        self.published = "published" in names
+        self.tasks = task_names([name for name in names if name != "published"])
+        self.by_default = not (names or args.data or args.task_file or args.lm_eval)
+        if self.by_default:
+            self.tasks = task_names(["default"])
+        self.task_data = dict(map(_task_and_file, args.task_data))
+        unused = next((name for name in self.task_data if name not in self.tasks), None)
+        if unused is not None:
+            raise UserError(f"--task-data {unused}: that task is not among those to run ({', '.join(self.tasks)})")
+        self.harness = [name for name in (args.lm_eval or "").split(",") if name]
+
+
+def _task_and_file(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not equals or not file:
+        raise UserError(f"--task-data must be TASK=FILE, as hellaswag=rows.jsonl, not {text}")
+    if name not in TASKS:
+        task_names([name])  # for its error
+    return name, file
+
+
+def _evaluate(args: Namespace, chosen: _Chosen, ranks: ProcessGroup) -> tuple[list[ModelReport], bool]:
+    """A report for each model, and whether all was done."""
+    reports: list[ModelReport] = []
+    for name in args.models:
+        with ranks.raise_on_all_ranks():
+            load = load_model if args.dtype in THROUGH_TORCH else load_inference_model
+            model, tokenizer = load(args, resolve_from_args(args, name))
+            if tokenizer is None:
+                raise UserError(f"{name} has no tokenizer: text needs one")
+        report = ModelReport(name, openai_size(model.config))
+        reports.append(report)
+        try:
+            done = _run(args, chosen, ranks, model, tokenizer, report)
+        except KeyboardInterrupt:  # between two tasks, or while data was read: what is known is shown
+            if not ranks.is_single_process:
+                raise
+            done = False
+        if not done:
+            return reports, False
+    return reports, True
+
+
+def _run(
+    args: Namespace,
+    chosen: _Chosen,
+    ranks: ProcessGroup,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    report: ModelReport,
+) -> bool:
+    """Everything that was asked for, of one model; False when it was interrupted."""
+    share = Share(ranks.rank, ranks.world_size, ranks.all_gather_object)
+    if chosen.published:
+        with ranks.raise_on_all_ranks():
+            report.checks = list(run_checks(model, tokenizer)) if ranks.is_main_process else []
+    settings = {"limit": args.limit, "stride": args.stride, "dtype": args.dtype}
+    for name, protocol, prepare in _jobs(args, chosen, model, tokenizer, report.model):
+        try:
+            parts = ranks.main_process_first(prepare)
+        except UserError as error:
+            if not chosen.by_default:
+                raise
+            if ranks.is_main_process:
+                print(f"gpt2: {name} is left out: {error}", file=sys.stderr)
+            continue
+        if not parts:
+            continue
+        try:
+            with _bar(name, ranks) as bar:
+                report.results[name] = run_parts(parts, model, protocol, settings, share, bar)
+        except Interrupted as stop:
+            if stop.result is not None:
+                report.results[name] = stop.result
+            return False
+    if chosen.harness:
+        with ranks.raise_on_all_ranks():
+            if not ranks.is_single_process:
+                raise UserError("--lm-eval runs in one process: leave torchrun out")
+            report.results |= _harness(chosen.harness, model, tokenizer, args)
+    return True
+
+
+def _bar(name: str, ranks: ProcessGroup) -> AbstractContextManager[ProgressBar | None]:
+    return ProgressBar(name) if ranks.is_main_process else nullcontext(None)
+
+
+Job = tuple[str, str, Callable[[], list[Part]]]
+"""A name in the results, a protocol, and how the data is made ready."""
+
+
+def _jobs(args: Namespace, chosen: _Chosen, model: LanguageModel, tokenizer: Tokenizer, name: str) -> Sequence[Job]:
+    config, limit, stride = model.config, args.limit, args.stride
+    jobs: list[Job] = []
+    for task in (TASKS[task] for task in chosen.tasks):
+        jobs.append(
+            (
+                task.name,
+                task.protocol,
+                lambda task=task: prepare_task(task, tokenizer, model, limit, chosen.task_data, stride),
+            )
+        )
+    rolling = rolling_protocol(stride, config)
+    for ref in args.data:
+        jobs.append(
+            (ref, rolling, lambda ref=ref: prepare_texts(texts_of_source(ref), tokenizer, config, stride, limit))
+        )
+    for ref in args.task_file:
+        jobs.append(
+            (
+                ref,
+                "rows of a file: the likeliest choice, prompts as in lm-evaluation-harness",
+                lambda ref=ref: prepare_task_file(read_bytes(expand_path(ref)), ref, tokenizer, config, limit),
+            )
+        )
+    if chosen.by_default:
+
+        def own() -> list[Part]:
+            texts = validation_texts(name, tokenizer)
+            return [] if texts is None else prepare_texts(texts, tokenizer, config, stride, limit)
+
+        jobs.append(("validation", f"the run's held-out text; {rolling}", own))
+        jobs.append(
+            (BUILT_IN, rolling, lambda: prepare_texts(texts_of_source(BUILT_IN), tokenizer, config, stride, limit))
+        )
+    return jobs
+
+
+def _harness(names: list[str], model: LanguageModel, tokenizer: Tokenizer, args: Namespace) -> dict[str, TaskResult]:
+    from gpt2.evaluation.harness import run_harness
+
+    return run_harness(names, model, tokenizer, args.limit)
+
+
+def _show(args: Namespace, reports: list[ModelReport]) -> None:
+    for report in reports:
+        if report.checks:
+            print(checks_table(report))
+    if any(report.results for report in reports):
+        print(table(reports))
+    if args.json:
+        path = expand_path(args.json)
+        try:
+            path.write_text(json.dumps(to_json(reports), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise write_error(path, error) from None

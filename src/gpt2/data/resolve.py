@@ -1,0 +1,197 @@
+"""What a data reference, the value of ``--data``, stands for: token shards, rows to fine-tune on, or texts."""
+
+import glob
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress, pairwise
+from operator import not_
+from pathlib import Path
+
+from gpt2.data.rows import ROW_SUFFIXES, Columns, open_rows
+from gpt2.data.shards import contains_shards
+from gpt2.data.sources import BUILTIN_SOURCES, Document, Texts, builtin_texts
+from gpt2.data.text_cache import cache_texts
+from gpt2.errors import DataError, did_you_mean
+from gpt2.files import check_regular_file, expand_path, known_folder_kind, read_error
+
+TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
+UNAMBIGUOUS_ROW_SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # a .json or .csv beside text files may be anything
+
+_log = logging.getLogger("gpt2")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of token shards, or a single shard file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name, or the file's without its suffix."""
+        return self.path.resolve().name.removesuffix(".bin")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Files with rows of prompts and answers, or of messages."""
+
+    name: str
+    files: tuple[Path, ...]
+    columns: Columns
+
+
+def resolve_data(ref: str, columns: str | None = None) -> Shards | Rows | Texts:
+    """The data that `ref` names.
+
+    ref: a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a pattern such as ``notes/*.txt``. A built-in
+        name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, the text files (.txt,
+        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (see `ROW_SUFFIXES`);
+        hidden files, run folders, model folders and shard folders do not. A text column of rows gives one document per
+        row.
+    columns: which columns of rows to read, such as "text=NAME" or "prompt=NAME,answer=NAME"; None detects them from
+        the first row.
+
+    Raises DataError if there is no such data, if it is empty, or if it is neither text nor rows.
+    """
+    if (shards := find_shards(ref)) is not None:
+        return shards
+    row_files, text_files = ([], []) if ref in BUILTIN_SOURCES else _find_files(ref)
+    if row_files:
+        return _resolve_rows(ref, row_files, columns)
+    if columns is not None:
+        raise DataError(f"--columns '{columns}' is for rows, and {ref} has none", field="columns")
+    if ref in BUILTIN_SOURCES:
+        return builtin_texts(ref)
+    for file in text_files:
+        _check_is_text(file)
+    documents = tuple(Document(str(file), file) for file in text_files if file.stat().st_size)
+    if not documents:
+        raise DataError(f"every text file in {ref} is empty")
+    return Texts(_data_name(ref), documents)
+
+
+def find_shards(ref: str) -> Shards | None:
+    """The token shards that `ref` names; None for any other data, without looking at it."""
+    path = expand_path(ref)
+    return Shards(path) if ref not in BUILTIN_SOURCES and contains_shards(path) else None
+
+
+def resolve_texts(ref: str, columns: str | None = None) -> Texts:
+    """`resolve_data` for data that must be text. Raises DataError for any other, too."""
+    data = resolve_data(ref, columns)
+    if isinstance(data, Shards):
+        kind = "a folder of token shards" if data.path.is_dir() else "a token shard"
+        raise DataError(f"{ref} is {kind}, not text to train on")
+    if isinstance(data, Rows):
+        raise DataError(
+            f"the rows of {ref} are prompts and answers, for `gpt2 finetune`: to use one column as plain text, "
+            "name it with --columns text=NAME"
+        )
+    return data
+
+
+def _find_files(ref: str) -> tuple[list[Path], list[Path]]:
+    """The row files and the text files that a path or pattern names: exactly one of the two lists is empty."""
+    path = expand_path(ref)
+    if path.is_dir():
+        return _find_folder_files(path)
+    files = [path] if path.exists() else _glob_files(path)
+    if not files:
+        hint, names = did_you_mean(ref, BUILTIN_SOURCES), ", ".join(BUILTIN_SOURCES)
+        raise DataError(f"no file, folder or corpus '{ref}'{hint}: the corpora are {names}")
+    row_files, others = _partition(files, ROW_SUFFIXES)
+    if row_files and others:
+        raise DataError(f"{ref} matches both rows ({row_files[0]}) and other files ({others[0]}): name one kind")
+    return row_files, others
+
+
+def _find_folder_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """`_find_files` for a folder; files that are skipped are logged."""
+    found, skipped = _walk(folder, (*TEXT_SUFFIXES, *ROW_SUFFIXES))
+    row_files, text_files = _partition(found, ROW_SUFFIXES)
+    if row_files and not text_files:
+        return row_files, []
+    skipped += [f"{file} (rows, not text)" for file in _partition(row_files, UNAMBIGUOUS_ROW_SUFFIXES)[0]]
+    if skipped:
+        others = f" and {len(skipped) - 1:,} more" if len(skipped) > 1 else ""
+        _log.warning("%s: skipped %s%s", folder, min(skipped), others)
+    if not text_files:
+        raise DataError(f"no text files in {folder}: files ending in {', '.join(TEXT_SUFFIXES)} count")
+    return [], text_files
+
+
+def _walk(root: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files with one of these suffixes, at any depth, sorted by path; and what was skipped, with the reason.
+
+    Raises DataError for a folder that cannot be read, and if `root` is a run folder, a model folder or the like.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise read_error(Path(error.filename), error) from None
+
+    files: list[Path] = []
+    skipped: list[str] = []
+    for parent, subfolders, names in os.walk(root, onerror=refuse):
+        kind = known_folder_kind({*subfolders, *names})
+        if kind is not None and Path(parent) == root:
+            raise DataError(f"{root} is {kind}, not text to train on")
+        if kind is not None:
+            skipped.append(f"{parent} ({kind})")
+            subfolders.clear()
+            continue
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found = [Path(parent, name) for name in names if not name.startswith(".")]
+        found = [file for file in found if file.suffix.lower() in suffixes]
+        files += [file for file in found if file.is_file()]
+        skipped += [f"{file} (not a regular file)" for file in found if not file.is_file()]
+    return sorted(files, key=Path.as_posix), skipped
+
+
+def _glob_files(pattern: Path) -> list[Path]:
+    """The regular files that match a pattern, sorted by path; ``**`` matches folders at any depth."""
+    found = [Path(name) for name in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207
+    return sorted((path for path in found if path.is_file()), key=Path.as_posix)
+
+
+def _partition(files: list[Path], suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The files with one of these suffixes, and the others."""
+    matching = [file.suffix.lower() in suffixes for file in files]
+    return list(compress(files, matching)), list(compress(files, map(not_, matching)))
+
+
+def _data_name(ref: str) -> str:
+    """A short name for data: a file's name without its suffix; of a folder or a pattern, the folder's."""
+    path = expand_path(ref)
+    if path.is_dir():
+        return path.resolve().name or "folder"
+    if path.exists():
+        return path.stem
+    fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    return fixed.resolve().name or "files"
+
+
+def _resolve_rows(ref: str, files: list[Path], spec: str | None) -> Rows | Texts:
+    columns, rows = open_rows(ref, files, spec)
+    name = _data_name(ref)
+    if columns.text is None:
+        return Rows(name, tuple(files), columns)
+    path, ends = cache_texts(name, files, columns, rows)
+    if not len(ends):
+        raise DataError(f"every text in {ref} is empty")
+    spans = pairwise([0, *ends.tolist()])
+    return Texts(name, tuple(Document(f"{name} text {i}", path, *span) for i, span in enumerate(spans, 1)))
+
+
+def _check_is_text(path: Path) -> None:
+    """Refuse a binary file early; other encoding errors show when the text is decoded."""
+    check_regular_file(path)
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(8192)
+    except OSError as error:
+        raise read_error(path, error) from None
+    if b"\0" in head:
+        raise DataError(f"{path} is not a text file: it has a zero byte at offset {head.index(0):,}")

@@ -1,0 +1,1 @@
+"""Evaluation: the log-likelihood scorer, tasks with stated protocols, perplexity, published values."""

@@ -1,0 +1,103 @@
+"""Writing and reading `metrics.jsonl`, and the progress line on standard error."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gpt2.reporting.units import format_duration
+
+log = logging.getLogger("gpt2")
+
+LOG_INTERVAL_SECONDS = 5.0  # between lines when standard error is not a terminal
+
+
+class MetricsLogger:
+    """Writes one JSON line per step, and shows progress on standard error."""
+
+    def __init__(self, folder: Path, first_step: int, max_steps: int, *, quiet: bool = False) -> None:
+        """Log the steps after `first_step`; later lines, which an interrupted run wrote, are removed from the file.
+
+        quiet: print and write nothing, as on every rank but the main one.
+        """
+        self.max_steps = max_steps
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._file = None if quiet else _open_truncated(folder / "metrics.jsonl", first_step)
+        self._progress = Progress(
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=max_steps, completed=first_step, line="")
+        self._first_step, self._start_time, self._last_line_time = first_step, time.monotonic(), 0.0
+        self._smoothed_throughput: float | None = None
+        self._val_loss: float | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Write the record of one step to the file and show it on the progress line."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        step, rate, smoothed = record["step"], record["tokens_per_second"], self._smoothed_throughput
+        self._smoothed_throughput = rate if smoothed is None else 0.9 * smoothed + 0.1 * rate
+        self._val_loss = record.get("val_loss", self._val_loss)
+        val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
+        line = f"loss {record['loss']:.4f}{val}  {self._smoothed_throughput:,.0f} tok/s"
+        self._progress.update(self._task, completed=step, line=line)
+        now = time.monotonic()
+        due = now - self._last_line_time >= LOG_INTERVAL_SECONDS or "val_loss" in record or step == self.max_steps
+        if not self.console.is_terminal and due:
+            self._last_line_time = now
+            remaining = (now - self._start_time) / (step - self._first_step) * (self.max_steps - step)
+            self.log_message(f"step {step:,}/{self.max_steps:,}  {line}  {format_duration(remaining)} left")
+
+    def log_message(self, text: str) -> None:
+        """Print a line above the progress line."""
+        self.console.print(text, markup=False)
+
+
+def _open_truncated(path: Path, last_step: int) -> Any:
+    """Open a metrics file for appending, without lines after `last_step` and without an incomplete last line."""
+    kept = [line for line in read_metrics(path) if line["step"] <= last_step] if path.exists() else []
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    fresh.replace(path)
+    return path.open("a")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file. Broken lines, as a kill or a power cut leaves them, are skipped with a warning."""
+    records, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            records.append({"step": int(record["step"]), "loss": float(record["loss"]), **record})
+        except (ValueError, TypeError, KeyError):
+            broken += 1
+    if broken:
+        log.warning("%s: skipped %d line(s) that cannot be read", path, broken)
+    return records
+
+
+def without_timings(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without times and throughput: all else is equal in two runs of the same config."""
+    return [{name: value for name, value in record.items() if "second" not in name} for record in records]

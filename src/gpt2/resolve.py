@@ -1,0 +1,50 @@
+"""What a MODEL argument stands for: its folder, config, tokenizer, chat template and adapter, resolved in one place."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from gpt2.lora import find_adapter
+from gpt2.model import GPT, GPTConfig
+from gpt2.templates import ChatTemplate, load_template
+from gpt2.tokenizer import Tokenizer
+from gpt2.weights import find_model_folder, load, load_model_tokenizer, read_config
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """The files of a model. Weights, tokenizer and template are read when they are used."""
+
+    folder: Path  # the model folder
+    config: GPTConfig
+    adapter: Path | None = None  # the folder of a LoRA adapter
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None if it has none. Raises UserError for broken files."""
+        return load_model_tokenizer(self.folder, self.config)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The adapter's chat template, else the model's, else None. Raises UserError for broken files."""
+        folders = [folder for folder in (self.adapter, self.folder) if folder is not None]
+        return next((template for folder in folders if (template := load_template(folder)) is not None), None)
+
+    def load(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    ) -> tuple[GPT, Tokenizer | None]:
+        """Read the weights, with the adapter merged into them, and the tokenizer: see `gpt2.load`."""
+        return load(self.folder, device=device, dtype=dtype, adapter=self.adapter)
+
+
+def resolve_model(ref: str | Path, adapter: str | Path | None = None) -> ResolvedModel:
+    """Resolve a run folder, a model folder or a hub name, and the adapter to use with it.
+
+    adapter: the folder of a LoRA adapter, or of the run that wrote it.
+    Raises UserError where `ref` or `adapter` cannot be found, or config.json is not a GPT-2's.
+    """
+    adapter_folder = None if adapter is None else find_adapter(adapter)
+    folder = find_model_folder(ref)
+    return ResolvedModel(folder, read_config(folder), adapter_folder)

@@ -1,0 +1,40 @@
+"""What all benchmarks share: the workload, timing, and subprocesses."""
+
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+
+from gpt2.bench.common import BenchmarkError, Workload, quartiles_ms, run_in_process, run_in_subprocess
+from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD
+
+
+def test_batches_are_deterministic_and_follow_zipfs_law() -> None:
+    batches = TINY_WORKLOAD.batches()
+    assert len(batches) == TINY_WORKLOAD.warmup + TINY_WORKLOAD.steps
+    for (tokens, targets), (again, _) in zip(batches, TINY_WORKLOAD.batches(), strict=True):
+        assert tokens.shape == targets.shape == (2, 16)
+        assert torch.equal(tokens, again)
+        assert torch.equal(tokens[:, 1:], targets[:, :-1])
+    many = torch.cat([tokens.flatten() for tokens, _ in Workload("cpu", TINY_CONFIG, 64, 64, steps=5).batches()])
+    counts = torch.bincount(many, minlength=301).float()
+    assert counts.argmax() == 0
+    assert counts[0] / counts[9] == pytest.approx(10, rel=0.25)  # Zipf
+
+
+def test_milliseconds_are_median_and_quartiles() -> None:
+    assert quartiles_ms([0.004, 0.001, 0.002, 0.003, 0.005]) == pytest.approx({"median": 3, "low": 2, "high": 4})
+    assert quartiles_ms([0.002]) == pytest.approx({"median": 2, "low": 2, "high": 2})
+
+
+def test_a_subprocess_returns_results_and_its_death_is_an_error() -> None:
+    assert run_in_subprocess(os.getpid) != os.getpid()
+    with pytest.raises(BenchmarkError, match="SIGKILL") as death:
+        run_in_subprocess(signal.raise_signal, signal.SIGKILL)
+    assert death.value.out_of_memory
+    with pytest.raises(BenchmarkError, match="block_size must be at least 1") as failure:
+        run_in_process(Workload, "cpu", TINY_CONFIG, 1, 0)
+    sent = pickle.loads(pickle.dumps(failure.value))  # as it is sent between processes
+    assert (sent.reason, sent.out_of_memory) == (failure.value.reason, False)

@@ -1,0 +1,264 @@
+"""Hostile and broken clients: incomplete requests, unread streams, invalid HTTP. The next client is served."""
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+from gpt2.serve import middleware, sse, uvicorn_server
+from gpt2.serve.limits import Limits
+from gpt2.serve.schema import ErrorBody
+from gpt2.serve.uvicorn_server import bind_socket
+from tests.helpers.live_server import LiveServer, run_server, temporary_home
+
+COMPLETIONS = "/v1/completions"
+LONG = 10**6
+LIMITS = Limits(slots=4, max_tokens=LONG)
+HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+JSON = {"Content-Type": "application/json"}
+ENDLESS = {"prompt": "x", "max_tokens": LONG, "logit_bias": {"256": -100}}
+
+
+@pytest.fixture(scope="module")
+def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with temporary_home(compiled, tmp_path_factory.mktemp("home")), run_server(LIMITS) as served:
+        yield served
+
+
+@pytest.fixture
+def plain(server: LiveServer) -> Iterator[socket.socket]:
+    """A raw connection to the server."""
+    with socket.create_connection(address_of(server), timeout=20) as one:
+        yield one
+
+
+def address_of(server: LiveServer) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+@pytest.fixture(autouse=True)
+def server_still_works(server: LiveServer, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """After each test all slots are free, a request succeeds, and the log has no traceback."""
+    with caplog.at_level(logging.INFO):
+        yield
+        server.wait_until_idle()
+        with server.client() as client:
+            assert client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info or "\n" in record.getMessage()]
+
+
+def read_to_end(plain: socket.socket) -> bytes:
+    """Read until the server closes the connection."""
+    parts = []
+    while part := plain.recv(2**16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def read_error(plain: socket.socket) -> bytes:
+    """Read to the end of an error body; the connection may stay open."""
+    data = b""
+    while not data.endswith(b"}}"):
+        part = plain.recv(2**16)
+        assert part, data
+        data += part
+    return data
+
+
+def request(asked: Any, more: str = "") -> bytes:
+    body = json.dumps(asked).encode()
+    return f"{HEAD}{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def error_in(data: bytes, status: int) -> str:
+    """The message of the only response, checked against the schema."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), data
+    error = ErrorBody.model_validate(json.loads(body), strict=True).error
+    assert "\n" not in error.message
+    return error.message
+
+
+@pytest.mark.parametrize("sent", [b"P", b"POST /v1", HEAD.encode()[:-2]])
+def test_an_incomplete_header_times_out(server: LiveServer, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it arrives byte by byte, and after a response."""
+    monkeypatch.setattr(uvicorn_server, "HEADER_TIMEOUT_SECONDS", 0.3)
+    for before in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"):
+        with socket.create_connection(address_of(server), timeout=20) as plain:
+            if before:
+                plain.sendall(before)
+                assert b"200 OK" in plain.recv(2**16)
+                time.sleep(0.05)
+            began = time.monotonic()
+            for byte in sent:
+                plain.sendall(bytes([byte]))
+            assert b"200 OK" not in read_to_end(plain)
+            assert 0.2 < time.monotonic() - began < 4
+
+
+def test_an_incomplete_body_times_out(plain: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_SECONDS", 0.1)
+    plain.sendall(request(ENDLESS)[:-3])
+    assert "did not arrive" in error_in(read_error(plain), 408)
+
+
+def test_an_unread_stream_is_closed(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream fills the buffers of both sockets, and then waits until the send timeout."""
+    monkeypatch.setattr(sse, "SEND_TIMEOUT_SECONDS", 0.2)
+    send_events, timeouts = sse.SSEResponse._send_events, []
+
+    async def recorded(*given: Any) -> None:
+        try:
+            await send_events(*given)
+        except TimeoutError as error:
+            timeouts.append(error)
+            raise
+
+    monkeypatch.setattr(sse.SSEResponse, "_send_events", recorded)
+    with socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.connect(address_of(server))
+        plain.sendall(request(ENDLESS | {"stream": True, "n": 4, "logprobs": 20}))
+        until = time.monotonic() + 60
+        while not timeouts:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        server.wait_until_idle()
+
+
+def test_the_socket_has_a_user_timeout() -> None:
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        pytest.skip("this system has no TCP_USER_TIMEOUT")
+    with bind_socket("127.0.0.1", 0) as bound:
+        wanted = 1000 * sse.SEND_TIMEOUT_SECONDS
+        assert bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == wanted
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),  # TLS
+        b"hello\r\n\r\n",
+        b"GET /health\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 2**18 + b"\r\n\r\n",
+        b"GET /" + b"y" * 2**18 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+        HEAD.encode() + b"Content-Length: -1\r\n\r\n",
+        HEAD.encode() + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+    ],
+    ids=["tls", "words", "0.9", "no host", "two hosts", "long header", "long path", "minus", "two lengths", "no chunk"],
+)
+def test_invalid_http_gets_an_error_body(plain: socket.socket, sent: bytes) -> None:
+    try:
+        plain.sendall(sent)
+        data = read_to_end(plain)
+    except ConnectionError:  # closed before everything was sent
+        return
+    assert error_in(data, 400) == "this is not HTTP/1.1"
+
+
+def test_invalid_data_after_a_response_gets_no_second_one(plain: socket.socket) -> None:
+    """The request is refused before its body is read, and its body is not a valid chunk."""
+    plain.sendall(f"{HEAD}Transfer-Encoding: chunked\r\nOrigin: http://evil.example\r\n\r\n".encode())
+    data = read_error(plain)
+    plain.sendall(b"nonsense\r\n")
+    assert "other sites" in error_in(data + read_to_end(plain), 403)
+
+
+def test_pipelined_requests_are_answered_in_order(server: LiveServer, plain: socket.socket) -> None:
+    """All are sent before the first response is read."""
+    asked = [{"prompt": "x", "seed": seed, "max_tokens": 5, "logit_bias": {"256": -100}} for seed in range(4)]
+    plain.sendall(b"".join(map(request, asked)) + request({"prompt": 1}, "Connection: close\r\n"))
+    data = read_to_end(plain)
+    with server.client() as client:
+        wanted = [client.post(COMPLETIONS, json=one).json()["choices"][0]["text"] for one in asked]
+    bodies = [json.loads(part.partition(b"\r\n\r\n")[2]) for part in data.split(b"HTTP/1.1 ")[1:]]
+    assert [body["choices"][0]["text"] for body in bodies[:4]] == wanted
+    assert bodies[4]["error"]["param"] == "prompt"
+
+
+def test_an_unsupported_upgrade_is_a_plain_request(plain: socket.socket) -> None:
+    plain.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n")
+    assert read_to_end(plain).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"stop": ["x"] * 10_000}, "stop"),
+        ({"prompt": [2**31]}, "prompt"),
+        ({"prompt": [2**70]}, "prompt"),
+        ({"prompt": [[1], "x"]}, "prompt"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 10**400}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"max_tokens": 2**40}, "max_tokens"),
+        ({"n": 16, "best_of": 17}, "best_of"),
+        ({"n": 128}, "n"),
+        ({"prompt": ["x"] * 128, "n": 16}, None),
+        ({"temperature": 1e400}, "temperature"),
+        ({"logit_bias": {str(10**30): 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"bad_words": [[10**9]]}, "bad_words"),
+        ({"model": "\ud800"}, "model"),
+        ({"stop": ["\udfff\ud800"]}, "stop"),
+        ({"model": "x" * 10**6}, "model"),
+        ({"x" * 10**6: 1}, "x" * 200),
+        ({"prompt": "x" * 10**6}, "prompt"),
+    ],
+)
+def test_a_request_out_of_bounds_is_refused(server: LiveServer, asked: dict[str, Any], param: str | None) -> None:
+    with server.client() as client:
+        reply = client.post(COMPLETIONS, content=json.dumps({"prompt": "x"} | asked).encode(), headers=JSON)
+    assert reply.status_code in (400, 404)
+    error = ErrorBody.model_validate(reply.json(), strict=True).error
+    assert error.param == param
+    assert "\n" not in error.message
+    assert len(error.message) < 1000
+
+
+@pytest.mark.parametrize("body", [b"[" * 10**6, b'{"a":' * 10**5, b'{"prompt": ' + b"[" * 10**5, b"9" * 10**6])
+def test_deep_and_long_json_is_refused(server: LiveServer, body: bytes) -> None:
+    with server.client() as client:
+        assert client.post(COMPLETIONS, content=body, headers=JSON).status_code == 400
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\0", "\u202e\ufeff", "\U0010ffff", "é́́́́", "\r\n\r\ndata: [DONE]\n\n"])
+def test_any_text_is_a_prompt(server: LiveServer, text: str) -> None:
+    asked = {"prompt": text, "echo": True, "max_tokens": 2, "logprobs": 1, "stop": ["\0\0"]}
+    with server.client() as client:
+        reply = client.post(COMPLETIONS, content=json.dumps(asked).encode(), headers=JSON)
+        assert reply.status_code == 200
+        assert reply.json()["choices"][0]["text"].startswith(text.replace("\ud800", "\ufffd"))
+        stream = client.post(COMPLETIONS, content=json.dumps(asked | {"stream": True}).encode(), headers=JSON)
+    events = stream.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") and json.loads(event[6:]) for event in events[:-2])
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("HEAD", "/health"), ("OPTIONS", COMPLETIONS), ("TRACE", "/"), ("PUT", COMPLETIONS)]
+)
+def test_other_methods_are_refused(server: LiveServer, method: str, path: str) -> None:
+    with server.client() as client:
+        reply = client.request(method, path)
+    assert reply.status_code == 405
+    assert method == "HEAD" or "does not support" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "x" * 9999]
+)
+def test_other_content_types_are_refused(server: LiveServer, kind: str) -> None:
+    with server.client() as client:
+        reply = client.post(COMPLETIONS, content=b'{"prompt": "x"}', headers={"Content-Type": kind})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
