@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import gpt2.formats.huggingface
 import gpt2.train.checkpoint
-import gpt2.weights
 from gpt2.config import TrainConfig
 from gpt2.errors import UserError
 from gpt2.optimizers import build_optimizers

@@ -21,7 +21,7 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
         for block in model.transformer.h:
-            setattr(block.get_submodule("attn"), "attend", _causal_attention)  # noqa: B010
+            setattr(block.get_submodule("attn"), "attention_fn", _causal_attention)  # noqa: B010
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model.lm_head(self.model.transformer(tokens))

@@ -87,7 +87,7 @@ def _config(checkpoint: Mapping[str, Any], path: Path) -> GPTConfig:
 
 
 def read_tokenizer(path: Path) -> CharacterTokenizer | None:
-    """The characters in the `meta.pkl` beside a checkpoint, None without one. Raises ModelFilesError if it is broken."""
+    """The characters in the `meta.pkl` beside a checkpoint, None without it. Raises ModelFilesError if broken."""
     meta = path.with_name("meta.pkl")
     return CharacterTokenizer(_characters(meta)) if meta.is_file() else None
 
