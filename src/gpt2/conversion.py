@@ -192,7 +192,7 @@ def check_free(target: Target, out: Path, overwrite: bool) -> None:
     held = [path.name for path in out.iterdir()]
     strange = any(not any(Path(name).match(pattern) for pattern in target.files) for name in held)
     if strange or (target.name == "hf" and held and not _holds_gpt2(out)):
-        raise UserError(f"{out} has something else in it: name a new folder")
+        raise UserError(f"{out} is not empty and holds no exported model: name a new folder")
     if held and not overwrite:
         raise UserError(f"{out} has a model in it: name another folder, or add --overwrite")
 

@@ -185,8 +185,7 @@ class BPETokenizer(_ByteLevelTokenizer):
         self._backend = backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a pickled backend loses encode_special_tokens
-        return BPETokenizer, (self._backend,), {"end_of_text": self.end_of_text}
+        return BPETokenizer, (self._backend,), {"end_of_text": self.end_of_text}  # loses encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return _encode_with_backend(self._backend, texts)
@@ -357,9 +356,8 @@ def _load_vocab_json(path: Path) -> Tokenizer:
     """The tokenizer in a `vocab.json`. Raises ValueError for that file, and ModelFilesError for the files beside it."""
     added = added_tokens_beside(path)
     ids = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = vocabulary_from_token_ids(
-        {**ids, **added} if isinstance(ids, dict) else ids, added_tokens={END_OF_TEXT, *added}
-    )
+    ids = {**ids, **added} if isinstance(ids, dict) else ids
+    vocabulary = vocabulary_from_token_ids(ids, added_tokens={END_OF_TEXT, *added})
     if known := recognize_tokenizer(vocabulary):
         return known
     merges_path = path.with_name("vocab.bpe" if path.name == "encoder.json" else "merges.txt")  # OpenAI's names

@@ -219,7 +219,7 @@ def test_a_model_in_the_way_stays(tmp_path: Path) -> None:
             check_free(target, out, overwrite=False)
         check_free(target, out, overwrite=True)
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="has something else in it"):
+    with pytest.raises(UserError, match="is not empty and holds no exported model"):
         check_free(hf, folder, overwrite=True)
     with pytest.raises(UserError, match="is a folder, and nanogpt is one file"):
         check_free(nanogpt, folder, overwrite=True)

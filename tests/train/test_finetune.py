@@ -170,7 +170,7 @@ def test_the_best_is_kept_and_patience_ends_the_run(tuning: TrainConfig, capsys:
     best = min(lines, key=lambda line: line["val_loss"])
     assert lines[-1]["step"] < 60
     assert [line["step"] for line in lines[-3:]] == [best["step"] + 2, best["step"] + 4, best["step"] + 6]
-    assert f"validation was best at step {best['step']}" in capsys.readouterr().err
+    assert f"validation loss was lowest at step {best['step']}" in capsys.readouterr().err
     report = (folder / "report.md").read_text()
     assert "was stopped" not in report
     data = setup_run(replace(config, name="again"), folder.parent / "again")
