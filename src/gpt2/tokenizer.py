@@ -189,11 +189,7 @@ class BPETokenizer(_ByteLevelTokenizer):
         self._backend = backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            BPETokenizer,
-            (self._backend,),
-            {"end_tokens": self.end_tokens},
-        )  # a pickled backend loses encode_special_tokens
+        return BPETokenizer, (self._backend,), {"end_tokens": self.end_tokens}  # it loses encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return _encode_with_backend(self._backend, texts)

@@ -101,12 +101,12 @@ def read_template(path: Path) -> ChatTemplate | None:
     source, tokens = settings.get("tokenizer.chat_template"), settings.get("tokenizer.ggml.tokens")
     if not isinstance(source, str):
         return None
-    tokens = tokens if _are(str, tokens) else []
+    texts_by_id: list[str] = tokens if _are(str, tokens) else []
     texts: dict[str, str] = {}
     for name in ("bos", "eos", "unknown"):
         token = settings.get(f"tokenizer.ggml.{name}_token_id")
-        if type(token) is int and 0 <= token < len(tokens):
-            texts["unk_token" if name == "unknown" else f"{name}_token"] = tokens[token]
+        if type(token) is int and 0 <= token < len(texts_by_id):
+            texts["unk_token" if name == "unknown" else f"{name}_token"] = texts_by_id[token]
     return ChatTemplate(source, texts)
 
 
