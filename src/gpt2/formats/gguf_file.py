@@ -80,9 +80,9 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
         return None
     tokens, kinds = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.token_type", [])
     merges = settings.get("tokenizer.ggml.merges", [])
-    if model != "gpt2" or tokens is None or not _are(str, tokens) or not _are(str, merges):
+    if model != "gpt2" or tokens is None or not _are(tokens, str) or not _are(merges, str):
         raise ModelFilesError(f"{path}: its tokenizer '{model}' is no byte-level BPE")
-    kinds = kinds if _are(int, kinds) and len(kinds) == len(tokens) else [NORMAL] * len(tokens)
+    kinds = kinds if _are(kinds, int) and len(kinds) == len(tokens) else [NORMAL] * len(tokens)
     special = [i for i, kind in enumerate(kinds) if kind in (CONTROL, UNUSED)]
     symbols = [i for i, kind in enumerate(kinds) if kind == USER_DEFINED]
     try:
@@ -101,7 +101,7 @@ def read_template(path: Path) -> ChatTemplate | None:
     source, tokens = settings.get("tokenizer.chat_template"), settings.get("tokenizer.ggml.tokens")
     if not isinstance(source, str):
         return None
-    texts_by_id: list[str] = tokens if _are(str, tokens) else []
+    texts_by_id: list[str] = tokens if _are(tokens, str) else []
     texts: dict[str, str] = {}
     for name in ("bos", "eos", "unknown"):
         token = settings.get(f"tokenizer.ggml.{name}_token_id")
@@ -110,7 +110,7 @@ def read_template(path: Path) -> ChatTemplate | None:
     return ChatTemplate(source, texts)
 
 
-def _are(kind: type, values: Any) -> TypeGuard[list[Any]]:
+def _are(values: Any, kind: type) -> TypeGuard[list[Any]]:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
