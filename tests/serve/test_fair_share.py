@@ -31,7 +31,9 @@ def model() -> GPT:
 class SteppedScheduler(Scheduler):
     """A scheduler without a thread: the test runs its steps."""
 
-    alive = True  # pyright: ignore[reportAssignmentType]
+    @property
+    def alive(self) -> bool:
+        return True
 
     def steps(self, count: int) -> None:
         for _ in range(count):
