@@ -1,5 +1,6 @@
 """Hostile and broken clients: incomplete requests, unread streams, invalid HTTP. The next client is served."""
 
+import gc
 import json
 import logging
 import select
@@ -15,7 +16,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 from gpt2.serve import app as app_module
-from gpt2.serve import middleware, sse, tokenizer_threads, uvicorn_server
+from gpt2.serve import json_route, middleware, sse, tokenizer_threads, uvicorn_server
 from gpt2.serve.limits import Limits
 from gpt2.serve.schema import ErrorBody
 from gpt2.serve.uvicorn_server import bind_socket
@@ -280,6 +281,8 @@ def test_other_content_types_are_refused(server: LiveServer, kind: str) -> None:
         (COMPLETIONS, {"bad_words": [["x"]] * 10**5}),
         ("/v1/chat/completions", {"messages": [{}] * 10**6}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 10**6}]}),
+        (COMPLETIONS, {"prompt": [[1]] * 600_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 100_000}]}),
         ("/inspect/next", {"tokens": ["x"] * 10**6}),
         ("/inspect/next", {"text": "x", "model": "m" * 4 * 10**6}),
         ("/tokenize", {"text": "x" * 2 * 10**6}),
@@ -298,6 +301,29 @@ def test_only_the_first_error_of_a_body_is_collected(
     assert reply.status_code in (400, 404)
     assert all(count <= 2 for count in counts)  # a required field may be missing too
     assert len(reply.text) < 1000
+
+
+def test_a_body_is_parsed_without_garbage_collections(server: LiveServer) -> None:
+    """They would take most of the time of a body of many small lists."""
+    phases: list[str] = []
+    parsing = {"now": False}
+    gc.callbacks.append(lambda phase, info: phases.append(phase) if parsing["now"] else None)
+    loads = json.loads
+
+    def watched(*given: Any, **options: Any) -> Any:
+        parsing["now"] = True
+        try:
+            return loads(*given, **options)
+        finally:
+            parsing["now"] = False
+
+    with pytest.MonkeyPatch.context() as patch, server.client() as client:
+        patch.setattr(json_route.json, "loads", watched)
+        reply = client.post(COMPLETIONS, content=b'{"prompt": [' + b"[]," * 10**5 + b"[]]}", headers=JSON)
+        gc.callbacks.pop()
+    assert reply.status_code == 400
+    assert not phases
+    assert gc.isenabled()
 
 
 def test_a_body_where_none_is_read_is_not_read(server: LiveServer, plain: socket.socket) -> None:
