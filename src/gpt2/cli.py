@@ -255,5 +255,6 @@ COMMANDS = {
     "export": "write a model for other programs",
     "data": "prepare token shards and inspect data",
     "bench": "measure the speed of training, generation and serving, and compare it with peers",
+    "sweep": "search for the best learning rate and other settings of a recipe",
     "plan": "estimate memory, time and cost of a training run",
 }
