@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean
+from gpt2.terminal import escape_controls, single_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,7 +143,9 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     """Run a program and exit with its code. A user error becomes one line on standard error and exit code 2."""
     _configure_streams()
     is_main_process = os.environ.get("RANK", "0") == "0"  # the other ranks would repeat its warnings
-    logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING if is_main_process else logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter("gpt2: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_main_process else logging.ERROR)
     try:
         code = program() or 0
         if sys.stdout is not None:
@@ -167,7 +170,7 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
 
 def _exit_with_error(message: str, code: int = 2) -> NoReturn:
     """Print a nonempty message as one line on standard error, with control characters escaped, and exit."""
-    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in message)
+    line = single_line(message)
     if line and sys.stderr is not None:
         print(f"gpt2: {line}", file=sys.stderr)
     sys.exit(code)
@@ -196,6 +199,16 @@ def _configure_streams() -> None:
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(raw), sys.stderr.encoding, "backslashreplace", line_buffering=True
         )
+
+
+class _LogFormatter(logging.Formatter):
+    """A message is one line, whatever names are in it; only a traceback has several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return single_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return escape_controls(super().formatException(ei))
 
 
 class _LossyFile(io.FileIO):

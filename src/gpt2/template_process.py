@@ -22,6 +22,10 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 _INHERITED_VARIABLES = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")  # no keys, no tokens
 
 
+class TemplateLimitError(RequestError):
+    """A template was stopped at its time, or ended its process: rendering it again would take as long again."""
+
+
 class TemplateProcess:
     """A compiled template. Its process is started when needed, and again after it was stopped for its time.
 
@@ -48,7 +52,8 @@ class TemplateProcess:
     def render(self, messages: Sequence[tuple[str, str]], renders: Sequence[tuple[int, bool]]) -> list[str]:
         """The texts of (number of leading messages, whether to add the generation prompt) each.
 
-        All texts together have `RENDER_SECONDS` for each 64 messages. Raises RequestError if the template fails.
+        All texts together have `RENDER_SECONDS` for each 64 messages. Raises RequestError if the template fails, and
+        TemplateLimitError if it was stopped.
         """
         request = {"messages": list(messages), "variables": self._variables, "renders": list(renders)}
         seconds = RENDER_SECONDS * max(1.0, len(messages) / MESSAGES_PER_BUDGET)
@@ -57,7 +62,8 @@ class TemplateProcess:
                 self._start()
             answer = self._ask(request, seconds)
         if "error" in answer:
-            raise RequestError(f"the model's chat template cannot be used for these messages: {answer['error']}")
+            kind = TemplateLimitError if answer.get("stopped") else RequestError
+            raise kind(f"the model's chat template cannot be used for these messages: {answer['error']}")
         return answer["texts"]
 
     def _start(self) -> None:
@@ -106,7 +112,8 @@ class TemplateProcess:
             answer = json.loads(line)
             return answer | {"error": " ".join(answer["error"].split())} if "error" in answer else answer
         _stop(process, os.getpid())
-        return {"error": f"it takes more than {seconds:g} s" if expired.is_set() else "it ended its process"}
+        error = f"it takes more than {seconds:g} s" if expired.is_set() else "it ended its process"
+        return {"error": error, "stopped": True}
 
 
 def _stop(process: subprocess.Popen[str], owner: int) -> None:

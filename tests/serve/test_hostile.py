@@ -364,16 +364,31 @@ def test_a_host_header_names_a_host(host: str, name: str) -> None:
     assert middleware._hostname(host) == name
 
 
-def test_connections_beyond_the_limit_are_closed_with_one_warning(
+def test_connections_beyond_the_limit_replace_those_that_wait(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Idle connections are closed, the oldest first; the next request is answered, and one warning is logged."""
     monkeypatch.setattr(uvicorn_server, "max_connections", lambda: 3)
     opened = [socket.create_connection(address_of(server), timeout=20) for _ in range(20)]
-    closed = [plain for plain in opened if is_closed(plain)]
-    assert 17 <= len(closed) <= 20
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+    assert all(is_closed(plain) for plain in opened[:17])
     for plain in opened:
         plain.close()
-    assert len([record for record in caplog.records if "connections refused" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "connection(s) closed" in record.getMessage()]) == 1
+
+
+def test_connections_beyond_the_limit_are_closed_if_none_waits(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = f"{HEAD}Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n".encode()
+    with socket.create_connection(address_of(server), timeout=20) as busy:
+        busy.sendall(head)
+        assert b"100 Continue" in busy.recv(2**16)
+        monkeypatch.setattr(uvicorn_server, "max_connections", lambda: 1)
+        with socket.create_connection(address_of(server), timeout=20) as other:
+            assert is_closed(other)
+        assert not is_closed(busy)
 
 
 def is_closed(plain: socket.socket) -> bool:

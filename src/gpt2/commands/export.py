@@ -1,5 +1,6 @@
 """gpt2 export MODEL OUT"""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
 from gpt2.errors import ConfigError, UserError
 from gpt2.files import RUN_FOLDER_FILES, expand_path, known_folder_kind
+from gpt2.terminal import path_for_stream
 
 if TYPE_CHECKING:
     from gpt2.model import GPT
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = source.load(dtype=dtype)
     if not args.overwrite and (out / "config.json").is_file() and not _holds_same_model(out, model):
         raise UserError(f"{out} holds another model: --overwrite replaces it")
-    print(save(model, tokenizer, out, template=source.template))
+    print(path_for_stream(save(model, tokenizer, out, template=source.template), sys.stdout))
 
 
 def _check_output_folder(out: Path, source: Path) -> None:

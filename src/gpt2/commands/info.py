@@ -1,12 +1,14 @@
 """gpt2 info MODEL"""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
 from gpt2.reporting.units import format_bytes
+from gpt2.terminal import escape_controls, single_line
 
 if TYPE_CHECKING:
     from gpt2.resolve import ResolvedModel
@@ -27,10 +29,10 @@ def main(argv: list[str]) -> None:
 
     facts = model_facts(resolve_model(args.model, args.adapter))
     if args.json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        print(json.dumps(facts, ensure_ascii=sys.stdout.isatty(), indent=2))
         return
     for name, value in facts.items():
-        print(f"{name + ':':16}{format_bytes(value) if name == 'size' else _shown(value)}")
+        print(f"{name + ':':16}{format_bytes(value) if name == 'size' else _shown(name, value)}")
 
 
 def model_facts(model: "ResolvedModel") -> dict[str, Any]:
@@ -88,9 +90,13 @@ def end_tokens(folder: Path) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None:
         return "none"
-    return f"{value:,}" if isinstance(value, int) else str(value).strip().replace("\n", "\n" + " " * 16)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if name == "chat template":
+        return escape_controls(value).strip().replace("\n", "\n" + " " * 16)
+    return single_line(value)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2.reporting.units import format_duration
+from gpt2.terminal import single_line
 
 log = logging.getLogger("gpt2")
 
@@ -72,7 +73,7 @@ class MetricsLogger:
 
     def log_message(self, text: str) -> None:
         """Print a line above the progress line."""
-        self.console.print(text, markup=False)
+        self.console.print(single_line(text), markup=False)
 
 
 def _open_truncated(path: Path, last_step: int) -> Any:
