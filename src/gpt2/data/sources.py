@@ -27,7 +27,7 @@ BUILTIN_SOURCES = {
 }
 CHUNK_BYTES = 1 << 20
 MAX_CHUNK_CHARACTERS = 1 << 18  # without a place to split: a tokenizer takes hundreds of bytes for each character
-_AFTER_LETTER = frozenset('0123456789!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~')  # not an apostrophe, as in "it's"
+_AFTER_LETTER = frozenset('0123456789!"#$%&()*+,-./:;<=>?@[\\]^_`{}~')  # not in "it's" or "<|endoftext|>"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SEPARATOR = END_OF_TEXT.encode()
 
