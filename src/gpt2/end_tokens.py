@@ -19,7 +19,7 @@ def read_end_tokens(folder: Path, vocab_size: int, default: int) -> tuple[int, .
         path = folder / name
         check_inside_folder(path, folder)
         if path.is_file():
-            found |= dict.fromkeys(_eos_token_ids(path))
+            found |= dict.fromkeys(eos_token_ids(path))
     return tuple(token for token in found if token < vocab_size) or (default,)
 
 
@@ -28,7 +28,8 @@ def format_eos_token_id(tokens: tuple[int, ...]) -> int | list[int]:
     return tokens[0] if len(tokens) == 1 else list(tokens)
 
 
-def _eos_token_ids(path: Path) -> list[int]:
+def eos_token_ids(path: Path) -> list[int]:
+    """The ids of `eos_token_id` in a config. Raises ModelFilesError for a broken file, or values that are not ids."""
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,13 +12,14 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from gpt2.errors import DataError, UserError
+from gpt2.errors import DataError, ModelFilesError, UserError
 
 RUN_FOLDER_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # a run folder has the first and one more
 
 _WHOLE_HASH_BYTES, _SAMPLED_BLOCKS, _SAMPLED_BLOCK_BYTES = 64 * 2**20, 16, 2**16
+MAX_HEADER_BYTES = 2**22  # of a safetensors file; the header of GPT-2 XL's has less than 2**17
 _PARTIAL_SUFFIX, _LOCK_SUFFIX = ".partial", ".lock"
 NO_LOCKS_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a drive without locks
 
@@ -78,6 +80,27 @@ def check_inside_folder(path: Path, folder: Path) -> None:
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if path.exists() and not any(real.is_relative_to(one) for one in allowed):
         raise UserError(f"{path} is a link to a file outside its folder: replace it by a copy of that file")
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: {name: {"dtype", "shape", "data_offsets"}}, and `__metadata__`.
+
+    Raises ModelFilesError for a file that cannot be read, and for a header that is broken or far larger than a GPT-2's:
+    the library takes seconds for hundreds of thousands of tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER_BYTES:,} are read")
+            header = json.loads(file.read(size))
+    except OSError as error:
+        raise ModelFilesError(f"cannot read {path} ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelFilesError(f"{path} is not a whole safetensors file: {error}") from None
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ModelFilesError(f"{path} is not a whole safetensors file: its header is not an object of objects")
+    return header
 
 
 def read_error(path: Path, error: OSError) -> DataError:

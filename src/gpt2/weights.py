@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2.end_tokens import format_eos_token_id, read_end_tokens
 from gpt2.errors import UserError
-from gpt2.files import check_inside_folder, expand_path, similar_model_folder, staging_folder
+from gpt2.files import check_inside_folder, expand_path, safetensors_header, similar_model_folder, staging_folder
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import DTYPE_NAMES, pick_device
@@ -305,6 +305,7 @@ def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         check_inside_folder(path, folder)
+        safetensors_header(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)

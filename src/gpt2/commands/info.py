@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
+from gpt2.end_tokens import eos_token_ids
+from gpt2.files import safetensors_header
 from gpt2.reporting.units import format_bytes
 from gpt2.terminal import escape_controls, single_line
 
@@ -73,21 +75,15 @@ def stored_dtypes(folder: Path) -> str:
     """The dtypes of the tensors in a folder's safetensors files, by their headers; "" without such files."""
     found: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        header = safetensors_header(path)
+        found |= {str(entry.get("dtype")) for name, entry in header.items() if name != "__metadata__"}
     return ", ".join(sorted(found))
 
 
 def end_tokens(folder: Path) -> list[int]:
-    """The ids of `eos_token_id` in generation_config.json and config.json."""
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            ids += value if isinstance(value, list) else [] if value is None else [value]
-    return list(dict.fromkeys(ids))
+    """The ids of `eos_token_id` in generation_config.json and config.json. Raises ModelFilesError for a broken file."""
+    paths = [folder / name for name in ("generation_config.json", "config.json")]
+    return list(dict.fromkeys(token for path in paths if path.is_file() for token in eos_token_ids(path)))
 
 
 def _shown(name: str, value: Any) -> str:
