@@ -83,7 +83,7 @@ def check_inside_folder(path: Path, folder: Path) -> None:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: {name: {"dtype", "shape", "data_offsets"}}, and `__metadata__`.
+    """The header of a safetensors file, without its metadata: {name: {"dtype", "shape", "data_offsets"}}.
 
     Raises ModelFilesError for a file that cannot be read, and for a header that is broken or far larger than a GPT-2's:
     the library takes seconds for hundreds of thousands of tensors.
@@ -94,12 +94,18 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             if size > MAX_HEADER_BYTES:
                 raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER_BYTES:,} are read")
             header = json.loads(file.read(size))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            if path.stat().st_size != 8 + size + end:
+                raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {8 + size + end:,}")
+            header.pop("__metadata__", None)
+            if not all(type(one) is int and one >= 0 for entry in header.values() for one in entry["shape"]):
+                raise ValueError("a shape in its header is none")
     except OSError as error:
         raise ModelFilesError(f"cannot read {path} ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
-        raise ModelFilesError(f"{path} is not a whole safetensors file: {error}") from None
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ModelFilesError(f"{path} is not a whole safetensors file: its header is not an object of objects")
+        raise ModelFilesError(f"{path} is no whole safetensors file: {error}") from None
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise ModelFilesError(f"{path} is no whole safetensors file: its header does not describe tensors") from None
     return header
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
-from gpt2.end_tokens import eos_token_ids
 from gpt2.files import safetensors_header
 from gpt2.reporting.units import format_bytes
 from gpt2.terminal import escape_controls, single_line
@@ -47,6 +46,7 @@ def model_facts(model: "ResolvedModel") -> dict[str, Any]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(config).parameters())
     end = None if tokenizer is None else tokenizer.end_of_text
+    files = list(model.folder.iterdir()) if model.folder.is_dir() else [model.folder]
     facts: dict[str, Any] = {
         "folder": str(model.folder),
         "layers": config.n_layer,
@@ -58,10 +58,10 @@ def model_facts(model: "ResolvedModel") -> dict[str, Any]:
         "dtype": stored_dtypes(model.folder),
         "tokenizer": None if tokenizer is None else f"{tokenizer.name}, {tokenizer.vocab_size:,} ids",
         "end token": end,
-        "end tokens": end_tokens(model.folder),
+        "end tokens": [] if tokenizer is None else list(tokenizer.end_tokens),
         "chat template": None if model.template is None else model.template.source,
         "adapter": None if model.adapter is None else str(model.adapter),
-        "size": sum(path.stat().st_size for path in model.folder.iterdir() if path.is_file()),
+        "size": sum(path.stat().st_size for path in files if path.is_file()),
     }
     run = model.folder.parent
     if (run / "config.toml").is_file():
@@ -76,14 +76,8 @@ def stored_dtypes(folder: Path) -> str:
     found: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         header = safetensors_header(path)
-        found |= {str(entry.get("dtype")) for name, entry in header.items() if name != "__metadata__"}
+        found |= {str(entry.get("dtype")) for entry in header.values()}
     return ", ".join(sorted(found))
-
-
-def end_tokens(folder: Path) -> list[int]:
-    """The ids of `eos_token_id` in generation_config.json and config.json. Raises ModelFilesError for a broken file."""
-    paths = [folder / name for name in ("generation_config.json", "config.json")]
-    return list(dict.fromkeys(token for path in paths if path.is_file() for token in eos_token_ids(path)))
 
 
 def _shown(name: str, value: Any) -> str:
