@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean
+from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean, os_error_within
 from gpt2.terminal import escape_controls, single_line
 
 
@@ -154,10 +154,11 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         _exit_with_error(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        memory_error = as_memory_error(error)
-        if memory_error is None:
-            raise
-        _exit_with_error(str(memory_error))
+        if (memory_error := as_memory_error(error)) is not None:
+            _exit_with_error(str(memory_error))
+        if (os_error := os_error_within(error)) is not None:
+            _exit_with_error(_describe_os_error(os_error))
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
@@ -165,7 +166,11 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
         sys.exit(141)
     except OSError as error:  # such as a full disk or a file name that is too long
         _flush_or_discard_stdout()
-        _exit_with_error(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+        _exit_with_error(_describe_os_error(error))
+
+
+def _describe_os_error(error: OSError) -> str:
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
 
 
 def _exit_with_error(message: str, code: int = 2) -> NoReturn:

@@ -31,7 +31,7 @@ TEMPLATES = {
 }
 
 
-def corpus(seeds: Mapping[str, Seed]) -> dict[str, dict[str, Files]]:
+def corpus(seeds: Mapping[str, Seed]) -> dict[str, Mapping[str, Files]]:
     """All cases, made from valid folders."""
     return {
         "model": _models(seeds["model"]),
@@ -55,7 +55,7 @@ def edited(seed: Seed, name: str, change: Callable[[Any], object]) -> Files:
 
 def _links(seed: Seed) -> dict[str, Files]:
     """Every file as a link to a secret, and to a place that does not end."""
-    links = {f"{name} is a secret": {**seed, name: Link("/etc/passwd")} for name in seed}
+    links: dict[str, Files] = {f"{name} is a secret": {**seed, name: Link("/etc/passwd")} for name in seed}
     return links | {f"{name} is endless": {**seed, name: Link("/dev/zero")} for name in seed}
 
 

@@ -29,13 +29,18 @@ from tests.fuzz.checks import SHAPE
 from tests.fuzz.corpus import TEMPLATES
 from tests.helpers.tokenizer_samples import SENTENCES
 
-HEALTH_SECONDS = 0.5
+HEALTH_SECONDS = 0.5  # on a machine that does nothing else
 ATTEMPTS = 4  # a busy machine delays one; a request that blocks the server delays all of them
 GRACE_SECONDS = 5
 EXIT_SECONDS = 30  # the grace, and what a busy machine takes to end a process
 EXAMPLES = 3000 if "GPT2_FUZZ_SECONDS" in os.environ else 30
 M = 10**6
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def health_limit() -> float:
+    """HEALTH_SECONDS, times the number of processes that compete for each core."""
+    return HEALTH_SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Server(NamedTuple):
@@ -151,12 +156,10 @@ def test_health_is_answered_during_a_hostile_request(server: Server, name: str) 
     path, body = ATTACKS[name]
     data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
     replies: list[tuple[int, bytes]] = []
-    times = []
-    for _ in range(ATTEMPTS):
-        times.append(slowest_health(server, lambda: replies.append(post(server, path, data))))
-        if times[-1] < HEALTH_SECONDS:
-            break
-    assert min(times) < HEALTH_SECONDS
+    assert any(
+        slowest_health(server, lambda: replies.append(post(server, path, data))) < health_limit()
+        for _ in range(ATTEMPTS)
+    )
     status, reply = replies[-1]
     assert status in (0, 200, 400, 404, 413)
     assert status in (0, 200) or len(reply) < 2000
@@ -175,11 +178,11 @@ def test_health_is_answered_during_a_hostile_request(server: Server, name: str) 
 )
 def test_health_is_answered_during_a_hostile_header(server: Server, head: str) -> None:
     data = head.encode() + b"x" * 3 * M
-    assert min(slowest_health(server, lambda: send_raw(server, data)) for _ in range(ATTEMPTS)) < HEALTH_SECONDS
+    assert any(slowest_health(server, lambda: send_raw(server, data)) < health_limit() for _ in range(ATTEMPTS))
 
 
 def test_health_is_answered_beside_idle_connections(server: Server) -> None:
-    assert min(slowest_health(server, lambda: open_connections(server)) for _ in range(ATTEMPTS)) < HEALTH_SECONDS
+    assert any(slowest_health(server, lambda: open_connections(server)) < health_limit() for _ in range(ATTEMPTS))
 
 
 JSON_VALUES = st.recursive(
@@ -194,7 +197,7 @@ FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "te
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=EXAMPLES < 100,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     database=None,
 )
 @given(
