@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2.errors import ConfigError, ModelFilesError, did_you_mean
-from gpt2.files import check_inside_folder, expand_path, staging_folder
+from gpt2.files import check_inside_folder, expand_path, safetensors_header, staging_folder
 from gpt2.model import GPT
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc")  # c_proj is in the attention and in the MLP
@@ -366,6 +366,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         hint = "; pickled weights are not loaded" if path.with_suffix(".bin").is_file() else ""
         raise ModelFilesError(f"{path.parent} has no {path.name}{hint}")
+    safetensors_header(path)
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
