@@ -25,6 +25,7 @@ class CharacterTokenizer:
         self.vocab_size = len(self._characters)
         self.end_of_text = self._ids.get("\n", 0)
         self.end_tokens: tuple[int, ...] = ()
+        self.prompt_prefix: tuple[int, ...] = ()
         self.special_tokens: dict[str, int] = {}
         self.fingerprint = hashlib.sha256(json.dumps(["characters", *self._characters]).encode()).hexdigest()
 
