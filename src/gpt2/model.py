@@ -243,7 +243,7 @@ class GPT(nn.Module):
         if length > self.config.block_size:
             raise RequestError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
         if documents is not None:
-            return self.transformer(tokens, Packing(documents))
+            return self.transformer(tokens, Packing.of_documents(documents))
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             return self.transformer(tokens, None if cache is None else cache.extend(tokens.size(1)))
 
