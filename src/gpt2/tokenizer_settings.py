@@ -168,7 +168,7 @@ def end_of_text_name(spec: dict[str, Any], settings: TokenizerSettings) -> str:
     Raises UnsupportedTokenizerError if the vocabulary has none of them.
     """
     texts = {*spec["model"]["vocab"], *(token["content"] for token in spec["added_tokens"])}
-    for text in (END_OF_TEXT, settings.names.get("eos_token"), settings.names.get("bos_token")):
+    for text in (END_OF_TEXT, settings.names.get("eos_token", ""), settings.names.get("bos_token", "")):
         if text in texts:
             return text
     raise UnsupportedTokenizerError(f"it has no {END_OF_TEXT}, and no file names an eos_token")
