@@ -49,10 +49,12 @@ def pick_device(name: str = "auto", *, fall_back: bool = False) -> torch.device:
     return torch.device(kind, index) if kind == "cuda" and parts[2] else torch.device(kind)
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """float32, bfloat16 or float16 by name. Raises ConfigError for any other."""
-    if name not in DTYPES:
-        message = f"dtype '{name}' is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}"
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """float32, bfloat16 or float16, by name or as it is. Raises ConfigError for any other."""
+    if isinstance(name, torch.dtype) and name in DTYPE_NAMES:
+        return name
+    if not isinstance(name, str) or name not in DTYPES:
+        message = f"dtype '{name}' is not one of {', '.join(DTYPES)}{did_you_mean(str(name), DTYPES)}"
         raise ConfigError(message, field="dtype")
     return DTYPES[name]
 

@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gpt2.checks import check_path
 from gpt2.end_tokens import format_eos_token_id, read_end_tokens
 from gpt2.errors import UserError
 from gpt2.files import check_inside_folder, expand_path, similar_model_folder, staging_folder
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import DTYPE_NAMES, pick_device
+from gpt2.runtime import DTYPE_NAMES, parse_dtype, pick_device
 from gpt2.templates import ChatTemplate, save_template
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
@@ -58,21 +59,23 @@ def load(
     ref: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | str | None = torch.float32,
     adapter: str | Path | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
     """Load a model, in evaluation mode, and its tokenizer.
 
     ref:     a model folder, a run folder, or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
     device:  a device, or a name for `pick_device`, which raises ConfigError for a missing device.
-    dtype:   the dtype of the weights; None keeps that of the file.
+    dtype:   the dtype of the weights, or its name: "bfloat16"; None keeps that of the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
     The tokenizer is the folder's own; without tokenizer files it is GPT-2's for a vocabulary of 50,257, else None.
     Raises UserError when nothing is found under `ref`, a file is broken or does not fit its config, or the adapter is
     for another model.
     """
-    if isinstance(device, str) or device.type == "cuda":
+    check_path("ref", ref)
+    dtype = None if dtype is None else parse_dtype(dtype)
+    if not isinstance(device, torch.device) or device.type == "cuda":
         device = pick_device(str(device))
     added = None if adapter is None else read_adapter(adapter)  # so a wrong name fails before gigabytes are read
     folder = find_model_folder(ref)
@@ -127,19 +130,20 @@ def save(
     tokenizer: Tokenizer | None,
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     template: ChatTemplate | None = None,
 ) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
-    dtype:    the dtype of the weights on disk; None keeps theirs.
+    dtype:    the dtype of the weights on disk, or its name; None keeps theirs.
     template: the chat template that the model was fine-tuned with, if any.
 
     The files are written beside `folder` first and moved when complete.
     Raises UserError if the folder cannot be written.
     """
+    check_path("folder", folder)
     folder = expand_path(folder)
-    dtype = dtype or model.transformer.wte.weight.dtype
+    dtype = model.transformer.wte.weight.dtype if dtype is None else parse_dtype(dtype)
     try:
         with staging_folder(folder.resolve()) as written:
             _write_tensors(model, written, dtype)

@@ -49,6 +49,9 @@ class TokenIdTokenizer:
         self.special_tokens: dict[str, int] = {}
         self.end_tokens = (self.end_of_text,)
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """The numbers in a text, modulo the vocabulary size."""
         return [int(word) % self.vocab_size for word in re.findall(r"\d+", text)]
