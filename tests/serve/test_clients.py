@@ -66,7 +66,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 NEUTRAL = [
     {"store": False}, {"metadata": {}}, {"service_tier": "auto"}, {"safety_identifier": "a"}, {"prompt_cache_key": "a"},
-    {"response_format": None}, {"response_format": {"type": "text"}}, {"add_special_tokens": True}, {"top_k": -1},
+    {"response_format": None}, {"response_format": {"type": "text"}}, {"add_special_tokens": True},
     {"max_tokens": 5.0}, {"n": 1.0}, {"stop": ""}, {"stop": [""]}, {"model": ""}, {"ignore_eos": False},
     {"stop_token_ids": []}, {"guided_regex": None}, {"stream_options": None}, {"user": "a"}, {"length_penalty": 1.0},
 ]  # fmt: skip
