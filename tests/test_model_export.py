@@ -22,7 +22,7 @@ def tokens_of(shape: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_takes_any_batch_and_length(model: GPT, strict: bool) -> None:
-    dynamic = {"tokens": {0: Dim("B", min=1, max=64), 1: Dim("T", min=1, max=16)}, "cache": None}
+    dynamic = {"tokens": {0: Dim("B", min=1, max=64), 1: Dim("T", min=1, max=16)}}
     program = export(model, (tokens_of((2, 7)),), dynamic_shapes=dynamic, strict=strict)
     run = program.module()
     for shape in SHAPES:

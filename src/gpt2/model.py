@@ -65,7 +65,7 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be at least 1, and whole, not {value!r:.80}", field=name)
+                raise ConfigError(f"{name} must be at least 1, not {value!r:.80}", field=name)
         if self.n_layer > MAX_LAYERS or self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > MAX_PARAMETERS:
             raise ConfigError(f"{self.n_layer:,} layers of {self.n_embd:,} channels are more than any machine can hold")
         if self.n_embd % self.n_head:

@@ -299,3 +299,8 @@ def test_the_text_comes_before_the_finish_reason(client: httpx.Client) -> None:
         assert last["finish_reason"] in ("stop", "length")
         assert not last.get("text") and not last.get("delta", {}).get("content")  # noqa: PT018
         assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks[:-1])
+
+
+def test_top_k_of_minus_one_is_all_tokens(client: httpx.Client) -> None:
+    assert text_of(complete(client, top_k=-1)) == text_of(complete(client, top_k=0))
+    assert text_of(complete(client)) == text_of(complete(client, top_k=50))
