@@ -1,6 +1,7 @@
 """Runtime settings: device, dtype, random seeds, torch.compile, activation checkpointing, malloc."""
 
 import ctypes
+import getpass
 import importlib.util
 import logging
 import os
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.errors import ConfigError, UserError, did_you_mean
+from gpt2.files import cache_home
 
 log = logging.getLogger("gpt2")
 
@@ -123,7 +125,15 @@ def pick_compile(requested: bool | None, device: torch.device, max_steps: int) -
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compile each transformer block in place; all share the code of the first, and no parameter is renamed."""
+    """Compile each transformer block in place; all share the code of the first, and no parameter is renamed.
+
+    torch's compiler names its cache after the user. Where the user has no name, it is in our own cache.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        try:
+            getpass.getuser()
+        except (KeyError, OSError):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_home() / "inductor")
     for block in blocks:
         block.compile()
 

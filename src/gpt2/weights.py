@@ -7,6 +7,7 @@ OpenAI's TensorFlow code ("Conv1D"); in memory they are `nn.Linear`'s (out, in).
 """
 
 import logging
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from gpt2.checks import check_path
 from gpt2.end_tokens import read_end_tokens
 from gpt2.errors import UserError
-from gpt2.files import expand_path, similar_model_folder, staging_folder
+from gpt2.files import expand_path, home, similar_model_folder, staging_folder
 from gpt2.formats import huggingface
 from gpt2.formats.config import generation_config, hf_config
 from gpt2.formats.names import CONV1D_WEIGHTS
@@ -164,7 +165,13 @@ def find_model_folder(ref: str | Path) -> Path:
         return known[1]
     if path.exists():
         what = "model folder: it has no config.json (nor model/config.json, as a run has)"
-        raise UserError(f"{path} is no {what if path.is_dir() else 'model of a format that gpt2 convert --list names'}")
+        error = f"{path} is no {what if path.is_dir() else 'model of a format that gpt2 convert --list names'}"
+        if not path.is_dir() or str(ref) not in HUB_ALIASES:
+            raise UserError(error)
+        try:  # a folder without a model, such as the clone of a repository, does not hide the hub's model
+            return _download_from_hub(HUB_ALIASES[str(ref)])
+        except UserError as hub_error:
+            raise UserError(f"{error}; {hub_error}") from None
     name = str(ref)
     similar = None if name in HUB_ALIASES else similar_model_folder(name)
     if similar is not None:
@@ -185,6 +192,8 @@ def read_template(path: Path) -> ChatTemplate | None:
 
 
 def _download_from_hub(repository: str) -> Path:
+    if not (os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")):
+        home("HF_HOME")  # for its error: the client would make a folder called "~"
     where = f"'{repository}' is no folder here and could not be fetched from the hub"
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_ALLOW_PATTERNS))
