@@ -4,6 +4,8 @@ import { $, el, clamp } from "./dom.js";
 import { path } from "./state.js";
 import { textOf } from "./tree.js";
 
+const SCROLLS_ALONE = matchMedia("(min-width: 1001px)"); // the text scrolls without the rest of the page
+
 let spans = [], layer = null;
 
 // tokens: {start} each, of the text of a side; the weights of paintHeat are theirs, in order.
@@ -29,7 +31,7 @@ export function paintHeat(weights, quantity = "attention") {
   });
   layer.className = `ink heat ${quantity}`;
   layer.parentElement.classList.add("heated");
-  spans[strongest]?.scrollIntoView({ block: "nearest" });
+  if (SCROLLS_ALONE.matches) spans[strongest]?.scrollIntoView({ block: "nearest" });
 }
 
 export function hideHeat() {

@@ -62,6 +62,12 @@ const fillLayers = aboutToken(async (panel, { before, token }, model, info, sign
   drawLayers(panel, await requestJson("inspect/lens", { model, tokens: idsOf(inWindow(before, info)), asked: token.id }, signal), token.text);
 });
 
+function codeUnits(text) {
+  const ends = [0];
+  for (const letter of text) ends.push(ends.at(-1) + letter.length);
+  return ends;
+}
+
 async function fillTokens(panel, signal) {
   const side = state.shown, nodes = path(side), text = textOf(nodes);
   const info = infoOf(state.sides[side].model);
@@ -72,7 +78,9 @@ async function fillTokens(panel, signal) {
   panel.key = key;
   if (!text) return showMessage(panel, "Write something first.");
   const first = tokens[0].lead ? 1 : 0; // the end-of-text token is not part of the text
-  const shown = result.tokens.map((token, i) => ({ ...token, ...tokens[i] })).slice(first);
+  const ends = codeUnits(text); // characters to code units
+  const origin = result.tokens[first].start;
+  const shown = result.tokens.map((token, i) => ({ ...token, node: tokens[i].node, start: ends[token.start - origin] ?? text.length })).slice(first);
   drawTokens(panel, shown, result.perplexity, text, (i, opener) => {
     const { id, text: word, start, node } = shown[i];
     const before = i + first ? tokens.slice(0, i + first) : [{ id: info.end_of_text, start: 0, node: null, lead: true }];
