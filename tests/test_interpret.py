@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,10 @@ def test_a_trace_equals_transformers(model: GPT) -> None:
     assert list(found.activations) == activation_names(model)
     torch.testing.assert_close(found.logits, theirs.logits, rtol=1e-4, atol=1e-5)
     for i in range(CONFIG.n_layer):
+        block: Any = model.transformer.h[i]
         torch.testing.assert_close(found[f"blocks.{i}.attn.hook_pattern"], theirs.attentions[i], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found[f"blocks.{i}.hook_resid_pre"], theirs.hidden_states[i], rtol=1e-4, atol=1e-5)
-        results = found[f"blocks.{i}.attn.hook_result"].sum(2) + model.transformer.h[i].attn.c_proj.bias
+        results = found[f"blocks.{i}.attn.hook_result"].sum(2) + block.attn.c_proj.bias
         torch.testing.assert_close(results, found[f"blocks.{i}.hook_attn_out"], rtol=1e-4, atol=1e-5)
 
 
@@ -75,7 +77,7 @@ def test_every_activation_can_be_patched(model: GPT, name: str) -> None:
 def test_ablation(model: GPT) -> None:
     heads, mlps = [(0, 1), (2, 3), (2, 0)], [1]
     got = gpt2.ablate(model, TOKENS, heads, mlps)
-    same = random_model(CONFIG)
+    same: Any = random_model(CONFIG)
     D = CONFIG.n_embd // CONFIG.n_head
     for layer, head in heads:
         same.transformer.h[layer].attn.c_proj.weight.data[:, head * D : (head + 1) * D] = 0

@@ -230,17 +230,25 @@ def _on_rows(apply: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor],
 
 
 def _on_output(module: nn.Module, apply: Callable[[Tensor], Tensor], hooks: ExitStack) -> None:
-    hooks.callback(module.register_forward_hook(lambda _module, _inputs, output: apply(output)).remove)
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return apply(output)
+
+    hooks.callback(module.register_forward_hook(hook).remove)
 
 
 def _on_input(module: nn.Module, apply: Callable[[Tensor], Tensor], hooks: ExitStack) -> None:
-    hooks.callback(module.register_forward_pre_hook(lambda _module, inputs: (apply(inputs[0]), *inputs[1:])).remove)
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (apply(inputs[0]), *inputs[1:])
+
+    hooks.callback(module.register_forward_pre_hook(hook).remove)
 
 
 def _hook_block(model: GPT, block: Any, prefix: str, own: Mapping[str, Replacement], hooks: ExitStack) -> None:
     """Register the hooks of one block, in the order of its computation."""
     seen: dict[str, Tensor] = {}
-    apply = {name: partial(_apply, prefix + name, value) for name, value in own.items()}
+    apply: dict[str, Callable[[Tensor], Tensor]] = {
+        name: partial(_apply, prefix + name, value) for name, value in own.items()
+    }
 
     def remember_input(x: Tensor) -> Tensor:
         seen["x"] = apply["hook_resid_pre"](x) if "hook_resid_pre" in apply else x
