@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from machine import write_result
+from serving import cold_start
 
 from gpt2.bench.common import BenchmarkError
 from gpt2.bench.decode import DecodeWorkload
-from gpt2.bench.serving import cold_start
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.runtime import pick_device

@@ -83,14 +83,14 @@ def quick_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the matmul rate for a millisecond, on a small matrix."""
     from gpt2.hardware import measure_matmul
 
-    for name in ("gpt2.bench.ladder.measure_matmul", "gpt2.bench.train_peers.measure_matmul"):
+    for name in ("gpt2.bench.ladder.measure_matmul", "benchmarks.train_peers.measure_matmul"):
         monkeypatch.setattr(name, lambda device, dtype, seconds: measure_matmul(device, dtype, 0.001, size=256))
 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmarks find no compiler."""
-    for name in ("gpt2.bench.ladder.can_compile", "gpt2.bench.train_peers.can_compile"):
+    for name in ("gpt2.bench.ladder.can_compile", "benchmarks.train_peers.can_compile"):
         monkeypatch.setattr(name, lambda device: False)
 
 

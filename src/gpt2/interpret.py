@@ -94,7 +94,8 @@ def trace(model: GPT, tokens: Tensor, names: Collection[str] | None = None) -> T
     logits = patch(model, tokens, {name: keep(name) for name in {*direct, *sources}})
     for name in wanted:
         if name.endswith("hook_attn_scores"):
-            found[name] = _attention_scores(found[_sibling(name, "hook_q")], found[_sibling(name, "hook_k")])
+            factor = model.config.query_factor(int(name.split(".")[1]))
+            found[name] = _attention_scores(found[_sibling(name, "hook_q")], found[_sibling(name, "hook_k")], factor)
         elif name.endswith("hook_result"):
             found[name] = _head_results(model, int(name.split(".")[1]), found[_sibling(name, "hook_z")])
     return Trace({name: found[name] for name in wanted}, logits)
@@ -293,7 +294,9 @@ def _hook_attention(
         B, T, C = z.shape
         z = z.view(B, T, H, -1)
         if "attn.hook_pattern" in apply:
-            own = _attention_scores(seen["attn.hook_q"], seen["attn.hook_k"]).softmax(-1)  # (B, H, T, T)
+            own = _attention_scores(seen["attn.hook_q"], seen["attn.hook_k"], attention.query_factor).softmax(
+                -1
+            )  # (B, H, T, T)
             new = apply["attn.hook_pattern"](own)
             if new is not own:
                 z = torch.einsum("bhts,bshd->bthd", new, seen["attn.hook_v"])
@@ -303,10 +306,10 @@ def _hook_attention(
     _on_input(attention.c_proj, on_z, hooks)
 
 
-def _attention_scores(q: Tensor, k: Tensor) -> Tensor:
+def _attention_scores(q: Tensor, k: Tensor, factor: float) -> Tensor:
     """(B, H, T, T) of queries and keys (B, T, H, D), with -inf for later positions."""
     T = q.size(1)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * q.size(-1) ** -0.5
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * factor * q.size(-1) ** -0.5
     return scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
 
 

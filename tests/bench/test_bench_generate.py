@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import decode_peers
+from benchmarks.decode_peers import PEERS, LlamaCpp, PeerModelWriter, parse_decode_peers, peer_variants, write_gguf
 from torch import nn
 
-from gpt2.bench import decode_peers
 from gpt2.bench.common import InProcessRunner
 from gpt2.bench.decode import (
     NUM_CHECKED_TOKENS,
@@ -28,7 +29,6 @@ from gpt2.bench.decode import (
     weight_bytes,
 )
 from gpt2.bench.decode_comparison import check_tokens, compute_metrics, run_comparison
-from gpt2.bench.decode_peers import PEERS, LlamaCpp, PeerModelWriter, parse_decode_peers, peer_variants, write_gguf
 from gpt2.cli import main
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig

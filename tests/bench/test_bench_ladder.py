@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.train_peers import TrainVariant, time_interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +21,6 @@ from gpt2.bench.ladder import (
     run_ladder,
     run_step,
 )
-from gpt2.bench.train_peers import TrainVariant, time_interleaved
 from gpt2.model import GPT, GPTConfig
 from gpt2.planning.costs import flops_per_token
 from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD, nan_loss, scaled_loss

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.train_peers import build_model, compare_with_peers, compute_metrics
 
 from gpt2.bench.common import InProcessRunner, no_progress
-from gpt2.bench.train_peers import build_model, compare_with_peers, compute_metrics
 from gpt2.planning.costs import flops_per_token
 from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+from benchmarks import serve
+from benchmarks.serving import ClientWorker, ServerWorker, TokenIdTokenizer, cold_start, measure_serving
+
 from gpt2.bench.common import BenchmarkError, InProcessRunner, SubprocessRunner
 from gpt2.bench.decode import DecodeWorkload
-from gpt2.bench.serving import ClientWorker, ServerWorker, TokenIdTokenizer, cold_start, measure_serving
-from gpt2.commands import bench, bench_serve
+from gpt2.commands import bench
 from gpt2.commands.bench_args import parse_serve
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
@@ -30,7 +32,7 @@ WORK = DecodeWorkload("cpu", CONFIG, prompt_tokens=5, new_tokens=9, batch_sizes=
 @pytest.fixture(autouse=True)
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the model in torch, because compiling the kernel would take longer than the tests."""
-    monkeypatch.setattr("gpt2.bench.serving.prepare_for_inference", lambda model, precision: model)
+    monkeypatch.setattr("benchmarks.serving.prepare_for_inference", lambda model, precision: model)
 
 
 class Recording(InProcessRunner):
@@ -98,11 +100,11 @@ def test_the_command_prints_and_writes_the_same_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench_serve, "SubprocessRunner", InProcessRunner)
+    monkeypatch.setattr(serve, "SubprocessRunner", InProcessRunner)
     shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "99"]
     files = ["--json", str(tmp_path / "load.json"), "--chart", str(tmp_path / "load.png")]
     small = ["--clients", "2,1", "--rounds", "1", "--new-tokens", "4", "--prompt-tokens", "3", "--device", "cpu"]
-    assert bench_serve.main(parse_serve([*shape, *files, *small])) == 0
+    assert serve.main(parse_serve([*shape, *files, *small])) == 0
     result = json.loads((tmp_path / "load.json").read_text())
     assert [row["clients"] for row in result["clients"]] == [1, 2]
     assert result["workload"]["new_tokens"] == 4
@@ -123,7 +125,7 @@ def test_the_command_prints_and_writes_the_same_numbers(
 )  # fmt: skip
 def test_invalid_flags_are_user_errors(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        bench_serve.main(parse_serve(flags))
+        serve.main(parse_serve(flags))
 
 
 @pytest.mark.slow

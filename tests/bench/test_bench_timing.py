@@ -3,12 +3,21 @@
 import os
 import pickle
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from gpt2.bench.common import BenchmarkError, Workload, quartiles_ms, run_in_process, run_in_subprocess
+from gpt2.bench.common import (
+    BenchmarkError,
+    Workload,
+    load_benchmark,
+    quartiles_ms,
+    run_in_process,
+    run_in_subprocess,
+)
 from tests.helpers.bench_helpers import TINY_CONFIG, TINY_WORKLOAD
+from tests.helpers.cli_helpers import run_cli
 
 
 def test_batches_are_deterministic_and_follow_zipfs_law() -> None:
@@ -38,3 +47,17 @@ def test_a_subprocess_returns_results_and_its_death_is_an_error() -> None:
         run_in_process(Workload, "cpu", TINY_CONFIG, 1, 0)
     sent = pickle.loads(pickle.dumps(failure.value))  # as it is sent between processes
     assert (sent.reason, sent.out_of_memory) == (failure.value.reason, False)
+
+
+def test_peers_need_a_source_tree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An installed package has no benchmarks/."""
+    assert load_benchmark("serving_chart", "this chart").draw
+    monkeypatch.setattr("gpt2.bench.common.SOURCE_TREE", tmp_path)
+    (tmp_path / "a.json").write_text('{"kind": "bench serve"}')
+    chart = ["chart", str(tmp_path / "a.json"), str(tmp_path / "a.png")]
+    for arguments in (["train", "--peer", "transformers"], ["generate", "--peer", "llamacpp"], ["serve"], chart):
+        code, out, err = run_cli(capsys, "bench", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "needs a clone of the source tree" in err

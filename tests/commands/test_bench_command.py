@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.train_peers import parse_peers
 
 from gpt2.bench import ladder_chart
 from gpt2.bench.common import BenchmarkError, InProcessRunner, read_result
 from gpt2.bench.ladder import LADDER_STEPS, LadderStep, parse_step_names, run_ladder
-from gpt2.bench.train_peers import parse_peers
 from gpt2.commands import bench, bench_train
 from gpt2.errors import UserError
 from tests.helpers.bench_helpers import BENCH_TRAIN_ARGS, TINY_WORKLOAD, nan_loss, scaled_loss

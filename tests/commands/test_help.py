@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from benchmarks.decode_peers import PEERS
 
 import gpt2
 from gpt2.bench.decode import OUR_VARIANTS
-from gpt2.bench.decode_peers import PEERS
 from gpt2.cli import COMMANDS
 from gpt2.commands import bench_args, generation_args
 from gpt2.commands.sample import MAX_SAMPLES

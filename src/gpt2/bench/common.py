@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -31,6 +33,8 @@ Batch = tuple[Tensor, Tensor]
 ProgressFn = Callable[[str], None]  # takes one line of progress
 RunFn = Callable[..., Any]  # `run_in_subprocess` or `run_in_process`
 
+OURS = "gpt2"  # this program's name among the contestants
+SOURCE_TREE = Path(__file__).resolve().parents[3]  # where src/ and benchmarks/ are, unless the package is installed
 CONTEXT_LENGTH = 1024  # GPT-2's: the length of the position table, also for shorter sequences
 
 
@@ -259,17 +263,28 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The checkout's commit, with "-dirty" if src/ has changes; None for an installed package."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
+    if not (SOURCE_TREE / ".git").exists():
         return None
     try:
         commit, changed = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.check_output(["git", *command], cwd=SOURCE_TREE, stderr=subprocess.DEVNULL, text=True).strip()
             for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "src"])
         )
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}-dirty" if changed else commit
+
+
+def load_benchmark(name: str, purpose: str) -> ModuleType:
+    """Import benchmarks/NAME.py of the source tree: peers and load tests are not part of the package.
+
+    Raises UserError that names the `purpose`, if this program does not run from a source tree.
+    """
+    if not (SOURCE_TREE / "benchmarks" / f"{name}.py").is_file():
+        raise UserError(f"{purpose} needs a clone of the source tree, installed by `pip install -e .`: not found")
+    if str(SOURCE_TREE) not in sys.path:
+        sys.path.insert(0, str(SOURCE_TREE))  # inherited by subprocesses, which import the module too
+    return importlib.import_module(f"benchmarks.{name}")
 
 
 def read_result(path: Path, *kinds: str) -> dict[str, Any]:

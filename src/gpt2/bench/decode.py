@@ -1,8 +1,8 @@
 """Decoding speed: time to first token, tokens/s after it, and the fraction of the memory-bandwidth limit.
 
 A variant is one program (a contestant) in one precision, in its own process. All continue the same prompts greedily for
-a fixed number of tokens. Our variants are here, those of peers in `decode_peers`, the comparison in
-`decode_comparison`.
+a fixed number of tokens. Our variants are here, the comparison is in `decode_comparison`, and
+peers are in `benchmarks/decode_peers.py`.
 """
 
 import math
@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gpt2.bench.common import parse_names
+from gpt2.bench.common import OURS, parse_names
 from gpt2.errors import ConfigError, UserError
+from gpt2.evaluation.scorer import score
+from gpt2.evaluation.tree import Query
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
 from gpt2.generation.inference import prepare_for_inference
-from gpt2.generation.log_likelihood import token_log_likelihoods
 from gpt2.generation.sampling import Sampling
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig
@@ -26,7 +27,6 @@ from gpt2.native.quantization import BITS, GROUP_SIZES
 from gpt2.runtime import DTYPES
 from gpt2.weights import load
 
-OURS = "gpt2"  # this program's name among the contestants
 NUM_CHECKED_TOKENS = 8  # tokens of the first row that are compared with the plain model; the warm-up generates these
 TIE_LOGIT_GAP = 5e-3  # a smaller gap between two logits may be due to rounding, or to nanoGPT's exact GELU
 PRECISION_FAMILIES = {  # precisions, and the family in which each is compared
@@ -211,7 +211,10 @@ def our_variants(names: str) -> list[VariantSpec]:
 
 def perplexity(model: LanguageModel, tokens: list[int]) -> float:
     """exp of the mean loss over all tokens but the first, in non-overlapping windows of the context length."""
-    return math.exp(-token_log_likelihoods(model, tokens).logprobs.double().mean().item())
+    context, last = model.config.block_size, len(tokens) - 1
+    windows = [[Query(tokens[i : i + context + 1], min(context, last - i))] for i in range(0, last, context)]
+    total = sum(one.log_likelihood for batch in score(model, windows) for _, (one,) in batch)
+    return math.exp(-total / last)
 
 
 class ReferenceDecoder:

@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gpt2.bench.decode import OURS
+from gpt2.bench.common import OURS
 from gpt2.bench.ladder_chart import BLUE, GREY, RED, check_chart_path
 from gpt2.errors import UserError
 

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 
-from gpt2.bench.common import BenchmarkError, InProcessRunner, ProgressFn, SubprocessRunner, no_progress, quartiles_ms
+from gpt2.bench.common import (
+    OURS,
+    BenchmarkError,
+    InProcessRunner,
+    ProgressFn,
+    SubprocessRunner,
+    no_progress,
+    quartiles_ms,
+)
 from gpt2.bench.decode import (
     NUM_CHECKED_TOKENS,
-    OURS,
     PRECISION_FAMILIES,
     TIE_LOGIT_GAP,
     DecodeVariant,

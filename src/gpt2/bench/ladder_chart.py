@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2.bench.train_peers import OURS
+from gpt2.bench.common import OURS
 from gpt2.errors import ConfigError, UserError, missing_extra
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -14,6 +14,8 @@ USAGE = """usage: gpt2 bench WHAT ...
   serve     the server: throughput, time to first token and inter-token latency
   chart     draw the chart of a result again: gpt2 bench chart FILE.json OUT.png
 
+Peers and the load test of the server are in benchmarks/ of a clone, not in the installed package.
+
 gpt2 bench WHAT --help lists the flags."""
 
 
@@ -43,9 +45,9 @@ def _run_generate(argv: list[str]) -> int:
 
 def _run_serve(argv: list[str]) -> int:
     args = parse_serve(argv)
-    from gpt2.commands import bench_serve
+    from gpt2.bench.common import load_benchmark
 
-    return bench_serve.main(args)
+    return load_benchmark("serve", "gpt2 bench serve").main(args)
 
 
 def redraw_chart(argv: list[str]) -> None:
@@ -54,17 +56,13 @@ def redraw_chart(argv: list[str]) -> None:
     parser.add_argument("result", type=Path, metavar="FILE.json")
     parser.add_argument("chart", type=Path, metavar="OUT.png")
     args = parser.parse_args(argv)
-    from gpt2.bench import decode_chart, ladder_chart, serving_chart
-    from gpt2.bench.common import read_result
-    from gpt2.commands import bench_generate, bench_serve, bench_train
+    from gpt2.bench import decode_chart, ladder_chart
+    from gpt2.bench.common import load_benchmark, read_result
 
-    charts = {
-        bench_train.KIND: ladder_chart.draw,
-        bench_generate.KIND: decode_chart.draw,
-        bench_serve.KIND: serving_chart.draw,
-    }
+    charts = {"bench train": ladder_chart, "bench generate": decode_chart, "bench serve": None}
     result = read_result(args.result, *charts)
-    charts[result["kind"]](result, args.chart)
+    chart = charts[result["kind"]] or load_benchmark("serving_chart", "this chart")
+    chart.draw(result, args.chart)
 
 
 BENCHMARKS = {"train": _run_train, "generate": _run_generate, "serve": _run_serve, "chart": redraw_chart}

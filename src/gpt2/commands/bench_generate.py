@@ -5,21 +5,19 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text
 
 from gpt2.bench import decode_chart
-from gpt2.bench.common import BenchmarkError, SubprocessRunner, environment
-from gpt2.bench.decode import NUM_CHECKED_TOKENS, OURS, DecodeWorkload, our_variants
+from gpt2.bench.common import OURS, BenchmarkError, SubprocessRunner, load_benchmark
+from gpt2.bench.decode import NUM_CHECKED_TOKENS, DecodeWorkload, our_variants
 from gpt2.bench.decode_comparison import run_comparison
-from gpt2.bench.decode_peers import parse_decode_peers, peer_variants
 from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.commands.bench_output import (
     check_outputs,
-    decode_workload_record,
     format_gib,
     format_quartiles,
+    new_decode_result,
     parse_counts,
     print_progress,
     random_model_config,
@@ -27,17 +25,16 @@ from gpt2.commands.bench_output import (
     write_json,
 )
 from gpt2.errors import ConfigError, DataError, ModelFilesError, UserError
-from gpt2.hardware import device_name
 from gpt2.model import GPTConfig
 from gpt2.resolve import resolve_model
 from gpt2.runtime import pick_device
 
-KIND = "bench generate"
-
 
 def main(args: Namespace) -> int:
     """Run `gpt2 bench generate`. Returns 1 if a variant generated wrong tokens or none could be timed, else 0."""
-    peers, ours = parse_decode_peers(args.peer), our_variants(args.variants)
+    decode_peers = load_benchmark("decode_peers", "--peer") if args.peer else None
+    peers = decode_peers.parse_decode_peers(args.peer) if decode_peers else {}
+    specs = our_variants(args.variants)
     check_outputs(args)
     config, text_tokens = _config_and_text(args)
     workload = DecodeWorkload(
@@ -49,13 +46,13 @@ def main(args: Namespace) -> int:
         batch_sizes=parse_counts("--batch-sizes", args.batch_sizes, 10**6),
         rounds=args.rounds,
     )
-    result: dict[str, Any] = {"kind": KIND, **environment(), "device": workload.device}
-    result |= {"name": device_name(torch.device(workload.device)), "workload": decode_workload_record(workload)}
+    result = new_decode_result("bench generate", workload)
     result["text"] = {"file": args.text.name, "tokens": len(text_tokens)} if text_tokens else None
     save_partial = lambda found: write_json(args.json, result | found)  # noqa: E731
     try:
         with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as folder:
-            specs = [*ours, *peer_variants(workload, peers, Path(folder), SubprocessRunner, print_progress)]
+            if decode_peers:
+                specs += decode_peers.peer_variants(workload, peers, Path(folder), SubprocessRunner, print_progress)
             result |= run_comparison(workload, specs, text_tokens, SubprocessRunner, print_progress, save_partial)
     except BenchmarkError as failure:
         raise UserError(f"the model cannot be run: {failure}") from failure

@@ -7,14 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from gpt2.bench.common import CONTEXT_LENGTH
+from gpt2.bench.common import CONTEXT_LENGTH, environment
 from gpt2.bench.decode import DecodeWorkload
 from gpt2.bench.ladder_chart import check_chart_path
 from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.errors import ConfigError, UserError, did_you_mean
-from gpt2.hardware import GiB
+from gpt2.hardware import GiB, device_name
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
 
 
@@ -58,11 +59,13 @@ def parse_counts(flag: str, text: str, maximum: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def decode_workload_record(workload: DecodeWorkload) -> dict[str, Any]:
-    """A workload as it is written to a result file."""
+def new_decode_result(kind: str, workload: DecodeWorkload) -> dict[str, Any]:
+    """The beginning of a result file: its kind, this environment and device, and the workload."""
     record = asdict(workload)
     config = record.pop("config")
-    return {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | record
+    record = {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | record
+    name = device_name(torch.device(workload.device))
+    return {"kind": kind, **environment(), "device": workload.device, "name": name, "workload": record}
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -9,9 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2.bench import ladder_chart
-from gpt2.bench.common import CONTEXT_LENGTH, SubprocessRunner, Workload, environment, run_in_subprocess
+from gpt2.bench.common import (
+    CONTEXT_LENGTH,
+    SubprocessRunner,
+    Workload,
+    environment,
+    load_benchmark,
+    run_in_subprocess,
+)
 from gpt2.bench.ladder import matmul_rate_variation, parse_step_names, run_ladder
-from gpt2.bench.train_peers import OURS, compare_with_peers, parse_peers
 from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.commands.bench_output import (
     check_outputs,
@@ -26,21 +32,22 @@ from gpt2.errors import ConfigError
 from gpt2.hardware import device_name
 from gpt2.runtime import pick_device
 
-KIND = "bench train"
-
 
 def main(args: Namespace) -> int:
     """Run `gpt2 bench train`. Returns 1 if a loss is wrong, or a device has no measurement, else 0."""
     devices = _devices(args.devices)
     workloads = [_workload(args, device, devices) for device in devices]
-    step_names, peers = parse_step_names(args.ladder_steps), parse_peers(args.peer)
+    step_names = parse_step_names(args.ladder_steps)
+    train_peers = load_benchmark("train_peers", "--peer") if args.peer else None
+    peers = train_peers.parse_peers(args.peer) if train_peers else {}
     if args.peers_only and not peers:
         raise ConfigError("--peers-only needs a --peer", field="peers_only")
     if args.rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, not {args.rounds}", field="rounds")
     check_outputs(args)
 
-    result: dict[str, Any] = {"kind": KIND, **environment(), "workload": _workload_record(workloads[0]), "devices": []}
+    result: dict[str, Any] = {"kind": "bench train", **environment(), "devices": []}
+    result["workload"] = _workload_record(workloads[0])
     for workload in workloads:
         name = device_name(torch.device(workload.device))
         device: dict[str, Any] = {"device": workload.device, "name": name, "workload": _workload_record(workload)}
@@ -50,10 +57,12 @@ def main(args: Namespace) -> int:
             device["rungs"] = run_ladder(
                 workload, step_names, args.rounds, run=run_in_subprocess, progress=print_progress
             )
-        if peers:
-            device["peers"] = compare_with_peers(workload, peers, SubprocessRunner, print_progress)
+        if train_peers:
+            device["peers"] = train_peers.compare_with_peers(workload, peers, SubprocessRunner, print_progress)
         write_json(args.json, result)  # after each device, so that nothing is lost
         _print_results(device)
+        if train_peers:
+            train_peers.print_comparison(wide_console(), device["peers"])
     if args.chart is not None:
         ladder_chart.draw(result, args.chart)
     return int(not all(_passed(device) for device in result["devices"]))
@@ -119,12 +128,6 @@ def _print_results(device: dict[str, Any]) -> None:
         console.print(_ladder_table(device["rungs"]))
         for line in _ladder_notes(device["rungs"]):
             console.print(line, markup=False)
-    if device["peers"] and device["peers"]["reason"] is not None:
-        console.print(f"the peers could not be timed: {device['peers']['reason']}", markup=False)
-    elif device["peers"]:
-        console.print(_peers_table(device["peers"]["contestants"]))
-        for line in _ratio_lines(device["peers"]["contestants"]):
-            console.print(line, markup=False)
 
 
 def _ladder_table(steps: list[dict[str, Any]]) -> Table:
@@ -167,36 +170,3 @@ def _ladder_notes(steps: list[dict[str, Any]]) -> list[str]:
     if variation > 0.15:
         notes.append(f"timings are noisy: the matmul rate varied by {variation:.0%} between steps; try --rounds 3")
     return notes
-
-
-def _peers_table(contestants: dict[str, dict[str, Any]]) -> Table:
-    table = Table("program", "mode", box=None, pad_edge=False)
-    for heading in ("ms/step", "quartiles", "tokens/s", "MFU", "peak", "first loss"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    for name, one in contestants.items():
-        if "ms" not in one:
-            table.add_row(name, *[""] * 7, Text(one["reason"], style="dim"))
-            continue
-        for mode, record in one["modes"].items():
-            if "ms" not in record:
-                table.add_row(name, mode, *[""] * 6, Text(record["reason"], style="dim"))
-            elif mode != one["best"]:
-                table.add_row(name, mode, *format_quartiles(record["ms"]))
-            else:
-                loss = "not finite" if one["first_loss"] is None else f"{one['first_loss']:.4f}"
-                peak = format_gib(one["peak_memory"]) if "peak_memory" in one else "?"
-                cells = (f"{one['tokens_per_second']:,.0f}", f"{one['mfu']:.0%}", peak, loss)
-                wrong = Text("WRONG: not our loss", style="bold red") if one.get("wrong") else Text("best")
-                table.add_row(name, mode, *format_quartiles(record["ms"]), *cells, wrong)
-    return table
-
-
-def _ratio_lines(contestants: dict[str, dict[str, Any]]) -> list[str]:
-    lines = []
-    for name, one in contestants.items():
-        if "speed_ratio" in one:
-            memory = f", with {one['memory_ratio']:.2f}x its memory" if "memory_ratio" in one else ""
-            modes = f"({one['best']}; ours {contestants[OURS]['best']})"
-            lines.append(f"{one['speed_ratio']:.2f}x the speed of {name}'s best mode {modes}{memory}")
-    return lines

@@ -114,7 +114,7 @@ class InspectedText:
             x = block.get_submodule("ln_1")(self.streams[layer, start:end])  # (t, C)
         c_attn: Any = block.get_submodule("attn.c_attn")
         weight, bias = c_attn.weight[: config.n_embd], c_attn.bias[: config.n_embd]
-        q = torch.nn.functional.linear(x, weight, bias)
+        q = torch.nn.functional.linear(x, weight, bias) * config.query_factor(layer)
         return q.view(end - start, config.n_head, -1).transpose(0, 1).float()  # (H, t, D)
 
 

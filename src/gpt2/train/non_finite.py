@@ -50,7 +50,7 @@ def diagnose_non_finite(run_folder: Path, model: GPT, tokenizer: Tokenizer, inpu
         dump = f"dumped to {folder} (gpt2 train --replay {folder})"
     except UserError as error:
         dump = str(error)
-    return UserError(f"{diagnosis}; {dump}: {_advice(origin, inputs, finite_in_float32)}")
+    return UserError(f"{diagnosis}; {dump}: {_advice(origin, inputs, finite_in_float32)}", code="non_finite_loss")
 
 
 def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepInputs, origin: NonFiniteOrigin) -> Path:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.train_peers import build_model, parse_peers
 from gpt2.bench.common import BenchmarkError, InProcessRunner, ProgressFn, Workload, no_progress
 from gpt2.bench.decode import Decoder, DecodeResult, DecodeWorkload, VariantSpec, weight_bytes
-from gpt2.bench.train_peers import build_model, parse_peers
 from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.model import GPT
 from gpt2.runtime import DTYPES, synchronize

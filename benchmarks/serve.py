@@ -3,16 +3,15 @@
 from argparse import Namespace
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from gpt2.bench import serving_chart
-from gpt2.bench.common import BenchmarkError, SubprocessRunner, environment
+from benchmarks import serving_chart
+from benchmarks.serving import cold_start, measure_serving
+from gpt2.bench.common import BenchmarkError, SubprocessRunner
 from gpt2.bench.decode import DecodeWorkload
-from gpt2.bench.serving import cold_start, measure_serving
 from gpt2.commands.bench_output import (
     check_outputs,
-    decode_workload_record,
+    new_decode_result,
     parse_counts,
     print_progress,
     random_model_config,
@@ -20,11 +19,9 @@ from gpt2.commands.bench_output import (
     write_json,
 )
 from gpt2.errors import UserError, missing_extra
-from gpt2.hardware import device_name
 from gpt2.resolve import resolve_model
 from gpt2.runtime import pick_device
 
-KIND = "bench serve"
 MAX_CLIENTS = 1000
 
 
@@ -46,9 +43,7 @@ def main(args: Namespace) -> int:
         batch_sizes=tuple(sorted(parse_counts("--clients", args.clients, MAX_CLIENTS))),
         rounds=args.rounds,
     )
-    result: dict[str, Any] = {"kind": KIND, **environment(), "device": workload.device, "precision": args.dtype}
-    result |= {"name": device_name(torch.device(workload.device)), "workload": decode_workload_record(workload)}
-    result |= {"cold_start": None}
+    result = new_decode_result("bench serve", workload) | {"precision": args.dtype, "cold_start": None}
     try:
         if args.model is not None:
             print_progress("cold start")

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from gpt2.bench.common import (
+    OURS,
     BenchmarkError,
     InProcessRunner,
     ProgressFn,
@@ -27,6 +31,7 @@ from gpt2.bench.common import (
     timed,
 )
 from gpt2.bench.ladder import LOSS_TOLERANCE
+from gpt2.commands.bench_output import format_gib, format_quartiles
 from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.files import file_sha256
 from gpt2.hardware import measure_matmul, peak_memory, reset_peak_memory
@@ -35,7 +40,6 @@ from gpt2.planning.costs import flops_per_token
 from gpt2.runtime import autocast, can_compile, compile_blocks, configure_malloc
 from gpt2.weights import CONV1D_WEIGHTS
 
-OURS = "gpt2"  # this program's name among the contestants
 PEERS = ("nanogpt", "transformers")
 MEMORY_STEPS = 3  # training steps over which peak memory is measured
 
@@ -315,3 +319,46 @@ def compute_metrics(raw: dict[str, Any], workload: Workload) -> dict[str, Any]:
         losses = record["first_loss"], ours["first_loss"]
         record["wrong"] = None in losses or abs(losses[0] - losses[1]) > LOSS_TOLERANCE["bfloat16"]
     return raw
+
+
+def print_comparison(console: Console, result: dict[str, Any]) -> None:
+    """Print a table of all contestants and modes, and the ratios to peers."""
+    if result["reason"] is not None:
+        console.print(f"the peers could not be timed: {result['reason']}", markup=False)
+        return
+    console.print(_table(result["contestants"]))
+    for line in _ratio_lines(result["contestants"]):
+        console.print(line, markup=False)
+
+
+def _table(contestants: dict[str, dict[str, Any]]) -> Table:
+    table = Table("program", "mode", box=None, pad_edge=False)
+    for heading in ("ms/step", "quartiles", "tokens/s", "MFU", "peak", "first loss"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for name, one in contestants.items():
+        if "ms" not in one:
+            table.add_row(name, *[""] * 7, Text(one["reason"], style="dim"))
+            continue
+        for mode, record in one["modes"].items():
+            if "ms" not in record:
+                table.add_row(name, mode, *[""] * 6, Text(record["reason"], style="dim"))
+            elif mode != one["best"]:
+                table.add_row(name, mode, *format_quartiles(record["ms"]))
+            else:
+                loss = "not finite" if one["first_loss"] is None else f"{one['first_loss']:.4f}"
+                peak = format_gib(one["peak_memory"]) if "peak_memory" in one else "?"
+                cells = (f"{one['tokens_per_second']:,.0f}", f"{one['mfu']:.0%}", peak, loss)
+                wrong = Text("WRONG: not our loss", style="bold red") if one.get("wrong") else Text("best")
+                table.add_row(name, mode, *format_quartiles(record["ms"]), *cells, wrong)
+    return table
+
+
+def _ratio_lines(contestants: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for name, one in contestants.items():
+        if "speed_ratio" in one:
+            memory = f", with {one['memory_ratio']:.2f}x its memory" if "memory_ratio" in one else ""
+            modes = f"({one['best']}; ours {contestants[OURS]['best']})"
+            lines.append(f"{one['speed_ratio']:.2f}x the speed of {name}'s best mode {modes}{memory}")
+    return lines
