@@ -1,6 +1,7 @@
 """Help: at once, in groups, with examples; and `gpt2 help`, `gpt2 info`."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -86,3 +87,19 @@ def test_bench_without_a_benchmark_is_an_error(capsys: pytest.CaptureFixture[str
     assert (code, out) == (2, "")
     assert "usage: gpt2 bench WHAT" in err
     assert run_cli(capsys, "bench", "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_openmp_threads_sleep_early_unless_the_user_chose(given: dict[str, str], expected: str | None) -> None:
+    """The variable is set before torch is imported, as the OpenMP library reads it only then."""
+    show = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    program = f"import os, sys; from gpt2 import cli; cli.run_and_exit(lambda: {show})"
+    unset = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | given
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.split() == [str(expected), "False"]
