@@ -127,7 +127,7 @@ class Engine:
         if slots < 1 or prefill_chunk < 1:
             raise UserError(f"slots and prefill_chunk must be at least 1, not {min(slots, prefill_chunk)}")
         self.model, self.slots, self.prefill_chunk = model, slots, prefill_chunk
-        self._cache = model.make_cache(slots, min(max_length or model.config.block_size, model.config.block_size))
+        self._kv_cache = model.make_cache(slots, min(max_length or model.config.block_size, model.config.block_size))
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by row of the cache; those in prefill come last
         self._num_decoding = 0  # the first rows, whose tokens are all cached but the last
@@ -142,11 +142,6 @@ class Engine:
     def num_running(self) -> int:
         """The number of sequences that have a slot."""
         return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """The number of sequences in the queue."""
-        return len(self._waiting)
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Add a request to the queue. Raises RequestError for one that cannot be served."""
@@ -179,8 +174,8 @@ class Engine:
         tokens, row = sequence.context_tokens, self._running.index(sequence) if sequence in self._running else None
         if row is not None and row < self._num_decoding:
             return 0
-        if row is not None and self._cache.lengths[row] > 0:
-            return len(tokens) - int(self._cache.lengths[row])
+        if row is not None and self._kv_cache.lengths[row] > 0:
+            return len(tokens) - int(self._kv_cache.lengths[row])
         return len(tokens) - self._longest_cached_prefix(tokens)[1]
 
     @torch.inference_mode()
@@ -191,7 +186,7 @@ class Engine:
         """
         while self._waiting and len(self._running) < self.slots:
             self._running.append(self._waiting.popleft())
-            self._cache.lengths[len(self._running) - 1] = 0
+            self._kv_cache.lengths[len(self._running) - 1] = 0
         decoding = self._num_decoding
         with eval_mode(self.model):
             prefilled = self._prefill(self.prefill_chunk)
@@ -201,7 +196,7 @@ class Engine:
 
     def check_request(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that cannot be served. Thread safe."""
-        check_request(request, self.model.config.vocab_size, self._cache.max_length)
+        check_request(request, self.model.config.vocab_size, self._kv_cache.max_length)
 
     def _prefill(self, max_tokens: int) -> list[Tensor]:
         """Prefill at most `max_tokens` tokens; the last hidden states (1, C) of the prompts that are complete."""
@@ -209,7 +204,7 @@ class Engine:
         while self._num_decoding < len(self._running) and max_tokens > 0:
             row = self._num_decoding
             self._shift_full_context(self._running[row])
-            tokens, cache = self._running[row].context_tokens, self._cache[row : row + 1]
+            tokens, cache = self._running[row].context_tokens, self._kv_cache[row : row + 1]
             if cache.lengths[0] == 0:
                 self._copy_shared_prefix(row, tokens)
             start = int(cache.lengths[0])
@@ -224,7 +219,7 @@ class Engine:
     def _copy_shared_prefix(self, row: int, tokens: list[int]) -> None:
         """Prefix cache: copy the longest prefix, the last token excluded, that any row of the cache holds."""
         donor, length = self._longest_cached_prefix(tokens)
-        self._cache.copy_row(donor, row, length)
+        self._kv_cache.copy_row(donor, row, length)
         self._cached_tokens[row] = tokens[:length]
 
     def _longest_cached_prefix(self, tokens: list[int]) -> tuple[int, int]:
@@ -236,29 +231,29 @@ class Engine:
     def _decode(self, count: int) -> Tensor:
         """Run the model on the last token of the first `count` rows: (count, C)."""
         for row in range(count):
-            if self._cache.lengths[row] == self._cache.max_length:
+            if self._kv_cache.lengths[row] == self._kv_cache.max_length:
                 self._refill_row(row)
         return self._forward(0, [self._running[row].tokens[-1:] for row in range(count)])[:, -1]
 
     def _refill_row(self, row: int) -> None:
         """The context is full: empty the row and prefill its later half again, the last token excluded."""
         self._shift_full_context(self._running[row])
-        self._cache.lengths[row] = 0
+        self._kv_cache.lengths[row] = 0
         self._cached_tokens[row] = []
         if kept := self._running[row].context_tokens[:-1]:
             self._forward(row, [kept])
 
     def _shift_full_context(self, sequence: Sequence) -> None:
         """If the tokens in the context are more than fit, keep their later half."""
-        if len(sequence.tokens) - sequence.context_start > self._cache.max_length:
-            sequence.context_start = len(sequence.tokens) - max(1, self._cache.max_length // 2)
+        if len(sequence.tokens) - sequence.context_start > self._kv_cache.max_length:
+            sequence.context_start = len(sequence.tokens) - max(1, self._kv_cache.max_length // 2)
 
     def _forward(self, row: int, tokens: list[list[int]]) -> Tensor:
         """Run the model on the next tokens (B, T) of B rows from `row` on: (B, T, C)."""
         for i, new in enumerate(tokens, row):
             self._cached_tokens[i] += new
         rows = torch.tensor(tokens, device=self.model.device)
-        return self.model.hidden_states(rows, self._cache[row : row + len(tokens)])
+        return self.model.hidden_states(rows, self._kv_cache[row : row + len(tokens)])
 
     def _sample(self, logits: Tensor) -> list[SampledToken]:
         """One token for each row of `logits`, with its own settings and its own random stream."""
@@ -303,9 +298,9 @@ class Engine:
     def _move_row(self, source: int, target: int) -> None:
         if source == target:
             return
-        length = int(self._cache.lengths[source])
+        length = int(self._kv_cache.lengths[source])
         self._running[target] = self._running[source]
-        self._cache.copy_row(source, target, length)
+        self._kv_cache.copy_row(source, target, length)
         if length:  # otherwise the target still holds what it held, for the prefix cache
             self._cached_tokens[target] = list(self._cached_tokens[source])
 
