@@ -213,7 +213,7 @@ def test_the_table_of_limits_equals_the_code() -> None:
     ]
 
 
-def format_default(name: str, value: float) -> str:
+def format_default(name: str, value: Any) -> str:
     return f"{value / 2**20:g} MiB" if name == "max_body" else f"{value:.10g}"
 
 

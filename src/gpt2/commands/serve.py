@@ -78,7 +78,7 @@ def _parse(argv: list[str]) -> Namespace:
     for limit in fields(Limits):
         name, kind, default = limit.name.replace("_", "-"), type(limit.default), limit.default
         if limit.name == "max_body":
-            help_text = f"{limit.metadata['help']} [{default // 2**20} MiB]"
+            help_text = f"{limit.metadata['help']} [{Limits.max_body // 2**20} MiB]"
             parser.add_flag(name, type=parse_size, default=default, metavar="SIZE", help=help_text)
             continue
         help_text = f"{limit.metadata['help']} [{default:g}]"

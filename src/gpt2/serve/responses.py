@@ -18,14 +18,15 @@ def parse_request(body: forms.ResponsesRequest, served: ServedModel, limits: Lim
     if body.max_output_tokens is not None and body.max_output_tokens > limits.max_tokens:
         message = f"max_output_tokens is at most {limits.max_tokens:,} on this server, not {body.max_output_tokens:,}"
         raise APIError(400, message, "max_output_tokens")
-    chat = schema.ChatRequest(
-        messages=_messages(body),
-        max_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        truncate="none" if body.truncation == "disabled" else None,
-    )
+    fields = {
+        "messages": _messages(body),
+        "max_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "seed": body.seed,
+        "truncate": "none" if body.truncation == "disabled" else None,
+    }
+    chat = schema.ChatRequest.model_validate(fields)
     try:
         return chat_completions.parse_request(chat, served, limits)
     except APIError as error:
@@ -34,9 +35,9 @@ def parse_request(body: forms.ResponsesRequest, served: ServedModel, limits: Lim
         raise
 
 
-def _messages(body: forms.ResponsesRequest) -> list[schema.Message]:
-    """The conversation. Raises APIError if it has no message."""
-    messages = [schema.Message(role="system", content=body.instructions)] if body.instructions else []
+def _messages(body: forms.ResponsesRequest) -> list[dict[str, str]]:
+    """The messages of a chat request. Raises APIError if it has no message."""
+    messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
     items = [forms.InputItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     for number, item in enumerate(items):
         if item.type in ("function_call", "reasoning"):
@@ -46,7 +47,7 @@ def _messages(body: forms.ResponsesRequest) -> list[schema.Message]:
         if role is None or content is None:
             raise APIError(400, f"input[{number}]: a message needs role and content", f"input[{number}]")
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        messages.append(schema.Message(role=role, content=text))
+        messages.append({"role": role, "content": text})
     if not messages:
         raise APIError(400, "input has no message", "input")
     return messages
@@ -65,7 +66,7 @@ async def response_events(
 ) -> AsyncGenerator[forms.ResponsesEvent]:
     """The response as a stream of events. The first ones wait for the text to begin, so that errors have a status."""
     header, message_id = _new_header(response), _new_id("msg")
-    place = {"item_id": message_id, "output_index": 0, "content_index": 0}
+    place: dict[str, Any] = {"item_id": message_id, "output_index": 0, "content_index": 0}
     text, number = "", 0
 
     def event(kind: str, **fields: Any) -> forms.ResponsesEvent:
@@ -136,7 +137,9 @@ def _response(
         output_tokens_details=forms.OutputTokensDetails(reasoning_tokens=0),
         total_tokens=response.prompt_tokens + response.new_tokens,
     )
-    dropped = {"truncated_messages": request.num_dropped_messages} if request.num_dropped_messages else {}
+    dropped: dict[str, Any] = (
+        {"truncated_messages": request.num_dropped_messages} if request.num_dropped_messages else {}
+    )
     return forms.ResponsesResponse(
         **header,
         object="response",
