@@ -156,7 +156,8 @@ def _announce(
     """Log what the preparation needs; returns the expected tokens. Raises DataError for a disk that is too small."""
     files = [file for group in splits.values() for file in group]
     size = sum(file.size for file in files)
-    tokens = corpus.tokens or int(sum(file.size * _TOKENS_PER_BYTE[Path(file.path).suffix] for file in files))
+    most = int(sum(file.size * _TOKENS_PER_BYTE[Path(file.path).suffix] for file in files))
+    tokens = min(corpus.tokens or most, most)
     if options.max_tokens is not None and options.max_tokens < tokens:
         size, tokens = size * options.max_tokens // tokens, options.max_tokens
     shards = tokens * token_format(tokenizer.vocab_size).dtype.itemsize
