@@ -47,37 +47,61 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def kill_until_done(out: Path, variant: str, rng: random.Random, kills: int, longest: float) -> int:
-    """Start the preparation and kill it, at most `kills` times, until it finishes; returns the number of kills."""
+def kill_until_done(out: Path, variant: str, rng: random.Random, kills: int, work_seconds: float) -> int:
+    """Start the preparation and kill it while it works, at most `kills` times, until it finishes; returns the kills."""
     done = 0
     while True:
-        process = subprocess.Popen(command(out, variant), env=os.environ)
-        try:
-            process.wait(rng.uniform(0.1, longest) if done < kills else None)
-        except subprocess.TimeoutExpired:
+        process = subprocess.Popen(command(out, variant))
+        if done < kills and wait_for_work(process, out):
+            time.sleep(rng.uniform(0, work_seconds))
+        if done >= kills:
+            process.wait()
+        if process.poll() is None:
             process.kill()
             process.wait()
             done += 1
-            continue
-        if process.returncode:
+        elif process.returncode:
             raise RuntimeError(f"gpt2 data prepare failed with exit code {process.returncode}")
-        return done
+        else:
+            return done
+
+
+def wait_for_work(process: subprocess.Popen[bytes], out: Path) -> bool:
+    """Wait until the process works on its folder; return False if it finished before that was seen."""
+    state = out.with_name(f"{out.name}.partial") / "progress.json"
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    while process.poll() is None:
+        try:
+            if state.stat().st_mtime_ns != before:
+                return True
+        except FileNotFoundError:
+            pass
+        time.sleep(0.001)
+    return False
+
+
+def time_of_work(out: Path, variant: str) -> float:
+    """Prepare without interruption; returns the seconds since the first file."""
+    process = subprocess.Popen(command(out, variant))
+    wait_for_work(process, out)
+    start = time.monotonic()
+    if process.wait():
+        raise RuntimeError(f"gpt2 data prepare failed with exit code {process.returncode}")
+    return time.monotonic() - start
 
 
 def soak(kills: int, seed: int, megabytes: int, folder: Path) -> dict[str, Any]:
     """Kill preparations until there were `kills` kills; returns the summary."""
     os.environ |= {"GPT2_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     write_corpus(folder / "home" / "datasets" / "soak" / "corpus", megabytes, seed)
-    rng, expected, longest, differing, runs, done = random.Random(seed), {}, 0.0, [], 0, 0
+    rng, expected, longest, differing, runs, done = random.Random(seed), {}, {}, [], 0, 0
     for variant in VARIANTS:
-        start = time.monotonic()
-        subprocess.run(command(folder / variant, variant), check=True)
-        longest = max(longest, time.monotonic() - start)
+        longest[variant] = time_of_work(folder / variant, variant)
         expected[variant] = contents(folder / variant)
     while done < kills:
         variant = list(VARIANTS)[runs % len(VARIANTS)]
         out = folder / f"run-{runs}"
-        killed = kill_until_done(out, variant, rng, min(5, kills - done), longest)
+        killed = kill_until_done(out, variant, rng, min(5, kills - done), longest[variant])
         found = contents(out)
         names = expected[variant].keys() | found.keys()
         differing += [f"run-{runs}/{name}" for name in names if expected[variant].get(name) != found.get(name)]

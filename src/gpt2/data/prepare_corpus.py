@@ -38,6 +38,7 @@ from gpt2.hub import HubDataset, HubFile, fetch_dataset_file
 from gpt2.tokenizer import Tokenizer, encode_array, get_tokenizer
 
 _TOKENS_PER_BYTE = {".parquet": 0.5, ".jsonl": 0.25}  # at most, as a rule, for text in English
+_BYTES_PER_TOKEN = 5  # at most, of GPT-2's tokens in English
 _SAMPLE_SECONDS = 0.2
 _SAMPLE_CHARACTERS = 1 << 16
 _FORMAT_VERSION = 1  # increment when the same corpus and options give different shards
@@ -158,6 +159,8 @@ def _announce(
     size = sum(file.size for file in files)
     most = int(sum(file.size * _TOKENS_PER_BYTE[Path(file.path).suffix] for file in files))
     tokens = min(corpus.tokens or most, most)
+    if tokenizer.name == "bytes":
+        tokens *= _BYTES_PER_TOKEN
     if options.max_tokens is not None and options.max_tokens < tokens:
         size, tokens = size * options.max_tokens // tokens, options.max_tokens
     shards = tokens * token_format(tokenizer.vocab_size).dtype.itemsize
