@@ -44,7 +44,7 @@ def hf(model: GPT, out: Path) -> Path:
 
 
 def pickled(model: GPT, out: Path) -> Path:
-    folder = gpt2.save(model, None, out / "bin")
+    folder = gpt2.save(model, None, out / "bin", max_shard_size="100GB")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     return folder
