@@ -1,7 +1,6 @@
 """What a model computed for the last inspected text, reused for the prefix that the next one shares."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,10 +111,8 @@ class InspectedText:
         block, config = self.model.transformer.h[layer], self.model.config
         with eval_mode(self.model):
             x = block.get_submodule("ln_1")(self.streams[layer, start:end])  # (t, C)
-        c_attn: Any = block.get_submodule("attn.c_attn")
-        weight, bias = c_attn.weight[: config.n_embd], c_attn.bias[: config.n_embd]
-        q = torch.nn.functional.linear(x, weight, bias) * config.query_factor(layer)
-        return q.view(end - start, config.n_head, -1).transpose(0, 1).float()  # (H, t, D)
+            q = block.get_submodule("attn.c_attn")(x)[:, : config.n_embd] * config.query_factor(layer)
+        return q.reshape(end - start, config.n_head, -1).transpose(0, 1).float()  # (H, t, D)
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
