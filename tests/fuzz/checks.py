@@ -9,6 +9,7 @@ from gpt2.commands.info import model_facts
 from gpt2.data.instruct import open_instruct
 from gpt2.data.prepare import describe_shards
 from gpt2.data.resolve import Rows, Shards, resolve_data
+from gpt2.data.sources import Texts
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.reporting.metrics import read_metrics
@@ -70,7 +71,7 @@ def check_data(folder: Path, pattern: str = "") -> None:
         describe_shards(data.path)
     elif isinstance(data, Rows):
         open_instruct(data, ByteTokenizer(), ChatTemplate())
-    else:
+    elif isinstance(data, Texts):
         for document in data.documents:
             for text in islice(document.iter_texts(), 10_000):
                 assert text is None or len(text) < 2**22
