@@ -123,7 +123,10 @@ def _draw_validation(axes: Any, validation: list[tuple[int, float]]) -> None:
 def _draw_tasks(
     axes: Any, label: str, curves: Sequence[TaskCurve], published: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """One curve for each task, with its published values as dashed lines of the same color."""
+    """One curve for each task, with its published values as dashed lines of the same color.
+
+    The labels of each task are in a column of their own, so that those of near values do not overlap.
+    """
     for number, curve in enumerate(curves):
         color, name = f"C{number}", f"{curve.task} {curve.metric}"
         marker = "o-" if len(curve.steps) <= 60 else "-"
@@ -133,7 +136,7 @@ def _draw_tasks(
             axes.axhline(value, color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
             axes.annotate(
                 f"{model} {value:g}" if len(curves) == 1 else f"{curve.task}: {model} {value:g}",
-                (0.995, value),
+                (0.995 - number / max(3, len(curves)), value),
                 xycoords=("axes fraction", "data"),
                 xytext=(0, 2),
                 textcoords="offset points",
