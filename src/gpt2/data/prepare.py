@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from gpt2.characters import read_meta_pkl
 from gpt2.data.corpora import HubCorpus, find_corpus
 from gpt2.data.dataset import TokenDataset
 from gpt2.data.mixture import Mixture, MixtureDataset, mix
@@ -183,13 +184,8 @@ def _open_existing_shards(path: Path, requested: str | Tokenizer | None, name: s
 
 def _shards_tokenizer(folder: Path, meta: ShardsMeta | None, requested: str | Tokenizer | None) -> Tokenizer:
     """The tokenizer of the shards in `folder`. Raises DataError if it is missing, or is not the requested one."""
-    own = load_tokenizer(folder)
+    own = load_tokenizer(folder) or read_meta_pkl(folder)
     if own is None and meta is None:
-        if (folder / "meta.pkl").exists():
-            raise DataError(
-                f"the shards in {folder} have nanoGPT's meta.pkl, a vocabulary of their own, probably characters; a "
-                "pickle is not read: name the text that they were made from"
-            )
         return _resolve_tokenizer(requested or "gpt2")
     if own is None or (meta is not None and own.fingerprint != meta.tokenizer.fingerprint):
         raise DataError(f"{folder} lacks the tokenizer that made its shards: prepare them again")
