@@ -17,7 +17,7 @@ log = logging.getLogger("gpt2")
 
 
 def describe_run(run: Run) -> tuple[str, ...]:
-    """Two lines: the model and the device, and the data."""
+    """Lines: the model and the device, the data, and the parts of a mixture."""
     config, data = run.config, run.data
     validation = f"{data.val_tokens:,} validation tokens" if data.val_tokens else "no validation tokens"
     compiled = ", compiled" if config.compile else ""
