@@ -183,6 +183,8 @@ def _time_rows(result: "Plan") -> list[tuple[str, str, str]]:
         ("utilization", f"{result.utilization:.0%}", of_rate),
         ("the run", _format_seconds(result.seconds), "training steps only: no validation, samples or checkpoints"),
     ]
+    if result.disk is not None:
+        rows.append(("disk", format_bytes(result.disk), "token shards, made first (gpt2 data list says how long)"))
     if result.cost is not None:
         rows.append(("cost", f"{result.cost:,.2f}", "at the price given for all machines"))
     return rows
