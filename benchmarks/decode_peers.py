@@ -242,17 +242,27 @@ PEERS = {
 
 
 def parse_decode_peers(given: Iterable[str]) -> dict[str, str | None]:
-    """Parse ``["nanogpt=PATH", "llamacpp"]`` into names and checkouts. Raises UserError for an unknown peer."""
+    """Parse ``["nanogpt=PATH", "llamacpp"]`` into names and checkouts.
+
+    Raises UserError for a peer that is unknown, or whose packages are not installed.
+    """
     peers: dict[str, str | None] = {}
     for text in given:
         name = text.partition("=")[0]
         if name == "nanogpt":
             peers |= parse_peers([text])
         elif text in PEERS:
+            if missing := missing_packages(name):
+                raise ConfigError(f"--peer {name} is not installed: pip install {' '.join(missing)}", field="peer")
             peers[name] = None
         else:
             raise ConfigError(f"there is no peer '{text}'{did_you_mean(name, PEERS)}: there are {', '.join(PEERS)}")
     return peers
+
+
+def missing_packages(peer: str) -> list[str]:
+    """What to install with pip for a peer."""
+    return [pip for module, pip in PEERS[peer].packages.items() if importlib.util.find_spec(module) is None]
 
 
 def peer_variants(
@@ -266,7 +276,7 @@ def peer_variants(
     specs = []
     for name, checkout in peers.items():
         peer = PEERS[name]
-        missing = [pip for module, pip in peer.packages.items() if importlib.util.find_spec(module) is None]
+        missing = missing_packages(name)
         reason = f"not installed: pip install {' '.join(missing)}" if missing else None
         if reason is None and checkout is None:
             progress(f"{name}: writing its model files")

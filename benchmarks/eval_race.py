@@ -39,6 +39,7 @@ from gpt2.evaluation.tasks import TASKS
 from gpt2.evaluation.texts import harness_pages, wikitext_pages
 from gpt2.evaluation.tree import build_tree
 from gpt2.model import GPT, GPTConfig
+from gpt2.runtime import configure_malloc
 from gpt2.tokenizer import Tokenizer, get_tokenizer
 from gpt2.weights import save
 
@@ -156,6 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+    configure_malloc(keep_freed=True)  # as `gpt2 eval` does on a CPU; here it is for both
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=args.n_layer, n_embd=args.n_embd)).eval()
     tokenizer = get_tokenizer("gpt2")

@@ -336,9 +336,13 @@ def test_perplexity_is_measured_with_the_speed(here: None, tmp_path: Path, capsy
 
 
 def test_a_peer_that_is_not_installed(here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is an error before anything is timed."""
     monkeypatch.setattr(decode_peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^--peer llamacpp is not installed: pip install llama-cpp-python gguf$"):
+        parse_decode_peers(["llamacpp"])
     (tmp_path / "files").mkdir()
-    entries = peer_variants(WORK, parse_decode_peers(["llamacpp", "ctranslate2"]), tmp_path / "files", InProcessRunner)
+    peers = {"llamacpp": None, "ctranslate2": None}
+    entries = peer_variants(WORK, peers, tmp_path / "files", InProcessRunner)
     assert {entry.reason for entry in entries if entry.contestant == "llamacpp"} == {
         "not installed: pip install llama-cpp-python gguf"
     }

@@ -59,6 +59,16 @@ def test_suggestion_for_a_plan_that_does_not_fit() -> None:
     assert plan(config, on="t4").suggestion is None  # weights, gradients and optimizer alone are 24 GiB, of 15
 
 
+def test_a_plan_that_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    too_large = ["gpt2-124m", "--n-layer", "48", "--n-head", "25", "--n-embd", "1600", "--micro-batch-size", "32"]
+    assert main([*too_large, "--on", "a100"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.rstrip().splitlines()[-1].startswith("The run does not fit in the memory of ")
+    assert main([*too_large, "--on", "a100", "--json"]) == 1
+    assert main(["quickstart", "--on", "a100"]) == 0
+    assert "the whole batch of a device" in capsys.readouterr().out
+
+
 def test_activation_checkpointing_is_suggested_only_if_needed() -> None:
     setup = StepSetup(rows=1, length=8192, dtype=torch.bfloat16, device="cuda")
     shape = replace(OPENAI_CONFIGS["gpt2"], block_size=8192)
@@ -126,7 +136,7 @@ def test_plan_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "160")
     main(["gpt2-124m", "--on", "h100", "--gpus", "8", "--tokens", "10B", "--price-per-hour", "24"])
     out = capsys.readouterr().out
-    for words in ("124,439,808", "optimizer", "949.4 MiB", "8 devices", "estimate: 45% MFU", "fits", "cost"):
+    for words in ("124,439,808", "optimizer", "949.4 MiB", "8 devices", "estimate: passes at 45% MFU", "fits", "cost"):
         assert words in out
 
 

@@ -138,7 +138,7 @@ def _parse(argv: list[str]) -> Namespace:
     inspect.add_flag("columns", help=COLUMNS_HELP)
     inspect.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", help=BAD_ROWS_HELP)
     inspect.add_flag("block-size", type=positive_int, default=1024, help="tokens in a row of a batch [1024]")
-    inspect.add_flag("rows", type=int, default=3, metavar="N", help="how many documents to show [3]")
+    inspect.add_flag("rows", type=int, default=3, metavar="INT", help="how many documents to show [3]")
     return parser.parse_args(argv)
 
 
