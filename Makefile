@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-all soak lint clean
+.PHONY: demo test test-all soak lint docs docs-serve clean
 
 demo: $(VENV)/demo
 	@$(BIN)/gpt2 train quickstart $(DEMO_FLAGS) > $(VENV)/last-run
@@ -21,6 +21,14 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# The documentation as a site in site/: strict, offline, without outside resources. The variable silences an announcement
+# of mkdocs-material about its successor.
+docs: $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 soak: $(VENV)/test
 	$(BIN)/python benchmarks/soak.py --kills 50
