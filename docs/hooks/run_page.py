@@ -26,6 +26,8 @@ def run_page(page: Path, *, update: bool = False) -> list[str]:
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"__name__": f"page_{page.stem.replace('-', '_')}"}
     differences, parts, position = [], [], 0
+    if str(page.parent) not in sys.path:
+        sys.path.insert(0, str(page.parent))  # chapters import gpt2_from_scratch
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start()) + 1
         code = compile("\n" * line + match["code"], str(page), "exec")
