@@ -24,7 +24,7 @@ def document_ids(lengths: list[list[int]]) -> torch.Tensor:
 
 
 def test_positions_and_mask_of_packed_documents() -> None:
-    packing = Packing(torch.tensor([[5, 5, 0, 0, 0, 5], [1, 1, 1, 1, 1, 1]]))
+    packing = Packing.of_documents(torch.tensor([[5, 5, 0, 0, 0, 5], [1, 1, 1, 1, 1, 1]]))
     assert packing.positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
     assert packing.mask.shape == (2, 1, 6, 6)
     assert packing.mask[0, 0].int().tolist() == [

@@ -21,8 +21,10 @@ SOURCES = "files"  # the folder of the site that has copies of files of the repo
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages of the commands into the navigation: the entry "Commands"."""
+    """Put the pages of the commands into the navigation, and pages of docs/ that it does not name under "How to"."""
     nav = config.nav or []
+    how_to = next(section["How to"] for section in nav if "How to" in section)
+    how_to += [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f"'{path.name}'" not in str(nav)]
     reference = next(section["Reference"] for section in nav if "Reference" in section)
     commands = next(entry["Commands"] for entry in reference if isinstance(entry, dict) and "Commands" in entry)
     commands += [{f"gpt2 {verb}": f"reference/commands/{verb}.md"} for verb in COMMANDS]

@@ -236,6 +236,7 @@ usage: gpt2 COMMAND ...
 {verbs}
 
 A MODEL is a run folder, a model folder, or a name on the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name.
+A checkpoint of another program works, too: gpt2 convert --list.
 gpt2 COMMAND --help, or gpt2 help COMMAND, lists the flags of a command.
 
 examples:
@@ -252,7 +253,8 @@ COMMANDS = {
     "chat": "chat with a model",
     "info": "show the shape, tokenizer, template and files of a model or a run",
     "serve": "serve the OpenAI API and a playground",
-    "export": "write a model for other programs",
+    "convert": "write a model for other programs: transformers, llama.cpp, ONNX and more",
+    "export": "the old name of convert",
     "data": "prepare token shards and inspect data",
     "bench": "measure the speed of training, generation and serving, and compare it with peers",
     "sweep": "search for the best learning rate and other settings of a recipe",

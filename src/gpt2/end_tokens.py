@@ -8,11 +8,11 @@ from gpt2.errors import ModelFilesError
 from gpt2.files import check_inside_folder
 
 
-def read_end_tokens(folder: Path, vocab_size: int, default: int) -> tuple[int, ...]:
+def read_end_tokens(folder: Path, vocab_size: int, default: tuple[int, ...]) -> tuple[int, ...]:
     """The ids that `eos_token_id` names in the model folder's two configs, a number or a list in each.
 
     Ids outside the vocabulary are ignored: GPT-2's 50256 stands in many configs of smaller models. Without any id left
-    it is `default`, the id of ``<|endoftext|>``. Raises ModelFilesError for values that are not ids.
+    it is `default`, the tokenizer's own. Raises ModelFilesError for values that are not ids.
     """
     found: dict[int, None] = {}
     for name in ("config.json", "generation_config.json"):
@@ -20,12 +20,12 @@ def read_end_tokens(folder: Path, vocab_size: int, default: int) -> tuple[int, .
         check_inside_folder(path, folder)
         if path.is_file():
             found |= dict.fromkeys(_eos_token_ids(path))
-    return tuple(token for token in found if token < vocab_size) or (default,)
+    return tuple(token for token in found if token < vocab_size) or default
 
 
-def format_eos_token_id(tokens: tuple[int, ...]) -> int | list[int]:
-    """`eos_token_id` as `transformers` writes it: a number for one token, else a list."""
-    return tokens[0] if len(tokens) == 1 else list(tokens)
+def format_eos_token_id(tokens: tuple[int, ...]) -> int | list[int] | None:
+    """`eos_token_id` as `transformers` writes it: None without a token, a number for one, else a list."""
+    return list(tokens) if len(tokens) > 1 else next(iter(tokens), None)
 
 
 def _eos_token_ids(path: Path) -> list[int]:

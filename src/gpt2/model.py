@@ -21,12 +21,18 @@ from gpt2.loss import next_token_loss
 from gpt2.packing import Packing
 
 # OpenAI used the tanh approximation of GELU; the exact one gives other logits. The rest are for other GPT-2 models.
+_gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
     "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
 }
 MAX_LAYERS, MAX_PARAMETERS = 2**12, 2**40  # larger values are typing errors
 
@@ -50,6 +56,8 @@ class GPTConfig:
     dropout: float = 0.0  # of residuals, and by default of embeddings and attention weights; in training only
     embd_dropout: float | None = None  # None for `dropout`
     attn_dropout: float | None = None  # None for `dropout`
+    scale_attn_weights: bool = True  # divide the attention scores by sqrt(head size)
+    scale_attn_by_inverse_layer_idx: bool = False  # and by the layer number, from 1 (Mistral's GPT-2 models)
     attention: str = "sdpa"  # or "plain": the masked softmax written out
 
     def __post_init__(self) -> None:
@@ -68,6 +76,11 @@ class GPTConfig:
             if value not in choices:
                 message = f"{name} '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
                 raise ConfigError(message, field=name)
+
+    def query_factor(self, layer: int) -> float:
+        """What layer `layer` (from 0) multiplies its queries with, beyond the usual 1 / sqrt(head size)."""
+        factor = 1.0 if self.scale_attn_weights else math.sqrt(self.n_embd // self.n_head)
+        return factor / (layer + 1) if self.scale_attn_by_inverse_layer_idx else factor
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -109,18 +122,21 @@ OPENAI_CONFIGS = {  # the four models that OpenAI published, by their hub names
 class Attention(nn.Module):
     """Multi-head causal self-attention."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head, self.dropout = config.n_head, config.dropout
         self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
+        self.query_factor = config.query_factor(layer)
         self.attention_fn = ATTENTION_FUNCTIONS[config.attention]
 
     def forward(self, x: Tensor, context: LayerCacheExtension | Packing | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
+        if self.query_factor != 1:
+            q = q * self.query_factor
         mask = None  # causal
         if context is not None:
             k, v = context.append(k, v)  # (B, H, S, D)
@@ -128,6 +144,13 @@ class Attention(nn.Module):
         y = self.attention_fn(q, k, v, mask, self.attn_dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
+
+
+def scaled_queries(c_attn: Tensor, factor: float) -> Tensor:
+    """A copy of c_attn's weight (3C, C) or bias (3C,) in which the queries' third is multiplied by `factor`."""
+    scaled = c_attn.clone()
+    scaled[: len(scaled) // 3] *= factor
+    return scaled
 
 
 class MLP(nn.Module):
@@ -149,10 +172,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the MLP, each with a layer norm before it (pre-norm) and a residual connection around it."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
@@ -168,7 +191,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = config.dropout if config.embd_dropout is None else config.embd_dropout
 
@@ -220,7 +243,7 @@ class GPT(nn.Module):
         if length > self.config.block_size:
             raise RequestError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
         if documents is not None:
-            return self.transformer(tokens, Packing(documents))
+            return self.transformer(tokens, Packing.of_documents(documents))
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             return self.transformer(tokens, None if cache is None else cache.extend(tokens.size(1)))
 

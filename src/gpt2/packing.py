@@ -1,27 +1,35 @@
-"""Several documents packed into one row: positions and a block-diagonal causal attention mask."""
+"""Several sequences packed into one row: positions and an attention mask."""
 
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Packing:
-    """Rows of packed documents, each of which the model computes as if it were alone.
+    """Rows of packed sequences, each of which the model computes as if it were alone.
 
-    documents: (B, T) integers; adjacent positions with equal numbers belong to the same document.
-
-    positions: int64 (B, T), counted from 0 in each document.
-    mask:      (B, 1, T, T), True where a position may attend to another: itself or an earlier one of its document.
+    positions: int64 (B, T), the position of each token in its own sequence.
+    mask:      bool (B, 1, T, T), True where a token attends to another.
     """
 
-    def __init__(self, documents: Tensor) -> None:
+    positions: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of_documents(cls, documents: Tensor) -> Self:
+        """Adjacent positions with equal numbers in `documents`, integers (B, T), belong to the same document.
+
+        A token attends to itself and to the earlier ones of its document.
+        """
         index = torch.arange(documents.size(1), device=documents.device)
         is_first = torch.ones_like(documents, dtype=torch.bool)
         is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
         starts = torch.where(is_first, index, 0).cummax(1).values  # (B, T): first position of the document
-        self.positions = index - starts
-        self.mask = ((starts[:, :, None] == starts[:, None, :]) & (index[:, None] >= index))[:, None]
+        mask = (starts[:, :, None] == starts[:, None, :]) & (index[:, None] >= index)
+        return cls(index - starts, mask[:, None])
 
     def layer(self, index: int) -> Self:
         """The same mask for every layer."""

@@ -10,14 +10,14 @@ from gpt2.lora import find_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.templates import ChatTemplate, load_template
 from gpt2.tokenizer import Tokenizer
-from gpt2.weights import find_model_folder, load, load_model_tokenizer, read_config
+from gpt2.weights import find_model_folder, load, load_model_tokenizer, read_config, read_template
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
     """The files of a model. Weights, tokenizer and template are read when they are used."""
 
-    folder: Path  # the model folder
+    folder: Path  # the model folder, or the file of a format that is one file
     config: GPTConfig
     adapter: Path | None = None  # the folder of a LoRA adapter
 
@@ -29,8 +29,8 @@ class ResolvedModel:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The adapter's chat template, else the model's, else None. Raises UserError for broken files."""
-        folders = [folder for folder in (self.adapter, self.folder) if folder is not None]
-        return next((template for folder in folders if (template := load_template(folder)) is not None), None)
+        own = None if self.adapter is None else load_template(self.adapter)
+        return own or read_template(self.folder)
 
     def load(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gpt2.characters import characters_from_spec
 from gpt2.end_tokens import read_end_tokens
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
 from gpt2.files import check_inside_folder, expand_path
@@ -28,7 +29,7 @@ from gpt2.vocabulary import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
     Vocabulary,
-    added_tokens_from_config,
+    added_tokens_beside,
     build_backend,
     decode_byte_level,
     extend_vocabulary,
@@ -40,6 +41,7 @@ from gpt2.vocabulary import (
     replace_surrogates,
     split_long_words,
     tiktoken_encoding,
+    tokenizers_errors,
     uses_gpt2_pre_tokenizer,
     vocabulary_fingerprint,
     vocabulary_from_token_ids,
@@ -187,11 +189,7 @@ class BPETokenizer(_ByteLevelTokenizer):
         self._backend = backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            BPETokenizer,
-            (self._backend,),
-            {"end_tokens": self.end_tokens},
-        )  # a pickled backend loses encode_special_tokens
+        return BPETokenizer, (self._backend,), {"end_tokens": self.end_tokens}  # it loses encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return _encode_with_backend(self._backend, texts)
@@ -258,7 +256,7 @@ def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer
     elif isinstance(tokenizer, GPT2Tokenizer):
         extended = GPT2Tokenizer(tiktoken_encoding(vocabulary))
     else:
-        extended = _make_byte_tokenizer(vocabulary)
+        extended = make_byte_tokenizer(vocabulary)
     extended.end_tokens = tokenizer.end_tokens
     return extended
 
@@ -314,11 +312,13 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer whose files are in `folder`; None if there are none.
 
-    `tokenizer.json` has precedence over `vocab.json` with `merges.txt`. GPT-2's vocabulary and the plain bytes are
-    recognized by their contents, and need no merges. Its `end_tokens` are those of the model folder.
-    Raises ModelFilesError for a file that is broken or is not byte-level BPE.
+    `tokenizer.json` has precedence over `vocab.json` with `merges.txt`, and these over `encoder.json` with `vocab.bpe`,
+    OpenAI's names. GPT-2's vocabulary and the plain bytes are recognized by their contents, and need no merges. Its
+    `end_tokens` are those of the model folder. Raises ModelFilesError for a file that is broken or is not byte-level
+    BPE.
     """
-    for name, load in ("tokenizer.json", _load_tokenizer_json), ("vocab.json", _load_vocab_json):
+    readers = {"tokenizer.json": _load_tokenizer_json, "vocab.json": _load_vocab_json, "encoder.json": _load_vocab_json}
+    for name, load in readers.items():
         path = folder / name
         if path.is_file():
             for used in (path, folder / "tokenizer_config.json", folder / "merges.txt"):
@@ -326,7 +326,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
             try:
                 check_file_size(path)
                 tokenizer = load(path)
-                tokenizer.end_tokens = read_end_tokens(folder, tokenizer.vocab_size, tokenizer.end_of_text)
+                tokenizer.end_tokens = read_end_tokens(folder, tokenizer.vocab_size, tokenizer.end_tokens)
                 return tokenizer
             except (OSError, ValueError, RecursionError) as error:
                 raise ModelFilesError(f"cannot use {path}: {error}") from error
@@ -339,40 +339,43 @@ def _load_tokenizer_json(path: Path) -> Tokenizer:
 
     text = path.read_text(encoding="utf-8")
     spec = json.loads(text)
+    if (characters := characters_from_spec(spec)) is not None:
+        return characters
     vocabulary = vocabulary_from_tokenizer_json(spec)
     check_components(spec)
     standard = uses_gpt2_pre_tokenizer(spec) and has_only_simple_special_tokens(spec)
-    if standard and (known := _recognize_tokenizer(vocabulary)):
+    if standard and (known := recognize_tokenizer(vocabulary)):
         return known
-    try:
+    with tokenizers_errors():
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
-        raise ValueError(str(error)) from error
     return BPETokenizer(backend)
 
 
 def _load_vocab_json(path: Path) -> Tokenizer:
     """The tokenizer in a `vocab.json`. Raises ValueError for that file, and ModelFilesError for the files beside it."""
-    added = added_tokens_from_config(path.with_name("tokenizer_config.json"))
+    added = added_tokens_beside(path)
     ids = json.loads(path.read_text(encoding="utf-8"))
+    ids = {**ids, **added} if isinstance(ids, dict) else ids
     vocabulary = vocabulary_from_token_ids(ids, added_tokens={END_OF_TEXT, *added})
-    if known := _recognize_tokenizer(vocabulary):
+    if known := recognize_tokenizer(vocabulary):
         return known
-    merges_path = path.with_name("merges.txt")
+    merges_path = path.with_name("vocab.bpe" if path.name == "encoder.json" else "merges.txt")  # OpenAI's names
     try:
         merges = read_merges(merges_path)
         made = {left + right for left, right in merges}
         for i, token in enumerate(vocabulary.tokens):
             if len(token) > 1 and token not in made and i not in vocabulary.added_ids:
                 raise ValueError(f"no merge in it makes token {i} of vocab.json; is it truncated?")
-        return BPETokenizer(build_backend(vocabulary, merges))
+        with tokenizers_errors():
+            backend = build_backend(vocabulary, merges)
+        return BPETokenizer(backend)
     except FileNotFoundError:
         raise ModelFilesError(f"no {merges_path}, which vocab.json needs") from None
-    except Exception as error:  # the library raises nothing more precise
+    except ValueError as error:
         raise ModelFilesError(f"cannot use {merges_path}: {error}") from error
 
 
-def _recognize_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
+def recognize_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
     """GPT-2's tokenizer or the bytes, if the vocabulary is that, with only added tokens after ``<|endoftext|>``."""
     size = vocabulary.tokens.index(END_OF_TEXT.encode()) + 1
     if not vocabulary.added_ids.issuperset(range(size, len(vocabulary.tokens))):
@@ -381,10 +384,11 @@ def _recognize_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
     fingerprint = vocabulary_fingerprint(base)
     if fingerprint == GPT2_FINGERPRINT:
         return GPT2Tokenizer(tiktoken_encoding(vocabulary))
-    return _make_byte_tokenizer(vocabulary) if fingerprint == ByteTokenizer().fingerprint else None
+    return make_byte_tokenizer(vocabulary) if fingerprint == ByteTokenizer().fingerprint else None
 
 
-def _make_byte_tokenizer(vocabulary: Vocabulary) -> ByteTokenizer:
+def make_byte_tokenizer(vocabulary: Vocabulary) -> ByteTokenizer:
+    """The byte tokenizer with the special tokens that follow ``<|endoftext|>`` in `vocabulary`."""
     return ByteTokenizer([token.decode() for token in vocabulary.tokens[257:]])
 
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -116,15 +117,41 @@ def has_only_simple_special_tokens(spec: dict[str, Any]) -> bool:
     return all(token.get("special") and not any(token.get(name) for name in options) for token in others)
 
 
-def added_tokens_from_config(path: Path) -> list[str]:
-    """The added tokens in a `tokenizer_config.json`; none without one. Raises ModelFilesError if it is broken."""
+def added_tokens_beside(path: Path) -> dict[str, int]:
+    """The added tokens and ids in `added_tokens.json` and `tokenizer_config.json` beside `path`, where they are.
+
+    Raises ModelFilesError for a broken one.
+    """
+    added: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        file = path.with_name(name)
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            named = raw if name == "added_tokens.json" else raw.get("added_tokens_decoder") or {}
+            added |= {
+                str(key if name == "added_tokens.json" else value["content"]): int(
+                    value if name == "added_tokens.json" else key
+                )
+                for key, value in named.items()
+            }
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+            raise ModelFilesError(f"cannot use {file}: {error!r}") from error
+    return added
+
+
+@contextmanager
+def tokenizers_errors() -> Iterator[None]:
+    """Turn what the `tokenizers` library raises into ValueError: plain Exception, and Rust panics."""
     try:
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
-        return [str(token["content"]) for token in added.values()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise ModelFilesError(f"cannot use {path}: {error!r}") from error
+        yield
+    except Exception as error:
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library panicked: {error}") from error
 
 
 def extend_vocabulary(vocabulary: Vocabulary, texts: Sequence[str]) -> Vocabulary:

@@ -142,7 +142,7 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("data prepare /dev/zero {tmp}/shards --tokenizer bytes", "/dev/zero is not a regular file"),
         ("data inspect {empty}", "is empty"),
         ("train --data {tmp}/\x1b[31m", "/\\x1b[31m'"),
-        ("export {model_folder} {tmp}/new --format onnx", "--format 'onnx' is not one of hf"),
+        ("export {model_folder} {tmp}/new --format onx", "there is no format 'onx' (did you mean 'onnx'?)"),
         ("data", "the following arguments are required"),
         ("data inspect {tmp} --tokenizer bytes", "is not UTF-8"),
     ],

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
+from gpt2.evaluation import scorer
 from gpt2.evaluation.encode import encode_pairs, encode_separately, rolling_queries, strided_queries
-from gpt2.evaluation.scorer import LanguageModel, Scored, check_queries, score
+from gpt2.evaluation.scorer import Scored, check_queries, score
 from gpt2.evaluation.tree import Query, build_tree
+from gpt2.generation.engine import LanguageModel
 from gpt2.model import GPT
 from gpt2.native import build
 from gpt2.native.model import NativeGPT
@@ -51,7 +53,7 @@ def test_every_query_is_scored_as_if_alone(groups: list[list[Query]], budget: in
     for group, found in zip(groups, all_scores(model, groups, batch_tokens=budget), strict=True):
         for query, scored in zip(group, found, strict=True):
             total, greedy = alone(model, query)
-            assert scored.total == pytest.approx(total, abs=2e-5)
+            assert scored.log_likelihood == pytest.approx(total, abs=2e-5)
             assert scored.greedy.tolist() == greedy
 
 
@@ -80,7 +82,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
 
 def test_equal_choices_tie_exactly() -> None:
     (found,) = all_scores(MODEL, [[Query([1, 2, 3], 2), Query([1, 2, 3], 2)]])
-    assert found[0].total == found[1].total
+    assert found[0].log_likelihood == found[1].log_likelihood
 
 
 def test_any_number_of_ranks_scores_the_same_bits() -> None:
@@ -93,7 +95,9 @@ def test_any_number_of_ranks_scores_the_same_bits() -> None:
             for batch in score(MODEL, groups, ProcessGroup(rank, size), batch_tokens=64):
                 assert not shared.keys() & dict(batch).keys()
                 shared |= dict(batch)
-        assert [[one.total for one in shared[i]] for i in range(40)] == [[one.total for one in row] for row in whole]
+        assert [[one.log_likelihood for one in shared[i]] for i in range(40)] == [
+            [one.log_likelihood for one in row] for row in whole
+        ]
 
 
 def test_the_order_of_the_rows_changes_nothing() -> None:
@@ -102,7 +106,7 @@ def test_the_order_of_the_rows_changes_nothing() -> None:
     there, back = all_scores(MODEL, groups, batch_tokens=64), all_scores(MODEL, groups[::-1], batch_tokens=64)[::-1]
     for a, b in zip(there, back, strict=True):
         assert a[0].greedy.tolist() == b[0].greedy.tolist()
-        assert a[0].total == pytest.approx(b[0].total, rel=1e-6)
+        assert a[0].log_likelihood == pytest.approx(b[0].log_likelihood, rel=1e-6)
 
 
 @pytest.mark.slow  # compiles the kernel
@@ -113,7 +117,7 @@ def test_a_model_without_tree_attention_gives_the_same() -> None:
     groups = [[Query([1, 2, 3, 4, 5], 2), Query([1, 2, 6, 4, 5], 3), Query([1, 2, 6], 1)], [Query([3, 4], 1)]]
     ours = all_scores(NativeGPT(MODEL, "float32", kernel), groups)
     for a, b in zip(ours, all_scores(MODEL, groups), strict=True):
-        assert [one.total for one in a] == pytest.approx([one.total for one in b], abs=1e-5)
+        assert [one.log_likelihood for one in a] == pytest.approx([one.log_likelihood for one in b], abs=1e-5)
         assert [one.is_greedy for one in a] == [one.is_greedy for one in b]
 
 
@@ -125,7 +129,7 @@ def test_training_mode_is_kept_and_has_no_dropout() -> None:
         assert MODEL.transformer.h[0].training
     finally:
         MODEL.eval()
-    assert found[0][0].total == pytest.approx(alone(MODEL, Query([1, 2, 3], 2))[0], abs=1e-5)
+    assert found[0][0].log_likelihood == pytest.approx(alone(MODEL, Query([1, 2, 3], 2))[0], abs=1e-5)
 
 
 def test_a_damaged_model_is_an_error() -> None:
@@ -196,3 +200,12 @@ def test_strided_windows_are_those_of_the_guide(count: int, context: int, data: 
             break
     windows = [(q.tokens[0], q.tokens[-1] + 1, q.scored) for q in strided_queries(list(range(count)), context, stride)]
     assert windows == expected
+
+
+def test_all_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scorer.HEAD_ROWS, "cpu", 7)
+    model, rows = _small(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(logits.numel() // 23))
+    found = all_scores(model, [[Query(list(range(17)), 16)], [Query([1, 2, 3], 1)]])
+    assert (max(rows), sum(rows)) == (7, 17)
+    assert found[0][0].log_likelihood == pytest.approx(alone(model, Query(list(range(17)), 16))[0], abs=2e-5)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import gpt2.formats.huggingface
 import gpt2.train.checkpoint
-import gpt2.weights
 from gpt2.config import TrainConfig
 from gpt2.errors import UserError
 from gpt2.optimizers import build_optimizers
@@ -155,7 +155,7 @@ def test_data_that_reads_back_differently_is_no_checkpoint(
     learner = TinyTrainer()
     learner.step()
     learner.save(tmp_path, 1)
-    module = gpt2.train.checkpoint if where == "checkpoint" else gpt2.weights
+    module = gpt2.train.checkpoint if where == "checkpoint" else gpt2.formats.huggingface
     write = module.save_file
 
     def careless(tensors: dict[str, Tensor], path: Path, **kwargs: Any) -> None:
@@ -243,7 +243,7 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     with monkeypatch.context() as patch:
         for name in OPERATIONS:
             patch.setattr(os, name, deadly(getattr(os, name)))
-        for module in (gpt2.train.checkpoint, gpt2.weights):
+        for module in (gpt2.train.checkpoint, gpt2.formats.huggingface):
             patch.setattr(module, "save_file", half_written(module.save_file))
         yield lambda: calls
 

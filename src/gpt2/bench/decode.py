@@ -16,9 +16,10 @@ from torch import nn
 
 from gpt2.bench.common import OURS, parse_names
 from gpt2.errors import ConfigError, UserError
+from gpt2.evaluation.scorer import score
+from gpt2.evaluation.tree import Query
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
 from gpt2.generation.inference import prepare_for_inference
-from gpt2.generation.log_likelihood import token_log_likelihoods
 from gpt2.generation.sampling import Sampling
 from gpt2.hardware import peak_memory, reset_peak_memory
 from gpt2.model import GPT, GPTConfig
@@ -210,7 +211,10 @@ def our_variants(names: str) -> list[VariantSpec]:
 
 def perplexity(model: LanguageModel, tokens: list[int]) -> float:
     """exp of the mean loss over all tokens but the first, in non-overlapping windows of the context length."""
-    return math.exp(-token_log_likelihoods(model, tokens).logprobs.double().mean().item())
+    context, last = model.config.block_size, len(tokens) - 1
+    windows = [[Query(tokens[i : i + context + 1], min(context, last - i))] for i in range(0, last, context)]
+    total = sum(one.log_likelihood for batch in score(model, windows) for _, (one,) in batch)
+    return math.exp(-total / last)
 
 
 class ReferenceDecoder:

@@ -20,9 +20,9 @@ from gpt2.evaluation.prepare import ScoringPass, prepare_task_file
 from gpt2.evaluation.published import openai_size, run_checks
 from gpt2.evaluation.records import read_bytes
 from gpt2.evaluation.report import ModelReport, checks_table, listing, table, to_json
-from gpt2.evaluation.scorer import LanguageModel
 from gpt2.evaluation.tasks import TASKS
 from gpt2.files import expand_path, write_error
+from gpt2.generation.engine import LanguageModel
 from gpt2.runtime import configure_malloc, pick_device
 from gpt2.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gpt2.resolve import ResolvedModel
     from gpt2.tokenizer import Tokenizer
 
-MODEL_HELP = "a run folder, a model folder, or a hub name"
+MODEL_HELP = "a run folder, a model folder, a checkpoint of another program (gpt2 convert --list), or a hub name"
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps [auto]"
 NUMERIC_SETTINGS = {  # the sampling settings that are one number
     "temperature": "0 is greedy decoding",

@@ -43,6 +43,7 @@ def model_facts(model: "ResolvedModel") -> dict[str, Any]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(config).parameters())
     end = None if tokenizer is None else tokenizer.end_of_text
+    files = list(model.folder.iterdir()) if model.folder.is_dir() else [model.folder]
     facts: dict[str, Any] = {
         "folder": str(model.folder),
         "layers": config.n_layer,
@@ -54,10 +55,10 @@ def model_facts(model: "ResolvedModel") -> dict[str, Any]:
         "dtype": stored_dtypes(model.folder),
         "tokenizer": None if tokenizer is None else f"{tokenizer.name}, {tokenizer.vocab_size:,} ids",
         "end token": end,
-        "end tokens": end_tokens(model.folder),
+        "end tokens": [] if tokenizer is None else list(tokenizer.end_tokens),
         "chat template": None if model.template is None else model.template.source,
         "adapter": None if model.adapter is None else str(model.adapter),
-        "size": sum(path.stat().st_size for path in model.folder.iterdir() if path.is_file()),
+        "size": sum(path.stat().st_size for path in files if path.is_file()),
     }
     run = model.folder.parent
     if (run / "config.toml").is_file():
@@ -75,17 +76,6 @@ def stored_dtypes(folder: Path) -> str:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
     return ", ".join(sorted(found))
-
-
-def end_tokens(folder: Path) -> list[int]:
-    """The ids of `eos_token_id` in generation_config.json and config.json."""
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            ids += value if isinstance(value, list) else [] if value is None else [value]
-    return list(dict.fromkeys(ids))
 
 
 def _shown(value: Any) -> str:

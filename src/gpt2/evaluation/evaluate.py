@@ -9,8 +9,9 @@ from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.evaluation.fetch import open_task_file
 from gpt2.evaluation.measures import Measured, Record
 from gpt2.evaluation.prepare import ScoringPass, fingerprint_of, prepare
-from gpt2.evaluation.scorer import LanguageModel, score
+from gpt2.evaluation.scorer import score
 from gpt2.evaluation.tasks import SETS, TASKS, Task
+from gpt2.generation.engine import LanguageModel
 from gpt2.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, Measured], None]

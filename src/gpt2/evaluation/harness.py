@@ -12,8 +12,9 @@ from gpt2.errors import ConfigError, DataError, ModelFilesError, missing_extra
 from gpt2.evaluation.encode import encode_pairs, rolling_queries
 from gpt2.evaluation.evaluate import TaskResult
 from gpt2.evaluation.prepare import fingerprint_of
-from gpt2.evaluation.scorer import LanguageModel, Scored, check_queries, score
+from gpt2.evaluation.scorer import Scored, check_queries, score
 from gpt2.evaluation.tree import Query
+from gpt2.generation.engine import LanguageModel
 from gpt2.tokenizer import Tokenizer
 
 try:
@@ -70,7 +71,7 @@ class HarnessModel(_Base):
             else:
                 groups.append([query])
             document = place
-        return [(one.total, one.is_greedy) for group in self._score(groups) for one in group]
+        return [(one.log_likelihood, one.is_greedy) for group in self._score(groups) for one in group]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text, every token once, the first after <|endoftext|>."""
@@ -78,7 +79,7 @@ class HarnessModel(_Base):
         prefix, context = self.tokenizer.end_of_text, self.model.config.block_size
         windows = [list(rolling_queries(ids, prefix, context)) for ids in self.tokenizer.encode_batch(texts)]
         scored = iter(self._score([[query] for some in windows for query in some]))
-        return [sum(next(scored)[0].total for _ in some) for some in windows]
+        return [sum(next(scored)[0].log_likelihood for _ in some) for some in windows]
 
     def _score(self, groups: list[list[Query]]) -> list[list[Scored]]:
         found = dict(pair for batch in score(self.model, groups) for pair in batch)

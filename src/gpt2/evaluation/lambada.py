@@ -41,7 +41,7 @@ def prepare_lambada(rows: Sequence[Passage], tokenizer: Tokenizer, config: GPTCo
 
     def record(index: int, scored: list[Scored]) -> Record:
         (one,) = scored
-        return float(one.is_greedy), float(one.greedy[-1]), one.total
+        return float(one.is_greedy), float(one.greedy[-1]), one.log_likelihood
 
     def summarize(records: Mapping[int, Record]) -> Measured:
         columns = list(zip(*records.values(), strict=True))

@@ -112,7 +112,7 @@ def _prepared(
 
     def record(index: int, scored: list[Scored]) -> Record:
         (one,) = scored
-        return -one.total, float(len(one.logprobs))
+        return -one.log_likelihood, float(len(one.logprobs))
 
     def summarize(records: Mapping[int, Record]) -> Measured:
         ordered = [records[i] for i in sorted(records)]

@@ -11,8 +11,9 @@ import torch
 
 from gpt2.errors import ConfigError
 from gpt2.evaluation.encode import encode_separately, rolling_queries
-from gpt2.evaluation.scorer import LanguageModel, evaluating, score
+from gpt2.evaluation.scorer import score
 from gpt2.evaluation.tree import Query
+from gpt2.generation.engine import LanguageModel, eval_mode
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
 from gpt2.tokenizer import Tokenizer
 
@@ -107,7 +108,7 @@ def _ids(check: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
 @torch.inference_mode()
 def _logits_of(check: Mapping[str, Any], model: LanguageModel, tokenizer: Tokenizer) -> torch.Tensor:
     """Logits (T, V) at every position."""
-    with evaluating(model):
+    with eval_mode(model):
         tokens = torch.tensor([_ids(check, tokenizer)], device=model.device)
         return model.lm_head(model.hidden_states(tokens))[0].float().cpu()
 
@@ -135,7 +136,7 @@ def _loss(check: Mapping[str, Any], model: LanguageModel, tokenizer: Tokenizer) 
 
 
 def _total(queries: list[Query], model: LanguageModel) -> float:
-    return sum(one[0].total for batch in score(model, [[query] for query in queries]) for _, one in batch)
+    return sum(one[0].log_likelihood for batch in score(model, [[query] for query in queries]) for _, one in batch)
 
 
 def _loglikelihood(check: Mapping[str, Any], model: LanguageModel, tokenizer: Tokenizer) -> float:
@@ -158,7 +159,7 @@ def _greedy(check: Mapping[str, Any], model: LanguageModel, tokenizer: Tokenizer
     count = len(tokenizer.encode(expected)) if isinstance(expected, str) else len(expected)
     cache = model.make_cache(1, len(ids) + count)
     new: list[int] = []
-    with evaluating(model):
+    with eval_mode(model):
         tokens = ids
         for _ in range(count):
             hidden = model.hidden_states(torch.tensor([tokens], device=model.device), cache)

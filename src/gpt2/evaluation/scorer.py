@@ -6,18 +6,16 @@ that there is little padding. Logits are computed only at positions where a toke
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt2.cache import KVCache
 from gpt2.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from gpt2.errors import DataError, NonFiniteLogitsError
-from gpt2.evaluation.tree import Query, Tree, TreeAttention, build_tree
+from gpt2.errors import DataError
+from gpt2.evaluation.tree import Query, Tree, build_tree, tree_attention
+from gpt2.generation.engine import LanguageModel, check_finite, eval_mode
 from gpt2.model import GPT, GPTConfig
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # positions in a batch, padding included
@@ -26,30 +24,6 @@ CACHE_ELEMENTS = 2**21  # logits that a CPU processes at once, so that they stay
 FULL_TOKENS = {"cpu": 512, "cuda": 8192}  # from this size on, a batch does not take much shorter rows
 MAX_PADDING = 0.1
 SHUFFLE_SEED = 20190214  # batches are visited in a fixed random order, so that a running score is representative
-
-
-class LanguageModel(Protocol):
-    """A model that can be scored: a `gpt2.model.GPT`, or the CPU kernel with the same interface."""
-
-    config: GPTConfig
-
-    @property
-    def device(self) -> torch.device:
-        """The device for input tokens."""
-        ...
-
-    def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
-        """An empty cache."""
-        ...
-
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """int64 (B, T) -> (B, T, C), continuing the rows of the cache."""
-        ...
-
-    @property
-    def lm_head(self) -> Any:
-        """A function: (..., C) -> logits (..., V)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -64,8 +38,8 @@ class Scored:
     greedy: np.ndarray
 
     @property
-    def total(self) -> float:
-        """The sum of the log-probabilities, summed in float64."""
+    def log_likelihood(self) -> float:
+        """The log-likelihood of the scored tokens: the sum of their log-probabilities, summed in float64."""
         return float(self.logprobs.sum(dtype=np.float64))
 
     @property
@@ -105,7 +79,7 @@ def score(
     batches = _batches([len(tree) for tree in trees], budget, min(budget, FULL_TOKENS.get(kind, 2048)))
     rows = HEAD_ROWS.get(kind, 1024)
     for batch in batches[ranks.rank :: ranks.world_size]:
-        with torch.inference_mode(), evaluating(model):
+        with torch.inference_mode(), eval_mode(model):
             chosen = [trees[i] for i in batch]
             hidden = _hidden_of_trees(model, chosen) if isinstance(model, GPT) else _hidden_through_cache(model, chosen)
             found = _score_hidden(model, hidden, chosen, [groups[i] for i in batch], rows)
@@ -139,7 +113,7 @@ def _hidden_of_trees(model: GPT, trees: Sequence[Tree]) -> Tensor:
     tokens = torch.from_numpy(tokens).to(model.device)
     if all(tree.is_chain for tree in trees):
         return model.hidden_states(tokens)
-    return model.transformer(tokens, TreeAttention.of(trees, width, model.device))  # pyright: ignore[reportArgumentType]
+    return model.transformer(tokens, tree_attention(trees, width, model.device))
 
 
 def _hidden_through_cache(model: LanguageModel, trees: Sequence[Tree]) -> Tensor:
@@ -189,8 +163,7 @@ def _score_rows(
     at, ids = torch.from_numpy(rows).to(device), torch.from_numpy(targets).to(device)
     own = logits[at, ids]
     best, total = _max_and_logsumexp(logits)
-    if not total.isfinite().all():
-        raise NonFiniteLogitsError("the model computes nan or inf: its weights are damaged, or too large for its dtype")
+    check_finite(total[:, None])
     return (own - total[at]).cpu().numpy(), _is_first_best(logits, best, at, ids, own).cpu().numpy()
 
 
@@ -212,16 +185,3 @@ def _is_first_best(logits: Tensor, best: Tensor, at: Tensor, ids: Tensor, own: T
     for some in candidates.split(64):
         greedy[some] = logits[at[some]].argmax(-1) == ids[some]
     return greedy
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode (no dropout) in the block; the mode of every module is restored afterwards."""
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

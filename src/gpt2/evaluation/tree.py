@@ -7,11 +7,12 @@ SpecInfer, Miao et al. 2023, and Medusa, Cai et al. 2024).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from gpt2.generation.engine import common_prefix_length
+from gpt2.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def build_tree(queries: Sequence[Query]) -> Tree:
     previous, path = [], np.empty(0, np.int64)  # the inputs of the query before this one, and their nodes
     for i in order:
         inputs = list(queries[i].tokens[:-1])
-        shared = _common_prefix(previous, inputs)
+        shared = common_prefix_length(previous, inputs)
         start = len(tokens)
         tokens += inputs[shared:]
         positions += range(shared, len(inputs))
@@ -80,34 +81,12 @@ def build_tree(queries: Sequence[Query]) -> Tree:
     return Tree(np.array(tokens, np.int64), np.array(positions, np.int64), segments, paths)
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if a[i] != b[i])
-
-
-class TreeAttention:
-    """What `Transformer.forward` needs to compute trees, one per row: positions (B, T) and mask (B, 1, T, T)."""
-
-    def __init__(self, positions: Tensor, mask: Tensor) -> None:
-        self.positions, self.mask = positions, mask
-
-    @classmethod
-    def of(cls, trees: Sequence[Tree], width: int, device: torch.device) -> Self:
-        """Trees as rows of `width` nodes; a padding node attends to itself alone."""
-        positions = np.zeros((len(trees), width), np.int64)
-        mask = np.zeros((len(trees), 1, width, width), dtype=bool)
-        mask[:, 0, np.arange(width), np.arange(width)] = True
-        for row, tree in enumerate(trees):
-            positions[row, : len(tree)] = tree.positions
-            mask[row, 0, : len(tree), : len(tree)] = tree.mask()
-        return cls(torch.from_numpy(positions).to(device), torch.from_numpy(mask).to(device))
-
-    def layer(self, index: int) -> Self:
-        """The same for every layer."""
-        return self
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values to attend to, (B, H, T, D) each: those of the row itself."""
-        return k, v
+def tree_attention(trees: Sequence[Tree], width: int, device: torch.device) -> Packing:
+    """What the model needs to compute trees as rows of `width` nodes; a padding node attends to itself alone."""
+    positions = np.zeros((len(trees), width), np.int64)
+    mask = np.zeros((len(trees), 1, width, width), dtype=bool)
+    mask[:, 0, np.arange(width), np.arange(width)] = True
+    for row, tree in enumerate(trees):
+        positions[row, : len(tree)] = tree.positions
+        mask[row, 0, : len(tree), : len(tree)] = tree.mask()
+    return Packing(torch.from_numpy(positions).to(device), torch.from_numpy(mask).to(device))

@@ -122,7 +122,7 @@ class Engine:
         if slots < 1 or prefill_chunk < 1:
             raise UserError(f"slots and prefill_chunk must be at least 1, not {min(slots, prefill_chunk)}")
         self.model, self.slots, self.prefill_chunk = model, slots, prefill_chunk
-        self._cache = model.make_cache(slots, min(max_length or model.config.block_size, model.config.block_size))
+        self._kv_cache = model.make_cache(slots, min(max_length or model.config.block_size, model.config.block_size))
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by row of the cache; those in prefill come last
         self._num_decoding = 0  # the first rows, whose tokens are all cached but the last
@@ -137,11 +137,6 @@ class Engine:
     def num_running(self) -> int:
         """The number of sequences that have a slot."""
         return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """The number of sequences in the queue."""
-        return len(self._waiting)
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Add a request to the queue. Raises RequestError for one that cannot be served."""
@@ -166,7 +161,7 @@ class Engine:
         """
         while self._waiting and len(self._running) < self.slots:
             self._running.append(self._waiting.popleft())
-            self._cache.lengths[len(self._running) - 1] = 0
+            self._kv_cache.lengths[len(self._running) - 1] = 0
         decoding = self._num_decoding
         with eval_mode(self.model):
             prefilled = self._prefill(self.prefill_chunk)
@@ -176,14 +171,14 @@ class Engine:
 
     def check_request(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that cannot be served. Thread safe."""
-        check_request(request, self.model.config.vocab_size, self._cache.max_length)
+        check_request(request, self.model.config.vocab_size, self._kv_cache.max_length)
 
     def _prefill(self, max_tokens: int) -> list[Tensor]:
         """Prefill at most `max_tokens` tokens; the last hidden states (1, C) of the prompts that are complete."""
         complete: list[Tensor] = []
         while self._num_decoding < len(self._running) and max_tokens > 0:
             row = self._num_decoding
-            tokens, cache = self._running[row].tokens, self._cache[row : row + 1]
+            tokens, cache = self._running[row].tokens, self._kv_cache[row : row + 1]
             if cache.lengths[0] == 0:
                 self._copy_shared_prefix(row, tokens)
             start = int(cache.lengths[0])
@@ -199,21 +194,21 @@ class Engine:
         """Prefix cache: copy the longest prefix, the last token excluded, that any row of the cache holds."""
         shared = [common_prefix_length(tokens[:-1], cached) for cached in self._cached_tokens]
         donor = max(range(self.slots), key=shared.__getitem__)
-        self._cache.copy_row(donor, row, shared[donor])
+        self._kv_cache.copy_row(donor, row, shared[donor])
         self._cached_tokens[row] = tokens[: shared[donor]]
 
     def _decode(self, count: int) -> Tensor:
         """Run the model on the last token of the first `count` rows: (count, C)."""
         for row in range(count):
-            if self._cache.lengths[row] == self._cache.max_length:
+            if self._kv_cache.lengths[row] == self._kv_cache.max_length:
                 self._shift_context(row)
         return self._forward(0, [self._running[row].tokens[-1:] for row in range(count)])[:, -1]
 
     def _shift_context(self, row: int) -> None:
         """The context is full: empty the row and prefill its later half again, the last token excluded."""
         sequence = self._running[row]
-        sequence.context_start = len(sequence.tokens) - max(1, self._cache.max_length // 2)
-        self._cache.lengths[row] = 0
+        sequence.context_start = len(sequence.tokens) - max(1, self._kv_cache.max_length // 2)
+        self._kv_cache.lengths[row] = 0
         self._cached_tokens[row] = []
         if kept := sequence.tokens[sequence.context_start : -1]:
             self._forward(row, [kept])
@@ -223,7 +218,7 @@ class Engine:
         for i, new in enumerate(tokens, row):
             self._cached_tokens[i] += new
         rows = torch.tensor(tokens, device=self.model.device)
-        return self.model.hidden_states(rows, self._cache[row : row + len(tokens)])
+        return self.model.hidden_states(rows, self._kv_cache[row : row + len(tokens)])
 
     def _sample(self, logits: Tensor) -> list[SampledToken]:
         """One token for each row of `logits`, with its own settings and its own random stream."""
@@ -265,7 +260,7 @@ class Engine:
         if source != target:
             self._running[target] = self._running[source]
             self._cached_tokens[target] = list(self._cached_tokens[source])
-            self._cache.copy_row(source, target, int(self._cache.lengths[source]))
+            self._kv_cache.copy_row(source, target, int(self._kv_cache.lengths[source]))
 
 
 def _sample_and_append(logits: Tensor, sequences: list[Sequence]) -> None:

@@ -116,7 +116,7 @@ inline F32 exp(F32 x) {
 extern "C" {
 
 enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
-enum Activation : int32_t { GELU_TANH, GELU, RELU, SILU };
+enum Activation : int32_t { GELU_TANH, GELU, RELU, SILU, QUICK_GELU, TANH };
 
 struct Matrix {
   const void *weight;
@@ -358,6 +358,8 @@ template <int M> void tokens_product(const Matrix &w, const Operand &x, int64_t 
 inline F32 activated(F32 x, int32_t activation) {
   if (activation == RELU) return x > 0.0f ? x : splat(0.0f);
   if (activation == SILU) return x / (1.0f + exp(-x));
+  if (activation == QUICK_GELU) return x / (1.0f + exp(-1.702f * x));
+  if (activation == TANH) return 1.0f - 2.0f / (1.0f + exp(2.0f * x));
   if (activation == GELU) {
     for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
     return x;

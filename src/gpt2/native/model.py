@@ -10,12 +10,19 @@ from torch import Tensor
 
 from gpt2.cache import KVCache
 from gpt2.errors import ConfigError, RequestError
-from gpt2.model import GPT, GPTConfig
+from gpt2.model import GPT, GPTConfig, scaled_queries
 from gpt2.native.quantization import GROUP_SIZES, pack
 from gpt2.native.structs import Cache, Layer, Matrix, Model
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-ACTIVATION_CODES = {"gelu_new": 0, "gelu_pytorch_tanh": 0, "gelu": 1, "relu": 2, "silu": 3}
+ACTIVATION_CODES = {  # of the kernel
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), 0),
+    **dict.fromkeys(("gelu", "gelu_python"), 1),
+    "relu": 2,
+    **dict.fromkeys(("silu", "swish"), 3),
+    "quick_gelu": 4,
+    "tanh": 5,
+}
 
 LINEAR_LAYERS = {"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"}
 
@@ -108,6 +115,8 @@ class NativeGPT:
                     setattr(layer, f"{name}_{kind}", self._make_vector(weights[f"transformer.h.{i}.{name}.{kind}"]))
             for field, name in LINEAR_LAYERS.items():
                 weight, bias = (weights[f"transformer.h.{i}.{name}.{kind}"] for kind in ("weight", "bias"))
+                if field == "c_attn" and (factor := self.config.query_factor(i)) != 1:
+                    weight, bias = scaled_queries(weight, factor), scaled_queries(bias, factor)
                 setattr(layer, field, self._make_matrix(weight, bias, self.precision))
         return layers
 

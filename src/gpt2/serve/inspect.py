@@ -207,6 +207,7 @@ def attention_weights(model: GPT, tokens: Sequence[int], position: int) -> Tenso
             qkv = block.get_submodule("attn.c_attn")(block.get_submodule("ln_1")(x))  # (1, T, 3C)
             qkv = qkv.view(1, x.size(1), 3, model.config.n_head, -1)  # (1, T, 3, H, D)
             q, k, _ = qkv[0].permute(1, 2, 0, 3).float()  # (H, T, D) each
+            q = q * model.config.query_factor(len(weights))
             scores = q[:, -1:] @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (H, 1, T)
             weights.append(scores.softmax(-1)[:, 0])
     return torch.stack(weights)  # (L, H, T)

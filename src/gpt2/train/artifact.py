@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gpt2.formats.huggingface import disk_name
 from gpt2.lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -63,7 +64,10 @@ class ModelArtifact:
         weights = {name: weight.cpu() for name, weight in weights.items()}
         if self.lora is not None:
             return "adapter/*.safetensors", {peft_name(name): weight for name, weight in weights.items()}
-        return "model/*.safetensors", {n: w.t() if n.endswith(CONV1D_WEIGHTS) else w for n, w in weights.items()}
+        return "model/*.safetensors", {
+            disk_name(name, self.config): weight.t() if name.endswith(CONV1D_WEIGHTS) else weight
+            for name, weight in weights.items()
+        }
 
     def save_merged(self, model: GPT, run_folder: Path) -> None:
         """For an adapter: also write the merged model as `model/`. The weights of `model` are overwritten."""

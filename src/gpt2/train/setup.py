@@ -37,14 +37,22 @@ from gpt2.runtime import (
     pick_training_dtype,
     seed_everything,
 )
-from gpt2.templates import BUILTIN_TEMPLATES, ChatTemplate, get_template, load_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_added_tokens, with_special_tokens
+from gpt2.templates import BUILTIN_TEMPLATES, ChatTemplate, get_template
+from gpt2.tokenizer import Tokenizer, get_tokenizer, with_added_tokens, with_special_tokens
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import latest_checkpoint, load_optimizers
 from gpt2.train.early_stopping import BestValidation
 from gpt2.train.outlier_batches import OutlierFilter
 from gpt2.train.run_folder import check_run_metadata, run_metadata
-from gpt2.weights import HUB_ALIASES, find_model_folder, load, model_from_state_dict
+from gpt2.weights import (
+    HUB_ALIASES,
+    find_model_folder,
+    load,
+    model_from_state_dict,
+    read_config,
+    read_model_tokenizer,
+    read_template,
+)
 
 
 @dataclass
@@ -167,7 +175,7 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAn
         folder = checkpoint / "model"
     else:
         folder = find_model_folder(config.init_from) if config.init_from else None
-    template = get_template(config.template) if config.template else load_template(folder) if folder else None
+    template = get_template(config.template) if config.template else read_template(folder) if folder else None
     tokenizer: str | Tokenizer | None = config.tokenizer
     if config.init_from is not None and folder is not None:
         tokenizer = _resolve_tokenizer(folder, config, template, is_new=checkpoint is None)
@@ -212,7 +220,7 @@ def _resolve_tokenizer(
 
     is_new: whether the run is new, so that tokens still have to be added.
     """
-    own = load_tokenizer(folder)
+    own = read_model_tokenizer(folder, read_config(folder))
     if own is not None and not is_new:
         return own
     new_tokens = [token for token in (config.add_tokens or "").split(",") if token]

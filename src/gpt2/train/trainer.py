@@ -172,9 +172,10 @@ def update(run: Run, batch: Batch, lr: float) -> UpdateResult:
     # Forward and backward, with gradient accumulation over the micro-batches.
     total_loss = torch.zeros((), device=run.device)
     micro_batches = batch.split(run.micro_batch_size)
+    grad_accum_steps = len(micro_batches)
     for number, micro_batch in enumerate(micro_batches, 1):
         micro_batch = micro_batch.to(run.device)
-        with model.gradient_accumulation(last=number == len(micro_batches)):
+        with model.gradient_accumulation(last=number == grad_accum_steps):
             with autocast(run.device, run.dtype):
                 loss = model.loss(micro_batch.tokens, micro_batch.targets, divisor, micro_batch.documents)
             loss.backward()

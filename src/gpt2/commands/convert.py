@@ -1,0 +1,81 @@
+"""gpt2 convert SOURCE OUT --to FORMAT"""
+
+import sys
+from pathlib import Path
+
+from gpt2.cli import Parser
+from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
+from gpt2.errors import ConfigError
+from gpt2.files import expand_path
+
+DESCRIPTION = """Write a model in a format that other programs read, and check that both compute the same.
+
+The last line on standard error is the parity report. A result that differs by more than the tolerance is not kept.
+"""
+EXAMPLES = (
+    "gpt2 convert runs/quickstart model.gguf --to gguf --dtype q8_0",
+    "gpt2 convert out/ckpt.pt my-model --to hf",
+    "gpt2 convert --list",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run `gpt2 convert`: write a model in another format and print its path."""
+    run(argv, "gpt2 convert", EXAMPLES, default_format=None)
+
+
+def run(argv: list[str], prog: str, examples: tuple[str, ...], default_format: str | None) -> None:
+    """Run a command that converts. default_format: that of --to; None if --to is required."""
+    parser = Parser(prog=prog, description=DESCRIPTION, examples=examples)
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the folder or file to write")
+    shown = "" if default_format is None else f" [{default_format}]"
+    parser.add_flag("to", "format", default=default_format, metavar="FORMAT", help=f"one of --list{shown}")
+    parser.add_flag("list", action="store_true", help="list the formats that are read and written, and stop")
+    parser.add_flag("dtype", default=None, help="of the weights: one that --list names for the format [the model's]")
+    parser.add_flag("max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file, as 500MB [5GB]")
+    parser.add_flag("overwrite", action="store_true", help="replace the model that OUT holds")
+    add_adapter_flag(parser)
+    args = parser.parse_args(argv)
+    if args.list:
+        print(list_formats())
+        return
+    if args.source is None or args.out is None:
+        parser.error("SOURCE and OUT are required")
+    if args.to is None:
+        raise ConfigError("--to is required: gpt2 convert --list names the formats", field="to")
+    _check_shard_size(args.max_shard_size)
+    from gpt2.conversion import Job, check_output, check_replaceable, convert, dtype_for, target_of
+    from gpt2.resolve import resolve_model
+
+    target, out = target_of(args.to), expand_path(args.out)
+    if args.dtype is not None:
+        dtype_for(target, args.dtype)
+    source = resolve_model(args.source, args.adapter)
+    check_output(target, out, source.folder)
+    model, tokenizer = source.load(dtype=None)
+    if not args.overwrite:
+        check_replaceable(out, model)
+    job = Job(model, tokenizer, source.template, dtype_for(target, args.dtype, model), args.max_shard_size)
+    parity = convert(target, job, out)
+    print(f"{target.name}, {job.dtype}: {parity}", file=sys.stderr)
+    print(out)
+
+
+def list_formats() -> str:
+    """The formats that are read, and those that are written with their dtypes, as text."""
+    from gpt2.conversion import TARGETS
+    from gpt2.formats.table import READERS
+
+    lines = ["read:"]
+    lines += [f"  {each.name:12} {each.about}" for each in READERS]
+    lines += ["written:"]
+    lines += [f"  {each.name:12} {each.about} ({', '.join(each.tolerances)})" for each in TARGETS.values()]
+    return "\n".join(lines)
+
+
+def _check_shard_size(text: str) -> None:
+    """Raise ConfigError for a text that is no size."""
+    number = text.upper().removesuffix("B").rstrip("KMGT")
+    if not number.isdecimal() or int(number) < 1:
+        raise ConfigError(f"--max-shard-size '{text}' is no size such as 500MB or 5GB", field="max_shard_size")
