@@ -43,7 +43,7 @@ __all__ = [
     "save",
     "stream",
 ]
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 
 def __getattr__(name: str) -> Any:
