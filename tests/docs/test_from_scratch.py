@@ -1,6 +1,7 @@
 """The single-file model of docs/learn equals gpt2.model: names, logits, loss, gradients, greedy tokens."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_equals_the_model_of_the_package(scratch: ModuleType) -> None:
     torch.manual_seed(0)
-    shape = {"vocab_size": 97, "block_size": 32, "n_layer": 3, "n_head": 4, "n_embd": 48}
+    shape: dict[str, Any] = {"vocab_size": 97, "block_size": 32, "n_layer": 3, "n_head": 4, "n_embd": 48}
     ours, theirs = scratch.GPT(scratch.Config(**shape)), GPT(GPTConfig(**shape))
     assert [*ours.state_dict()] == [*theirs.state_dict()]
     for parameter in ours.parameters():
