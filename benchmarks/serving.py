@@ -83,7 +83,7 @@ class ServerWorker:
         plain = workload.build_model().to(workload.device, DTYPES.get(precision))
         tokenizer: Tokenizer | None = resolve_model(workload.model).tokenizer if workload.model else None
         tokenizer = tokenizer or TokenIdTokenizer(workload.config.vocab_size)
-        limits = Limits(slots=slots, max_waiting=slots, per_client=2 * slots)
+        limits = Limits(slots=slots, max_waiting=2 * slots, per_client=2 * slots)
         fast = prepare_for_inference(plain, precision)
         served = create_served_model("bench", plain, fast, tokenizer, limits, max_length=workload.sequence_length)
         self._engine = served.scheduler.engine

@@ -5,11 +5,14 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean
+
+_COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +124,18 @@ def is_help(argv: Iterable[str]) -> bool:
     return any(word in ("-h", "--help") for word in argv)
 
 
+def parse_count(text: str) -> int:
+    """Parse "10B", "500M", "2.5k" or "1e9" as an integer of at least 1."""
+    parts = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmbt]?)", text.lower().replace(",", "").replace("_", ""))
+    try:
+        number = int(float(parts[1]) * _COUNT_SUFFIXES[parts[2]]) if parts else 0
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 1, such as 500M or 10B")
+    return number
+
+
 def positive_int(text: str) -> int:
     """Parse the value of a flag that counts something: an integer of at least 1."""
     try:
@@ -143,6 +158,7 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     _configure_streams()
     is_main_process = os.environ.get("RANK", "0") == "0"  # the other ranks would repeat its warnings
     logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING if is_main_process else logging.ERROR)
+    logging.getLogger("gpt2.data").setLevel(logging.INFO if is_main_process else logging.ERROR)
     try:
         code = program() or 0
         if sys.stdout is not None:

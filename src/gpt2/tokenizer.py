@@ -50,6 +50,7 @@ from gpt2.vocabulary import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import tiktoken
     import tokenizers
 
@@ -136,6 +137,11 @@ class _ByteLevelTokenizer(ABC):
             first += [self.special_tokens[special], *ids]
         return first
 
+    def encode_array(self, text: str) -> "np.ndarray":
+        import numpy as np
+
+        return np.array(self.encode(text), np.uint32)
+
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
@@ -169,6 +175,11 @@ class GPT2Tokenizer(_ByteLevelTokenizer):
         if len(texts) == 1:
             return [self._encoding.encode_ordinary(texts[0])]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def encode_array(self, text: str) -> "np.ndarray":
+        if len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text):
+            return super().encode_array(text)
+        return self._encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
 
 
 class BPETokenizer(_ByteLevelTokenizer):
@@ -207,6 +218,23 @@ class ByteTokenizer(_ByteLevelTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(replace_surrogates(text).encode()) for text in texts]
+
+    def encode_array(self, text: str) -> "np.ndarray":
+        import numpy as np
+
+        return np.frombuffer(replace_surrogates(text).encode(), np.uint8)
+
+
+def encode_array(tokenizer: Tokenizer, text: str) -> "np.ndarray":
+    """`tokenizer.encode(text)` as an array of unsigned integers.
+
+    GPT-2's tokens are never a Python list, so that many threads can encode at the same time.
+    """
+    import numpy as np
+
+    return (
+        tokenizer.encode_array(text) if isinstance(tokenizer, _ByteLevelTokenizer) else np.array(tokenizer.encode(text))
+    )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

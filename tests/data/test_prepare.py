@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import gpt2.data.prepare as preparing
 from gpt2.data.loader import TokenLoader
 from gpt2.data.prepare import describe_shards, open_data, prepare
 from gpt2.data.resolve import resolve_texts
-from gpt2.data.shards import ShardsMeta, TokenShards, verify_shards
+from gpt2.data.shards import ShardsMeta, TokenShards, open_shards, verify_shards
 from gpt2.data.sources import Document, Texts
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer, get_tokenizer
@@ -170,11 +171,32 @@ def test_a_folder_with_other_files_is_not_changed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "used"]
 
 
-def test_large_vocabularies_and_tiny_texts_are_refused(tmp_path: Path) -> None:
-    large = ByteTokenizer()
-    large.vocab_size = 65_537
-    with pytest.raises(UserError, match=r"bytes has 65,537 tokens; shards,.* 65,536 at most"):
-        prepare(corpus("text"), large, tmp_path / "shards")
+class LargeTokenizer(ByteTokenizer):
+    """Bytes whose ids are 100,000 larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocab_size, self.end_of_text = 100_257, 100_256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[100_000 + byte for byte in text.encode()] for text in texts]
+
+
+def test_a_vocabulary_over_65536_is_stored_in_32_bits(tmp_path: Path) -> None:
+    prepare(corpus("some text", "more"), LargeTokenizer(), tmp_path / "shards", val_fraction=0, shard_tokens=8)
+    shards = open_shards(tmp_path / "shards", "train")
+    expected = [*(100_000 + byte for byte in b"some text"), 100_256, *(100_000 + byte for byte in b"more"), 100_256]
+    assert everything(shards) == expected
+    assert shards.read(5, 11).dtype == np.uint32
+    content = (tmp_path / "shards" / "train_000000.bin").read_bytes()
+    assert np.frombuffer(content[:12], np.int32).tolist() == [20240801, 7, 8], "the header of llm.c for Llama 3"
+    assert len(content) == 1024 + 4 * 8
+    (tmp_path / "shards" / "train_000000.bin").write_bytes(content[:-2])
+    with pytest.raises(UserError, match=r"train_000000\.bin is truncated or damaged: 1,054 bytes instead of 1,056"):
+        open_shards(tmp_path / "shards", "train")
+
+
+def test_tiny_texts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"corpus is too short to train on: 1 token\(s\)"):
         prepare(corpus("ab"), BYTES, tmp_path / "shards")
     prepare(corpus("abc"), BYTES, tmp_path / "shards")

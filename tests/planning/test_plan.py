@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.commands.plan import _parse_count, main
+from gpt2.cli import parse_count
+from gpt2.commands.plan import main
 from gpt2.config import TrainConfig
 from gpt2.errors import UserError
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
@@ -147,7 +148,7 @@ def test_invalid_plan_is_a_one_line_error(flags: list[str], line: str) -> None:
 
 @pytest.mark.parametrize(("text", "number"), [("10B", 10**10), ("500M", 5 * 10**8), ("1e9", 10**9), ("2,000", 2000)])
 def test_parse_token_budgets(text: str, number: int) -> None:
-    assert _parse_count(text) == number
+    assert parse_count(text) == number
 
 
 @pytest.mark.parametrize(("share", "micro"), [(8, None), (8, 2), (1, 4)])

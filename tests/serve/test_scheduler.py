@@ -126,18 +126,21 @@ def test_a_full_queue_and_a_client_over_its_limit_are_refused(model: GPT) -> Non
             scheduler.submit("a", [request()])
         assert busy.value.retry_after > 0
         others = scheduler.submit("b", [request(i, LONG) for i in range(3)])
+        handles += [scheduler.submit(name, [request(0, LONG)]) for name in ("c", "d", "e")]
         with pytest.raises(TooManyRequestsError, match="full") as busy:
-            scheduler.submit("c", [request()])
+            scheduler.submit("f", [request()])
         assert 0 < busy.value.retry_after <= 60
         with pytest.raises(RequestError, match="5 sequences on this server, not 6"):
-            scheduler.submit("d", [request()] * 6)
-        assert (scheduler.running + scheduler.waiting) == 5
+            scheduler.submit("f", [request()] * 6)
+        assert (scheduler.running + scheduler.waiting) == 8
         scheduler.cancel(handles[0])
-        await until(lambda: scheduler.running + scheduler.waiting == 4)
-        scheduler.cancel(others)
-        assert (await tokens_of(scheduler.submit("c", [request(1, 0)])))[1] == [SequenceFinished("length")]
+        await until(lambda: scheduler.running + scheduler.waiting == 7)
+        for handle in (others, *handles[1:]):
+            scheduler.cancel(handle)
+        await until(lambda: scheduler.idle)
+        assert (await tokens_of(scheduler.submit("e", [request(1, 0)])))[1] == [SequenceFinished("length")]
 
-    with running(model, slots=2, max_waiting=3, per_client=2) as scheduler:
+    with running(model, slots=2, max_waiting=6, per_client=2) as scheduler:
         asyncio.run(go(scheduler))
 
 

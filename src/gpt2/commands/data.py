@@ -1,11 +1,13 @@
 """gpt2 data list | prepare SOURCE OUT | inspect SOURCE"""
 
+import os
 from argparse import BooleanOptionalAction, Namespace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2.cli import Parser, positive_int
+from gpt2.cli import FlagRule, Parser, parse_count, positive_int, reject_unused_flags
+from gpt2.data.corpora import HUB_CORPORA, HUB_PREFIX, HubCorpus
 from gpt2.data.rows import BAD_ROWS_CHOICES
 from gpt2.data.sources import BUILTIN_SOURCES
 from gpt2.errors import DataError
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 COLUMNS_HELP = "columns of rows to read [by their names]: text=NAME, prompt=NAME,answer=NAME or messages=NAME"
 BAD_ROWS_HELP = "rows that cannot be used: error, or skip to count and skip them [error]"
+CORPUS_FLAGS = ("max_tokens", "shuffle", "dedup")
+CORPUS_RULES = (FlagRule(CORPUS_FLAGS, lambda args: False, "{} is for corpora on the hub"),)
+CORE_TOKENS_PER_SECOND = 3_400_000  # of tiktoken on English text; see benchmarks/prepare_race.py
+SHARD_TOKENS = 100_000_000
 MAX_SHOWN_TOKENS = 400  # of a document
 
 
@@ -28,24 +34,72 @@ def main(argv: list[str]) -> None:
     """Run `gpt2 data`: reports on standard output."""
     args = _parse(argv)
     if args.verb == "list":
-        for name, description in BUILTIN_SOURCES.items():
-            print(f"{name:24}{description}")
+        print_corpora()
         return
-    from gpt2.data.prepare import describe_shards, make_tokenizer, prepare
-    from gpt2.data.resolve import Rows, Shards, resolve_data, resolve_texts
+    from gpt2.data.prepare import describe_shards
+    from gpt2.data.resolve import Rows, Shards, resolve_data
 
     if args.verb == "prepare":
-        texts = resolve_texts(args.source, args.columns, args.bad_rows)
-        tokenizer = make_tokenizer(texts, args.tokenizer, args.val_fraction)
-        meta = prepare(texts, tokenizer, expand_path(args.out), val_fraction=args.val_fraction)
-        for split, counts in meta.splits.items():
-            print(f"{split}: {counts.tokens:,} tokens of {counts.bytes:,} bytes in {counts.documents} document(s)")
+        _prepare(args)
     elif isinstance(data := resolve_data(args.source, args.columns, args.bad_rows), Shards):
         print(describe_shards(data.path))
+    elif isinstance(data, HubCorpus):
+        print(describe_corpus(data))
     elif isinstance(data, Rows):
         _inspect_rows(args, data)
     else:
         _inspect_texts(args, data)
+
+
+def print_corpora() -> None:
+    """Print a table of the corpora with tokens, disk, time and licence, and the references that are not names."""
+    cores = os.cpu_count() or 1
+    rows = [("NAME", "TOKENS", "DOWNLOAD", "SHARDS", "TIME", "LICENCE", "")]
+    for name, corpus in HUB_CORPORA.items():
+        seconds = 0.0 if corpus.is_tokens else corpus.tokens / (CORE_TOKENS_PER_SECOND * cores)
+        time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds else "-"
+        download, shards = (f"{size / 1e9:.1f} GB" for size in (corpus.download, 2 * corpus.tokens))
+        tokens = f"{corpus.tokens / 1e9:.3g}B"
+        rows.append((name, tokens, download, shards, time, corpus.licence, corpus.description))
+    rows += [(name, "", "", "", "", "", text) for name, text in BUILTIN_SOURCES.items()]
+    rows.append((f"{HUB_PREFIX}owner/name", "", "", "", "", "", "any text of the hub: [/config][@revision][:split]"))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    for row in rows:
+        print("  ".join([f"{cell:{width}}" for cell, width in zip(row[:6], widths, strict=True)] + [row[6]]).rstrip())
+    print(
+        f"\nTIME: tokenizing on the {cores} cores of this machine, at {CORE_TOKENS_PER_SECOND / 1e6:.1f}M tokens/s each"
+    )
+
+
+def describe_corpus(corpus: HubCorpus) -> str:
+    """What is known about a corpus on the hub without looking it up."""
+    layout = (
+        "as its shards are" if corpus.is_tokens else corpus.layout.describe() if corpus.layout else "its own splits"
+    )
+    lines = [f"{corpus.name}: {corpus.description or 'a corpus on the hub'}", f"source:   {corpus.ref}"]
+    lines += [f"licence:  {corpus.licence}"] if corpus.licence else []
+    return "\n".join([*lines, f"layout:   {layout}", f"it is not here: gpt2 data prepare {corpus.name} FOLDER"])
+
+
+def _prepare(args: Namespace) -> None:
+    """Write token shards, and print what they have."""
+    from gpt2.data.prepare import corpus_tokenizer, make_tokenizer, prepare
+    from gpt2.data.prepare_corpus import CorpusOptions, prepare_corpus
+    from gpt2.data.resolve import resolve_data, resolve_texts
+
+    out = expand_path(args.out)
+    data = resolve_data(args.source, args.columns, args.bad_rows)
+    if isinstance(data, HubCorpus):
+        options = CorpusOptions(args.max_tokens, args.shuffle, args.dedup, args.shard_tokens)
+        meta = prepare_corpus(data, corpus_tokenizer(data, args.tokenizer), out, options)
+    else:
+        reject_unused_flags([name for name in CORPUS_FLAGS if getattr(args, name)], args, CORPUS_RULES)
+        texts = resolve_texts(args.source, args.columns, args.bad_rows)
+        tokenizer = make_tokenizer(texts, args.tokenizer, args.val_fraction)
+        meta = prepare(texts, tokenizer, out, val_fraction=args.val_fraction, shard_tokens=args.shard_tokens)
+    for split, counts in meta.splits.items():
+        size = f" of {counts.bytes:,} bytes in {counts.documents:,} document(s)" if counts.bytes else ""
+        print(f"{split}: {counts.tokens:,} tokens{size}")
 
 
 def _parse(argv: list[str]) -> Namespace:
@@ -55,15 +109,22 @@ def _parse(argv: list[str]) -> Namespace:
         examples=(
             "gpt2 data inspect questions.jsonl --template chatml",
             "gpt2 data prepare my-notes/ shards --tokenizer gpt2",
+            "gpt2 data prepare fineweb-edu-10B shards --max-tokens 1B",
         ),
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|prepare|inspect", parser_class=Parser)
-    verbs.add_parser("list", help="list the built-in corpora")
+    verbs.add_parser("list", help="list the corpora with size, time and licence")
     shards = verbs.add_parser("prepare", help="tokenize a corpus into a folder of shards")
     shards.add_argument("source", metavar="SOURCE", help="a name, a text file, a folder of them, or rows of text")
     shards.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     shards.add_flag("tokenizer", default="gpt2", help="gpt2, bytes, bpe:N or a folder [gpt2]")
     shards.add_flag("val-fraction", type=float, default=0.1, help="fraction held out for validation [0.1]")
+    shards.add_flag("max-tokens", type=parse_count, metavar="N", help="train on the first N tokens, such as 1B [all]")
+    shards.add_flag("shuffle", type=int, metavar="SEED", help="shuffle the documents of a corpus on the hub, on disk")
+    shards.add_flag("dedup", action="store_true", help="drop documents of a corpus on the hub that occurred before")
+    shards.add_flag(
+        "shard-tokens", type=parse_count, default=SHARD_TOKENS, help=f"tokens in a shard [{SHARD_TOKENS:,}]"
+    )
     shards.add_flag("columns", help=COLUMNS_HELP)
     shards.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", help=BAD_ROWS_HELP)
     inspect = verbs.add_parser("inspect", help="show the tokens that would be trained on; check token shards")

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from gpt2.cli import Parser
+from gpt2.cli import Parser, parse_count
 from gpt2.commands.train import add_training_flags, merge_flags
 from gpt2.config import TrainConfig
 from gpt2.reporting.units import format_bytes, format_count
@@ -22,7 +21,6 @@ PLANNED_FIELDS = (  # the settings that memory, time or cost depend on
     *("lora_rank", "lora_targets", "batch_size", "micro_batch_size", "activation_checkpointing", "max_steps"),
     *("optimizer", "device", "dtype", "matmul_precision", "compile", "parallel"),
 )
-COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def main(argv: list[str]) -> int:
@@ -45,13 +43,11 @@ def main(argv: list[str]) -> int:
         metavar="DEVICE",
         help="here, measured; or a GPU such as h100, estimated [here]",
     )
-    parser.add_flag(
-        "gpus", type=_parse_count, default=1, metavar="N", help="GPUs per machine; they share the batch [1]"
-    )
-    parser.add_flag("nodes", type=_parse_count, default=1, metavar="N", help="machines [1]")
+    parser.add_flag("gpus", type=parse_count, default=1, metavar="N", help="GPUs per machine; they share the batch [1]")
+    parser.add_flag("nodes", type=parse_count, default=1, metavar="N", help="machines [1]")
     network_help = "bandwidth between machines, in Gbit/s each [typical for the GPU]"
     parser.add_flag("network", type=_parse_gbit, metavar="GBIT", help=network_help)
-    parser.add_flag("tokens", type=_parse_count, metavar="N", help="budget such as 500M or 10B [that of --max-steps]")
+    parser.add_flag("tokens", type=parse_count, metavar="N", help="budget such as 500M or 10B [that of --max-steps]")
     parser.add_flag("price-per-hour", type=_parse_price, metavar="PRICE", help="of all machines, in any currency")
     parser.add_flag("json", action="store_true", help="print the plan as JSON")
     hidden = [field.name for field in fields(TrainConfig) if field.name not in PLANNED_FIELDS]
@@ -76,18 +72,6 @@ def _plan_config(recipe: str, flags: dict[str, Any]) -> TrainConfig:
     if flags.get("resume") in ("never", "auto"):
         del flags["resume"]
     return merge_flags(recipe, {"name": "plan", **flags}).check()
-
-
-def _parse_count(text: str) -> int:
-    """Parse "10B", "500M", "2.5k" or "1e9" as an integer of at least 1."""
-    parts = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmbt]?)", text.lower().replace(",", "").replace("_", ""))
-    try:
-        number = int(float(parts[1]) * COUNT_SUFFIXES[parts[2]]) if parts else 0
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 1, such as 500M or 10B")
-    return number
 
 
 def _parse_gbit(text: str) -> float:

@@ -128,6 +128,16 @@ def detect_columns(ref: str, location: str, names: Collection[str], spec: str | 
     )
 
 
+def parse_text_column(spec: str) -> str:
+    """The name in ``text=NAME``. Raises ConfigError for other columns."""
+    name = _parse_columns(spec).text
+    if name is None:
+        raise ConfigError(
+            f"--columns '{spec}': a corpus on the hub is text, so only text=NAME is read", field="columns"
+        )
+    return name
+
+
 def _parse_columns(spec: str) -> Columns:
     given: dict[str, str] = {}
     for part in spec.split(","):

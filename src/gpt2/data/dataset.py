@@ -90,7 +90,7 @@ class TokenDataset:
     @property
     def bytes_per_token(self) -> float | None:
         split = self.meta.splits.get("val") if self.meta else None
-        return split.bytes / split.tokens if split and split.tokens else None
+        return split.bytes / split.tokens if split and split.bytes else None
 
     @property
     def fingerprint(self) -> str:

@@ -10,21 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2.data.corpora import HubCorpus, find_corpus
 from gpt2.data.dataset import TokenDataset
+from gpt2.data.prepare_corpus import CorpusOptions, corpus_key, prepare_corpus
 from gpt2.data.resolve import Shards, find_shards, resolve_texts
 from gpt2.data.shards import (
-    MAX_VOCAB_SIZE,
     SHARD_TOKENS,
     ShardsMeta,
     ShardWriter,
     SplitMeta,
-    TokenizerMeta,
     TokenShards,
     open_shards,
     shard_files,
     verify_shards,
 )
 from gpt2.data.sources import DocumentSlice, Texts, split_documents
+from gpt2.data.stream import tokenizer_meta
 from gpt2.errors import ConfigError, DataError
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
@@ -49,33 +50,30 @@ def prepare(
     corpus of one document. An ``<|endoftext|>`` in a text ends a document, too. `folder` is written completely or not
     at all; it must be empty, or hold the same data.
 
-    Raises DataError for text that cannot be read or is too short, and for a folder that cannot be written; ConfigError
-    for a vocabulary that does not fit 16 bits.
+    Raises DataError for text that cannot be read or is too short, and for a folder that cannot be written.
     """
-    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
-        raise ConfigError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} tokens; shards, with 16 bits a token, hold "
-            f"{MAX_VOCAB_SIZE:,} at most",
-            field="tokenizer",
-        )
     train, val = split_documents(texts, val_fraction)
     append_end_of_text = len(texts.documents) > 1
     with _atomic_folder(folder) as partial:
         splits = {
-            split: _write_split(parts, tokenizer, ShardWriter(partial, split, shard_tokens), append_end_of_text)
+            split: _write_split(
+                parts,
+                tokenizer,
+                ShardWriter(partial, split, shard_tokens, vocab_size=tokenizer.vocab_size),
+                append_end_of_text,
+            )
             for split, parts in (("train", train), ("val", val))
         }
         if splits["train"].tokens < 2:
             raise DataError(f"{texts.name} is too short to train on: {splits['train'].tokens} token(s)")
         tokenizer.save(partial)
-        made_with = TokenizerMeta(tokenizer.name, tokenizer.vocab_size, tokenizer.fingerprint)
-        meta = ShardsMeta(texts.name, made_with, splits)
+        meta = ShardsMeta(texts.name, tokenizer_meta(tokenizer), splits)
         meta.save(partial)
     return meta
 
 
-def open_data(data: str | Shards | Texts, tokenizer: str | Tokenizer | None = None) -> TokenDataset:
-    """Data as tokens: shards, or texts, which are tokenized once and kept under `cache_home()`.
+def open_data(data: str | Shards | Texts | HubCorpus, tokenizer: str | Tokenizer | None = None) -> TokenDataset:
+    """Data as tokens: shards; or texts and corpora, which are tokenized once and kept under `cache_home()`.
 
     data:      a reference, or what `resolve_data` made of one.
     tokenizer: "gpt2" (the default), "bytes", "bpe:N" (trained on the train split), a folder, or a tokenizer. For shards
@@ -85,16 +83,43 @@ def open_data(data: str | Shards | Texts, tokenizer: str | Tokenizer | None = No
     too short, the wrong tokenizer, and a cache that cannot be written.
     """
     if isinstance(data, str):
-        data = find_shards(data) or resolve_texts(data)
+        data = find_shards(data) or find_corpus(data) or resolve_texts(data)
     if isinstance(data, Shards):
         return _open_existing_shards(data.path, tokenizer, data.name)
+    if isinstance(data, HubCorpus):
+        return _open_corpus(data, tokenizer or "gpt2")
     spec = tokenizer or "gpt2"
     identity = spec if isinstance(spec, str) and bpe_vocab_size(spec) else _resolve_tokenizer(spec).fingerprint
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name)
-    folder = cache_home() / "shards" / f"{slug}-{_cache_key(data, identity)}"
+    folder = cache_home() / "shards" / f"{_slug(data.name)}-{_cache_key(data, identity)}"
     if not folder.exists():
         prepare(data, make_tokenizer(data, spec), folder)
     return _open_existing_shards(folder, None, data.name)
+
+
+def _open_corpus(corpus: HubCorpus, spec: str | Tokenizer) -> TokenDataset:
+    """A corpus of the hub as tokens, prepared on first use."""
+    tokenizer = corpus_tokenizer(corpus, spec)
+    options = CorpusOptions()
+    key = corpus_key(corpus, tokenizer.fingerprint, options)
+    folder = cache_home() / "shards" / f"{_slug(corpus.name)}-{key}"
+    if not folder.exists():
+        prepare_corpus(corpus, tokenizer, folder, options)
+    return _open_existing_shards(folder, None, corpus.name)
+
+
+def corpus_tokenizer(corpus: HubCorpus, spec: str | Tokenizer) -> Tokenizer:
+    """The tokenizer for a corpus of the hub. Raises ConfigError for one that would have to be trained on it."""
+    if isinstance(spec, str) and bpe_vocab_size(spec):
+        raise ConfigError(
+            f"--tokenizer {spec} is not trained on {corpus.name}, which is not on this machine: name gpt2, bytes, or "
+            "the folder of a tokenizer",
+            field="tokenizer",
+        )
+    return _resolve_tokenizer(spec)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def make_tokenizer(texts: Texts, spec: str | Tokenizer, val_fraction: float = 0.1) -> Tokenizer:

@@ -4,12 +4,13 @@ import glob
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, pairwise
 from operator import not_
 from pathlib import Path
 
-from gpt2.data.columns import Columns
+from gpt2.data.columns import Columns, parse_text_column
+from gpt2.data.corpora import HUB_CORPORA, HUB_PREFIX, HubCorpus, find_corpus
 from gpt2.data.encodings import encoding_hint
 from gpt2.data.rows import BAD_ROWS_CHOICES, ROW_SUFFIXES, BadRows, open_rows
 from gpt2.data.shards import contains_shards
@@ -49,15 +50,14 @@ class Rows:
     skip_bad_rows: bool = False
 
 
-def resolve_data(ref: str, columns: str | None = None, bad_rows: str = "error") -> Shards | Rows | Texts:
-    """The data that `ref` names.
+def resolve_data(ref: str, columns: str | None = None, bad_rows: str = "error") -> Shards | Rows | Texts | HubCorpus:
+    """The data that `ref` names; a corpus on the hub is not looked up.
 
-    ref: a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a pattern such as ``notes/*.txt``. A built-in
-        name wins over a path of the same spelling (`./shakespeare` is the path). In a folder, the text files (.txt,
-        .md, .text, .rst) at any depth count, in the order of their paths, or else the row files (see `ROW_SUFFIXES`),
-        beside which a README or license is not text;
-        hidden files, run folders, model folders and shard folders do not. A text column of rows gives one document per
-        row.
+    ref: a corpus on the hub (see `find_corpus`), a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a
+        pattern such as ``notes/*.txt``. A name wins over a path of the same spelling (`./shakespeare` is the path). In
+        a folder, the text files (.txt, .md, .text, .rst) at any depth count, in the order of their paths, or else the
+        row files (see `ROW_SUFFIXES`), beside which a README or license is not text; hidden files, run folders, model
+        folders and shard folders do not. A text column of rows gives one document per row.
     columns: which columns of rows to read, such as "text=NAME" or "prompt=NAME,answer=NAME"; None detects them from
         the first 1,000 rows.
     bad_rows: "error", or "skip": rows that cannot be used are skipped, counted and logged; it is an error if most are.
@@ -66,6 +66,10 @@ def resolve_data(ref: str, columns: str | None = None, bad_rows: str = "error") 
     """
     if (shards := find_shards(ref)) is not None:
         return shards
+    if (corpus := find_corpus(ref)) is not None:
+        if columns is not None:
+            return replace(corpus, column=parse_text_column(columns))
+        return corpus
     row_files, text_files = ([], []) if ref in BUILTIN_SOURCES else _find_files(ref)
     if row_files:
         return _resolve_rows(ref, row_files, columns, skip_bad_rows=_is_skip(bad_rows))
@@ -93,6 +97,8 @@ def resolve_texts(ref: str, columns: str | None = None, bad_rows: str = "error")
     if isinstance(data, Shards):
         kind = "a folder of token shards" if data.path.is_dir() else "a token shard"
         raise DataError(f"{ref} is {kind}, not text to train on")
+    if isinstance(data, HubCorpus):
+        raise DataError(f"{ref} is a corpus on the hub: prepare it first, with gpt2 data prepare {ref} FOLDER")
     if isinstance(data, Rows):
         raise DataError(
             f"the rows of {ref} are prompts and answers, for `gpt2 finetune`: to use one column as plain text, "
@@ -108,8 +114,9 @@ def _find_files(ref: str) -> tuple[list[Path], list[Path]]:
         return _find_folder_files(path)
     files = [path] if path.exists() else _glob_files(path)
     if not files:
-        hint, names = did_you_mean(ref, BUILTIN_SOURCES), ", ".join(BUILTIN_SOURCES)
-        raise DataError(f"no file, folder or corpus '{ref}'{hint}: the corpora are {names}")
+        known = (*BUILTIN_SOURCES, *HUB_CORPORA)
+        hint, names = did_you_mean(ref, known), ", ".join(known)
+        raise DataError(f"no file, folder or corpus '{ref}'{hint}: the corpora are {names}, {HUB_PREFIX}owner/name")
     row_files, others = _partition(files, ROW_SUFFIXES)
     if row_files and others:
         raise DataError(f"{ref} matches both rows ({row_files[0]}) and other files ({others[0]}): name one kind")

@@ -13,20 +13,18 @@ from typing import Any, BinaryIO
 
 from gpt2.data.columns import Columns, Row, detect_columns, type_name
 from gpt2.data.encodings import encoding_hint
-from gpt2.errors import DataError, missing_extra
+from gpt2.data.parquet import read_parquet
+from gpt2.errors import DataError
 from gpt2.files import check_regular_file, read_error
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BAD_ROWS_CHOICES = ("error", "skip")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SAMPLED_ROWS = 1000  # whose columns are looked at to choose those to read
+_LISTED_TEXTS = 1024
 _NAMED_BAD_ROWS = 3
 _MAX_UNREAD_NAMES = 20
 _LONGEST_CSV_FIELD = (1 << 31) - 1  # characters; the csv module's own default is 131,072
-_PARQUET_BATCH_ROWS = 1024  # rows in memory at a time, fewer if they may be large
-_PARQUET_BATCH_BYTES = 1 << 28
-_PARQUET_MAX_GROWTH = 1000  # decoded bytes per byte of the file
-_PARQUET_FREE_BYTES = 1 << 26  # decoded bytes that any file may have
 
 _log = logging.getLogger("gpt2")
 
@@ -150,6 +148,27 @@ def _read_jsonl(path: Path, names: Collection[str] | None = None) -> Iterator[Ro
             yield _parse_row(f"{path} line {number}", line)
 
 
+def read_jsonl_texts(path: Path, column: str | None, start_row: int = 0) -> Iterator[list[str]]:
+    """The texts of one column of a .jsonl file from a row on, in lists; null is "". column: None to find it.
+
+    Raises DataError for a row that cannot be read.
+    """
+    texts: list[str] = []
+    for item in islice(_read_jsonl(path), start_row, None):
+        if isinstance(item, DataError):
+            raise item
+        if column is None:
+            column = detect_columns(str(path), item[0], item[1]).text
+            if column is None:
+                raise DataError(f"{path} has no text column: name one with --columns text=NAME", field="columns")
+        missing = item[1].get(column) is None
+        texts.append("" if missing else Columns(text=column).get_text(item))
+        if len(texts) == _LISTED_TEXTS:
+            yield texts
+            texts = []
+    yield texts
+
+
 def _parse_row(location: str, text: str) -> Row | DataError:
     try:
         return _check_object(location, _parse_json(location, text))
@@ -209,71 +228,4 @@ def _read_csv(path: Path, names: Collection[str] | None = None) -> Iterator[Row 
                 raise DataError(f"{location}: two columns are called '{duplicate}'")
 
 
-def _read_parquet(path: Path, names: Collection[str] | None = None) -> Iterator[Row | DataError]:
-    """The rows of a Parquet file. Only the columns in `names` (None: all) are decoded; the others are None."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise missing_extra("pyarrow", "data", f"reading {path}") from None
-    number = 0
-    with _open_binary(path) as handle:
-        try:
-            file = pq.ParquetFile(handle)
-            unread = {name: None for name in file.schema_arrow.names if names is not None and name not in names}
-            read = [name for name in file.schema_arrow.names if name not in unread]
-            if not read:
-                yield from ((f"{path} row {i}", dict(unread)) for i in range(1, file.metadata.num_rows + 1))
-                return
-            for batch in _iter_parquet_batches(path, file, read):
-                for row in _decode_batch(path, batch, number):
-                    yield row if isinstance(row, DataError) else (row[0], unread | row[1])
-                number += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise DataError(f"{path} is not a readable Parquet file: {reason}") from None
-
-
-def _iter_parquet_batches(path: Path, file: Any, columns: list[str]) -> Iterator[Any]:
-    """Batches of some columns. Raises DataError if they decode to far more than the size of the file."""
-    allowed = _PARQUET_FREE_BYTES + _PARQUET_MAX_GROWTH * path.stat().st_size
-    message = (
-        f"{path} decodes to more than {allowed:,} bytes, {_PARQUET_MAX_GROWTH:,} times its size: it is damaged, or "
-        "made to exhaust memory"
-    )
-    decoded = 0
-    for group in range(file.num_row_groups):
-        meta = file.metadata.row_group(group)
-        chunks = [meta.column(i) for i in range(meta.num_columns)]
-        read = [chunk for chunk in chunks if _is_in_columns(chunk.path_in_schema, columns)]
-        size = max((chunk.total_uncompressed_size for chunk in read), default=0)
-        if size > allowed:
-            raise DataError(message)
-        rows = min(_PARQUET_BATCH_ROWS, max(1, _PARQUET_BATCH_BYTES // max(1, size)))  # a value may be the whole chunk
-        for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
-            decoded += batch.nbytes
-            if decoded > allowed:
-                raise DataError(message)
-            yield batch
-
-
-def _is_in_columns(path: str, columns: list[str]) -> bool:
-    """Whether a path such as ``messages.list.element.content`` belongs to one of the columns."""
-    return any(path == name or path.startswith(f"{name}.") for name in columns)
-
-
-def _decode_batch(path: Path, batch: Any, before: int) -> Iterator[Row | DataError]:
-    """The rows of a batch, after `before` earlier ones; a DataError for one that has no equal in Python."""
-    try:
-        records = batch.to_pylist()
-    except (ValueError, OverflowError):  # not UTF-8, or a time that datetime cannot hold
-        records = None
-    for i in range(batch.num_rows):
-        location = f"{path} row {before + i + 1}"
-        try:
-            yield location, batch.slice(i, 1).to_pylist()[0] if records is None else records[i]
-        except (ValueError, OverflowError) as error:
-            yield DataError(f"{location} cannot be decoded: {str(error).splitlines()[0]}")
-
-
-_READERS = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
+_READERS = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": read_parquet}

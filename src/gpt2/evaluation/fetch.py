@@ -7,6 +7,7 @@ from pathlib import Path
 from gpt2.errors import DataError
 from gpt2.evaluation.records import read_bytes
 from gpt2.files import cache_home, download, expand_path, file_sha256
+from gpt2.hub import dataset_url, hub_headers, is_offline
 
 _log = logging.getLogger("gpt2")
 
@@ -35,7 +36,7 @@ class DatasetFile:
     @property
     def download_url(self) -> str:
         """The URL of the file."""
-        return self.url or f"{_endpoint()}/datasets/{self.repo}/resolve/{self.revision}/{self.path}"
+        return self.url or dataset_url(str(self.repo), str(self.revision), str(self.path))
 
     @property
     def cache_path(self) -> Path:
@@ -82,44 +83,32 @@ def fetch(data_file: DatasetFile) -> Path:
                 "remove it, or name a local file with --task-data (gpt2 train: --eval-tasks-data)"
             )
         return data_file.cache_path
-    if _offline():
+    if is_offline():
         raise DataError(
             f"{data_file.name} is not in the cache and HF_HUB_OFFLINE is set: download {data_file.download_url} "
             f"and save it as {data_file.cache_path}"
         )
-    url, sha256 = data_file.download_url, data_file.sha256 or _hub_sha256(data_file)
+    url, digest = data_file.download_url, data_file.sha256 or _hub_digest(data_file)
     _log.info("downloading %s", url)
-    return download(url, data_file.cache_path, sha256)
+    return download(url, data_file.cache_path, digest, headers=hub_headers() if data_file.url is None else None)
 
 
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _hub_sha256(data_file: DatasetFile) -> str:
-    """The checksum that the hub sends for a large file. Raises DataError if it sends none."""
+def _hub_digest(data_file: DatasetFile) -> str:
+    """The digest that the hub sends of a file (see `file_digest`). Raises DataError if it sends none."""
     import requests
 
     problem = f"cannot download {data_file.name} from {data_file.download_url}"
     fix = f"save it as {data_file.cache_path}"
     try:
-        response = requests.head(data_file.download_url, allow_redirects=False, timeout=30)
+        response = requests.head(data_file.download_url, allow_redirects=False, timeout=30, headers=hub_headers())
         response.raise_for_status()
     except requests.RequestException as error:
         raise DataError(f"{problem} ({_short(error)}): {fix}") from None
     etag = response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or ""
-    sha256 = etag.removeprefix("W/").strip('"')
-    if len(sha256) != 64:
-        raise DataError(f"{problem} (the hub sends no sha256): {fix}")
-    return sha256
+    digest = etag.removeprefix("W/").strip('"')
+    if len(digest) not in (40, 64):
+        raise DataError(f"{problem} (the hub sends no checksum): {fix}")
+    return digest
 
 
 def _short(error: Exception) -> str:

@@ -94,6 +94,11 @@ class Sequence:
         """The tokens after the prompt."""
         return self.tokens[len(self.request.prompt) :]
 
+    @property
+    def context_tokens(self) -> list[int]:
+        """The tokens in the context."""
+        return self.tokens[self.context_start :]
+
 
 @dataclass(frozen=True)
 class SampledToken:
@@ -153,6 +158,26 @@ class Engine:
         if sequence.finish_reason is None:
             self._finish(sequence, "cancelled")
 
+    def pause(self, sequence: Sequence) -> None:
+        """Take a sequence out of its slot or the queue. `resume` prefills it again, and its result is the same."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._free_row(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Add a paused sequence to the queue."""
+        self._waiting.append(sequence)
+
+    def num_unfilled(self, sequence: Sequence) -> int:
+        """How many tokens of a sequence are still to be prefilled; 0 for one that is decoding."""
+        tokens, row = sequence.context_tokens, self._running.index(sequence) if sequence in self._running else None
+        if row is not None and row < self._num_decoding:
+            return 0
+        if row is not None and self._kv_cache.lengths[row] > 0:
+            return len(tokens) - int(self._kv_cache.lengths[row])
+        return len(tokens) - self._longest_cached_prefix(tokens)[1]
+
     @torch.inference_mode()
     def step(self) -> list[SampledToken]:
         """Prefill up to `prefill_chunk` prompt tokens, then decode one token where the prompt is complete.
@@ -178,7 +203,8 @@ class Engine:
         complete: list[Tensor] = []
         while self._num_decoding < len(self._running) and max_tokens > 0:
             row = self._num_decoding
-            tokens, cache = self._running[row].tokens, self._kv_cache[row : row + 1]
+            self._shift_full_context(self._running[row])
+            tokens, cache = self._running[row].context_tokens, self._kv_cache[row : row + 1]
             if cache.lengths[0] == 0:
                 self._copy_shared_prefix(row, tokens)
             start = int(cache.lengths[0])
@@ -192,26 +218,35 @@ class Engine:
 
     def _copy_shared_prefix(self, row: int, tokens: list[int]) -> None:
         """Prefix cache: copy the longest prefix, the last token excluded, that any row of the cache holds."""
+        donor, length = self._longest_cached_prefix(tokens)
+        self._kv_cache.copy_row(donor, row, length)
+        self._cached_tokens[row] = tokens[:length]
+
+    def _longest_cached_prefix(self, tokens: list[int]) -> tuple[int, int]:
+        """The row that has cached the longest prefix of the tokens, the last one excluded, and that length."""
         shared = [common_prefix_length(tokens[:-1], cached) for cached in self._cached_tokens]
         donor = max(range(self.slots), key=shared.__getitem__)
-        self._kv_cache.copy_row(donor, row, shared[donor])
-        self._cached_tokens[row] = tokens[: shared[donor]]
+        return donor, shared[donor]
 
     def _decode(self, count: int) -> Tensor:
         """Run the model on the last token of the first `count` rows: (count, C)."""
         for row in range(count):
             if self._kv_cache.lengths[row] == self._kv_cache.max_length:
-                self._shift_context(row)
+                self._refill_row(row)
         return self._forward(0, [self._running[row].tokens[-1:] for row in range(count)])[:, -1]
 
-    def _shift_context(self, row: int) -> None:
+    def _refill_row(self, row: int) -> None:
         """The context is full: empty the row and prefill its later half again, the last token excluded."""
-        sequence = self._running[row]
-        sequence.context_start = len(sequence.tokens) - max(1, self._kv_cache.max_length // 2)
+        self._shift_full_context(self._running[row])
         self._kv_cache.lengths[row] = 0
         self._cached_tokens[row] = []
-        if kept := sequence.tokens[sequence.context_start : -1]:
+        if kept := self._running[row].context_tokens[:-1]:
             self._forward(row, [kept])
+
+    def _shift_full_context(self, sequence: Sequence) -> None:
+        """If the tokens in the context are more than fit, keep their later half."""
+        if len(sequence.tokens) - sequence.context_start > self._kv_cache.max_length:
+            sequence.context_start = len(sequence.tokens) - max(1, self._kv_cache.max_length // 2)
 
     def _forward(self, row: int, tokens: list[list[int]]) -> Tensor:
         """Run the model on the next tokens (B, T) of B rows from `row` on: (B, T, C)."""
@@ -243,24 +278,31 @@ class Engine:
         return tokens
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        """Free its row. The last decoding row moves into it, and the last row of all into the one that this leaves."""
         sequence.finish_reason = reason
         if sequence in self._waiting:
             self._waiting.remove(sequence)
-            return
+        elif sequence in self._running:  # and not paused
+            self._free_row(sequence)
+
+    def _free_row(self, sequence: Sequence) -> None:
+        """Free its row. The last decoding row moves into it, and those in prefill move up in their order."""
         freed_row = self._running.index(sequence)
         if freed_row < self._num_decoding:
             self._num_decoding -= 1
             self._move_row(self._num_decoding, freed_row)
             freed_row = self._num_decoding
-        self._move_row(len(self._running) - 1, freed_row)
+        for row in range(freed_row + 1, len(self._running)):  # only the first of them can have cached tokens
+            self._move_row(row, row - 1)
         self._running.pop()
 
     def _move_row(self, source: int, target: int) -> None:
-        if source != target:
-            self._running[target] = self._running[source]
+        if source == target:
+            return
+        length = int(self._kv_cache.lengths[source])
+        self._running[target] = self._running[source]
+        self._kv_cache.copy_row(source, target, length)
+        if length:  # otherwise the target still holds what it held, for the prefix cache
             self._cached_tokens[target] = list(self._cached_tokens[source])
-            self._kv_cache.copy_row(source, target, int(self._kv_cache.lengths[source]))
 
 
 def _sample_and_append(logits: Tensor, sequences: list[Sequence]) -> None:

@@ -15,7 +15,7 @@ class Limits:
     """Requests beyond these limits are refused; `gpt2 serve` has a flag for each. Raises ConfigError."""
 
     slots: int = _limit_field(32, "sequences that are generated at the same time")
-    max_waiting: int = _limit_field(256, "sequences that wait for a slot; more are refused with 429")
+    max_waiting: int = _limit_field(512, "sequences that wait for a slot, half of them of one client; more get 429")
     max_tokens: int = _limit_field(4096, "maximum new tokens of a sequence")
     max_n: int = _limit_field(16, "maximum sequences for one prompt")
     max_prompts: int = _limit_field(128, "maximum prompts in a request")

@@ -83,7 +83,8 @@ class RequestMiddleware:
             headers = Headers(scope=scope)
             self._check_host(headers)
             key = self._check_key(scope["path"], headers)
-            scope["gpt2.client"] = f"{key}@{(scope.get('client') or ('', 0))[0]}"
+            address = (scope.get("client") or ("", 0))[0]
+            scope["gpt2.client"] = f"key {key}" if len(self._digests) > 1 and key >= 0 else address
             _check_framing(headers)
             if scope["method"] == "POST" and scope["path"] in self._paths:  # no other route has a body to read
                 receive = await self._read_body(headers, receive)

@@ -1,8 +1,11 @@
 """Continuous batching for many clients: one thread runs the engine, and sequences join and leave between its steps.
 
-Commands of clients reach the thread through a queue, and events reach each request's own queue once per step. A
-sequence waits until the engine has a free slot. Slots are given to clients in turn, so a client with a hundred
-sequences does not keep out another with one.
+Commands of clients reach the thread through a queue, and events reach each request's own queue once per step.
+
+Clients have equal shares of the slots. A waiting client with fewer running sequences than another gets one of its
+slots in the next step: the sequence there is paused and goes on later (preemption with recomputation, as in vLLM). A
+client's next sequence starts only when less than one step of its prompt tokens is left to prefill, so a prompt waits
+for at most one step and one prompt of each other client. See `fair_share` for the queue.
 """
 
 import asyncio
@@ -10,13 +13,14 @@ import contextlib
 import queue
 import threading
 import time
-from collections import abc, deque
+from collections import Counter, abc, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpt2.errors import RequestError, UserError
 from gpt2.generation.engine import PREFILL_CHUNK, Engine, GenerationRequest, LanguageModel, SampledToken, Sequence
 from gpt2.serve.errors import ShuttingDownError, TooManyRequestsError
+from gpt2.serve.fair_share import client_to_pause, exceeds_queue_share
 from gpt2.serve.prompt_logprobs import PromptScorer, TokenLogprob
 
 MIN_PREFILL_TOKENS = 24  # prompt tokens in a step, however few sequences are decoding
@@ -76,7 +80,7 @@ class Scheduler:
 
     model:       the model of the engine; nothing else may run it while the scheduler does.
     slots:       sequences that run at the same time.
-    max_waiting: sequences that wait for a slot; more are refused.
+    max_waiting: sequences that wait for a slot; more are refused, and more than the share of one client.
     per_client:  open requests of one client; more are refused.
     max_length:  the context length, if it is to be shorter than the model's.
     """
@@ -85,7 +89,7 @@ class Scheduler:
         self,
         model: LanguageModel,
         slots: int = 8,
-        max_waiting: int = 256,
+        max_waiting: int = 512,
         per_client: int = 64,
         max_length: int | None = None,
     ) -> None:
@@ -102,7 +106,8 @@ class Scheduler:
         self._pending_events: list[tuple[SequenceHandle, SequenceEvent]] = []
         self._lock = threading.Lock()  # for what follows, which other threads change or read
         self._num_unfinished = 0
-        self._open_per_client: dict[str, int] = {}
+        self._open_per_client: Counter[str] = Counter()
+        self._unfinished_per_client: Counter[str] = Counter()
         self._open_requests: set[RequestHandle] = set()
         self._mean_slot_seconds = 1.0  # moving average of the time that a sequence has its slot
         self._draining = self._stopped = False
@@ -140,31 +145,37 @@ class Scheduler:
     def submit(self, client: str, requests: abc.Sequence[GenerationRequest | PromptLogprobsRequest]) -> RequestHandle:
         """Submit all sequences of a request, or none.
 
-        Raises RequestError for a request that can never be served, TooManyRequestsError when the queue is full or the
-        client has too many open requests, and ShuttingDownError after `drain` or `stop`.
+        Raises RequestError for a request that can never be served, TooManyRequestsError when the client's share of the
+        queue is full or it has too many open requests, and ShuttingDownError after `drain` or `stop`.
         """
         for request in requests:
             self.engine.check_request(
                 request if isinstance(request, GenerationRequest) else GenerationRequest(request.prompt)
             )
-        if len(requests) > self.slots + self.max_waiting:
-            most = self.slots + self.max_waiting
+        most = self.slots + (self.max_waiting + 1) // 2
+        if len(requests) > most:
             raise RequestError(f"a request may have at most {most} sequences on this server, not {len(requests)}")
         handle = RequestHandle(client, requests)
         with self._lock:
             if self._draining or not self.alive:
                 raise ShuttingDownError
-            if self._open_per_client.get(client, 0) >= self.per_client:
+            if self._open_per_client[client] >= self.per_client:
                 raise TooManyRequestsError(f"this client has {self.per_client} open requests", self._mean_slot_seconds)
-            if self._num_unfinished + len(requests) > self.slots + self.max_waiting:
-                ahead = self._num_unfinished + len(requests) - self.slots
-                seconds = min(60, self._mean_slot_seconds * ahead / self.slots)
-                raise TooManyRequestsError("the queue is full: try again later", seconds)
+            self._check_queue(client, len(requests))
             self._num_unfinished += len(requests)
-            self._open_per_client[client] = self._open_per_client.get(client, 0) + 1
+            self._open_per_client[client] += 1
+            self._unfinished_per_client[client] += len(requests)
             self._open_requests.add(handle)
         self._commands.put(lambda: self._enqueue(handle))
         return handle
+
+    def _check_queue(self, client: str, count: int) -> None:
+        """Raise TooManyRequestsError if the queue has no place for so many further sequences of a client."""
+        sequences, everything = self._unfinished_per_client[client] + count, self._num_unfinished + count
+        num_clients = len(self._unfinished_per_client.keys() | {client})
+        if exceeds_queue_share(sequences, everything, num_clients, self.slots, self.max_waiting):
+            seconds = min(60, self._mean_slot_seconds * (everything - self.slots) / self.slots)
+            raise TooManyRequestsError("the queue, or this client's share of it, is full: try again later", seconds)
 
     def cancel(self, request_handle: RequestHandle, index: int | None = None) -> None:
         """Cancel one sequence of a request, or all of them; their slots are free in the next step."""
@@ -246,8 +257,11 @@ class Scheduler:
                 self._finish(handle, SequenceFinished("cancelled"))
 
     def _admit(self) -> None:
-        """Give free slots to waiting sequences, one for each client in turn."""
-        while client := next((client for client, queued in self._waiting.items() if self._has_room(queued[0])), None):
+        """Start waiting sequences: of the client with the fewest running ones, and in turn among equals."""
+        unfilled: Counter[str] = Counter()  # prompt tokens of running sequences that are still to be prefilled
+        for sequence, handle in self._running.items():
+            unfilled[handle.parent.client] += self.engine.num_unfilled(sequence)
+        while client := self._next_client(unfilled):
             queued = self._waiting.pop(client)
             handle = queued.popleft()
             if queued:
@@ -255,15 +269,45 @@ class Scheduler:
             if isinstance(handle.request, PromptLogprobsRequest):
                 self._scoring = handle
                 self._scorer.start(handle.request.prompt, handle.request.top_logprobs)
-            else:
-                handle.sequence = self.engine.submit(handle.request)
-                self._running[handle.sequence] = handle
-                handle.start_time = time.monotonic()
+                continue
+            if len(self._running) == self.slots:
+                self._pause_for(client)
+            unfilled[client] += self.engine.num_unfilled(self._start(handle, handle.request))
 
-    def _has_room(self, handle: SequenceHandle) -> bool:
-        if isinstance(handle.request, PromptLogprobsRequest):
-            return self._scoring is None
-        return len(self._running) < self.slots
+    def _next_client(self, unfilled: Counter[str]) -> str | None:
+        """The client whose first waiting sequence can start now; None if none can."""
+        running, budget = self._num_running(), self._prefill_budget()
+        candidates = []
+        for client, queued in self._waiting.items():
+            if isinstance(queued[0].request, PromptLogprobsRequest):
+                possible = self._scoring is None
+            else:
+                has_slot = len(self._running) < self.slots or client_to_pause(client, running) is not None
+                possible = has_slot and unfilled[client] < budget
+            if possible:
+                candidates.append(client)
+        return min(candidates, key=lambda client: running[client], default=None)
+
+    def _num_running(self) -> Counter[str]:
+        return Counter(handle.parent.client for handle in self._running.values())
+
+    def _start(self, handle: SequenceHandle, request: GenerationRequest) -> Sequence:
+        """Give a free slot to a sequence that is new or paused."""
+        if handle.sequence is None:
+            handle.sequence, handle.start_time = self.engine.submit(request), time.monotonic()
+        else:
+            self.engine.resume(handle.sequence)
+        self._running[handle.sequence] = handle
+        return handle.sequence
+
+    def _pause_for(self, client: str) -> None:
+        """Pause the sequence with the fewest tokens, which is the cheapest to resume, of the client with the most."""
+        other = client_to_pause(client, self._num_running())
+        mine = [(sequence, handle) for sequence, handle in self._running.items() if handle.parent.client == other]
+        sequence, handle = min(mine, key=lambda item: len(item[0].context_tokens))
+        self.engine.pause(sequence)
+        del self._running[sequence]
+        self._waiting.setdefault(handle.parent.client, deque()).appendleft(handle)
 
     def _score_prompt(self) -> None:
         """Score the next chunk of the prompt that is being scored, if there is one."""
@@ -291,6 +335,7 @@ class Scheduler:
         client = handle.parent.client
         if handle.sequence is not None:
             self.engine.cancel(handle.sequence)
+        if handle.sequence in self._running:
             del self._running[handle.sequence]
         elif handle is self._scoring:
             self._scoring = None
@@ -302,11 +347,10 @@ class Scheduler:
         with self._lock:
             self._num_unfinished -= 1
             handle.parent.num_unfinished -= 1
+            _decrement(self._unfinished_per_client, client)
             if not handle.parent.num_unfinished:
                 self._open_requests.discard(handle.parent)
-                self._open_per_client[client] -= 1
-                if not self._open_per_client[client]:
-                    del self._open_per_client[client]
+                _decrement(self._open_per_client, client)
 
     def _send_events(self) -> None:
         """Hand the events of a step to the event loops of their requests, with one call for each loop."""
@@ -322,3 +366,10 @@ class Scheduler:
 def _enqueue_events(events: list[tuple[SequenceHandle, SequenceEvent]]) -> None:
     for handle, event in events:
         handle.parent.events.put_nowait((handle.index, event))
+
+
+def _decrement(counts: Counter[str], key: str) -> None:
+    """Subtract one; a count of zero is removed."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

@@ -1,0 +1,368 @@
+"""A corpus of any size -> token shards: on all cores, in bounded memory, resumable at any moment.
+
+The folder OUT.partial holds the shards and `progress.json`, which says how far they are good. A process that dies
+leaves both; the next one truncates the open shards to what was recorded and goes on, so the result does not depend on
+where a run was interrupted. At the end the folder is renamed.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpt2.data.corpora import Layout
+from gpt2.data.corpus_files import Block, FileQueue, Position, Reader
+from gpt2.data.progress import ProgressBar
+from gpt2.data.shards import PARTIAL_SUFFIX, ShardFile, ShardsMeta, ShardWriter, SplitMeta, TokenizerMeta
+from gpt2.data.spool import DocumentHashes, Spool
+from gpt2.errors import DataError
+from gpt2.files import LockFile, write_error
+from gpt2.hub import HubDataset, HubFile
+from gpt2.tokenizer import Tokenizer, encode_array
+from gpt2.vocabulary import END_OF_TEXT
+
+PROGRESS_FILENAME = "progress.json"
+HASHES_FILENAME = "hashes"
+SPOOL_FOLDER = "spool"  # of documents to shuffle
+SOURCE_FOLDER = "source"  # of the files that are being read
+CHECKPOINT_SECONDS = 30.0  # a shard that is complete is recorded at once
+
+_log = logging.getLogger("gpt2.data")
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens: all tokens, and of each document their number, its bytes of text, hash and number."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    hashes: np.ndarray
+    numbers: np.ndarray
+
+    def select(self, chosen: np.ndarray) -> "Encoded":
+        """The documents for which `chosen`, bool (documents,), is true."""
+        if chosen.all():
+            return self
+        tokens = self.tokens[np.repeat(chosen, self.lengths)]
+        return Encoded(tokens, self.lengths[chosen], self.sizes[chosen], self.hashes[chosen], self.numbers[chosen])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the shards of a corpus, beside its files and the tokenizer.
+
+    max_tokens: of the train split; None for all.
+    shuffle:    seed of the order of documents; None for their own.
+    dedup:      drop documents whose text occurred before.
+    """
+
+    layout: Layout
+    shard_tokens: int
+    max_tokens: int | None = None
+    shuffle: int | None = None
+    dedup: bool = False
+
+
+@dataclass
+class State:
+    """`progress.json`: what is made, from which files, and how far it is."""
+
+    identity: dict[str, Any]
+    commit: str
+    files: dict[str, list[dict[str, Any]]]
+    split: str = "train"  # whose files are being read
+    position: list[int] = field(default_factory=lambda: [0, 0])
+    documents: int = 0  # of this split that were read
+    duplicates: int = 0
+    spooled: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the file atomically."""
+        partial = folder / f"{PROGRESS_FILENAME}.new"
+        with partial.open("w", encoding="utf-8") as handle:
+            json.dump(asdict(self), handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(folder / PROGRESS_FILENAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> "State | None":
+        """The state of a folder; None if nothing was recorded. Raises DataError for a file of another kind."""
+        path = folder / PROGRESS_FILENAME
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"cannot read {path} ({error}): remove {folder} to start again") from None
+
+
+class SplitOutput:
+    """The shards of both splits, and the number of documents and bytes of text in each."""
+
+    def __init__(self, folder: Path, options: Options, vocab_size: int) -> None:
+        first = int(options.layout.first_shard_is_val)
+        self._options = options
+        self.writers = {
+            "train": ShardWriter(folder, "train", options.shard_tokens, vocab_size=vocab_size, first_index=first),
+            "val": ShardWriter(folder, "val", options.shard_tokens, vocab_size=vocab_size),
+        }
+        self.counts = {split: {"documents": 0, "bytes": 0} for split in self.writers}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the train split has all the tokens that were asked for."""
+        return self._options.max_tokens is not None and self.writers["train"].tokens >= self._options.max_tokens
+
+    @property
+    def closed_shards(self) -> int:
+        return sum(len(writer.files) for writer in self.writers.values())
+
+    def write(self, split: str, documents: Encoded) -> None:
+        """Append documents. A document counts for the split in which it starts."""
+        tokens, starts = documents.tokens, np.cumsum(documents.lengths) - documents.lengths
+        sizes = documents.sizes
+        if self._options.layout.first_shard_is_val and split == "train":
+            room = self._options.shard_tokens - self.writers["val"].tokens
+            head = int(np.searchsorted(starts, room))
+            self._append("val", tokens[:room], sizes[:head])
+            tokens, sizes, starts = tokens[room:], sizes[head:], starts[head:] - room
+        if split == "train" and self._options.max_tokens is not None:
+            room = max(0, self._options.max_tokens - self.writers["train"].tokens)
+            tokens, sizes = tokens[:room], sizes[: int(np.searchsorted(starts, room))]
+        self._append(split, tokens, sizes)
+
+    def _append(self, split: str, tokens: np.ndarray, sizes: np.ndarray) -> None:
+        self.writers[split].write(tokens)
+        self.counts[split]["documents"] += len(sizes)
+        self.counts[split]["bytes"] += int(sizes.sum())
+
+    def sync(self) -> dict[str, Any]:
+        """Sync the shards, and return what `resume` needs."""
+        return {
+            split: {"open": writer.sync(), "files": [asdict(file) for file in writer.files], **self.counts[split]}
+            for split, writer in self.writers.items()
+        }
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from what `sync` returned."""
+        for split, values in saved.items():
+            self.writers[split].resume([ShardFile(**file) for file in values["files"]], values["open"])
+            self.counts[split] = {"documents": values["documents"], "bytes": values["bytes"]}
+
+    def close(self) -> dict[str, SplitMeta]:
+        """Complete the open shards."""
+        for writer in self.writers.values():
+            with writer:
+                pass
+        return {
+            split: SplitMeta(writer.tokens, files=tuple(writer.files), **self.counts[split])
+            for split, writer in self.writers.items()
+        }
+
+
+def encode_block(block: Block, tokenizer: Tokenizer, options: Options) -> Encoded:
+    """The documents of a block as tokens, with their end-of-text tokens; numbered from `block.first`.
+
+    With separators, a text can be several documents, of one number; a document of whitespace only is left out.
+    """
+    parts: list[np.ndarray] = []
+    lengths, sizes, hashes, numbers = [], [], [], []
+    end = np.array([tokenizer.end_of_text], np.uint32)
+    for number, text in enumerate(block.texts, block.first):
+        for piece in _split_documents(text) if options.layout.separators else [text]:
+            tokens = encode_array(tokenizer, piece)
+            parts += [end, tokens] if options.layout.end_of_text == "before" else [tokens, end]
+            lengths.append(len(tokens) + 1)
+            sizes.append(len(piece) if piece.isascii() else len(piece.encode("utf-8", "replace")))
+            numbers.append(number)
+            if options.dedup:
+                data = piece.encode("utf-8", "surrogatepass")
+                hashes.append(int.from_bytes(blake2b(data, digest_size=8).digest(), "little"))
+    return Encoded(
+        np.concatenate(parts) if parts else np.empty(0, np.uint32),
+        np.array(lengths, np.int64),
+        np.array(sizes, np.int64),
+        np.resize(np.array(hashes, np.uint64), len(numbers)),
+        np.array(numbers, np.int64),
+    )
+
+
+def _split_documents(text: str) -> list[str]:
+    """The documents between the ``<|endoftext|>`` of a text, without those of whitespace only."""
+    return [piece for piece in text.split(END_OF_TEXT) if piece.strip()]
+
+
+def encode_in_order(
+    blocks: Iterator[Block], encode: Callable[[Block], Encoded], workers: int
+) -> Iterator[tuple[Block, Encoded]]:
+    """`encode` of each block in order, computed by threads; a few blocks are in memory at a time."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
+    waiting: deque[tuple[Block, Future[Encoded]]] = deque()
+    try:
+        for block in blocks:
+            waiting.append((block, pool.submit(encode, block)))
+            while len(waiting) > 2 * workers or (waiting and waiting[0][1].done()):
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass
+class Preparation:
+    """A preparation that is under way: its folder, its state, and what it writes to."""
+
+    folder: Path
+    data: HubDataset
+    state: State
+    tokenizer: Tokenizer
+    options: Options
+    reader: Reader
+    output: SplitOutput
+    spool: Spool | None
+    hashes: DocumentHashes | None
+    bar: ProgressBar
+    workers: int
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_shards: int = 0
+
+    def run(self) -> dict[str, SplitMeta]:
+        """Read and tokenize what is left, and return the splits."""
+        splits = list(self.state.files)
+        for split in splits[splits.index(self.state.split) :]:
+            if split != self.state.split:
+                self.state.split, self.state.position, self.state.documents = split, [0, 0], 0
+            self._run_split(split)
+        if self.spool is not None:
+            self.save()
+            for split, documents in self.spool.shuffled():
+                self.output.write(split, Encoded(*documents))
+        return self.output.close()
+
+    def _run_split(self, split: str) -> None:
+        files = [HubFile(**file) for file in self.state.files[split]]
+        queue = FileQueue(self.data, files, self.folder / SOURCE_FOLDER)
+        start = Position(*self.state.position)
+        blocks = self.reader.blocks(queue, start, self.state.documents)
+        try:
+            for block, encoded in encode_in_order(blocks, self._encode, self.workers):
+                self._write(split, encoded)
+                self.state.position = list(block.next)
+                self.state.documents = block.first + len(block.texts)
+                self.bar.update(self._fraction(queue, block.next), self.state.documents, self._tokens())
+                if self._save_if_due():
+                    queue.release(block.next.file)
+                if self._is_full():
+                    return
+        finally:
+            queue.close()
+
+    def _encode(self, block: Block) -> Encoded:
+        return encode_block(block, self.tokenizer, self.options)
+
+    def _tokens(self) -> int:
+        spooled = sum(self.spool.tokens.values()) if self.spool is not None else 0
+        return spooled + sum(writer.tokens for writer in self.output.writers.values())
+
+    def _is_full(self) -> bool:
+        """Whether enough documents were read for the tokens that were asked for."""
+        options = self.options
+        if self.spool is None or options.max_tokens is None:
+            return self.output.is_full
+        first_shard = options.shard_tokens if options.layout.first_shard_is_val else 0
+        return self.spool.tokens["train"] >= options.max_tokens + first_shard
+
+    def _fraction(self, queue: FileQueue, position: Position) -> float:
+        asked = self.options.max_tokens
+        return max(queue.fraction(position), self._tokens() / asked if asked else 0.0)
+
+    def _write(self, split: str, documents: Encoded) -> None:
+        if self.hashes is not None:
+            is_new = self.hashes.add(documents.hashes)
+            self.state.duplicates += int((~is_new).sum())
+            documents = documents.select(is_new)
+        every = self.options.layout.holdout
+        held_out = documents.numbers % every == every - 1 if every else np.zeros(len(documents.numbers), bool)
+        for name, chosen in ((split, ~held_out), ("val", held_out)):
+            if not chosen.any():
+                continue
+            if self.spool is not None:
+                self.spool.add(name, *documents.select(chosen))
+            else:
+                self.output.write(name, documents.select(chosen))
+
+    def _save_if_due(self) -> bool:
+        is_new_shard = self.output.closed_shards > self.saved_shards
+        if not is_new_shard and time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
+            return False
+        self.save()
+        return True
+
+    def save(self) -> None:
+        """Record how far the preparation is."""
+        self.state.outputs = self.output.sync()
+        self.state.spooled = {
+            "documents": self.spool.sync() if self.spool is not None else None,
+            "hashes": self.hashes.sync() if self.hashes is not None else None,
+        }
+        self.state.save(self.folder)
+        self.saved_at, self.saved_shards = time.monotonic(), self.output.closed_shards
+
+
+@contextmanager
+def partial_folder(folder: Path, what: str) -> Iterator[Path]:
+    """The folder OUT.partial, locked, in which `folder` is prepared; what is in it is kept after an error.
+
+    Raises DataError when another process prepares it, and for a disk that is full.
+    """
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    lock_path = partial.with_name(partial.name + ".lock")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = LockFile(lock_path)
+    except BlockingIOError:
+        raise DataError(f"another process is preparing {folder}: wait for it, or name another folder") from None
+    except OSError as error:
+        raise write_error(folder, error) from None
+    try:
+        yield partial
+    except OSError as error:
+        kept = f"what is done is kept in {partial}, and the same command goes on from there"
+        raise DataError(f"cannot write {what} ({error.strerror or error}): {kept}") from None
+    finally:
+        lock.release(lock_path)
+
+
+def finish(partial: Path, folder: Path, meta: ShardsMeta, tokenizer: Tokenizer) -> None:
+    """Add `meta.json` and the tokenizer to complete shards, remove the rest, and rename the folder."""
+    import shutil
+
+    tokenizer.save(partial)
+    meta.save(partial)
+    listed = {file.name for split in meta.splits.values() for file in split.files}
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name in (PROGRESS_FILENAME, HASHES_FILENAME) or (path.suffix == ".bin" and path.name not in listed):
+            path.unlink()
+    partial.rename(folder)
+
+
+def tokenizer_meta(tokenizer: Tokenizer) -> TokenizerMeta:
+    """What `meta.json` says of a tokenizer."""
+    return TokenizerMeta(tokenizer.name, tokenizer.vocab_size, tokenizer.fingerprint)
