@@ -23,7 +23,7 @@ BANNED = {  # phrase: say this
     r"how fast it writes": "throughput",
     r"the one currency": "format",
     r"\brungs?\b": "ladder step",
-    r"\blanes?\b": "variant",
+    r"(?<![\"'])\blanes?\b": "variant",
     r"cannot be had": "is not supported",
     r"tells of\b": "returns",
     r"what came of it": "result",
