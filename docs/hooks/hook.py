@@ -66,8 +66,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Let code that is wider than the page be scrolled with the keyboard."""
-    return output.replace("<pre>", '<pre tabindex="0">')
+    """Code that can be scrolled with the keyboard, and no empty table headers."""
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", output.replace("<pre>", '<pre tabindex="0">'))
 
 
 def _first_sentence(markdown: str) -> str:

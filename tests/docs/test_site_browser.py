@@ -34,6 +34,7 @@ def test_pages_are_accessible(site: Path, view: str, tmp_path: Path) -> None:  #
             page.on("request", lambda request, seen=requests: seen.append(request.url))
             page.goto((site / name).as_uri())
             page.wait_for_load_state()
+            page.wait_for_selector("[data-md-color-scheme]")
             found = Axe().run(page).response["violations"]
             violations += [(name, v["id"], [node["html"][:200] for node in v["nodes"][:3]]) for v in found]
             assert all(url.startswith(("file:", "data:", "blob:")) for url in requests), requests
