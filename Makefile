@@ -1,5 +1,6 @@
 # make demo: train a small GPT-2 here and sample from it.  make test: check the project.  make test-all: the slow checks too.
 # make soak: kill training runs at random moments, fifty times, and compare them with an uninterrupted run.
+# make rehearsal: the path of docs/reproduce.md at 1/10,000 of its size, against a hub on this machine.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-all soak lint docs docs-serve clean
+.PHONY: demo test test-all soak rehearsal lint docs docs-serve clean
 
 demo: $(VENV)/demo
 	@$(BIN)/gpt2 train quickstart $(DEMO_FLAGS) > $(VENV)/last-run
@@ -33,6 +34,10 @@ docs-serve: $(VENV)/test
 soak: $(VENV)/test
 	$(BIN)/python benchmarks/soak.py --kills 50
 	$(BIN)/python benchmarks/restart_soak.py --kills 20
+	$(BIN)/python benchmarks/prepare_soak.py --kills 20
+
+rehearsal: $(VENV)/test
+	$(BIN)/python -m pytest -rP tests/train/test_rehearsal.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check

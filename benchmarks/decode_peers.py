@@ -16,29 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.train_peers import build_model, parse_peers
 from gpt2.bench.common import BenchmarkError, InProcessRunner, ProgressFn, Workload, no_progress
 from gpt2.bench.decode import Decoder, DecodeResult, DecodeWorkload, VariantSpec, weight_bytes
 from gpt2.errors import ConfigError, UserError, did_you_mean
-from gpt2.model import GPT
+from gpt2.formats import gguf_writer
 from gpt2.runtime import DTYPES, synchronize
 from gpt2.weights import save
 
 LLAMA_FILE_TYPES = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
-GGUF_NAMES = {  # our names: llama.cpp's; see `gguf.MODEL_TENSORS`
-    "transformer.wte": "token_embd",
-    "transformer.wpe": "position_embd",
-    "transformer.ln_f": "output_norm",
-    "lm_head": "output",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
 
 
 class Transformers:
@@ -255,17 +242,27 @@ PEERS = {
 
 
 def parse_decode_peers(given: Iterable[str]) -> dict[str, str | None]:
-    """Parse ``["nanogpt=PATH", "llamacpp"]`` into names and checkouts. Raises UserError for an unknown peer."""
+    """Parse ``["nanogpt=PATH", "llamacpp"]`` into names and checkouts.
+
+    Raises UserError for a peer that is unknown, or whose packages are not installed.
+    """
     peers: dict[str, str | None] = {}
     for text in given:
         name = text.partition("=")[0]
         if name == "nanogpt":
             peers |= parse_peers([text])
         elif text in PEERS:
+            if missing := missing_packages(name):
+                raise ConfigError(f"--peer {name} is not installed: pip install {' '.join(missing)}", field="peer")
             peers[name] = None
         else:
             raise ConfigError(f"there is no peer '{text}'{did_you_mean(name, PEERS)}: there are {', '.join(PEERS)}")
     return peers
+
+
+def missing_packages(peer: str) -> list[str]:
+    """What to install with pip for a peer."""
+    return [pip for module, pip in PEERS[peer].packages.items() if importlib.util.find_spec(module) is None]
 
 
 def peer_variants(
@@ -279,7 +276,7 @@ def peer_variants(
     specs = []
     for name, checkout in peers.items():
         peer = PEERS[name]
-        missing = [pip for module, pip in peer.packages.items() if importlib.util.find_spec(module) is None]
+        missing = missing_packages(name)
         reason = f"not installed: pip install {' '.join(missing)}" if missing else None
         if reason is None and checkout is None:
             progress(f"{name}: writing its model files")
@@ -303,7 +300,7 @@ class PeerModelWriter:
     def write(self, peer: str) -> None:
         """Write the files that `peer` loads."""
         if peer == "llamacpp":
-            write_gguf(self._model, self._folder / "f16.gguf")
+            gguf_writer.write(self._model, None, self._folder / "f16.gguf", "f16")
             for precision in LLAMA_FILE_TYPES:
                 quantize_gguf(self._folder / "f16.gguf", self._folder / f"{precision}.gguf", precision)
             return
@@ -331,49 +328,8 @@ def _convert_to_ctranslate2(folder: Path, converted: Path, vocab_size: int) -> N
     Converter(str(folder)).convert(str(converted))
 
 
-def write_gguf(model: GPT, path: Path, *, half: bool = True) -> None:
-    """Write a GGUF file for llama.cpp, without a vocabulary; matrices in float16, or everything in float32.
-
-    Raises UserError for an activation that llama.cpp's GPT-2 does not have.
-    """
-    import gguf  # pyright: ignore[reportMissingImports]
-
-    c = model.config
-    if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise UserError(f"llama.cpp's GPT-2 has no {c.activation_function}")
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_feed_forward_length(c.n_inner or 4 * c.n_embd)
-    writer.add_head_count(c.n_head)
-    writer.add_layer_norm_eps(c.layer_norm_epsilon)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
-    for name, weight in model.named_parameters():
-        matrix = half and weight.dim() == 2 and "wpe" not in name
-        writer.add_tensor(_gguf_name(name), _to_numpy(weight, torch.float16 if matrix else torch.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _gguf_name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if module in GGUF_NAMES:
-        return f"{GGUF_NAMES[module]}.{kind}"
-    _, _, number, part = module.split(".", 3)  # transformer.h.0.attn.c_attn
-    return f"blk.{number}.{GGUF_NAMES[part]}.{kind}"
-
-
-def _to_numpy(weight: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return weight.detach().to("cpu", dtype).contiguous().numpy()
-
-
 def quantize_gguf(source: Path, target: Path, precision: str) -> None:
-    """Quantize a file of `write_gguf` with llama.cpp. Raises UserError if that fails."""
+    """Quantize a float16 GGUF file with llama.cpp. Raises UserError if that fails."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     _silence_llama_log(llama_cpp)

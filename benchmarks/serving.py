@@ -47,7 +47,8 @@ class TokenIdTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.end_of_text = vocab_size, vocab_size  # outside the vocabulary: no token ends a text
         self.special_tokens: dict[str, int] = {}
-        self.end_tokens = (self.end_of_text,)
+        self.end_tokens: tuple[int, ...] = (self.end_of_text,)
+        self.prompt_prefix: tuple[int, ...] = ()
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """The numbers in a text, modulo the vocabulary size."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2.bench.ladder_chart import BLUE, GREY, check_chart_path
+from gpt2.bench.ladder_chart import BLUE, GREY, NUMBER_FORMAT, check_chart_path
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -61,7 +61,7 @@ def _format_axes(axes: Any, title: str, clients: list[int]) -> None:
     axes.minorticks_off()
     axes.margins(x=0.1)
     axes.set_xlabel("concurrent clients", fontsize=9)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(NUMBER_FORMAT)
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)

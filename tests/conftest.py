@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers mus
 
 from gpt2.config import TrainConfig
 from gpt2.tokenizer import BPETokenizer, Tokenizer, train_bpe
+from tests.helpers.dataset_hub import DatasetHub, serve_datasets
 from tests.helpers.tokenizer_samples import SENTENCES, TOKENIZER_FACTORIES
 from tests.helpers.training_helpers import NUMBERS_TEXT
 
@@ -152,3 +153,14 @@ def tiny(tmp_path: Path) -> TrainConfig:
         save_every=10,
         sample_tokens=0,
     )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[DatasetHub]:
+    """An empty hub of data sets on loopback, which `huggingface_hub` uses."""
+    with serve_datasets() as hub:
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield hub

@@ -147,9 +147,10 @@ def replace_end_of_text(vocab: dict[str, int]) -> None:
         (lambda spec: spec["model"].update(vocab=[]), "not byte-level BPE"),
         (lambda spec: spec["model"]["merges"].append(["q", "q"]), "qq"),
         (lambda spec: spec["model"]["vocab"].update({"a b": 300}), "'a b' has characters that do not represent bytes"),
-        (lambda spec: spec["model"]["vocab"].update(qq=400), "ids are not 0 to 300"),
+        (lambda spec: spec["model"]["vocab"].update(qq=298), "ids are not 0 to 300"),
+        (lambda spec: spec["model"]["vocab"].update(qq=70_000), "go up to 70,000, but it has only 301 tokens"),
         (lambda spec: spec["model"]["vocab"].update(qq=1.5), "ids are not 0 to 300"),
-        (lambda spec: spec["added_tokens"][0].update(id=300), "ids are not 0 to 299"),
+        (lambda spec: spec["added_tokens"][0].update(id=300), "an added token has two ids"),
     ],
 )
 def test_an_invalid_tokenizer_json(saved_bpe: Path, change: Callable, complaint: str) -> None:
@@ -162,6 +163,7 @@ def test_an_invalid_tokenizer_json(saved_bpe: Path, change: Callable, complaint:
 
 def test_a_vocabulary_without_end_of_text_or_without_a_byte(saved_bpe: Path) -> None:
     (saved_bpe / "tokenizer.json").unlink()
+    (saved_bpe / "tokenizer_config.json").unlink()
     edit_json(saved_bpe / "vocab.json", replace_end_of_text)
     with pytest.raises(UserError, match=r"vocab\.json: it has no <\|endoftext\|>"):
         load_tokenizer(saved_bpe)

@@ -2,11 +2,36 @@
 
 import hashlib
 import json
+import pickletools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from gpt2.errors import RequestError
+from gpt2.errors import ModelFilesError, RequestError
+from gpt2.files import check_inside_folder
 
+_LARGEST_META = 2**24
+_PLAIN_OPCODES = frozenset(
+    [
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+        "MEMOIZE",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+    ]
+)
 _EVERY_CHARACTER = r"[\s\S]"
 
 
@@ -25,6 +50,7 @@ class CharacterTokenizer:
         self.vocab_size = len(self._characters)
         self.end_of_text = self._ids.get("\n", 0)
         self.end_tokens: tuple[int, ...] = ()
+        self.prompt_prefix: tuple[int, ...] = ()
         self.special_tokens: dict[str, int] = {}
         self.fingerprint = hashlib.sha256(json.dumps(["characters", *self._characters]).encode()).hexdigest()
 
@@ -70,3 +96,52 @@ def characters_from_spec(spec: object) -> CharacterTokenizer | None:
     except (KeyError, TypeError, AttributeError):
         return None
     return CharacterTokenizer(characters) if whole and all(len(each) == 1 for each in characters) else None
+
+
+def read_meta_pkl(folder: Path) -> CharacterTokenizer | None:
+    """The vocabulary in nanoGPT's `meta.pkl`, None without the file. Raises UserError if it is broken or links out."""
+    path = folder / "meta.pkl"
+    check_inside_folder(path, folder)
+    return CharacterTokenizer(_characters(path)) if path.is_file() else None
+
+
+def _characters(path: Path) -> list[str]:
+    """`itos` of a `meta.pkl`. The pickle is not executed: only those of strings, integers and dictionaries are read."""
+    try:
+        content = path.read_bytes() if path.stat().st_size <= _LARGEST_META else b""
+        for opcode, _, _ in pickletools.genops(content):
+            if opcode.name not in _PLAIN_OPCODES:
+                raise ValueError(f"it has the opcode {opcode.name}, which no vocabulary of characters needs")
+        itos = _plain_value(content)["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+    except Exception as error:  # pickletools raises anything for a broken file
+        raise ModelFilesError(f"cannot use {path}: {error!r}") from error
+    if not all(isinstance(each, str) and len(each) == 1 for each in characters) or not characters:
+        raise ModelFilesError(f"cannot use {path}: its itos does not map 0, 1, 2, ... to characters")
+    return characters
+
+
+def _plain_value(content: bytes) -> Any:
+    """The value of a pickle of strings, integers and dictionaries."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        if name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("SETITEM", "SETITEMS"):
+            begin = marks.pop() if name == "SETITEMS" else len(stack) - 2
+            pairs, stack = stack[begin:], stack[:begin]
+            stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name.endswith("PUT"):
+            memo[argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[argument])
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            stack.append(argument)
+    return stack[-1]

@@ -147,15 +147,28 @@ def positive_int(text: str) -> int:
     return number
 
 
+def parse_size(text: str) -> int:
+    """Parse a size such as "4 MiB", "500kB" or "4194304" as bytes, at least 1."""
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmg])(i?))?b?", text.strip().lower())
+    number = 0
+    if parts:
+        base = 1024 if parts[3] else 1000
+        number = int(float(parts[1]) * base ** (" kmg".index(parts[2]) if parts[2] else 0))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 500 kB or 4 MiB")
+    return number
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `gpt2 VERB ...` and exit with 0 for success, 2 for a user error, 128 + n for a stop by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    run_and_exit(lambda: _run_command(arguments))
+    run_and_exit(lambda: _run_command(_take_threads(arguments)))
 
 
 def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     """Run a program and exit with its code. A user error becomes one line on standard error and exit code 2."""
     _configure_streams()
+    configure_openmp()
     is_main_process = os.environ.get("RANK", "0") == "0"  # the other ranks would repeat its warnings
     logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING if is_main_process else logging.ERROR)
     logging.getLogger("gpt2.data").setLevel(logging.INFO if is_main_process else logging.ERROR)
@@ -198,6 +211,16 @@ def _flush_or_discard_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def configure_openmp() -> None:
+    """Let waiting OpenMP threads sleep early, unless the user chose otherwise. Has an effect before torch is imported.
+
+    GNU's OpenMP lets them spin for so long that a step of a tiny model beside other processes takes 6 to 35 times as
+    long (docs/lab-notes.md). It changes no result.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def _configure_streams() -> None:
     """Make the standard streams robust.
 
@@ -223,6 +246,26 @@ class _LossyFile(io.FileIO):
         except OSError:
             written = None
         return len(data) if written is None else written
+
+
+def _take_threads(arguments: Sequence[str]) -> list[str]:
+    """The arguments without ``--threads``, a flag of all commands, which must have its effect before torch starts."""
+    remaining = list(arguments)
+    for index, word in enumerate(remaining):
+        name, equals, value = word.partition("=")
+        if word == "--":
+            break
+        if name != "--threads":
+            continue
+        if not equals:
+            value = remaining.pop(index + 1) if index + 1 < len(remaining) else ""
+        del remaining[index]
+        try:
+            os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(positive_int(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--threads {error}") from None
+        break
+    return remaining
 
 
 def _run_command(arguments: list[str]) -> int | None:
@@ -255,7 +298,8 @@ usage: gpt2 COMMAND ...
 
 A MODEL is a run folder, a model folder, or a name on the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name.
 A checkpoint of another program works, too: gpt2 convert --list.
-gpt2 COMMAND --help, or gpt2 help COMMAND, lists the flags of a command.
+gpt2 COMMAND --help, or gpt2 help COMMAND, lists the flags of a command. All take --threads INT, the number of CPU
+threads [all cores, or $OMP_NUM_THREADS]; sums may round differently with another number.
 
 examples:
   gpt2 train quickstart

@@ -104,7 +104,7 @@ TARGETS = {
             _FLOATS,
             _write_hf,
             runners.hf,
-            (*HUB_ALLOW_PATTERNS, "README.md"),
+            (*HUB_ALLOW_PATTERNS, "README.md", "loss.png"),
             scaled=True,
         ),
         Target(

@@ -42,6 +42,10 @@ class ModelFilesError(UserError):
     code = "invalid_model_files"
 
 
+class UnsupportedTokenizer(ModelFilesError):
+    """A tokenizer that is not broken, but of a kind that is not supported: the model can be used without text."""
+
+
 class NonFiniteLogitsError(ModelFilesError):
     """The model computes nan or inf: its weights are damaged, or too large for its dtype."""
 

@@ -10,14 +10,12 @@ Shapes: r = rank; a matrix (out, in) of the model has A (r, in) and B (out, r).
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,19 +23,18 @@ from torch.nn import functional as F
 from gpt2.errors import ConfigError, ModelFilesError, did_you_mean
 from gpt2.files import check_inside_folder, expand_path, staging_folder
 from gpt2.model import GPT
-
-TARGET_MODULES = ("c_attn", "c_proj", "c_fc")  # c_proj is in the attention and in the MLP
-LORA_A, LORA_B = ".lora_A", ".lora_B"
-
-_CONFIG_FILE, _TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of PEFT's names, from its wrapper classes
-_LAYER_PATTERN = re.compile(r"transformer\.h\.[0-9]+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
-_SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base
-_UNSUPPORTED_SETTINGS = (  # of PEFT, each with the one value that means plain pairs of A and B
-    *(("use_dora", False), ("bias", "none"), ("lora_bias", False), ("use_qalora", False)),
-    *((name, None) for name in ("modules_to_save", "trainable_token_indices", "layer_replication")),
-    *((name, None) for name in ("target_parameters", "alora_invocation_tokens", "arrow_config", "use_bdlora")),
-    *((name, None) for name in ("rank_pattern", "alpha_pattern", "velora_config", "monteclora_config", "kasa_config")),
+from gpt2.peft_format import (
+    CONFIG_FILE,
+    LORA_A,
+    LORA_B,
+    PREFIX,
+    TARGET_MODULES,
+    TENSOR_FILE,
+    alpha_by_layer,
+    check_lora_pairs,
+    matches_target,
+    read_config,
+    read_tensors,
 )
 
 
@@ -103,6 +100,7 @@ class Adapter:
     """An adapter read from disk.
 
     tensors:          lora_A (r, in) and lora_B (out, r), float32, by their names in a model with adapter.
+    scales:           the factor of B A, by the name of the layer.
     base_model:       the name of its base model in the file.
     base_fingerprint: of the base model, if this program wrote the adapter.
     folder:           where it was read from.
@@ -110,6 +108,7 @@ class Adapter:
 
     config: LoRAConfig
     tensors: dict[str, Tensor]
+    scales: dict[str, float]
     base_model: str
     base_fingerprint: str | None
     folder: Path
@@ -134,11 +133,11 @@ def match_target_modules(names: Iterable[str], config: LoRAConfig) -> list[str]:
     """The matrices, by name, that `config` targets. Raises ConfigError for a target that matches none."""
     names = list(names)
     for target in config.targets:
-        if not any(_matches_target(name, target) for name in names):
+        if not any(matches_target(name, target) for name in names):
             hint = did_you_mean(target, TARGET_MODULES)
             modules = ", ".join(TARGET_MODULES)
             raise ConfigError(f"the model has no '{target}' for an adapter{hint}: there are {modules}", field="targets")
-    return [name for name in names if any(_matches_target(name, target) for target in config.targets)]
+    return [name for name in names if any(matches_target(name, target) for target in config.targets)]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -200,7 +199,7 @@ def merge_adapter(model: GPT, adapter: Adapter) -> None:
         if shape != expected:
             raise _base_mismatch_error(adapter, f"{name} is {shape} in it and {expected} in the model")
     for name, a in pairs:
-        _add_delta_weight(linears[name].weight.detach(), a, adapter.tensors[name + LORA_B], adapter.config.scale)
+        _add_delta_weight(linears[name].weight.detach(), a, adapter.tensors[name + LORA_B], adapter.scales[name])
 
 
 def base_fingerprint(model: GPT) -> str:
@@ -220,7 +219,7 @@ def base_fingerprint(model: GPT) -> str:
 
 def peft_name(name: str) -> str:
     """The name in PEFT's file of a tensor of `adapter_state_dict`."""
-    return f"{_PREFIX}{name}.weight"
+    return f"{PREFIX}{name}.weight"
 
 
 def save_adapter(
@@ -253,11 +252,11 @@ def save_adapter(
     try:
         with staging_folder(folder.resolve()) as staging:
             metadata = {"base_fingerprint": base_fingerprint}  # one entry: the order of several would vary
-            save_file(named, staging / _TENSOR_FILE, metadata)
-            (staging / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            save_file(named, staging / TENSOR_FILE, metadata)
+            (staging / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             folder.mkdir(exist_ok=True)
-            (folder / _CONFIG_FILE).unlink(missing_ok=True)
-            for name in (_TENSOR_FILE, _CONFIG_FILE):
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            for name in (TENSOR_FILE, CONFIG_FILE):
                 (staging / name).replace(folder / name)
     except (OSError, SafetensorError) as error:
         raise ModelFilesError(f"cannot write the adapter {folder}: {error}") from error
@@ -272,37 +271,43 @@ def read_adapter(ref: str | Path) -> Adapter:
     Raises ModelFilesError if there is none, if a file is broken, or if it is more than pairs of A and B.
     """
     folder = find_adapter(ref)
-    for name in (_CONFIG_FILE, _TENSOR_FILE):
+    for name in (CONFIG_FILE, TENSOR_FILE):
         check_inside_folder(folder / name, folder)
-    raw = _read_config(folder / _CONFIG_FILE)
-    tensors, metadata = _read_tensors(folder / _TENSOR_FILE)
+    raw = read_config(folder / CONFIG_FILE)
+    tensors, metadata = read_tensors(folder / TENSOR_FILE)
     layers = sorted({name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors})
-    _check_lora_pairs(folder, layers, tensors, raw["r"])
+    check_lora_pairs(folder, layers, tensors, None if raw.get("rank_pattern") else raw["r"])
+    try:
+        alphas = alpha_by_layer(raw, layers)
+    except ValueError as error:
+        raise ModelFilesError(f"{folder / CONFIG_FILE}: {error}") from error
     targets = raw["target_modules"]
     if isinstance(targets, str) or raw.get("layers_to_transform") is not None or raw.get("exclude_modules"):
         targets = layers  # a pattern, or some of the blocks: the tensors show which
     for target in targets:
-        if not any(_matches_target(layer, target) for layer in layers):
+        if not any(matches_target(layer, target) for layer in layers):
             hint = did_you_mean(target, TARGET_MODULES)
             raise ModelFilesError(f"{folder}: it has no tensors for its target '{target}'{hint}")
     config = LoRAConfig(
         raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(targets), raw.get("use_rslora", False)
     )
     for layer in layers:
-        if not any(_matches_target(layer, target) for target in config.targets):
+        if not any(matches_target(layer, target) for target in config.targets):
             raise ModelFilesError(f"{folder}: it has tensors for {layer}, which is not among its targets")
     base = raw.get("base_model_name_or_path")
-    return Adapter(config, tensors, str(base or "an unnamed model"), metadata.get("base_fingerprint"), folder)
+    power = 0.5 if config.use_rslora else 1.0
+    scales = {layer: alphas[layer] / len(tensors[layer + LORA_A]) ** power for layer in layers}
+    return Adapter(config, tensors, scales, str(base or "an unnamed model"), metadata.get("base_fingerprint"), folder)
 
 
 def find_adapter(ref: str | Path) -> Path:
     """The folder of an adapter: `ref`, or `adapter` in it (a run folder). Raises ModelFilesError if there is none."""
     path = expand_path(ref)
     for folder in (path, path / "adapter"):
-        if (folder / _CONFIG_FILE).is_file():
+        if (folder / CONFIG_FILE).is_file():
             return folder
     what = "is no adapter: it has no" if path.is_dir() else "is no folder with an"
-    raise ModelFilesError(f"{path} {what} {_CONFIG_FILE}, as fine-tuning with --lora-rank (or PEFT) writes it")
+    raise ModelFilesError(f"{path} {what} {CONFIG_FILE}, as fine-tuning with --lora-rank (or PEFT) writes it")
 
 
 def _block_linears(model: GPT) -> dict[str, nn.Linear]:
@@ -314,11 +319,6 @@ def _block_linears(model: GPT) -> dict[str, nn.Linear]:
     }
 
 
-def _matches_target(name: str, target: str) -> bool:
-    """Whether PEFT matches `target` to the module of this name."""
-    return name == target or name.endswith(f".{target}")
-
-
 def _add_delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """``weight += scale * b @ a``, the sum rounded once to the weight's dtype."""
     product = b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)  # (out, in)
@@ -327,70 +327,3 @@ def _add_delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Non
 
 def _base_mismatch_error(adapter: Adapter, reason: str) -> ModelFilesError:
     return ModelFilesError(f"the adapter {adapter.folder} is for another model ({adapter.base_model}): {reason}")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """PEFT's `adapter_config.json`. Raises ModelFilesError for anything but plain LoRA."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFilesError(f"{path} cannot be read: {error}") from error
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else None
-        raise ModelFilesError(f"{path} has the peft_type {kind}: only LORA is supported")
-    for key, plain in _UNSUPPORTED_SETTINGS:
-        if raw.get(key) and raw[key] != plain:
-            raise ModelFilesError(f"{path}: {key}={json.dumps(raw[key])} is not supported: only plain LoRA is")
-    if raw.get("init_lora_weights") not in _SUPPORTED_INITS:
-        init = raw["init_lora_weights"]
-        raise ModelFilesError(f"{path}: init_lora_weights={init} changes the base: merge it with PEFT")
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "r": int,
-        "lora_alpha": (int, float),
-        "lora_dropout": (int, float),
-        "use_rslora": bool,
-        "target_modules": (list, str),
-    }
-    for key, kind in kinds.items():
-        value = raw.get(key)
-        wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-        wrong = wrong or (isinstance(value, int | float) and not abs(value) < 1e30)  # JSON's integers have no bound
-        missing = value is None and key in ("lora_dropout", "use_rslora")
-        if (wrong and not missing) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
-            raise ModelFilesError(f"{path}: {key} cannot be {json.dumps(value)}")
-    return {key: value for key, value in raw.items() if value is not None}
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in float32 by the names of this program, and the file's metadata."""
-    if not path.is_file():
-        hint = "; pickled weights are not loaded" if path.with_suffix(".bin").is_file() else ""
-        raise ModelFilesError(f"{path.parent} has no {path.name}{hint}")
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                name = key.removeprefix(_PREFIX).removesuffix(".weight")
-                if not name.endswith((LORA_A, LORA_B)):
-                    raise ModelFilesError(f"{path}: {key} is neither a lora_A nor a lora_B of a linear layer")
-                name = f"transformer.{name}" if name.startswith("h.") else name  # saved from a model without head
-                tensors[name] = file.get_tensor(key).to(torch.float32, copy=True)
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ModelFilesError(f"{path} is not a complete safetensors file: {error}") from error
-
-
-def _check_lora_pairs(folder: Path, layers: list[str], tensors: dict[str, Tensor], rank: int) -> None:
-    """Raise ModelFilesError unless every layer can have an adapter, and has an A (rank, in) and a B (out, rank)."""
-    if not layers:
-        raise ModelFilesError(f"{folder}: it has no tensors")
-    for layer in layers:
-        if not _LAYER_PATTERN.fullmatch(layer):
-            modules = ", ".join(TARGET_MODULES)
-            raise ModelFilesError(f"{folder}: {layer} cannot have an adapter: there are {modules}")
-        for name, rank_dim in ((layer + LORA_A, 0), (layer + LORA_B, 1)):
-            if name not in tensors:
-                raise ModelFilesError(f"{folder}: it lacks {name}")
-            shape = tuple(tensors[name].shape)
-            if len(shape) != 2 or shape[rank_dim] != rank:
-                raise ModelFilesError(f"{folder}: {name} is {shape}, which is not of rank {rank}")

@@ -93,8 +93,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """The same by torch's fused kernels (flash attention where the device has it)."""
-    is_causal = mask is None and q.size(2) == k.size(2)  # no cached positions
-    if mask is None and not is_causal and q.size(2) > 1:  # a single token attends to all positions
+    is_causal = False
+    if mask is None and q.size(2) == k.size(2):  # no cached positions; a branch, since lengths may be symbolic
+        is_causal = True
+    elif mask is None and q.size(2) > 1:  # a single token attends to all positions
         mask = _causal_mask(q, k)
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         q, k, v = q.float(), k.float(), v.float()  # on a CPU the backward pass in bfloat16 takes five times as long

@@ -22,21 +22,30 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2.characters import characters_from_spec
 from gpt2.end_tokens import read_end_tokens
-from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
+from gpt2.errors import ConfigError, ModelFilesError, RequestError, UnsupportedTokenizer, did_you_mean
 from gpt2.files import check_inside_folder, expand_path
+from gpt2.sentencepieces import load_sentencepiece
 from gpt2.tokenizer_components import check_components, check_file_size
+from gpt2.tokenizer_settings import (
+    apply_settings,
+    end_of_text_name,
+    merges_beside,
+    prompt_prefix,
+    read_settings,
+    spec_from_vocab_json,
+)
 from gpt2.vocabulary import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
+    UnsupportedTokenizerError,
     Vocabulary,
-    added_tokens_beside,
     build_backend,
+    check_byte_level_bpe,
     decode_byte_level,
     extend_vocabulary,
     gpt2_encoding,
     has_only_simple_special_tokens,
     non_special_added_ids,
-    read_merges,
     recover_merges,
     replace_surrogates,
     split_long_words,
@@ -44,8 +53,8 @@ from gpt2.vocabulary import (
     tokenizers_errors,
     uses_gpt2_pre_tokenizer,
     vocabulary_fingerprint,
-    vocabulary_from_token_ids,
     vocabulary_from_tokenizer_json,
+    with_prompt_prefix,
     write_tokenizer_files,
 )
 
@@ -70,9 +79,11 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Number of ids, including added tokens."""
     end_of_text: int
-    """The id of ``<|endoftext|>``."""
+    """The id of the token between documents: ``<|endoftext|>``, or what stands for it."""
     end_tokens: tuple[int, ...]
     """The ids that end a generated text: those that the model folder names, else `end_of_text`."""
+    prompt_prefix: tuple[int, ...]
+    """The ids that precede every prompt: of a tokenizer with `add_bos_token`, the token `bos_token`."""
     special_tokens: dict[str, int]
     """The tokens that ordinary text never encodes to, including ``<|endoftext|>``, and their ids."""
     fingerprint: str
@@ -104,16 +115,19 @@ class _ByteLevelTokenizer(ABC):
 
     name: str
 
-    def __init__(self, vocabulary: Vocabulary, non_special_ids: Collection[int] = ()) -> None:
-        """non_special_ids: added tokens that are matched in ordinary text."""
-        self._vocabulary = vocabulary
+    def __init__(
+        self, vocabulary: Vocabulary, non_special_ids: Collection[int] = (), end_of_text: str = END_OF_TEXT
+    ) -> None:
+        """non_special_ids: added tokens that are matched in ordinary text. end_of_text: the text of that token."""
+        self._vocabulary, self._end_of_text = vocabulary, end_of_text
         self.fingerprint = vocabulary_fingerprint(vocabulary)
         self.vocab_size = len(vocabulary.tokens)
         self.special_tokens = {
             vocabulary.tokens[i].decode(): i for i in sorted(vocabulary.added_ids.difference(non_special_ids))
         }
-        self.end_of_text = self.special_tokens[END_OF_TEXT]
+        self.end_of_text = self.special_tokens[end_of_text]
         self.end_tokens: tuple[int, ...] = (self.end_of_text,)
+        self.prompt_prefix: tuple[int, ...] = ()
 
     @cached_property
     def _backend(self) -> "tokenizers.Tokenizer":
@@ -151,7 +165,7 @@ class _ByteLevelTokenizer(ABC):
         return self._vocabulary.tokens[token]
 
     def save(self, folder: Path) -> None:
-        write_tokenizer_files(self._backend, folder)
+        write_tokenizer_files(with_prompt_prefix(self._backend, self.prompt_prefix), folder, self._end_of_text)
 
 
 class GPT2Tokenizer(_ByteLevelTokenizer):
@@ -185,22 +199,24 @@ class GPT2Tokenizer(_ByteLevelTokenizer):
 class BPETokenizer(_ByteLevelTokenizer):
     """A byte-level BPE of the `tokenizers` library: from `train_bpe`, or from a `tokenizer.json`.
 
-    Raises ValueError for a `backend` that is not byte-level BPE, or lacks a byte or ``<|endoftext|>``.
+    Raises ValueError for a `backend` that is not byte-level BPE, or lacks a byte or the token `end_of_text`.
     """
 
     name = "bpe"
 
-    def __init__(self, backend: "tokenizers.Tokenizer") -> None:
+    def __init__(self, backend: "tokenizers.Tokenizer", end_of_text: str = END_OF_TEXT) -> None:
         spec = json.loads(backend.to_str())
-        super().__init__(vocabulary_from_tokenizer_json(spec), non_special_added_ids(spec))
+        vocabulary = vocabulary_from_tokenizer_json(spec, end_of_text)
+        super().__init__(vocabulary, non_special_added_ids(spec), end_of_text)
         backend.no_padding()
         backend.no_truncation()
-        backend.add_special_tokens([END_OF_TEXT])
+        backend.add_special_tokens([end_of_text])
         backend.encode_special_tokens = True  # that is: encode their text like any other text
         self._backend = backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BPETokenizer, (self._backend,), {"end_tokens": self.end_tokens}  # it loses encode_special_tokens
+        state = {"end_tokens": self.end_tokens, "prompt_prefix": self.prompt_prefix}
+        return BPETokenizer, (self._backend, self._end_of_text), state  # a pickled backend loses encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return _encode_with_backend(self._backend, texts)
@@ -280,12 +296,12 @@ def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer
     if isinstance(tokenizer, BPETokenizer):
         backend = copy.deepcopy(tokenizer._backend)
         backend.add_special_tokens(list(texts))
-        extended = BPETokenizer(backend)
+        extended = BPETokenizer(backend, tokenizer._end_of_text)
     elif isinstance(tokenizer, GPT2Tokenizer):
         extended = GPT2Tokenizer(tiktoken_encoding(vocabulary))
     else:
         extended = make_byte_tokenizer(vocabulary)
-    extended.end_tokens = tokenizer.end_tokens
+    extended.end_tokens, extended.prompt_prefix = tokenizer.end_tokens, tokenizer.prompt_prefix
     return extended
 
 
@@ -300,8 +316,8 @@ def with_added_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
     assert isinstance(tokenizer, _ByteLevelTokenizer)
     backend = copy.deepcopy(tokenizer._backend)
     backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
-    extended = BPETokenizer(backend)
-    extended.end_tokens = tokenizer.end_tokens
+    extended = BPETokenizer(backend, tokenizer._end_of_text)
+    extended.end_tokens, extended.prompt_prefix = tokenizer.end_tokens, tokenizer.prompt_prefix
     return extended
 
 
@@ -340,67 +356,59 @@ def get_tokenizer(ref: str | Path) -> Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer whose files are in `folder`; None if there are none.
 
-    `tokenizer.json` has precedence over `vocab.json` with `merges.txt`, and these over `encoder.json` with `vocab.bpe`,
-    OpenAI's names. GPT-2's vocabulary and the plain bytes are recognized by their contents, and need no merges. Its
-    `end_tokens` are those of the model folder. Raises ModelFilesError for a file that is broken or is not byte-level
-    BPE.
+    `tokenizer.json` has precedence over `vocab.json` with `merges.txt`, these over `encoder.json` with `vocab.bpe`,
+    OpenAI's names, and these over `spiece.model`. GPT-2's vocabulary and the plain bytes are recognized by their
+    contents, and need no merges. Its `end_tokens` are those of the model folder.
+    Raises ModelFilesError for a broken file, and UnsupportedTokenizer for one that is not byte-level BPE.
     """
-    readers = {"tokenizer.json": _load_tokenizer_json, "vocab.json": _load_vocab_json, "encoder.json": _load_vocab_json}
-    for name, load in readers.items():
+    for name in ("tokenizer.json", "vocab.json", "encoder.json"):
         path = folder / name
         if path.is_file():
-            for used in (path, folder / "tokenizer_config.json", folder / "merges.txt"):
+            for used in (path, folder / "merges.txt", folder / "vocab.bpe"):
                 check_inside_folder(used, folder)
             try:
                 check_file_size(path)
-                tokenizer = load(path)
-                tokenizer.end_tokens = read_end_tokens(folder, tokenizer.vocab_size, tokenizer.end_tokens)
-                return tokenizer
+                return _read_tokenizer(path)
+            except UnsupportedTokenizerError as error:
+                raise UnsupportedTokenizer(f"cannot use {path}: {error}") from error
             except (OSError, ValueError, RecursionError) as error:
                 raise ModelFilesError(f"cannot use {path}: {error}") from error
-    return None
+    tokenizer = load_sentencepiece(folder)
+    if tokenizer is not None:
+        tokenizer.end_tokens = read_end_tokens(folder, tokenizer.vocab_size, tokenizer.end_tokens)
+    elif (folder / "vocab.txt").is_file():
+        raise UnsupportedTokenizer(f"cannot use {folder / 'vocab.txt'}: it is not byte-level BPE")
+    return tokenizer
 
 
-def _load_tokenizer_json(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`. Raises ValueError for a file that cannot be used."""
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json` or `vocab.json`, and the files beside it. Raises ValueError and UserError."""
     import tokenizers
 
-    text = path.read_text(encoding="utf-8")
-    spec = json.loads(text)
-    if (characters := characters_from_spec(spec)) is not None:
-        return characters
-    vocabulary = vocabulary_from_tokenizer_json(spec)
-    check_components(spec)
-    standard = uses_gpt2_pre_tokenizer(spec) and has_only_simple_special_tokens(spec)
-    if standard and (known := recognize_tokenizer(vocabulary)):
-        return known
-    with tokenizers_errors():
-        backend = tokenizers.Tokenizer.from_str(text)
-    return BPETokenizer(backend)
-
-
-def _load_vocab_json(path: Path) -> Tokenizer:
-    """The tokenizer in a `vocab.json`. Raises ValueError for that file, and ModelFilesError for the files beside it."""
-    added = added_tokens_beside(path)
-    ids = json.loads(path.read_text(encoding="utf-8"))
-    ids = {**ids, **added} if isinstance(ids, dict) else ids
-    vocabulary = vocabulary_from_token_ids(ids, added_tokens={END_OF_TEXT, *added})
-    if known := recognize_tokenizer(vocabulary):
-        return known
-    merges_path = path.with_name("vocab.bpe" if path.name == "encoder.json" else "merges.txt")  # OpenAI's names
-    try:
-        merges = read_merges(merges_path)
-        made = {left + right for left, right in merges}
-        for i, token in enumerate(vocabulary.tokens):
-            if len(token) > 1 and token not in made and i not in vocabulary.added_ids:
-                raise ValueError(f"no merge in it makes token {i} of vocab.json; is it truncated?")
-        with tokenizers_errors():
-            backend = build_backend(vocabulary, merges)
-        return BPETokenizer(backend)
-    except FileNotFoundError:
-        raise ModelFilesError(f"no {merges_path}, which vocab.json needs") from None
-    except ValueError as error:
-        raise ModelFilesError(f"cannot use {merges_path}: {error}") from error
+    settings, raw = read_settings(path.parent), json.loads(path.read_text(encoding="utf-8"))
+    is_complete = path.name == "tokenizer.json"
+    tokenizer: Tokenizer | None = characters_from_spec(raw) if is_complete else None
+    if tokenizer is None:
+        spec = raw if is_complete else spec_from_vocab_json(raw)
+        check_byte_level_bpe(spec)
+        apply_settings(spec, settings)
+        end_of_text = end_of_text_name(spec, settings)
+        vocabulary = vocabulary_from_tokenizer_json(spec, end_of_text)
+        check_components(spec)
+        if uses_gpt2_pre_tokenizer(spec) and has_only_simple_special_tokens(spec) and end_of_text == END_OF_TEXT:
+            tokenizer = recognize_tokenizer(vocabulary)
+        if tokenizer is None:
+            if not is_complete:
+                spec["model"]["merges"] = merges_beside(path, vocabulary)
+            with tokenizers_errors():
+                backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            tokenizer = BPETokenizer(backend, end_of_text)
+        bos, eos = (settings.names.get(name, end_of_text) for name in ("bos_token", "eos_token"))
+        adds_bos = settings.add_bos_token and not is_complete  # tokenizer.json has a post-processor for it
+        tokenizer.prompt_prefix = (tokenizer.special_tokens[bos],) if adds_bos else prompt_prefix(spec)
+        tokenizer.end_tokens = (tokenizer.special_tokens[eos],)
+    tokenizer.end_tokens = read_end_tokens(path.parent, tokenizer.vocab_size, tokenizer.end_tokens)
+    return tokenizer
 
 
 def recognize_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:

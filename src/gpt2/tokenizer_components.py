@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2.vocabulary import GPT2_SPLIT_PATTERN
+from gpt2.vocabulary import GPT2_SPLIT_PATTERN, UnsupportedTokenizerError
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_SEQUENCE_LENGTH = 8
@@ -37,16 +37,16 @@ def check_file_size(path: Path) -> None:
 
 
 def check_components(spec: dict[str, Any]) -> None:
-    """Raise ValueError for a parsed `tokenizer.json` with parts that tokenizers like GPT-2's do not have."""
+    """Raise UnsupportedTokenizerError for a parsed `tokenizer.json` with parts that no tokenizer like GPT-2's has."""
     for field, (key, supported) in COMPONENTS.items():
         for part in _parts(field, key, spec.get(field)):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in supported:
-                raise ValueError(f"its {field} {str(kind)[:50]!r} is not supported")
+                raise UnsupportedTokenizerError(f"its {field} {str(kind)[:50]!r} is not supported")
             if kind == "Split":
                 _check_pattern(part.get("pattern"))
     if spec["model"].get("dropout"):
-        raise ValueError("BPE dropout is not supported")
+        raise UnsupportedTokenizerError("BPE dropout is not supported")
 
 
 def _parts(field: str, key: str, component: Any) -> Iterator[Any]:
@@ -58,11 +58,11 @@ def _parts(field: str, key: str, component: Any) -> Iterator[Any]:
         return
     parts = component.get(key)
     if not isinstance(parts, list) or len(parts) > MAX_SEQUENCE_LENGTH:
-        raise ValueError(f"its {field} must be a sequence of at most {MAX_SEQUENCE_LENGTH} parts")
+        raise UnsupportedTokenizerError(f"its {field} must be a sequence of at most {MAX_SEQUENCE_LENGTH} parts")
     yield from parts
 
 
 def _check_pattern(pattern: Any) -> None:
     text = pattern.get("Regex") if isinstance(pattern, dict) else None
     if text is not None and text not in SPLIT_PATTERNS:
-        raise ValueError(f"its pattern {str(text)[:100]!r} is not supported: it may take unbounded time")
+        raise UnsupportedTokenizerError(f"its pattern {str(text)[:100]!r} is not supported: it may take unbounded time")

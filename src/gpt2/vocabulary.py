@@ -44,6 +44,10 @@ _LONG_RUN = re.compile("|".join(rf"(?<!{kind}){kind}{{{MAX_WORD_LENGTH},}}" for 
 _log = logging.getLogger("gpt2")
 
 
+class UnsupportedTokenizerError(ValueError):
+    """A tokenizer that is not broken, but of a kind that is not supported."""
+
+
 class Vocabulary(NamedTuple):
     """The bytes of each id, and the ids of added tokens, which are matched as a whole and never made by merging."""
 
@@ -58,20 +62,30 @@ def uses_gpt2_pre_tokenizer(spec: dict[str, Any]) -> bool:
     return by_pattern and not spec.get("normalizer")
 
 
-def vocabulary_from_tokenizer_json(spec: Any) -> Vocabulary:
+def vocabulary_from_tokenizer_json(spec: Any, end_of_text: str = END_OF_TEXT) -> Vocabulary:
     """The vocabulary of a parsed `tokenizer.json`. Raises ValueError if it is not byte-level BPE."""
+    check_byte_level_bpe(spec)
+    added = {str(token["content"]): token["id"] for token in spec.get("added_tokens") or []}
+    vocab = spec["model"]["vocab"]
+    if any(vocab.get(text, i) != i for text, i in added.items()):
+        raise ValueError("an added token has two ids")
+    return vocabulary_from_token_ids({**vocab, **added}, added.keys() | {end_of_text}, end_of_text)
+
+
+def check_byte_level_bpe(spec: Any) -> None:
+    """Raise UnsupportedTokenizerError for anything but a parsed `tokenizer.json` of a byte-level BPE."""
     try:
         pre = spec["pre_tokenizer"]
         kinds = {part["type"] for part in pre.get("pretokenizers", [pre])}
         model = spec["model"]
         affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
         if model.get("type", "BPE") != "BPE" or "ByteLevel" not in kinds or affixes:
-            raise ValueError("it is not byte-level BPE")
+            raise UnsupportedTokenizerError("it is not byte-level BPE")
         added = {str(token["content"]): token["id"] for token in spec.get("added_tokens") or []}
-        ids = {**model["vocab"], **added}
+        dict(**model["vocab"])  # raises TypeError for anything but an object
+        hash(tuple(added.values()))
     except (AttributeError, KeyError, TypeError):
-        raise ValueError("it is not byte-level BPE") from None
-    return vocabulary_from_token_ids(ids, added.keys() | {END_OF_TEXT})
+        raise UnsupportedTokenizerError("it is not byte-level BPE") from None
 
 
 def non_special_added_ids(spec: dict[str, Any]) -> list[int]:
@@ -79,13 +93,15 @@ def non_special_added_ids(spec: dict[str, Any]) -> list[int]:
     return [token["id"] for token in spec.get("added_tokens") or [] if not token.get("special", True)]
 
 
-def vocabulary_from_token_ids(token_to_id: Any, added_tokens: AbstractSet[str]) -> Vocabulary:
+def vocabulary_from_token_ids(
+    token_to_id: Any, added_tokens: AbstractSet[str], end_of_text: str = END_OF_TEXT
+) -> Vocabulary:
     """The vocabulary of a parsed `vocab.json`: each character of a token is a byte, except in `added_tokens`.
 
-    Raises ValueError for ids that are not 0 to n - 1, and if a byte or ``<|endoftext|>`` is missing.
+    Raises ValueError for ids that are not 0 to n - 1, and if a byte or the token `end_of_text` is missing.
     """
-    if not isinstance(token_to_id, dict) or END_OF_TEXT not in token_to_id:
-        raise ValueError(f"it has no {END_OF_TEXT}")
+    if not isinstance(token_to_id, dict) or end_of_text not in token_to_id:
+        raise UnsupportedTokenizerError(f"it has no {end_of_text}")
     ids = list(token_to_id.values())
     if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"its ids are not 0 to {len(token_to_id) - 1}, each once")
@@ -93,7 +109,7 @@ def vocabulary_from_token_ids(token_to_id: Any, added_tokens: AbstractSet[str]) 
     tokens = [text.encode() if text in added_tokens else decode_byte_level(text) for text in texts]
     missing = 256 - sum(len(token) == 1 for token in set(tokens))
     if missing:
-        raise ValueError(f"it lacks {missing} of the 256 bytes, so it cannot encode every text")
+        raise UnsupportedTokenizerError(f"it lacks {missing} of the 256 bytes, so it cannot encode every text")
     return Vocabulary(tokens, frozenset(token_to_id[text] for text in added_tokens if text in token_to_id))
 
 
@@ -110,35 +126,23 @@ def read_merges(path: Path) -> list[tuple[bytes, bytes]]:
     return merges
 
 
+def check_merges(vocabulary: Vocabulary, merges: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise ValueError unless the merges make all tokens of more than one byte, and no others."""
+    made = {left + right for left, right in merges}
+    tokens = {token for i, token in enumerate(vocabulary.tokens) if i not in vocabulary.added_ids}
+    for token in made - tokens:
+        raise ValueError(f"a merge in it makes {token.decode(errors='replace')!r}, which is no token of vocab.json")
+    for i, token in enumerate(vocabulary.tokens):
+        unused = token == f"<|unused_{i}|>".encode()
+        if len(token) > 1 and token not in made and i not in vocabulary.added_ids and not unused:
+            raise ValueError(f"no merge in it makes token {i} of vocab.json; is it truncated?")
+
+
 def has_only_simple_special_tokens(spec: dict[str, Any]) -> bool:
     """Return whether the added tokens of a `tokenizer.json` are special, and matched without options."""
     others = [token for token in spec.get("added_tokens") or [] if token["content"] != END_OF_TEXT]
     options = ("lstrip", "rstrip", "single_word")
     return all(token.get("special") and not any(token.get(name) for name in options) for token in others)
-
-
-def added_tokens_beside(path: Path) -> dict[str, int]:
-    """The added tokens and ids in `added_tokens.json` and `tokenizer_config.json` beside `path`, where they are.
-
-    Raises ModelFilesError for a broken one.
-    """
-    added: dict[str, int] = {}
-    for name in ("added_tokens.json", "tokenizer_config.json"):
-        file = path.with_name(name)
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            named = raw if name == "added_tokens.json" else raw.get("added_tokens_decoder") or {}
-            added |= {
-                str(key if name == "added_tokens.json" else value["content"]): int(
-                    value if name == "added_tokens.json" else key
-                )
-                for key, value in named.items()
-            }
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-            raise ModelFilesError(f"cannot use {file}: {error!r}") from error
-    return added
 
 
 @contextmanager
@@ -156,7 +160,7 @@ def tokenizers_errors() -> Iterator[None]:
 
 def extend_vocabulary(vocabulary: Vocabulary, texts: Sequence[str]) -> Vocabulary:
     """The vocabulary with these texts as added tokens at the end. Raises ConfigError for an invalid text."""
-    known = {_encode_byte_level(token) for token in vocabulary.tokens} | {
+    known = {encode_byte_level(token) for token in vocabulary.tokens} | {
         token.decode() for token in map(vocabulary.tokens.__getitem__, vocabulary.added_ids)
     }
     for text in texts:
@@ -166,7 +170,7 @@ def extend_vocabulary(vocabulary: Vocabulary, texts: Sequence[str]) -> Vocabular
             raise ConfigError(f"the special token {text!r} is not UTF-8 text")
         if _texts_overlap(text, END_OF_TEXT):
             raise ConfigError(f"the special token {text!r} overlaps {END_OF_TEXT}: choose another text")
-        if text in known or _encode_byte_level(text.encode()) in known:
+        if text in known or encode_byte_level(text.encode()) in known:
             raise ConfigError(f"{text!r} is a token of the vocabulary already: choose another text")
         if not text.isascii() and all(character in _byte_decoder() for character in text):
             _log.warning("transformers encodes %r to the same id, but decodes it as bytes", text)
@@ -211,7 +215,8 @@ def _byte_decoder() -> dict[str, int]:
     return {character: byte for byte, character in enumerate(_byte_encoder())}
 
 
-def _encode_byte_level(token: bytes) -> str:
+def encode_byte_level(token: bytes) -> str:
+    """A token as vocabulary files spell it: one character for each byte."""
     return "".join(_byte_encoder()[byte] for byte in token)
 
 
@@ -251,12 +256,10 @@ def build_backend(vocabulary: Vocabulary, merges: Iterable[tuple[bytes, bytes]])
     from tokenizers import decoders, models, pre_tokenizers, processors
 
     ids = {
-        token.decode() if i in vocabulary.added_ids else _encode_byte_level(token): i
+        token.decode() if i in vocabulary.added_ids else encode_byte_level(token): i
         for i, token in enumerate(vocabulary.tokens)
     }
-    backend = Backend(
-        models.BPE(ids, [(_encode_byte_level(left), _encode_byte_level(right)) for left, right in merges])
-    )
+    backend = Backend(models.BPE(ids, [(encode_byte_level(left), encode_byte_level(right)) for left, right in merges]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.decoder = decoders.ByteLevel()
@@ -265,26 +268,39 @@ def build_backend(vocabulary: Vocabulary, merges: Iterable[tuple[bytes, bytes]])
     return backend
 
 
-def write_tokenizer_files(backend: "tokenizers.Tokenizer", folder: Path) -> None:
+def with_prompt_prefix(backend: "tokenizers.Tokenizer", prefix: Sequence[int]) -> "tokenizers.Tokenizer":
+    """The backend, which puts these ids before a text where special tokens are asked for."""
+    if not prefix:
+        return backend
+    from tokenizers import processors
+
+    tokens = [backend.id_to_token(i) for i in prefix]
+    pairs = list(zip(tokens, prefix, strict=True))
+    single, pair = [*tokens, "$A"], [*tokens, "$A", "$B:1"]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=pairs)
+    return backend
+
+
+def write_tokenizer_files(backend: "tokenizers.Tokenizer", folder: Path, end_of_text: str) -> None:
     """Write tokenizer.json, its contents as vocab.json and merges.txt, and tokenizer_config.json.
 
-    The last one lists the added tokens, as `transformers` requires.
+    The last one lists the added tokens, as `transformers` requires. end_of_text: the text of the token between texts.
     """
     spec = json.loads(backend.to_str())
     vocab = dict(sorted(backend.get_vocab().items(), key=lambda item: item[1]))
     merges = ["#version: 0.2", *(" ".join(pair) for pair in spec["model"]["merges"])]
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer" if uses_gpt2_pre_tokenizer(spec) else "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "unk_token": end_of_text,
         "clean_up_tokenization_spaces": False,
     }
     added = {token["id"]: {k: v for k, v in token.items() if k != "id"} for token in spec["added_tokens"]}
     if len(added) > 1:
         config["added_tokens_decoder"] = added
         special = [token["content"] for token in added.values() if token["special"]]
-        config["additional_special_tokens"] = [text for text in special if text != END_OF_TEXT]
+        config["additional_special_tokens"] = [text for text in special if text != end_of_text]
     (folder / "tokenizer.json").write_bytes(backend.to_str(pretty=True).encode())
     (folder / "vocab.json").write_bytes(json.dumps(vocab, ensure_ascii=False).encode())
     (folder / "merges.txt").write_bytes("\n".join([*merges, ""]).encode())

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from gpt2.end_tokens import read_end_tokens
-from gpt2.errors import UserError
+from gpt2.errors import UnsupportedTokenizer, UserError
 from gpt2.files import expand_path, similar_model_folder, staging_folder
 from gpt2.formats import huggingface
 from gpt2.formats.config import generation_config, hf_config
@@ -52,6 +52,8 @@ TOKENIZER_FILES = [  # the tokenizer and the chat template
     "vocab.json",
     "merges.txt",
     "spiece.model",
+    "tokenizer.model",
+    "vocab.txt",
     "chat_template.jinja",
 ]
 HUB_ALLOW_PATTERNS = [  # without the TensorFlow, Flax, ONNX and pickled copies
@@ -202,8 +204,15 @@ def _download_from_hub(repository: str) -> Path:
 
 
 def load_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
-    """The tokenizer of a model: its own, GPT-2's for a vocabulary of 50,257, else None."""
-    tokenizer = read_model_tokenizer(path, config)
+    """The tokenizer of a model: its own, GPT-2's for a vocabulary of 50,257, else None.
+
+    None, with a warning, for one that is not supported. path: from `find_model_folder`.
+    """
+    try:
+        tokenizer = read_model_tokenizer(path, config)
+    except UnsupportedTokenizer as error:
+        _log.warning("the model is loaded without its tokenizer: %s", error)
+        return None
     if tokenizer is None and config.vocab_size == GPT2_VOCAB_SIZE:
         tokenizer = get_tokenizer("gpt2")
         if path.is_dir():
@@ -214,7 +223,8 @@ def load_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
 def read_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
     """The tokenizer that comes with a model, without the added tokens for which it has no embedding, else None.
 
-    path: from `find_model_folder`.
+    Raises UserError for broken files, and UnsupportedTokenizer for a tokenizer that is not supported, or that has
+    ordinary tokens for which the model has no embedding. path: from `find_model_folder`.
     """
     tokenizer = format_of(path).read_tokenizer(path)
     if tokenizer is None:
@@ -222,7 +232,7 @@ def read_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
     try:
         fit = fit_to_vocab_size(tokenizer, config.vocab_size)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UnsupportedTokenizer(f"{path}: {error}") from error
     if fit is not tokenizer:
         names = ", ".join(name for name, i in tokenizer.special_tokens.items() if i >= config.vocab_size)
         _log.warning("%s: the model has no embedding for %s of its tokenizer, left out", path, names)

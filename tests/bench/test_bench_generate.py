@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import decode_peers
-from benchmarks.decode_peers import PEERS, LlamaCpp, PeerModelWriter, parse_decode_peers, peer_variants, write_gguf
+from benchmarks.decode_peers import PEERS, LlamaCpp, PeerModelWriter, parse_decode_peers, peer_variants
 from torch import nn
 
 from gpt2.bench.common import InProcessRunner
@@ -31,6 +31,7 @@ from gpt2.bench.decode import (
 from gpt2.bench.decode_comparison import check_tokens, compute_metrics, run_comparison
 from gpt2.cli import main
 from gpt2.errors import UserError
+from gpt2.formats import gguf_writer
 from gpt2.model import GPT, GPTConfig
 from gpt2.native.quantization import pack
 from gpt2.runtime import DTYPES
@@ -129,7 +130,7 @@ def test_nanogpt_generates_the_same(generating_nanogpt: str) -> None:
 def test_llama_cpp_generates_the_same(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    write_gguf(WORK.build_model(), tmp_path / "f32.gguf", half=False)
+    gguf_writer.write(WORK.build_model(), None, tmp_path / "f32.gguf", "f32")
     check_run(LlamaCpp(WORK, "f32", str(tmp_path)))
 
 
@@ -145,8 +146,6 @@ def test_llama_cpp_in_its_precisions(tmp_path: Path) -> None:
     assert decoders["f16"].weight_bytes == pytest.approx(weight_bytes(TINY, 16), rel=0.02)
     assert decoders["q8_0"].weight_bytes == pytest.approx(weight_bytes(TINY, 8.5), rel=0.04)
     assert decoders["q4_0"].weight_bytes < decoders["q8_0"].weight_bytes
-    with pytest.raises(UserError, match="has no relu"):
-        write_gguf(GPT(replace(TINY, activation_function="relu")), tmp_path / "relu.gguf")
 
 
 def test_bytes_read_by_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,9 +336,13 @@ def test_perplexity_is_measured_with_the_speed(here: None, tmp_path: Path, capsy
 
 
 def test_a_peer_that_is_not_installed(here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is an error before anything is timed."""
     monkeypatch.setattr(decode_peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^--peer llamacpp is not installed: pip install llama-cpp-python gguf$"):
+        parse_decode_peers(["llamacpp"])
     (tmp_path / "files").mkdir()
-    entries = peer_variants(WORK, parse_decode_peers(["llamacpp", "ctranslate2"]), tmp_path / "files", InProcessRunner)
+    peers = {"llamacpp": None, "ctranslate2": None}
+    entries = peer_variants(WORK, peers, tmp_path / "files", InProcessRunner)
     assert {entry.reason for entry in entries if entry.contestant == "llamacpp"} == {
         "not installed: pip install llama-cpp-python gguf"
     }

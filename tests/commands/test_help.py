@@ -1,6 +1,8 @@
 """Help: at once, in groups, with examples; and `gpt2 help`, `gpt2 info`."""
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,10 +12,12 @@ import pytest
 from benchmarks.decode_peers import PEERS
 
 import gpt2
+from gpt2 import cli
 from gpt2.bench.decode import OUR_VARIANTS
 from gpt2.cli import COMMANDS
 from gpt2.commands import bench_args, generation_args
 from gpt2.commands.sample import MAX_SAMPLES
+from gpt2.errors import UserError
 from gpt2.generation import inference, text
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, OPENAI_CONFIGS, GPTConfig
@@ -86,3 +90,44 @@ def test_bench_without_a_benchmark_is_an_error(capsys: pytest.CaptureFixture[str
     assert (code, out) == (2, "")
     assert "usage: gpt2 bench WHAT" in err
     assert run_cli(capsys, "bench", "--help")[0] == 0
+
+
+@pytest.mark.parametrize("flag", [["--threads", "3"], ["--threads=3"]])
+def test_threads_is_a_flag_of_every_command(flag: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    assert cli._take_threads(["sample", *flag, "--", "--threads", "x"]) == ["sample", "--", "--threads", "x"]
+    assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "3"
+    for wrong in (["--threads"], ["--threads=no"], ["--threads", "0"]):
+        with pytest.raises(UserError, match="--threads must be an integer of at least 1"):
+            cli._take_threads(["train", *wrong])
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4 MiB", 4 * 2**20), ("4MiB", 4 * 2**20), ("500 kB", 500_000), ("1.5GB", 1_500_000_000), ("4194304", 4194304)],
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "4 XB", "-1", "0", "MiB", "1e6"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 500 kB or 4 MiB"):
+        cli.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_openmp_threads_sleep_early_unless_the_user_chose(given: dict[str, str], expected: str | None) -> None:
+    """The variable is set before torch is imported, as the OpenMP library reads it only then."""
+    show = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    program = f"import os, sys; from gpt2 import cli; cli.run_and_exit(lambda: {show})"
+    unset = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | given
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.split() == [str(expected), "False"]

@@ -1,6 +1,7 @@
 """Preparation of shards: complete or not at all, cached, and bound to the tokenizer that made them."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -394,8 +395,20 @@ def test_a_trained_vocabulary_does_not_learn_the_letters_of_end_of_text(tmp_path
     assert "endoftext" not in tokens
 
 
-def test_shards_with_a_meta_pkl_are_not_taken_for_gpt2_tokens(tmp_path: Path) -> None:
-    (tmp_path / "train.bin").write_bytes(np.arange(60, dtype=np.uint16).tobytes())
-    (tmp_path / "meta.pkl").write_bytes(b"a pickle that is not read")
-    with pytest.raises(UserError, match=r"have nanoGPT's meta\.pkl, a vocabulary of their own"):
+def test_shards_with_a_meta_pkl_have_its_characters(tmp_path: Path) -> None:
+    """As nanoGPT's data/shakespeare_char/prepare.py writes them."""
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
+    characters = sorted(set(text))
+    itos = dict(enumerate(characters))
+    stoi = {character: i for i, character in itos.items()}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi}))
+    for split, part in (("train", text[:1000]), ("val", text[1000:])):
+        (tmp_path / f"{split}.bin").write_bytes(np.array([stoi[c] for c in part], np.uint16).tobytes())
+    data = open_data(str(tmp_path))
+    assert data.tokenizer.vocab_size == len(characters)
+    assert data.tokenizer.decode(everything(data.train)) == text[:1000]
+    with pytest.raises(UserError, match="were made with tokenizer characters"):
+        open_data(str(tmp_path), "gpt2")
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": itos, "x": print}))
+    with pytest.raises(UserError, match=r"cannot use .*meta\.pkl: .*no vocabulary of characters needs"):
         open_data(str(tmp_path))

@@ -100,7 +100,29 @@ def test_we_read_the_adapter_of_peft(tmp_path: Path, config: LoRAConfig) -> None
 
 
 @pytest.mark.parametrize(
-    "more", [{"target_modules": r".*\.h\.1\..*c_(attn|proj)"}, {"layers_to_transform": [1], "layers_pattern": "h"}]
+    "more",
+    [
+        {"rank_pattern": {"c_attn": 5}, "alpha_pattern": {"mlp.c_proj": 7}},
+        {"rank_pattern": {"h.1.attn.c_proj": 1, "c_proj": 3}, "use_rslora": True},
+    ],
+)
+def test_we_merge_ranks_and_alphas_by_layer(tmp_path: Path, more: dict[str, Any]) -> None:
+    base, tokens = to_transformers(random_model(SHAPE)), random_batch(SHAPE)[0]
+    settings = {"target_modules": ["c_attn", "c_proj"], "r": 2, "lora_alpha": 3, **more}
+    reference = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    randomize({name: p.data for name, p in reference.named_parameters() if "lora_" in name})
+    reference.save_pretrained(tmp_path / "adapter")
+    save(random_model(SHAPE), None, tmp_path / "base")
+    merged, _ = load(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert relative_error(merged(tokens), logits(reference, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": r".*\.h\.1\..*c_(attn|proj)"},
+        {"layers_to_transform": [1], "layers_pattern": "h"},
+    ],
 )
 def test_we_read_patterns_and_selected_blocks_of_peft(tmp_path: Path, more: dict[str, Any]) -> None:
     base, tokens = to_transformers(random_model(SHAPE)), random_batch(SHAPE)[0]

@@ -10,6 +10,7 @@ import torch
 from gpt2.cli import parse_count
 from gpt2.commands.plan import main
 from gpt2.config import TrainConfig
+from gpt2.data.corpora import HUB_CORPORA
 from gpt2.errors import UserError
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
 from gpt2.planning.costs import StepSetup, training_memory
@@ -56,6 +57,16 @@ def test_suggestion_for_a_plan_that_does_not_fit() -> None:
     assert fitting.fits
     assert not plan(replace(config, **{**result.suggestion, "micro_batch_size": 512}), on="a100").fits
     assert plan(config, on="t4").suggestion is None  # weights, gradients and optimizer alone are 24 GiB, of 15
+
+
+def test_a_plan_that_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    too_large = ["gpt2-124m", "--n-layer", "48", "--n-head", "25", "--n-embd", "1600", "--micro-batch-size", "32"]
+    assert main([*too_large, "--on", "a100"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.rstrip().splitlines()[-1].startswith("The run does not fit in the memory of ")
+    assert main([*too_large, "--on", "a100", "--json"]) == 1
+    assert main(["quickstart", "--on", "a100"]) == 0
+    assert "the whole batch of a device" in capsys.readouterr().out
 
 
 def test_activation_checkpointing_is_suggested_only_if_needed() -> None:
@@ -107,7 +118,7 @@ def test_local_plan_as_json_creates_no_file(
         *("batch_size", "micro_batch_size", "activation_checkpointing", "flops_per_token", "flops_per_step", "flops"),
         *("memory", "device_memory"),
         *("fits", "suggestion", "tokens_per_step", "steps", "tokens", "seconds_per_step", "seconds"),
-        *("tokens_per_second", "matmul_rate", "utilization", "cost"),
+        *("tokens_per_second", "matmul_rate", "utilization", "cost", "disk"),
     }
     assert set(result["memory"]) == {
         *("program", "weights", "gradients", "optimizer", "gathered", "casts", "activations", "logits"),
@@ -125,7 +136,7 @@ def test_plan_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "160")
     main(["gpt2-124m", "--on", "h100", "--gpus", "8", "--tokens", "10B", "--price-per-hour", "24"])
     out = capsys.readouterr().out
-    for words in ("124,439,808", "optimizer", "949.4 MiB", "8 devices", "estimate: 45% MFU", "fits", "cost"):
+    for words in ("124,439,808", "optimizer", "949.4 MiB", "8 devices", "estimate: passes at 45% MFU", "fits", "cost"):
         assert words in out
 
 
@@ -178,3 +189,12 @@ def test_ddp_buckets_are_allocated_from_the_start() -> None:
     setup = StepSetup(rows=16, length=1024, dtype=torch.bfloat16, device="cuda")
     alone = training_memory(OPENAI_CONFIGS["gpt2"], setup)
     assert training_memory(OPENAI_CONFIGS["gpt2"], replace(setup, buckets=True)).step == alone.step + alone.gradients
+
+
+def test_the_plan_of_the_reproduction_names_the_disk_for_its_corpus(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe("gpt2-124m")
+    assert plan(recipe, on="h100", devices=8).disk == 2 * HUB_CORPORA[recipe.data].tokens
+    assert plan(replace(recipe, data="notes/"), on="h100").disk is None
+    assert plan(load_recipe("gpt2-124m-1gpu"), on="h100").fits
+    main(["gpt2-124m", "--on", "h100", "--gpus", "8"])
+    assert "token shards, made first" in capsys.readouterr().out

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-from gpt2.serve.middleware import AccessPolicy
+from gpt2.serve.errors import APIError
+from gpt2.serve.metrics import Metrics
+from gpt2.serve.middleware import AccessPolicy, RequestMiddleware
 from tests.helpers.live_server import SMALL_LIMITS, LiveServer, run_server, temporary_home
 
 KEY = "a-key"
@@ -109,3 +113,35 @@ def test_pages_of_other_origins_cannot(client: httpx.Client) -> None:
     for answer in client.options("/v1/completions", headers=asked), client.get("/v1/models", headers={"Origin": OTHER}):
         assert answer.status_code == 403
         assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("gpt2.example", "https://gpt2.example", 200),
+        ("gpt2.example:443", "https://gpt2.example", 200),
+        ("gpt2.example", "https://gpt2.example:443", 200),
+        ("gpt2.example:80", "http://gpt2.example", 200),
+        ("GPT2.example:8000", "http://gpt2.example:8000", 200),
+        ("127.0.0.1:8000", "https://gpt2.example", 200),  # a tunnel that passes on another Host
+        ("127.0.0.1:8000", "https://gpt2.example:8443", 403),
+        ("127.0.0.1:8000", "http://localhost", 403),  # another server of this machine
+        ("gpt2.example:443", "http://gpt2.example:8000", 403),
+        ("gpt2.example", "https://gpt2.example.evil", 403),
+        ("gpt2.example", "null", 403),
+        ("gpt2.example", "ftp://gpt2.example", 403),
+    ],
+)
+def test_the_origin_is_this_server_or_an_allowed_host(host: str, origin: str, status: int) -> None:
+    access = AccessPolicy(allowed_hosts=["localhost", "127.0.0.1", "gpt2.example"])
+    middleware = RequestMiddleware(unused_app, access, 1, Metrics({}), [])
+    headers = Headers({"host": host, "origin": origin})
+    if status == 200:
+        middleware._check_host(headers)
+    else:
+        with pytest.raises(APIError, match="other sites"):
+            middleware._check_host(headers)
+
+
+async def unused_app(scope: Any, receive: Any, send: Any) -> None:
+    raise AssertionError

@@ -258,7 +258,7 @@ def test_the_comparison_equals_evaluating_both_models(tuning: TrainConfig, base:
         assert answer.prompt + answer.before == fixed_seed_sampler(model, tokenizer, answer.prompt, 8)
     result = found.markdown()
     assert "| doubles, held out |" in result
-    assert "better |" in result
+    assert "lower |" in result
 
 
 @pytest.mark.parametrize(

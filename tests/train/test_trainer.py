@@ -203,7 +203,7 @@ def test_invalid_settings_are_one_line_errors(
     folder = train(replace(tiny, max_steps=5))
     capsys.readouterr()
     for arguments, output in (
-        (("train", "gpt2-124m"), "--data is missing"),
+        (("train", "gpt2-124m", "--data", ""), "--data is missing"),
         (("train", "--init-from", str(folder), "--n-layer", "3"), "--init-from keeps that model's shape"),
         (("train", "--n-layer", "100000000"), "more than any machine can hold"),
         (("train", "--skip-spikes", "-1"), "--skip-spikes must be at least 0"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.bench.common import OURS
-from gpt2.bench.ladder_chart import BLUE, GREY, RED, check_chart_path
+from gpt2.bench.ladder_chart import BLUE, GREY, NUMBER_FORMAT, RED, check_chart_path
 from gpt2.errors import UserError
 
 PANELS_PER_ROW = 4
@@ -76,7 +76,8 @@ def _draw_panel(axes: Any, bars: list[tuple[float, dict[str, Any], dict[str, Any
         axes.annotate(label, (end, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_xlim(0, end_of_axis)
     axes.set_title(f"batch {batch_size:,}", fontsize=10, loc="left")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter(NUMBER_FORMAT)
+    axes.set_xlabel("tokens/s", fontsize=8)
     axes.locator_params(axis="x", nbins=4)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)

@@ -123,7 +123,11 @@ LADDER_STEPS = (
     LadderStep("bfloat16", "matmuls in bfloat16 by autocast", {"dtype": torch.bfloat16}, needs_bfloat16),
     LadderStep("sdpa", "fused (flash) attention", {"attention": "sdpa"}),
     LadderStep("compile", "torch.compile of the blocks", {"compiled": True}, needs_compiler),
-    LadderStep("padded-vocabulary", "50,257 -> 50,304 rows in the head", {"loss": padded_vocab_loss}),
+    LadderStep(
+        "padded-vocabulary",
+        f"rows of the head padded to a multiple of {VOCAB_PAD_MULTIPLE}",
+        {"loss": padded_vocab_loss},
+    ),
     LadderStep("fused-adamw", "AdamW in one kernel", {"kernels": {"fused": True}}),
     LadderStep("chunked-loss", "head and cross-entropy in chunks, never all logits", {"loss": chunked_loss}),
     LadderStep("kept-memory", "malloc keeps freed memory", {"keeps_memory": True}, needs_glibc_malloc),

@@ -7,6 +7,7 @@ from gpt2.bench.common import OURS
 from gpt2.errors import ConfigError, UserError, missing_extra
 
 FORMATS = (".png", ".svg", ".pdf")
+NUMBER_FORMAT = "{x:,.10g}"  # of the ticks of an axis: 0.0001, 0.5, 1,000
 BLUE, ORANGE, GREY, RED = "#1f77b4", "#ff7f0e", "0.55", "#d62728"
 
 # ms per step of the original project on one A40 at this shape
@@ -73,10 +74,10 @@ def _draw_ladder(axes: Any, ladders: list[dict[str, Any]], step_names: list[str]
     axes.set_xlabel("ms per training step (lower is faster); the line shows the quartiles", fontsize=9)
     if len(ladders) > 1:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlim(shortest / 2, longest * (longest / shortest) ** 0.6 * 2)
     else:
         axes.set_xlim(0, longest * 1.6)
+    axes.xaxis.set_major_formatter(NUMBER_FORMAT)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -109,6 +110,7 @@ def _draw_peers(axes: Any, device: dict[str, Any]) -> None:
     axes.set_ylim(len(contestants) - 0.4, -0.6)
     axes.set_xlim(0, 1.8 * max(record["ms"]["high"] for _, record in contestants))
     axes.set_xlabel(f"ms per training step on {device['name']}, bfloat16, best mode of each", fontsize=9)
+    axes.xaxis.set_major_formatter(NUMBER_FORMAT)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -123,7 +125,7 @@ def _label(axes: Any, x: float, y: float, text: str) -> None:
 
 
 def _format_ms(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _title(result: dict[str, Any]) -> str:

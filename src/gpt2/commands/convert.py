@@ -35,6 +35,7 @@ def run(argv: list[str], prog: str, examples: tuple[str, ...], default_format: s
     parser.add_flag("dtype", default=None, help="of the weights: one that --list names for the format [the model's]")
     parser.add_flag("max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file, as 500MB [5GB]")
     parser.add_flag("overwrite", action="store_true", help="replace the model that OUT holds")
+    parser.add_flag("push", default=None, metavar="OWNER/NAME", help="upload the model folder with a model card")
     add_adapter_flag(parser)
     args = parser.parse_args(argv)
     if args.list:
@@ -45,12 +46,17 @@ def run(argv: list[str], prog: str, examples: tuple[str, ...], default_format: s
     if args.to is None:
         raise ConfigError("--to is required: gpt2 convert --list names the formats", field="to")
     _check_shard_size(args.max_shard_size)
+    if args.push is not None and args.to != "hf":
+        raise ConfigError(f"--push uploads a model folder: it needs --to hf, not {args.to}", field="push")
     from gpt2.conversion import Job, check_output, check_replaceable, convert, dtype_for, target_of
+    from gpt2.model_card import check_repository_name, push, write_model_card
     from gpt2.resolve import resolve_model
 
     target, out = target_of(args.to), expand_path(args.out)
     if args.dtype is not None:
         dtype_for(target, args.dtype)
+    if args.push is not None:
+        check_repository_name(args.push)
     source = resolve_model(args.source, args.adapter)
     check_output(target, out, source.folder)
     model, tokenizer = source.load(dtype=None)
@@ -59,6 +65,11 @@ def run(argv: list[str], prog: str, examples: tuple[str, ...], default_format: s
     job = Job(model, tokenizer, source.template, dtype_for(target, args.dtype, model), args.max_shard_size)
     parity = convert(target, job, out)
     print(f"{target.name}, {job.dtype}: {parity}", file=sys.stderr)
+    if args.push is not None:
+        run = source.folder.parent if (source.folder.parent / "config.toml").is_file() else None
+        write_model_card(out, args.push, run)
+        print(push(out, args.push))
+        return
     print(out)
 
 

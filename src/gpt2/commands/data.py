@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     if args.verb == "list":
         print_corpora()
         return
+    from gpt2.data.mixture import Mixture
     from gpt2.data.prepare import describe_shards
     from gpt2.data.resolve import Rows, Shards, resolve_data
 
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> None:
         _prepare(args)
     elif isinstance(data := resolve_data(args.source, args.columns, args.bad_rows), Shards):
         print(describe_shards(data.path))
+    elif isinstance(data, Mixture):
+        raise DataError(f"{args.source} is a mixture: inspect its parts")
     elif isinstance(data, HubCorpus):
         print(describe_corpus(data))
     elif isinstance(data, Rows):
@@ -135,7 +138,7 @@ def _parse(argv: list[str]) -> Namespace:
     inspect.add_flag("columns", help=COLUMNS_HELP)
     inspect.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", help=BAD_ROWS_HELP)
     inspect.add_flag("block-size", type=positive_int, default=1024, help="tokens in a row of a batch [1024]")
-    inspect.add_flag("rows", type=int, default=3, metavar="N", help="how many documents to show [3]")
+    inspect.add_flag("rows", type=int, default=3, metavar="INT", help="how many documents to show [3]")
     return parser.parse_args(argv)
 
 

@@ -24,14 +24,14 @@ def _parser() -> Parser:
     parser.add_flag(
         "tasks", metavar="NAMES", help="tasks and sets of tasks, separated by commas [hellaswag,lambada,wikitext2]"
     )
-    parser.add_flag("limit", type=positive_int, metavar="N", help="only the first N rows of each task")
+    parser.add_flag("limit", type=positive_int, metavar="INT", help="only the first N rows of each task")
     parser.add_flag(
         "data", action="append", default=[], metavar="FILE", help="loss, perplexity, bits per byte of a text"
     )
     parser.add_flag(
         "stride",
         type=positive_int,
-        metavar="N",
+        metavar="INT",
         help="tokens that each window over a long text scores after the first window [the model's context]",
     )
     parser.add_flag(

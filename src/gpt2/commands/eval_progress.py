@@ -5,11 +5,12 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from gpt2.evaluation.measures import Measured
 from gpt2.evaluation.report import shown
 
-MOST_METRICS = 3
+MOST_METRICS, BAR_WIDTH = 2, 10  # so that a line fits into 80 columns
 
 
 class ProgressBar:
@@ -19,9 +20,9 @@ class ProgressBar:
         console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            BarColumn(BAR_WIDTH),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[score]}"),
         )
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

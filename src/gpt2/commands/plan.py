@@ -24,7 +24,7 @@ PLANNED_FIELDS = (  # the settings that memory, time or cost depend on
 
 
 def main(argv: list[str]) -> int:
-    """Run `gpt2 plan`: a table, or JSON, on standard output."""
+    """Run `gpt2 plan`: a table, or JSON, on standard output. Returns 1 if the run does not fit in memory."""
     parser = Parser(
         prog="gpt2 plan",
         description="Estimate what a training run needs: memory by part, time and cost. Writes no file, and reads no "
@@ -43,11 +43,15 @@ def main(argv: list[str]) -> int:
         metavar="DEVICE",
         help="here, measured; or a GPU such as h100, estimated [here]",
     )
-    parser.add_flag("gpus", type=parse_count, default=1, metavar="N", help="GPUs per machine; they share the batch [1]")
-    parser.add_flag("nodes", type=parse_count, default=1, metavar="N", help="machines [1]")
+    parser.add_flag(
+        "gpus", type=parse_count, default=1, metavar="INT", help="GPUs per machine; they share the batch [1]"
+    )
+    parser.add_flag("nodes", type=parse_count, default=1, metavar="INT", help="machines [1]")
     network_help = "bandwidth between machines, in Gbit/s each [typical for the GPU]"
     parser.add_flag("network", type=_parse_gbit, metavar="GBIT", help=network_help)
-    parser.add_flag("tokens", type=parse_count, metavar="N", help="budget such as 500M or 10B [that of --max-steps]")
+    parser.add_flag(
+        "tokens", type=parse_count, metavar="COUNT", help="budget such as 500M or 10B [that of --max-steps]"
+    )
     parser.add_flag("price-per-hour", type=_parse_price, metavar="PRICE", help="of all machines, in any currency")
     parser.add_flag("json", action="store_true", help="print the plan as JSON")
     hidden = [field.name for field in fields(TrainConfig) if field.name not in PLANNED_FIELDS]
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(result.as_dict(), indent=2))
     else:
         print_plan(result, Console())
-    return 0
+    return 0 if result.fits else 1
 
 
 def _plan_config(recipe: str, flags: dict[str, Any]) -> TrainConfig:
@@ -111,6 +115,8 @@ def print_plan(result: "Plan", console: "Console") -> None:
         for name, value, remark in rows:
             table.add_row(f"  {name}", value, remark)
     console.print(table)
+    if not result.fits:
+        console.print(f"[bold]The run does not fit in the memory of {result.device}.[/bold]")
 
 
 def _model_rows(result: "Plan") -> list[tuple[str, str, str]]:
@@ -157,11 +163,15 @@ def _memory_rows(result: "Plan") -> list[tuple[str, str, str]]:
         rows.append(("the run", format_bytes(result.memory.peak), "upper bound, with checkpoints"))
     rows.append(("device", format_bytes(result.device_memory), f"{result.device}: {share:.0%} used, {verdict}"))
     if result.suggestion is None:
-        rows.append(("suggestion", "none", "not even one row fits, recomputed or not: a smaller model, or more memory"))
+        remark = "not even one sequence fits, with activation checkpointing or without: a smaller model, or more memory"
+        rows.append(("suggestion", "none", remark))
     else:
         flags = f"--micro-batch-size {result.suggestion['micro_batch_size']}"
-        remark = "with --activation-checkpointing" if result.suggestion["activation_checkpointing"] else ""
-        rows.append(("largest that fits", flags, remark))
+        whole = result.suggestion["micro_batch_size"] * result.devices >= result.batch_size
+        remark = "the whole batch of a device" if whole else "a larger one does not fit"
+        if result.suggestion["activation_checkpointing"]:
+            remark += ", with --activation-checkpointing"
+        rows.append(("micro-batch", flags, remark))
     return rows
 
 
@@ -172,8 +182,9 @@ def _time_rows(result: "Plan") -> list[tuple[str, str, str]]:
         source = "from passes of some layers, timed on this machine"
         of_rate = f"of the {result.matmul_rate / 1e12:.3g} TFLOP/s that matmuls reach on this machine"
     else:
-        source = f"an estimate: {ASSUMED_MFU:.0%} MFU is assumed"
-        of_rate = f"of the datasheet's {result.matmul_rate / 1e12:.4g} TFLOP/s{' each' if result.devices > 1 else ''}"
+        source = f"an estimate: passes at {ASSUMED_MFU:.0%} MFU, and the update"
+        each = " each" if result.devices > 1 else ""
+        of_rate = f"of the datasheet's {result.matmul_rate / 1e12:.4g} TFLOP/s{each}, over the whole step"
     if result.ways:
         source += f"; with {result.parallel}, see below"
     compiled = ", compiled" if result.compile else ""
@@ -183,6 +194,8 @@ def _time_rows(result: "Plan") -> list[tuple[str, str, str]]:
         ("utilization", f"{result.utilization:.0%}", of_rate),
         ("the run", _format_seconds(result.seconds), "training steps only: no validation, samples or checkpoints"),
     ]
+    if result.disk is not None:
+        rows.append(("disk", format_bytes(result.disk), "token shards, made first (gpt2 data list says how long)"))
     if result.cost is not None:
         rows.append(("cost", f"{result.cost:,.2f}", "at the price given for all machines"))
     return rows

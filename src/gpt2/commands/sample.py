@@ -78,18 +78,18 @@ def _add_mode_flags(parser: Parser) -> None:
     """Add the flags of beam search, contrastive search, speculative decoding and log-probabilities."""
     beams_help = "beam search with N beams; prints the best --num-samples texts, best first"
     parser.section("other ways to generate")
-    parser.add_flag("num-beams", type=int, metavar="N", help=beams_help)
+    parser.add_flag("num-beams", type=int, metavar="INT", help=beams_help)
     parser.add_flag(
         "length-penalty", type=float, help="of beam search: over 0 favors long texts, under 0 short ones [1]"
     )
-    parser.add_flag("num-beam-groups", type=int, metavar="N", help="groups of diverse beam search [1]")
+    parser.add_flag("num-beam-groups", type=int, metavar="INT", help="groups of diverse beam search [1]")
     parser.add_flag(
         "diversity-penalty", type=float, help="subtracted from tokens that another group chose at the same step [0]"
     )
     parser.add_flag(
         "penalty-alpha",
         type=float,
-        metavar="A",
+        metavar="FLOAT",
         help=f"contrastive search among --top-k [{CONTRASTIVE_TOP_K}] tokens: 0 is greedy, 1 weighs only dissimilarity",
     )
     parser.add_flag(
@@ -99,7 +99,7 @@ def _add_mode_flags(parser: Parser) -> None:
         ("prompt-lookup", 3, "speculative decoding that drafts what followed the last occurrence of the last N tokens"),
         ("logprobs", 5, "print one line per token instead of the text: its probability, and the N most likely tokens"),
     ):
-        parser.add_flag(flag, type=int, nargs="?", const=default, metavar="N", help=f"{description} [{default}]")
+        parser.add_flag(flag, type=int, nargs="?", const=default, metavar="INT", help=f"{description} [{default}]")
 
 
 def _check_flags(args: Namespace) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import fields
 from typing import Any
 
-from gpt2.cli import Parser
+from gpt2.cli import Parser, parse_size
 from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
 from gpt2.errors import ConfigError, did_you_mean, missing_extra
 from gpt2.serve.limits import Limits
@@ -77,6 +77,10 @@ def _parse(argv: list[str]) -> Namespace:
     )
     for limit in fields(Limits):
         name, kind, default = limit.name.replace("_", "-"), type(limit.default), limit.default
+        if limit.name == "max_body":
+            help_text = f"{limit.metadata['help']} [{Limits.max_body // 2**20} MiB]"
+            parser.add_flag(name, type=parse_size, default=default, metavar="SIZE", help=help_text)
+            continue
         help_text = f"{limit.metadata['help']} [{default:g}]"
         parser.add_flag(name, type=kind, default=default, metavar=kind.__name__.upper(), help=help_text)
     parser.add_flag("context", type=int, metavar="INT", help="context length in tokens [the model's]")

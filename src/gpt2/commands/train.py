@@ -37,7 +37,7 @@ METAVARS = {
     "wandb": "PROJECT",
 }
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-GPU_RECIPES = ("shakespeare", "shakespeare-bpe", "gpt2-124m")
+GPU_RECIPES = ("shakespeare", "shakespeare-bpe", "gpt2-124m", "gpt2-124m-1gpu")
 RULES = (
     FlagRule(("lora_alpha", "lora_targets", "lora_dropout"), lambda c: c.lora_rank > 0, "{} needs --lora-rank"),
     FlagRule(("decay_steps",), lambda c: c.schedule == "wsd", "{} needs --schedule wsd"),

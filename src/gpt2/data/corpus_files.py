@@ -16,6 +16,8 @@ from gpt2.hub import HubDataset, HubFile, fetch_dataset_file
 
 BLOCK_CHARACTERS = 1 << 18  # the work of one task of a thread
 
+_STOP_SECONDS = 2.0  # to wait for a download that stops; it may be waiting for the server
+
 _log = logging.getLogger("gpt2.data")
 
 
@@ -84,8 +86,10 @@ class FileQueue:
         return (done + part * self.files[position.file].size) / total
 
     def close(self) -> None:
-        """Stop the download that is under way."""
+        """Stop the download that is under way, so that it writes nothing later."""
         self._stop.set()
+        for thread in self._threads.values():
+            thread.join(_STOP_SECONDS)
 
     def _target(self, file: HubFile) -> Path:
         return self._folder / file.path.replace("/", "--")

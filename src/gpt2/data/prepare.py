@@ -8,10 +8,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from gpt2.characters import read_meta_pkl
 from gpt2.data.corpora import HubCorpus, find_corpus
 from gpt2.data.dataset import TokenDataset
+from gpt2.data.mixture import Mixture, MixtureDataset, mix
 from gpt2.data.prepare_corpus import CorpusOptions, corpus_key, prepare_corpus
 from gpt2.data.resolve import Shards, find_shards, resolve_texts
 from gpt2.data.shards import (
@@ -72,6 +75,14 @@ def prepare(
     return meta
 
 
+def open_mixture(
+    mixture: Mixture, tokenizer: str | Tokenizer | None = None, *, separate_documents: bool = False
+) -> MixtureDataset:
+    """The parts of a mixture as tokens. Raises DataError as `open_data` does, and for tokenizers that differ."""
+    parts = [open_data(ref, tokenizer) for ref, _ in mixture.parts]
+    return mix(mixture, [replace(part, separate_documents=separate_documents) for part in parts])
+
+
 def open_data(data: str | Shards | Texts | HubCorpus, tokenizer: str | Tokenizer | None = None) -> TokenDataset:
     """Data as tokens: shards; or texts and corpora, which are tokenized once and kept under `cache_home()`.
 
@@ -79,8 +90,8 @@ def open_data(data: str | Shards | Texts | HubCorpus, tokenizer: str | Tokenizer
     tokenizer: "gpt2" (the default), "bytes", "bpe:N" (trained on the train split), a folder, or a tokenizer. For shards
         it is optional, and a tokenizer other than theirs is refused.
 
-    The cache key of a file is its path, size and modification time. Raises UserError for data that does not exist or is
-    too short, the wrong tokenizer, and a cache that cannot be written.
+    The cache key of a file is its path and contents. Raises UserError for data that does not exist or is too short, the
+    wrong tokenizer, and a cache that cannot be written.
     """
     if isinstance(data, str):
         data = find_shards(data) or find_corpus(data) or resolve_texts(data)
@@ -173,13 +184,8 @@ def _open_existing_shards(path: Path, requested: str | Tokenizer | None, name: s
 
 def _shards_tokenizer(folder: Path, meta: ShardsMeta | None, requested: str | Tokenizer | None) -> Tokenizer:
     """The tokenizer of the shards in `folder`. Raises DataError if it is missing, or is not the requested one."""
-    own = load_tokenizer(folder)
+    own = load_tokenizer(folder) or read_meta_pkl(folder)
     if own is None and meta is None:
-        if (folder / "meta.pkl").exists():
-            raise DataError(
-                f"the shards in {folder} have nanoGPT's meta.pkl, a vocabulary of their own, probably characters; a "
-                "pickle is not read: name the text that they were made from"
-            )
         return _resolve_tokenizer(requested or "gpt2")
     if own is None or (meta is not None and own.fingerprint != meta.tokenizer.fingerprint):
         raise DataError(f"{folder} lacks the tokenizer that made its shards: prepare them again")

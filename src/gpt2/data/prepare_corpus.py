@@ -38,6 +38,7 @@ from gpt2.hub import HubDataset, HubFile, fetch_dataset_file
 from gpt2.tokenizer import Tokenizer, encode_array, get_tokenizer
 
 _TOKENS_PER_BYTE = {".parquet": 0.5, ".jsonl": 0.25}  # at most, as a rule, for text in English
+_BYTES_PER_TOKEN = 5  # at most, of GPT-2's tokens in English
 _SAMPLE_SECONDS = 0.2
 _SAMPLE_CHARACTERS = 1 << 16
 _FORMAT_VERSION = 1  # increment when the same corpus and options give different shards
@@ -156,7 +157,10 @@ def _announce(
     """Log what the preparation needs; returns the expected tokens. Raises DataError for a disk that is too small."""
     files = [file for group in splits.values() for file in group]
     size = sum(file.size for file in files)
-    tokens = corpus.tokens or int(sum(file.size * _TOKENS_PER_BYTE[Path(file.path).suffix] for file in files))
+    most = int(sum(file.size * _TOKENS_PER_BYTE[Path(file.path).suffix] for file in files))
+    tokens = min(corpus.tokens or most, most)
+    if tokenizer.name == "bytes":
+        tokens *= _BYTES_PER_TOKEN
     if options.max_tokens is not None and options.max_tokens < tokens:
         size, tokens = size * options.max_tokens // tokens, options.max_tokens
     shards = tokens * token_format(tokenizer.vocab_size).dtype.itemsize

@@ -12,6 +12,7 @@ from pathlib import Path
 from gpt2.data.columns import Columns, parse_text_column
 from gpt2.data.corpora import HUB_CORPORA, HUB_PREFIX, HubCorpus, find_corpus
 from gpt2.data.encodings import encoding_hint
+from gpt2.data.mixture import Mixture, find_mixture
 from gpt2.data.rows import BAD_ROWS_CHOICES, ROW_SUFFIXES, BadRows, open_rows
 from gpt2.data.shards import contains_shards
 from gpt2.data.sources import BUILTIN_SOURCES, Document, Texts, builtin_texts
@@ -50,8 +51,10 @@ class Rows:
     skip_bad_rows: bool = False
 
 
-def resolve_data(ref: str, columns: str | None = None, bad_rows: str = "error") -> Shards | Rows | Texts | HubCorpus:
-    """The data that `ref` names; a corpus on the hub is not looked up.
+def resolve_data(
+    ref: str, columns: str | None = None, bad_rows: str = "error"
+) -> Shards | Rows | Texts | HubCorpus | Mixture:
+    """The data that `ref` names; a corpus on the hub and the parts of a mixture are not looked up.
 
     ref: a corpus on the hub (see `find_corpus`), a built-in corpus (see `BUILTIN_SOURCES`), a file, a folder, or a
         pattern such as ``notes/*.txt``. A name wins over a path of the same spelling (`./shakespeare` is the path). In
@@ -66,6 +69,10 @@ def resolve_data(ref: str, columns: str | None = None, bad_rows: str = "error") 
     """
     if (shards := find_shards(ref)) is not None:
         return shards
+    if (mixture := find_mixture(ref)) is not None:
+        if columns is not None:
+            raise DataError(f"--columns '{columns}' is for rows, and {ref} is a mixture", field="columns")
+        return mixture
     if (corpus := find_corpus(ref)) is not None:
         if columns is not None:
             return replace(corpus, column=parse_text_column(columns))
@@ -97,6 +104,8 @@ def resolve_texts(ref: str, columns: str | None = None, bad_rows: str = "error")
     if isinstance(data, Shards):
         kind = "a folder of token shards" if data.path.is_dir() else "a token shard"
         raise DataError(f"{ref} is {kind}, not text to train on")
+    if isinstance(data, Mixture):
+        raise DataError(f"{ref} is a mixture, to train on: name one of its parts here")
     if isinstance(data, HubCorpus):
         raise DataError(f"{ref} is a corpus on the hub: prepare it first, with gpt2 data prepare {ref} FOLDER")
     if isinstance(data, Rows):

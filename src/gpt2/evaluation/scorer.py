@@ -19,7 +19,7 @@ from gpt2.generation.engine import LanguageModel, check_finite, eval_mode
 from gpt2.model import GPT, GPTConfig
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # positions in a batch, padding included
-HEAD_ROWS = {"cpu": 512, "cuda": 4096}  # positions whose logits are held at a time
+HEAD_ROWS = {"cpu": 128, "cuda": 4096}  # positions whose logits are held at a time; on a CPU more are slower
 CACHE_ELEMENTS = 2**21  # logits that a CPU processes at once, so that they stay in its cache
 FULL_TOKENS = {"cpu": 512, "cuda": 8192}  # from this size on, a batch does not take much shorter rows
 MAX_PADDING = 0.1

@@ -4,46 +4,24 @@ nanoGPT trains with the exact GELU, build-nanogpt ("Let's reproduce GPT-2") with
 vocabulary to 50,304. Characters, as nanoGPT's `shakespeare_char` has them, are in a `meta.pkl` beside the checkpoint.
 """
 
-import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2.characters import CharacterTokenizer
+from gpt2.characters import read_meta_pkl
 from gpt2.errors import ModelFilesError, UserError
 from gpt2.files import check_inside_folder
 from gpt2.formats.names import by_our_names, with_zero_biases
 from gpt2.formats.pickled import Settings, read_pickle, stored_tensors
 from gpt2.formats.stored import HEAD, WTE, Weights, first_rows, sizes_of
 from gpt2.model import GPT, GPTConfig
+from gpt2.tokenizer import Tokenizer, load_tokenizer
 
 GPT2_VOCAB_SIZE, PADDED_VOCABULARY = 50257, 50304
 _SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 _OURS = "gpt2_config"  # what nanoGPT has no setting for, in checkpoints that this program wrote
-_LARGEST_META = 2**24
-_PLAIN_OPCODES = frozenset(
-    [
-        "PROTO",
-        "FRAME",
-        "STOP",
-        "MARK",
-        "EMPTY_DICT",
-        "SETITEM",
-        "SETITEMS",
-        "MEMOIZE",
-        "BINPUT",
-        "LONG_BINPUT",
-        "BINGET",
-        "LONG_BINGET",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BININT",
-        "BININT1",
-        "BININT2",
-    ]
-)
 
 
 def find(path: Path) -> Path | None:
@@ -90,53 +68,9 @@ def _config(checkpoint: Mapping[str, Any], path: Path) -> GPTConfig:
         raise ModelFilesError(f"{path}: {error}") from error
 
 
-def read_tokenizer(path: Path) -> CharacterTokenizer | None:
-    """The characters in the `meta.pkl` beside a checkpoint, None without it. Raises ModelFilesError if broken."""
-    meta = path.with_name("meta.pkl")
-    check_inside_folder(meta, path.parent)
-    return CharacterTokenizer(_characters(meta)) if meta.is_file() else None
-
-
-def _characters(path: Path) -> list[str]:
-    """`itos` of a `meta.pkl`. The pickle is not executed: only those of strings, integers and dictionaries are read."""
-    try:
-        content = path.read_bytes() if path.stat().st_size <= _LARGEST_META else b""
-        for opcode, _, _ in pickletools.genops(content):
-            if opcode.name not in _PLAIN_OPCODES:
-                raise ValueError(f"it has the opcode {opcode.name}, which no vocabulary of characters needs")
-        itos = _plain_value(content)["itos"]
-        characters = [itos[i] for i in range(len(itos))]
-    except Exception as error:  # pickletools raises anything for a broken file
-        raise ModelFilesError(f"cannot use {path}: {error!r}") from error
-    if not all(isinstance(each, str) and len(each) == 1 for each in characters) or not characters:
-        raise ModelFilesError(f"cannot use {path}: its itos does not map 0, 1, 2, ... to characters")
-    return characters
-
-
-def _plain_value(content: bytes) -> Any:
-    """The value of a pickle of strings, integers and dictionaries."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-    for opcode, argument, _ in pickletools.genops(content):
-        name = opcode.name
-        if name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name in ("SETITEM", "SETITEMS"):
-            begin = marks.pop() if name == "SETITEMS" else len(stack) - 2
-            pairs, stack = stack[begin:], stack[:begin]
-            stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name.endswith("PUT"):
-            memo[argument] = stack[-1]
-        elif name.endswith("GET"):
-            stack.append(memo[argument])
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            stack.append(argument)
-    return stack[-1]
+def read_tokenizer(path: Path) -> Tokenizer | None:
+    """The characters in the `meta.pkl` beside a checkpoint, else the tokenizer files there, None for neither."""
+    return read_meta_pkl(path.parent) or load_tokenizer(path.parent)
 
 
 def write(model: GPT, path: Path, dtype: torch.dtype) -> None:

@@ -70,7 +70,7 @@ READERS = (
         "ckpt.pt of nanoGPT, model_*.pt of build-nanogpt",
         nanogpt.find,
         nanogpt.read,
-        lambda path: nanogpt.read_tokenizer(path) or load_tokenizer(path.parent),
+        nanogpt.read_tokenizer,
         lambda path: nanogpt.read(path)[0],
     ),
     Format(

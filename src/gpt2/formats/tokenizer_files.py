@@ -63,15 +63,28 @@ def fit_to_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     if tokenizer.vocab_size <= vocab_size:
         return tokenizer
     vocabulary = tokenizer._vocabulary if isinstance(tokenizer, _ByteLevelTokenizer) else None
+    if tokenizer.end_of_text >= vocab_size:
+        raise ValueError(f"the model has no embedding for token {tokenizer.end_of_text}, the tokenizer's end of text")
     if vocabulary is None or not vocabulary.added_ids.issuperset(range(vocab_size, len(vocabulary.tokens))):
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
     rest = Vocabulary(vocabulary.tokens[:vocab_size], vocabulary.added_ids.intersection(range(vocab_size)))
     if not isinstance(tokenizer, BPETokenizer):
         is_gpt2 = isinstance(tokenizer, GPT2Tokenizer)
-        return GPT2Tokenizer(tiktoken_encoding(rest)) if is_gpt2 else make_byte_tokenizer(rest)
+        fit = GPT2Tokenizer(tiktoken_encoding(rest)) if is_gpt2 else make_byte_tokenizer(rest)
+        _copy_roles(tokenizer, fit)
+        return fit
     from tokenizers import Tokenizer as Backend
 
     spec = json.loads(tokenizer._backend.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < vocab_size]
     spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if i < vocab_size}
-    return BPETokenizer(Backend.from_str(json.dumps(spec)))
+    fit = BPETokenizer(Backend.from_str(json.dumps(spec)), tokenizer._end_of_text)
+    _copy_roles(tokenizer, fit)
+    return fit
+
+
+def _copy_roles(tokenizer: Tokenizer, fit: Tokenizer) -> None:
+    """Give `fit` the end tokens and the prompt prefix, as far as it has these ids."""
+    ends = tuple(token for token in tokenizer.end_tokens if token < fit.vocab_size)
+    fit.end_tokens = ends or (fit.end_of_text,)
+    fit.prompt_prefix = tuple(token for token in tokenizer.prompt_prefix if token < fit.vocab_size)

@@ -147,7 +147,7 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The token ids of a prompt; for an empty one the end-of-text token, which every training document follows."""
-    return tokenizer.encode(prompt, allow_special=True) or [tokenizer.end_of_text]
+    return [*tokenizer.prompt_prefix, *tokenizer.encode(prompt, allow_special=True)] or [tokenizer.end_of_text]
 
 
 def stream_text(

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from gpt2.config import AUTO_BATCH_SIZE, TrainConfig
+from gpt2.data.corpora import find_corpus
 from gpt2.data.prepare import bpe_vocab_size
 from gpt2.data.resolve import find_shards
-from gpt2.data.shards import ShardsMeta
+from gpt2.data.shards import ShardsMeta, token_format
 from gpt2.errors import ConfigError, InsufficientMemoryError
 from gpt2.hardware import available_memory, measure_matmul
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
@@ -53,6 +54,7 @@ class Plan:
     measured:    whether computing was timed on this machine (else: assumed). Communication is never measured.
     utilization: FLOP/s of the step as a share of the matmul rate (measured, or from the datasheet): the MFU.
     suggestion:  settings for the largest micro-batch that fits; None when no micro-batch fits.
+    disk:        bytes of the token shards that the run makes first, for a corpus on the hub; None for other data.
     seconds:     of the training steps alone, without validation, samples and checkpoints.
     """
 
@@ -87,6 +89,7 @@ class Plan:
     matmul_rate: float
     utilization: float
     cost: float | None
+    disk: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, nested ones as dictionaries, for JSON."""
@@ -156,6 +159,7 @@ def plan(
         matmul_rate=rate,
         utilization=flops / seconds / (cluster.num_devices * rate),
         cost=None if price_per_hour is None else seconds * steps / 3600 * price_per_hour,
+        disk=_disk(config),
     )
 
 
@@ -280,6 +284,14 @@ def vocabulary_size(config: TrainConfig) -> int:
         return OPENAI_CONFIGS["gpt2"].vocab_size  # known without loading the tokenizer, which may need a download
     size = bpe_vocab_size(spec)
     return get_tokenizer(spec).vocab_size if size is None else size
+
+
+def _disk(config: TrainConfig) -> int | None:
+    """The bytes of the shards of a corpus on the hub whose size is known; they are written where the run starts."""
+    corpus = find_corpus(config.data)
+    if corpus is None or not corpus.tokens:
+        return None
+    return corpus.tokens * token_format(vocabulary_size(config)).dtype.itemsize
 
 
 def _dtype(config: TrainConfig, target: TargetDevice, width: int) -> torch.dtype:

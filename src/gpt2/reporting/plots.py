@@ -53,7 +53,7 @@ def plot_loss(
     _draw_baselines(axes, labels, label_height=0.08 * top)
     _draw_training_loss(axes, steps, losses)
     marker = "o" if len(taken) == 1 else None
-    axes.plot(steps, smooth, color=BLUE, linewidth=1.6, marker=marker, label=f"training {smooth[-1]:.3f}")
+    axes.plot(steps, smooth, color=BLUE, linewidth=1.6, marker=marker, label=f"training {format_loss(smooth[-1])}")
     if validation:
         _draw_validation(axes, validation)
     skipped = [r["step"] for r in records if r.get("skipped")]
@@ -74,6 +74,11 @@ def plot_loss(
     path = folder / "loss.png"
     figure.savefig(path)
     return path
+
+
+def format_loss(loss: float) -> str:
+    """Three digits after the point, or two significant ones where that would be less."""
+    return f"{loss:.3f}" if abs(loss) >= 0.01 or loss == 0 else f"{loss:.2g}"
 
 
 def _draw_baselines(axes: Any, labels: dict[float, str], label_height: float) -> None:
@@ -112,9 +117,9 @@ def _draw_validation(axes: Any, validation: list[tuple[int, float]]) -> None:
     """The validation losses as (step, loss), with a ring around the best when it is not the last."""
     steps, losses = zip(*validation, strict=True)
     best = min(range(len(losses)), key=losses.__getitem__)
-    label = f"validation {losses[-1]:.3f}"
+    label = f"validation {format_loss(losses[-1])}"
     if losses[best] < losses[-1]:
-        label += f" (best {losses[best]:.3f} at step {steps[best]:,})"
+        label += f" (best {format_loss(losses[best])} at step {steps[best]:,})"
     axes.plot(steps, losses, "o-" if len(steps) <= 60 else "-", color=RED, markersize=4, linewidth=1.2, label=label)
     if losses[best] < losses[-1]:
         axes.plot(steps[best], losses[best], "o", color=RED, markersize=9, markerfacecolor="none")
@@ -123,7 +128,10 @@ def _draw_validation(axes: Any, validation: list[tuple[int, float]]) -> None:
 def _draw_tasks(
     axes: Any, label: str, curves: Sequence[TaskCurve], published: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """One curve for each task, with its published values as dashed lines of the same color."""
+    """One curve for each task, with its published values as dashed lines of the same color.
+
+    The labels of each task are in a column of their own, so that those of near values do not overlap.
+    """
     for number, curve in enumerate(curves):
         color, name = f"C{number}", f"{curve.task} {curve.metric}"
         marker = "o-" if len(curve.steps) <= 60 else "-"
@@ -133,7 +141,7 @@ def _draw_tasks(
             axes.axhline(value, color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
             axes.annotate(
                 f"{model} {value:g}" if len(curves) == 1 else f"{curve.task}: {model} {value:g}",
-                (0.995, value),
+                (0.995 - number / max(3, len(curves)), value),
                 xycoords=("axes fraction", "data"),
                 xytext=(0, 2),
                 textcoords="offset points",

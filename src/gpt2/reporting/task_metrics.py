@@ -76,6 +76,10 @@ def describe_task_metrics(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{c.task} {c.metric} {c.values[-1]:.4f}" for curves in panels.values() for c in curves)
 
 
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
+
+
 def task_rows(
     records: Sequence[Mapping[str, Any]], published: Mapping[str, Mapping[str, float]]
 ) -> list[tuple[str, ...]]:
@@ -83,7 +87,7 @@ def task_rows(
     rows = []
     for curve in task_curves(records):
         stderr = curve.stderr[-1]
-        value = f"{curve.values[-1]:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+        value = _shown(curve.values[-1]) + ("" if stderr is None else f" ± {_shown(stderr)}")
         others = ", ".join(f"{name} {value:g}" for name, value in published.get(curve.key, {}).items())
         rows.append((curve.task, curve.metric, value, f"{curve.steps[-1]:,}", others or "-"))
     return rows

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from gpt2 import __version__
 from gpt2.errors import UserError, did_you_mean
-from gpt2.serve import chat_completions, completions, schema
+from gpt2.serve import chat_completions, completions, responses, responses_schema, schema
 from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.http_variants import AllowOrigins, NormalizeRequests
 from gpt2.serve.limits import Limits
@@ -26,7 +26,11 @@ from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
 from gpt2.serve.tokenizer_threads import TokenizerThreads
 
-REQUEST_TYPES = {"/v1/completions": schema.CompletionRequest, "/v1/chat/completions": schema.ChatRequest}
+REQUEST_TYPES = {
+    "/v1/completions": schema.CompletionRequest,
+    "/v1/chat/completions": schema.ChatRequest,
+    "/v1/responses": responses_schema.ResponsesRequest,
+}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": description}
     for status, description in {
@@ -99,7 +103,7 @@ def _add_openai_routes(
 ) -> None:
     threads: TokenizerThreads = app.state.tokenizer_threads
 
-    def start(request: Request, body: schema.CommonRequestFields, parsed: ParsedRequest) -> ResponseStream:
+    def start(request: Request, body: BaseModel, parsed: ParsedRequest) -> ResponseStream:
         if log_prompts:
             _log.info("prompt %s", body.model_dump_json(exclude_none=True))
         return ResponseStream(parsed, request.scope["gpt2.client"], limits, metrics)
@@ -118,10 +122,20 @@ def _add_openai_routes(
         """Continue a conversation."""
         parsed = await threads.run(chat_completions.parse_request, body, find_model(models, body.model), limits)
         response = start(request, body, parsed)
-        headers = {"Warning": ", ".join(f'299 gpt2 "{text}"' for text in body.warnings)} if body.warnings else {}
+        headers = _warning_header(body.warnings)
         if body.stream:
             return SSEResponse(chat_completions.chat_completion_chunks(body, response), headers)
         return await json_response(request, chat_completions.chat_completion(body, response), headers)
+
+    @app.post("/v1/responses", response_model=responses_schema.ResponsesResponse)
+    async def create_response(body: responses_schema.ResponsesRequest, request: Request) -> Response:
+        """Continue a conversation; nothing is stored."""
+        parsed = await threads.run(responses.parse_request, body, find_model(models, body.model), limits)
+        response = start(request, body, parsed)
+        headers = _warning_header(body.warnings)
+        if body.stream:
+            return SSEResponse(responses.response_events(body, response), headers)
+        return await json_response(request, responses.create_response(body, response), headers)
 
     @app.get("/v1")
     async def list_endpoints() -> dict[str, list[str]]:
@@ -138,6 +152,10 @@ def _add_openai_routes(
     async def retrieve_model(model: str) -> schema.ModelInfo:
         """Describe one model."""
         return _model_info(model, find_model(models, model))
+
+
+def _warning_header(warnings: Sequence[str]) -> dict[str, str]:
+    return {"Warning": ", ".join(f'299 gpt2 "{text}"' for text in warnings)} if warnings else {}
 
 
 def _model_info(name: str, served: ServedModel) -> schema.ModelInfo:
@@ -257,7 +275,7 @@ def _customize_openapi(app: FastAPI) -> None:
                     operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(name, None)
-            for path in ("/v1/completions", "/v1/chat/completions"):
+            for path in REQUEST_TYPES:
                 document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {
                     "schema": {"type": "string"}
                 }

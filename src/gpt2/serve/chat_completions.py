@@ -103,7 +103,7 @@ async def chat_completion(body: schema.ChatRequest, response: ResponseStream) ->
     served, choices = response.request.served, []
     for choice in response.choices:
         assert choice.finish_reason is not None
-        message = schema.ChatMessage(role="assistant", content=_strip_answer_prefix(choice.text, served), refusal=None)
+        message = schema.ChatMessage(role="assistant", content=strip_answer_prefix(choice.text, served), refusal=None)
         logprobs = format_logprobs(served.tokenizer, choice.token_logprobs) if body.logprobs else None
         choices.append(
             schema.ChatChoice(
@@ -125,7 +125,7 @@ async def chat_completion_chunks(
     with_text: set[int] = set()
     async with aclosing(response.deltas()) as deltas:
         async for delta in deltas:
-            text = delta.text if delta.index in with_text else _strip_answer_prefix(delta.text, served)
+            text = delta.text if delta.index in with_text else strip_answer_prefix(delta.text, served)
             if delta.text:
                 with_text.add(delta.index)
             if delta.index not in started:
@@ -149,7 +149,7 @@ def _header(response: ResponseStream) -> dict[str, Any]:
     return response_header("chatcmpl", request.served) | dropped
 
 
-def _strip_answer_prefix(text: str, served: ServedModel) -> str:
+def strip_answer_prefix(text: str, served: ServedModel) -> str:
     """The text without the template's answer prefix, such as the space after the colon of a plain transcript."""
     return text.removeprefix(served.template.answer_prefix)
 

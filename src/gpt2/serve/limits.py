@@ -20,7 +20,7 @@ class Limits:
     max_n: int = _limit_field(16, "maximum sequences for one prompt")
     max_prompts: int = _limit_field(128, "maximum prompts in a request")
     per_client: int = _limit_field(64, "open requests of one client")
-    max_body: int = _limit_field(4 * 2**20, "maximum size of a request body in bytes")
+    max_body: int = _limit_field(4 * 2**20, "maximum size of a request body, such as 500 kB or 4 MiB")
     timeout: float = _limit_field(600.0, "maximum time for a request in seconds")
 
     def __post_init__(self) -> None:

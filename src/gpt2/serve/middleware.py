@@ -19,6 +19,7 @@ from gpt2.serve.metrics import Metrics
 
 PUBLIC_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")  # and /static/: they need no API key
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # browsers leave them out
 MAX_ARRIVING_BODIES = 64
 BODY_TIMEOUT_SECONDS = 30.0  # for the whole body of a request to arrive
 CONTENT_SECURITY_POLICY = (
@@ -104,8 +105,20 @@ class RequestMiddleware:
         if self._hosts is not None and _hostname(host) not in self._hosts:
             raise APIError(403, f"the host {host!r:.100} is not allowed: see gpt2 serve --allowed-host")
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != host.lower():
+        if origin is not None and not self._is_own_origin(origin, host):
             raise APIError(403, "requests from pages of other sites are not allowed")
+
+    def _is_own_origin(self, origin: str, host: str) -> bool:
+        """Whether an origin is this server: the same host and port, or a name of --allowed-host at a default port.
+
+        A proxy or tunnel may pass on another Host than the browser's; only the names that were allowed are accepted.
+        """
+        scheme, netloc = _parse_origin(origin)
+        if scheme not in DEFAULT_PORTS:
+            return False
+        netloc = netloc.removesuffix(DEFAULT_PORTS[scheme])
+        allowed = (self._hosts or set()) - set(LOOPBACK_HOSTS)
+        return netloc in ({host.lower().removesuffix(DEFAULT_PORTS[scheme])} | allowed) - {""}
 
     def _check_key(self, path: str, headers: Headers) -> int:
         """The index of the API key; -1 where no key is needed."""
@@ -180,9 +193,10 @@ def _hostname(host: str) -> str | None:
         return None
 
 
-def _netloc(origin: str) -> str | None:
-    """The host and port of an origin, in lower case; None if it is not valid."""
+def _parse_origin(origin: str) -> tuple[str, str]:
+    """(scheme, host and port) of an origin in lower case; empty if it is not valid."""
     try:
-        return urlsplit(origin).netloc.lower() or None
+        parts = urlsplit(origin)
     except ValueError:
-        return None
+        return "", ""
+    return parts.scheme.lower(), parts.netloc.lower()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpt2.errors import ModelFilesError, did_you_mean
 from gpt2.generation.engine import LanguageModel
+from gpt2.generation.text import encode_prompt
 from gpt2.model import GPT
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
@@ -40,7 +41,7 @@ class ServedModel:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt. ``<|endoftext|>`` is encoded as that token, and so is an empty prompt."""
-        return self.tokenizer.encode(text, allow_special=True) or [self.tokenizer.end_of_text]
+        return encode_prompt(self.tokenizer, text)
 
 
 def create_served_model(

@@ -71,7 +71,9 @@ class SSEResponse(Response):
             async with contextlib.aclosing(self._events) as events:
                 async for event in events:
                     body = event.model_dump(exclude_unset=True)
-                    await self._send(send, json.dumps(body, ensure_ascii=False, separators=(",", ":")))
+                    await self._send(
+                        send, json.dumps(body, ensure_ascii=False, separators=(",", ":")), body.get("type")
+                    )
         except APIError as error:
             if not self._started:
                 await error.response()(scope, receive, send)
@@ -80,11 +82,12 @@ class SSEResponse(Response):
         await self._send(send, "[DONE]")
         await send({"type": "http.response.body", "body": b""})
 
-    async def _send(self, send: Send, data: str) -> None:
+    async def _send(self, send: Send, data: str, event_type: str | None = None) -> None:
         if not self._started:
             self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        body = f"data: {data}\n\n".encode("utf-8", "replace")
+        name = f"event: {event_type}\n" if event_type else ""
+        body = f"{name}data: {data}\n\n".encode("utf-8", "replace")
         async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await asyncio.sleep(0)  # lets a disconnect be noticed before the next event

@@ -97,7 +97,11 @@ def _perplexity(loss: float) -> str:
 
 def _loss_change(losses: LossComparison) -> str:
     change = math.expm1(min(losses.after - losses.before, 700))
-    return "the same" if abs(change) < 0.005 else f"{abs(change):.0%} {'better' if change < 0 else 'worse'}"
+    if abs(change) < 0.005:
+        return "the same"
+    if change >= 1:
+        return f"{change + 1:,.3g} times as high"
+    return f"{abs(change):.0%} {'lower' if change < 0 else 'higher'}"
 
 
 def _fenced_block(name: str, text: str) -> list[str]:

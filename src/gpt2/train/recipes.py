@@ -1,5 +1,6 @@
 """Recipes: named sets of training settings."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from gpt2.config import TrainConfig, read_toml
@@ -94,7 +95,7 @@ RECIPES = {
     ),
     # Karpathy's reproduction: 0.5M tokens a step, 10B tokens in all, GPT-3's schedule
     "gpt2-124m": TrainConfig(
-        data="",  # to be chosen: ten billion tokens
+        data="fineweb-edu-10B",
         tokenizer="gpt2",
         batch_size=512,
         micro_batch_size=16,
@@ -110,6 +111,8 @@ RECIPES = {
         sample_tokens=32,
     ),
 }
+# the same run on a single GPU: days instead of hours, so it saves more often
+RECIPES["gpt2-124m-1gpu"] = replace(RECIPES["gpt2-124m"], save_every=250)
 
 
 def load_recipe(ref: str) -> TrainConfig:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from gpt2.data.mixture import MixtureDataset, MixtureLoader
 from gpt2.errors import UserError
 from gpt2.hardware import device_name, measure_matmul, peak_memory
 from gpt2.lora import trainable_parameters
@@ -27,8 +28,18 @@ def describe_run(run: Run) -> str:
     return (
         f"model: {run.model.num_parameters():,} parameters{partly}, {config.n_layer} layers of {config.n_embd}, "
         f"context {config.block_size}, on {parallel}{run.device} in {config.dtype}{reason}{compiled}\n"
-        f"data: {data.name}, {data.train_tokens:,} training tokens, {validation}"
+        f"data: {data.name}, {data.train_tokens:,} training tokens, {validation}" + _describe_mixture(run)
     )
+
+
+def _describe_mixture(run: Run) -> str:
+    """How often the run goes through each part of a mixture, a line each; empty for other data."""
+    if not isinstance(run.loader, MixtureLoader):
+        return ""
+    assert isinstance(run.data, MixtureDataset)
+    epochs = run.loader.epochs(run.config.max_steps * run.loader.batch_size)
+    parts = zip(run.data.parts, run.data.shares, epochs, strict=True)
+    return "".join(f"\n  {part.name}: {float(share):.1%} of the rows, {n:.2f} epochs" for part, share, n in parts)
 
 
 def write_report(run: Run, stop_reason: str, published: Mapping[str, Mapping[str, float]] | None = None) -> None:

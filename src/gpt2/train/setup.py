@@ -13,7 +13,8 @@ from gpt2.config import AUTO_BATCH_SIZE, MOVABLE, TrainConfig
 from gpt2.data.dataset import Dataset
 from gpt2.data.instruct import InstructDataset, open_instruct
 from gpt2.data.loader import BatchLoader
-from gpt2.data.prepare import open_data
+from gpt2.data.mixture import Mixture
+from gpt2.data.prepare import open_data, open_mixture
 from gpt2.data.resolve import Rows, resolve_data
 from gpt2.data.sources import BUILTIN_SOURCES
 from gpt2.distributed.parallel import DistributedModel, pick_parallel_kind
@@ -203,6 +204,8 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAn
 def open_dataset(config: TrainConfig, tokenizer: str | Tokenizer | None, template: ChatTemplate | None) -> Dataset:
     """The data of a run, as a tokenizer's tokens: rows of prompts and answers, or text."""
     data = resolve_data(config.data, config.columns, config.bad_rows)
+    if isinstance(data, Mixture):
+        return open_mixture(data, tokenizer, separate_documents=config.separate_documents)
     if not isinstance(data, Rows):
         return replace(open_data(data, tokenizer), separate_documents=config.separate_documents)
     return open_instruct(

@@ -1,0 +1,184 @@
+"""Race of data preparation: `gpt2 data prepare`, the tokenizer alone, and the recipe of nanoGPT's openwebtext script.
+
+    python benchmarks/prepare_race.py --text FOLDER --datasets-python VENV/bin/python --rounds 3
+
+The text files of FOLDER, cut into documents of about 3,000 characters and repeated to --megabytes, become one Parquet
+file. In each round, in turns: (1) the tokenizer alone: GPT-2's tokens of all documents, which are in memory, by one
+thread per core; (2) `gpt2 data prepare`, the whole process; (3) as nanoGPT does it: `datasets` maps tiktoken over the
+Parquet file with one process per core, and the tokens are written to a memory map. Seconds are wall time, and of (2)
+and (3) also without the start of the process and its imports. Ratios are of the medians.
+
+    python benchmarks/prepare_race.py --memory-gigabytes 5 --tokenizer bytes
+
+prepares that much text in Parquet and reports the peak memory of the process. Writes results/prepare_race.json or
+results/prepare_memory.json.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from machine import write_result
+
+from gpt2.data.prepare_corpus import count_cores
+from gpt2.tokenizer import encode_array, get_tokenizer
+
+DOCUMENT_CHARACTERS = 3000
+OURS = """
+import sys, time
+from pathlib import Path
+from gpt2.data.corpora import find_corpus
+from gpt2.data.prepare import corpus_tokenizer
+from gpt2.data.prepare_corpus import prepare_corpus
+corpus = find_corpus("hf://race/corpus")
+tokenizer = corpus_tokenizer(corpus, sys.argv[2])
+start = time.perf_counter()
+meta = prepare_corpus(corpus, tokenizer, Path(sys.argv[1]))
+print("SECONDS", time.perf_counter() - start, sum(split.tokens for split in meta.splits.values()))
+"""
+PEER = """
+import sys, time
+import numpy as np, tiktoken
+from datasets import load_dataset
+out, path, cores, cache = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+encoding = tiktoken.get_encoding("gpt2")
+
+def tokenize(row):
+    ids = encoding.encode_ordinary(row["text"])
+    ids.append(encoding.eot_token)
+    return {"ids": ids, "len": len(ids)}
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    data = load_dataset("parquet", data_files=path, split="train", cache_dir=cache)
+    data = data.map(tokenize, remove_columns=["text"], num_proc=cores)
+    total = int(np.sum(data["len"], dtype=np.uint64))
+    tokens = np.memmap(out, dtype=np.uint16, mode="w+", shape=(total,))
+    index, batches = 0, min(1024, len(data))
+    for i in range(batches):
+        shard = data.shard(num_shards=batches, index=i, contiguous=True).with_format("numpy")
+        part = np.concatenate(shard["ids"])
+        tokens[index:index + len(part)] = part
+        index += len(part)
+    tokens.flush()
+    print("SECONDS", time.perf_counter() - start, total)
+"""
+
+
+def read_documents(folder: Path, megabytes: int) -> list[str]:
+    """Documents of the text files, repeated."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+    documents = [text[i : i + DOCUMENT_CHARACTERS] for i in range(0, len(text), DOCUMENT_CHARACTERS)]
+    repeats = max(1, round(megabytes * 1e6 / len(text)))
+    return documents * repeats
+
+
+def run_tokenizer(documents: list[str]) -> tuple[float, float, int]:
+    """Seconds, seconds and tokens of the tokenizer alone, one thread per core."""
+    tokenizer = get_tokenizer("gpt2")
+    pieces = [documents[i : i + 64] for i in range(0, len(documents), 64)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(count_cores()) as pool:
+        counts = pool.map(lambda piece: sum(len(encode_array(tokenizer, text)) for text in piece), pieces)
+        total = sum(counts)
+    seconds = time.perf_counter() - start
+    return seconds, seconds, total
+
+
+def run_process(command: list[str]) -> tuple[float, float, int]:
+    """Seconds of a process in all, seconds that it reports, and its tokens."""
+    start = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    inside, tokens = re.search(r"SECONDS (\S+) (\d+)", done.stdout).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return seconds, float(inside), int(tokens)
+
+
+def race(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All variants in turns."""
+    documents = read_documents(Path(args.text), args.megabytes)
+    source = folder / "home" / "datasets" / "race" / "corpus" / "train.parquet"
+    source.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"text": documents}), source, row_group_size=1000)
+    found: dict[str, list[tuple[float, float, int]]] = {}
+    for number in range(args.rounds):
+        found.setdefault("tokenizer alone", []).append(run_tokenizer(documents))
+        ours = [sys.executable, "-c", OURS, str(folder / f"ours-{number}"), "gpt2"]
+        found.setdefault("gpt2 data prepare", []).append(run_process(ours))
+        if args.datasets_python:
+            peer = folder / "peer.py"
+            peer.write_text(PEER)
+            cache = folder / f"cache-{number}"
+            parts = (str(folder / f"peer-{number}.bin"), str(source), str(count_cores()), str(cache))
+            found.setdefault("nanoGPT's recipe", []).append(run_process([args.datasets_python, str(peer), *parts]))
+        print({name: [round(run[1], 2) for run in runs] for name, runs in found.items()}, flush=True)
+    table = {
+        name: {
+            "seconds": [round(run[0], 3) for run in runs],
+            "seconds_without_start": [round(run[1], 3) for run in runs],
+            "tokens": runs[0][2],
+            "tokens_per_second": round(runs[0][2] / statistics.median(run[1] for run in runs)),
+        }
+        for name, runs in found.items()
+    }
+    speed = {name: values["tokens_per_second"] for name, values in table.items()}
+    ours = speed["gpt2 data prepare"]
+    ratios = {name: round(ours / value, 3) for name, value in speed.items() if name != "gpt2 data prepare"}
+    load = round(os.getloadavg()[0], 1)
+    sizes = {"characters": sum(map(len, documents)), "documents": len(documents), "cores": count_cores()}
+    return {**sizes, "load_average_at_end": load, "variants": table, "ours_relative_to": ratios}
+
+
+def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Peak memory of the preparation of Parquet with this many gigabytes of text."""
+    source = folder / "home" / "datasets" / "race" / "corpus"
+    source.mkdir(parents=True)
+    size = 0
+    for number in range(args.memory_gigabytes):
+        schema = pa.schema([("text", pa.string())])
+        with pq.ParquetWriter(source / f"train-{number}.parquet", schema, compression="none") as writer:
+            for group in range(100):
+                texts = [f"{number} {group} {i} " + f"word{i % 977} and {i % 89} more. " * 150 for i in range(2700)]
+                size += sum(map(len, texts))
+                writer.write_table(pa.table({"text": texts}, schema=schema))
+    seconds, _, tokens = run_process([sys.executable, "-c", OURS, str(folder / "out"), args.tokenizer])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {"text_bytes": size, "tokens": tokens, "seconds": round(seconds), "peak_memory_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time data preparation against its peers, or measure its memory.")
+    parser.add_argument("--text", help="folder of .txt files")
+    parser.add_argument("--megabytes", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--datasets-python", help="a Python with datasets and tiktoken, for nanoGPT's recipe")
+    parser.add_argument("--memory-gigabytes", type=int, default=0)
+    parser.add_argument("--tokenizer", default="gpt2")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        os.environ |= {"GPT2_HOME": str(Path(name) / "home"), "HF_HUB_OFFLINE": "1"}
+        measure = measure_memory if args.memory_gigabytes else race
+        found = measure(args, Path(name))
+    used = (
+        f"--memory-gigabytes {args.memory_gigabytes} --tokenizer {args.tokenizer}"
+        if args.memory_gigabytes
+        else (f"--text FOLDER --megabytes {args.megabytes} --rounds {args.rounds}")
+    )
+    kind = "prepare_memory" if args.memory_gigabytes else "prepare_race"
+    print(json.dumps(write_result(kind, f"python benchmarks/prepare_race.py {used}", found), indent=2))
+
+
+if __name__ == "__main__":
+    main()
