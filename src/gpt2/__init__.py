@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gpt2.generation.inference import prepare_for_inference
     from gpt2.generation.sampling import Sampling
     from gpt2.generation.text import generate, stream
+    from gpt2.interpret import ablate, logit_attribution, patch, trace
     from gpt2.model import GPT, GPTConfig
     from gpt2.tokenizer import Tokenizer, get_tokenizer
     from gpt2.weights import load, save
@@ -21,12 +22,16 @@ _LAZY_IMPORTS = {
     "Sampling": "gpt2.generation.sampling",
     "Tokenizer": "gpt2.tokenizer",
     "UserError": "gpt2.errors",
+    "ablate": "gpt2.interpret",
     "generate": "gpt2.generation.text",
     "get_tokenizer": "gpt2.tokenizer",
     "load": "gpt2.weights",
+    "logit_attribution": "gpt2.interpret",
+    "patch": "gpt2.interpret",
     "prepare_for_inference": "gpt2.generation.inference",
     "save": "gpt2.weights",
     "stream": "gpt2.generation.text",
+    "trace": "gpt2.interpret",
 }
 
 __all__ = [
@@ -36,12 +41,16 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "UserError",
+    "ablate",
     "generate",
     "get_tokenizer",
     "load",
+    "logit_attribution",
+    "patch",
     "prepare_for_inference",
     "save",
     "stream",
+    "trace",
 ]
 __version__ = "1.0.0"
 
