@@ -19,7 +19,6 @@ from gpt2.commands.generation_args import (
     add_model_flags,
     add_sampling_flags,
     encode_bad_words,
-    escape_for_terminal,
     load_inference_model,
     parse_logit_biases,
     resolve_from_args,
@@ -28,6 +27,7 @@ from gpt2.commands.generation_args import (
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import expand_path
 from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX
+from gpt2.terminal import escape_controls, escape_for_terminal
 
 if TYPE_CHECKING:
     from gpt2.generation.chat import Conversation
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_flag("plain", action="store_true", help="no roles: the model continues your text")
     parser.add_flag("system", default="", metavar="TEXT", help="the first lines of the transcript")
-    add_sampling_flags(parser, max_new_tokens=100)
+    add_sampling_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     reject_unused_flags(given_flags(args), args, RULES)
@@ -296,7 +296,7 @@ class ChatSession:
 
 def _print_to_stderr(text: str) -> None:
     if sys.stderr is not None:
-        print(escape_for_terminal(text, sys.stderr), file=sys.stderr, flush=True)
+        print(escape_controls(text), file=sys.stderr, flush=True)
 
 
 def _read_terminal_line(prompt: str) -> str:

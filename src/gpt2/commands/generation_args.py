@@ -1,12 +1,12 @@
 """Flags that `gpt2 sample`, `gpt2 chat` and `gpt2 serve` share: sampling settings, model, device, dtype, adapter."""
 
-import re
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
+from gpt2.generation.defaults import MAX_NEW_TOKENS, TEMPERATURE, TOP_K
 
 if TYPE_CHECKING:
     from gpt2.generation.engine import LanguageModel
@@ -31,9 +31,9 @@ NUMERIC_SETTINGS = {  # the sampling settings that are one number
     "no_repeat_ngram_size": "no n-gram of this size occurs twice; 0 for no such rule",
     "min_new_tokens": "no end of text before this many tokens",
 }
-SAMPLING_DEFAULTS = {  # those of `Sampling`, which imports torch, but for top_k
-    "temperature": 1.0,
-    "top_k": 50,
+SAMPLING_DEFAULTS = {  # those of `generation.text`, which imports torch
+    "temperature": TEMPERATURE,
+    "top_k": TOP_K,
     "top_p": 1.0,
     "min_p": 0.0,
     "typical_p": 1.0,
@@ -48,14 +48,13 @@ SAMPLING_DEFAULTS = {  # those of `Sampling`, which imports torch, but for top_k
     "min_new_tokens": 0,
 }
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # those of `generation.inference`, which imports torch
-UNSAFE_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
+def add_sampling_flags(parser: Parser) -> None:
     """Add a flag for every field of `Sampling`, and for what ends a text. A number that is not given is None."""
     parser.section("sampling and length")
     parser.add_flag(
-        "max-new-tokens", type=int, default=max_new_tokens, help=f"maximum length of each text [{max_new_tokens}]"
+        "max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"maximum length of each text [{MAX_NEW_TOKENS}]"
     )
     for name, description in NUMERIC_SETTINGS.items():
         default: Any = SAMPLING_DEFAULTS[name]
@@ -166,14 +165,3 @@ def load_inference_model(args: Namespace, model: "ResolvedModel") -> "tuple[Lang
 
     plain, tokenizer = load_model(args, model)
     return prepare_for_inference(plain, args.dtype), tokenizer
-
-
-def escape_for_terminal(text: str, stream: TextIO | None) -> str:
-    """Return `text` as it may be written to `stream`: escape control characters if it is a terminal.
-
-    Characters that move the cursor, change colors or reverse the text direction become escapes; newlines and tabs are
-    kept.
-    """
-    if stream is None or not stream.isatty():
-        return text
-    return UNSAFE_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from gpt2.errors import ModelFilesError, did_you_mean
+from gpt2.files import expand_path
 from gpt2.generation.engine import LanguageModel
 from gpt2.generation.text import encode_prompt
 from gpt2.model import GPT
@@ -67,7 +67,7 @@ def create_served_model(
 
 def served_model_name(model_ref: str) -> str:
     """The name of a model: its hub name or the name of its folder; for the model of a run, the name of the run."""
-    path = Path(model_ref).expanduser()
+    path = expand_path(model_ref)
     if not path.exists():
         return model_ref
     path = path.resolve()

@@ -37,6 +37,7 @@ from gpt2.serve.inspect import (
     top_candidates,
 )
 from gpt2.serve.inspected_text import InspectedText
+from gpt2.serve.json_route import JsonRoute
 from gpt2.serve.models import ServedModel, find_model
 from gpt2.serve.schema import CommonRequestFields
 
@@ -120,7 +121,7 @@ class _InspectWorker:
 
 def playground_router(models: Mapping[str, ServedModel]) -> APIRouter:
     """The routes of the page and of the inspection, for models by name."""
-    router, worker = APIRouter(), _InspectWorker(models)
+    router, worker = APIRouter(route_class=JsonRoute), _InspectWorker(models)
     files = {path.name: path for path in STATIC.iterdir() if path.suffix in MEDIA_TYPES}
 
     @router.get("/", include_in_schema=False)
