@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-all fuzz soak rehearsal lint clean
+.PHONY: demo test test-all fuzz soak rehearsal lint docs docs-serve clean
 
 demo: $(VENV)/demo
 	@$(BIN)/gpt2 train quickstart $(DEMO_FLAGS) > $(VENV)/last-run
@@ -27,6 +27,14 @@ test-all: lint
 # Ten minutes: one for each kind of folder, and thousands of requests. GPT2_FUZZ_SEED=N repeats a run.
 fuzz: $(VENV)/test
 	GPT2_FUZZ_SECONDS=60 $(BIN)/python -m pytest -s tests/fuzz
+
+# The documentation as a site in site/: strict, offline, without outside resources. The variable silences an announcement
+# of mkdocs-material about its successor.
+docs: $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 soak: $(VENV)/test
 	$(BIN)/python benchmarks/soak.py --kills 50

@@ -294,8 +294,10 @@ def _run_command(arguments: list[str]) -> int | None:
         return None
     if arguments[0] == "--version":
         from gpt2 import __version__
+        from gpt2.files import source_commit, source_tree
 
-        print(f"gpt2 {__version__}")
+        commit = source_commit(source_tree())
+        print(f"gpt2 {__version__}" + (f" ({commit})" if commit else ""))
         return None
     verb, rest = arguments[0], arguments[1:]
     if verb not in COMMANDS:

@@ -151,4 +151,4 @@ def _normalized(name: str) -> str:
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:
     """The error for an optional dependency that is not installed."""
-    return UserError(f"{purpose} needs {package}, which is not installed: pip install 'gpt2[{extra}]'")
+    return UserError(f"{purpose} needs {package}, which is not installed: pip install 'plain-gpt2[{extra}]'")

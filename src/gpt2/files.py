@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -384,3 +385,22 @@ def _lock_path(folder: Path) -> Path:
 def _glob_escape(name: str) -> str:
     """`name` as a glob pattern that matches nothing else."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def source_tree() -> Path:
+    """The folder that has src/ and benchmarks/, unless the package is installed."""
+    return Path(__file__).resolve().parents[2]
+
+
+def source_commit(tree: Path) -> str | None:
+    """The commit of a checkout, with "-dirty" if src/ has changes; None for an installed package."""
+    if not (tree / ".git").exists():
+        return None
+    try:
+        commit, changed = (
+            subprocess.check_output(["git", *command], cwd=tree, stderr=subprocess.DEVNULL, text=True).strip()
+            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "src"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if changed else commit

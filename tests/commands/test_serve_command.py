@@ -237,7 +237,10 @@ def test_a_missing_extra_names_the_pip_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, err = run_cli(capsys, "serve", folder)
-    assert (code, err) == (2, "gpt2: gpt2 serve needs uvicorn, which is not installed: pip install 'gpt2[serve]'\n")
+    assert (code, err) == (
+        2,
+        "gpt2: gpt2 serve needs uvicorn, which is not installed: pip install 'plain-gpt2[serve]'\n",
+    )
 
 
 def test_names_of_models_and_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_a_missing_extra_says_which(
 ) -> None:
     monkeypatch.setattr("gpt2.evaluation.harness.simple_evaluate", None)
     assert run(folder, "--lm-eval", "piqa") == 2
-    assert "needs lm-eval, which is not installed: pip install 'gpt2[eval]'" in capsys.readouterr().err
+    assert "needs lm-eval, which is not installed: pip install 'plain-gpt2[eval]'" in capsys.readouterr().err
 
 
 def test_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:

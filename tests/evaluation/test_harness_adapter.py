@@ -11,7 +11,7 @@ from gpt2.model import GPT
 from gpt2.tokenizer import BPETokenizer
 from gpt2.weights import save
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'gpt2[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'plain-gpt2[eval]'")
 pytestmark = pytest.mark.slow
 
 

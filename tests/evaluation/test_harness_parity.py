@@ -14,7 +14,7 @@ from gpt2.tokenizer import get_tokenizer, train_bpe
 from gpt2.weights import load, save
 from tests.evaluation.task_rows import EVAL_DATA, HARNESS_NAMES, write_rows
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'gpt2[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'plain-gpt2[eval]'")
 
 pytestmark = pytest.mark.slow
 ROWS = 200

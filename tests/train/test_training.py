@@ -208,7 +208,7 @@ def test_a_run_without_matplotlib_names_the_extra(
     folder = train(replace(tiny, max_steps=2, warmup_steps=0))
     assert not (folder / "loss.png").exists()
     assert (folder / "model" / "model.safetensors").exists()
-    assert "pip install 'gpt2[plot]'" in caplog.text
+    assert "pip install 'plain-gpt2[plot]'" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tiny: TrainConfig) -> None:

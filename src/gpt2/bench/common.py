@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from gpt2.errors import ConfigError, DataError, UserError, as_memory_error, did_you_mean
+from gpt2.files import source_commit, source_tree
 from gpt2.model import GPTConfig
 from gpt2.optimizers import parameter_groups
 from gpt2.runtime import synchronize
@@ -34,7 +34,7 @@ ProgressFn = Callable[[str], None]  # takes one line of progress
 RunFn = Callable[..., Any]  # `run_in_subprocess` or `run_in_process`
 
 OURS = "gpt2"  # this program's name among the contestants
-SOURCE_TREE = Path(__file__).resolve().parents[3]  # where src/ and benchmarks/ are, unless the package is installed
+SOURCE_TREE = source_tree()
 CONTEXT_LENGTH = 1024  # GPT-2's: the length of the position table, also for shorter sequences
 
 
@@ -254,25 +254,11 @@ def environment() -> dict[str, Any]:
     """Date, commit, versions and threads, for a result file."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": source_commit(SOURCE_TREE),
         "torch": torch.__version__,
         "python": ".".join(map(str, sys.version_info[:3])),
         "threads": torch.get_num_threads(),
     }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "-dirty" if src/ has changes; None for an installed package."""
-    if not (SOURCE_TREE / ".git").exists():
-        return None
-    try:
-        commit, changed = (
-            subprocess.check_output(["git", *command], cwd=SOURCE_TREE, stderr=subprocess.DEVNULL, text=True).strip()
-            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "src"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}-dirty" if changed else commit
 
 
 def load_benchmark(name: str, purpose: str) -> ModuleType:

@@ -48,7 +48,7 @@ def _parser() -> Parser:
         metavar="TASK=FILE",
         help="local file with the data of a task, instead of the download",
     )
-    parser.add_flag("lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness (pip install 'gpt2[eval]')")
+    parser.add_flag("lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness (pip install 'plain-gpt2[eval]')")
     parser.add_flag("json", metavar="FILE", help="also write the results as JSON to this file")
     parser.add_flag("list", action="store_true", help="name all tasks with rows, size and protocol")
     add_model_flags(parser)

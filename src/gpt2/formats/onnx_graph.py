@@ -67,7 +67,7 @@ def package(purpose: str) -> Any:
 
 
 def _external(onnx: Any, name: str, parameter: torch.Tensor, file: BinaryIO) -> Any:
-    """An initializer whose numbers are in `file`; matrices as (in, out), which MatMul wants."""
+    """An initializer whose numbers are in `file`; matrices as (in, out), which MatMul requires."""
     tensor = parameter.detach().to("cpu", torch.float32)
     array = (tensor.t() if name.endswith(CONV1D_WEIGHTS) else tensor).contiguous().numpy()
     file.write(bytes(-file.tell() % 4096))  # so that the file can be mapped

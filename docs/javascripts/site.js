@@ -1,0 +1,11 @@
+// What axe asks of the theme's elements: tables that can be scrolled with the keyboard, and landmarks with distinct names.
+new MutationObserver(() => {
+  for (const wrap of document.querySelectorAll(".md-typeset__scrollwrap:not([tabindex])")) wrap.tabIndex = 0;
+  for (const nav of document.querySelectorAll("nav.md-code__nav:not([role])")) nav.setAttribute("role", "none");
+  for (const nav of document.querySelectorAll("nav[data-md-level][aria-labelledby]")) {
+    const label = document.getElementById(nav.getAttribute("aria-labelledby"));
+    if (!label || nav.dataset.mdLevel === "0") continue;
+    nav.removeAttribute("aria-labelledby");
+    nav.setAttribute("aria-label", `Pages of ${label.textContent.trim()}`);
+  }
+}).observe(document.documentElement, { childList: true, subtree: true });
