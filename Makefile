@@ -1,4 +1,5 @@
 # make demo: train a small GPT-2 here and sample from it.  make test: check the project.  make test-all: the slow checks too.
+# make fuzz: try hostile files and requests for ten minutes.
 # make soak: kill training runs at random moments, fifty times, and compare them with an uninterrupted run.
 # make rehearsal: the path of docs/reproduce.md at 1/10,000 of its size, against a hub on this machine.
 
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-all soak rehearsal lint clean
+.PHONY: demo test test-all fuzz soak rehearsal lint clean
 
 demo: $(VENV)/demo
 	@$(BIN)/gpt2 train quickstart $(DEMO_FLAGS) > $(VENV)/last-run
@@ -22,6 +23,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# Ten minutes: one for each kind of folder, and thousands of requests. GPT2_FUZZ_SEED=N repeats a run.
+fuzz: $(VENV)/test
+	GPT2_FUZZ_SECONDS=60 $(BIN)/python -m pytest -s tests/fuzz
 
 soak: $(VENV)/test
 	$(BIN)/python benchmarks/soak.py --kills 50

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,25 @@ def test_a_template_is_stopped_after_its_time_and_works_again(source: str, monke
         template.render(CHAT)
     monkeypatch.undo()
     assert template.render([("user", "fine")]) == "ok"
+
+
+def test_a_prompt_is_not_rendered_again_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that cannot be segmented is rendered as a whole, but not one that was stopped."""
+    renders = []
+    render = template_process.TemplateProcess.render
+
+    def counted(self: template_process.TemplateProcess, *given: Any) -> list[str]:
+        renders.append(given)
+        return render(self, *given)
+
+    template = ChatTemplate(THREE_LOOPS)
+    monkeypatch.setattr(template_process.TemplateProcess, "render", counted)
+    monkeypatch.setattr(template_process, "RENDER_SECONDS", 0.3)
+    with pytest.raises(RequestError, match=r"it takes more than 0.3 s"):
+        template.encode_prompt(get_tokenizer("bytes"), CHAT)
+    assert len(renders) == 1
+    assert template.stop_strings == []
+    assert len(renders) == 2
 
 
 def test_a_template_sees_no_environment_and_no_file() -> None:

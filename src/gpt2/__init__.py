@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gpt2.generation.inference import prepare_for_inference
     from gpt2.generation.sampling import Sampling
     from gpt2.generation.text import generate, stream
+    from gpt2.interpret import ablate, logit_attribution, patch, trace
     from gpt2.model import GPT, GPTConfig
     from gpt2.tokenizer import Tokenizer, get_tokenizer
     from gpt2.weights import load, save
@@ -50,12 +51,16 @@ _LAZY_IMPORTS = {
     "UserError": "gpt2.errors",
     "evaluate": "gpt2.api",
     "finetune": "gpt2.api",
+    "ablate": "gpt2.interpret",
     "generate": "gpt2.generation.text",
     "get_tokenizer": "gpt2.tokenizer",
     "load": "gpt2.weights",
+    "logit_attribution": "gpt2.interpret",
+    "patch": "gpt2.interpret",
     "prepare_for_inference": "gpt2.generation.inference",
     "save": "gpt2.weights",
     "stream": "gpt2.generation.text",
+    "trace": "gpt2.interpret",
 }
 _CALLABLE_PACKAGES = ("train",)  # a package that is also a function: see gpt2/train/__init__.py
 
@@ -67,14 +72,18 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "UserError",
+    "ablate",
     "evaluate",
     "finetune",
     "generate",
     "get_tokenizer",
     "load",
+    "logit_attribution",
+    "patch",
     "prepare_for_inference",
     "save",
     "stream",
+    "trace",
     "train",
 ]
 __version__ = "0.1.0"

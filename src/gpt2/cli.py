@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean
+from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean, os_error_within
+from gpt2.terminal import escape_controls, single_line
 
 _COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -170,7 +171,9 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     _configure_streams()
     configure_openmp()
     is_main_process = os.environ.get("RANK", "0") == "0"  # the other ranks would repeat its warnings
-    logging.basicConfig(format="gpt2: %(message)s", level=logging.WARNING if is_main_process else logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter("gpt2: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_main_process else logging.ERROR)
     logging.getLogger("gpt2.data").setLevel(logging.INFO if is_main_process else logging.ERROR)
     try:
         code = program() or 0
@@ -180,10 +183,11 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         _exit_with_error(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        memory_error = as_memory_error(error)
-        if memory_error is None:
-            raise
-        _exit_with_error(str(memory_error))
+        if (memory_error := as_memory_error(error)) is not None:
+            _exit_with_error(str(memory_error))
+        if (os_error := os_error_within(error)) is not None:
+            _exit_with_error(_describe_os_error(os_error))
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
@@ -191,12 +195,16 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
         sys.exit(141)
     except OSError as error:  # such as a full disk or a file name that is too long
         _flush_or_discard_stdout()
-        _exit_with_error(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+        _exit_with_error(_describe_os_error(error))
+
+
+def _describe_os_error(error: OSError) -> str:
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
 
 
 def _exit_with_error(message: str, code: int = 2) -> NoReturn:
     """Print a nonempty message as one line on standard error, with control characters escaped, and exit."""
-    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in message)
+    line = single_line(message)
     if line and sys.stderr is not None:
         print(f"gpt2: {line}", file=sys.stderr)
     sys.exit(code)
@@ -235,6 +243,16 @@ def _configure_streams() -> None:
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(raw), sys.stderr.encoding, "backslashreplace", line_buffering=True
         )
+
+
+class _LogFormatter(logging.Formatter):
+    """A message is one line, whatever names are in it; only a traceback has several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return single_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return escape_controls(super().formatException(ei))
 
 
 class _LossyFile(io.FileIO):

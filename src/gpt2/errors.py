@@ -95,6 +95,20 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
     return InsufficientMemoryError(OUT_OF_MEMORY_ADVICE) if isinstance(error, MemoryError) or is_marked else None
 
 
+def os_error_within(error: BaseException) -> OSError | None:
+    """The OSError that led to an error of torch, such as a full disk under its compiler; None if there is none."""
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, OSError):
+            return one
+        if one is not None and one not in seen:
+            seen.append(one)
+            pending += [one.__cause__, one.__context__, getattr(one, "inner_exception", None)]
+    return None
+
+
 SYNONYMS = {  # names in other programs, and ours
     "learning-rate": "lr",
     "fp16": "float16",

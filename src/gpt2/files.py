@@ -3,6 +3,7 @@
 import difflib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,13 +13,14 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from gpt2.errors import DataError, UserError
+from gpt2.errors import DataError, ModelFilesError, UserError
 
 RUN_FOLDER_FILES = ("config.toml", "metrics.jsonl", "checkpoints")  # a run folder has the first and one more
 
 _WHOLE_HASH_BYTES, _SAMPLED_BLOCKS, _SAMPLED_BLOCK_BYTES = 64 * 2**20, 16, 2**16
+MAX_HEADER_BYTES = 2**22  # of a safetensors file; the header of GPT-2 XL's has less than 2**17
 _MAX_FAILURES, _RETRY_SECONDS = 3, 5.0  # of a connection that breaks without a byte; seconds more each time
 _PARTIAL_SUFFIX, _LOCK_SUFFIX = ".partial", ".lock"
 NO_FOLDER_FSYNC_ERRNOS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of a drive that syncs files alone
@@ -93,6 +95,33 @@ def check_inside_folder(path: Path, folder: Path) -> None:
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if path.exists() and not any(real.is_relative_to(one) for one in allowed):
         raise UserError(f"{path} is a link to a file outside its folder: replace it by a copy of that file")
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, without its metadata: {name: {"dtype", "shape", "data_offsets"}}.
+
+    Raises ModelFilesError for a file that cannot be read, and for a header that is broken or far larger than a GPT-2's:
+    the library takes seconds for hundreds of thousands of tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER_BYTES:,} are read")
+            header = json.loads(file.read(size))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            if path.stat().st_size != 8 + size + end:
+                raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {8 + size + end:,}")
+            header.pop("__metadata__", None)
+            if not all(type(one) is int and one >= 0 for entry in header.values() for one in entry["shape"]):
+                raise ValueError("a shape in its header is none")
+    except OSError as error:
+        raise ModelFilesError(f"cannot read {path} ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelFilesError(f"{path} is no whole safetensors file: {error}") from None
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise ModelFilesError(f"{path} is no whole safetensors file: its header does not describe tensors") from None
+    return header
 
 
 def read_error(path: Path, error: OSError) -> DataError:

@@ -95,7 +95,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """The same by torch's fused kernels (flash attention where the device has it)."""
-    is_causal = False  # a bool, which torch.export and torch.compile with dynamic shapes require
+    is_causal = False
     if mask is None and q.size(2) == k.size(2):  # no cached positions; a branch, since lengths may be symbolic
         is_causal = True
     elif mask is None and q.size(2) > 1:  # a single token attends to all positions

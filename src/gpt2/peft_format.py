@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2.errors import ModelFilesError
+from gpt2.files import safetensors_header
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc")  # c_proj is in the attention and in the MLP
 LORA_A, LORA_B = ".lora_A", ".lora_B"
@@ -85,6 +86,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         hint = "; pickled weights are not loaded" if path.with_suffix(".bin").is_file() else ""
         raise ModelFilesError(f"{path.parent} has no {path.name}{hint}")
+    safetensors_header(path)
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,12 +15,17 @@ from typing import Any
 from gpt2.errors import ModelFilesError, RequestError, UserError, missing_extra
 
 MAX_SOURCE_CHARACTERS = 2**18
-RENDER_SECONDS = 2.0  # for all texts of a request of up to MESSAGES_PER_BUDGET messages, and for compiling
+RENDER_SECONDS = 2.0  # of CPU time, for all texts of a request of up to MESSAGES_PER_BUDGET messages, and for compiling
+WALL_TIME_FACTOR = 10  # of wall time: for a busy machine, and for Windows, which has no limit of CPU time
 MESSAGES_PER_BUDGET = 64
 START_SECONDS = 60.0  # for Python and jinja2 to start, before the process has seen the template
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _INHERITED_VARIABLES = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")  # no keys, no tokens
+
+
+class TemplateLimitError(RequestError):
+    """A template was stopped at its time, or ended its process: rendering it again would take as long again."""
 
 
 class TemplateProcess:
@@ -48,7 +54,8 @@ class TemplateProcess:
     def render(self, messages: Sequence[tuple[str, str]], renders: Sequence[tuple[int, bool]]) -> list[str]:
         """The texts of (number of leading messages, whether to add the generation prompt) each.
 
-        All texts together have `RENDER_SECONDS` for each 64 messages. Raises RequestError if the template fails.
+        All texts together have `RENDER_SECONDS` for each 64 messages. Raises RequestError if the template fails, and
+        TemplateLimitError if it was stopped.
         """
         request = {"messages": list(messages), "variables": self._variables, "renders": list(renders)}
         seconds = RENDER_SECONDS * max(1.0, len(messages) / MESSAGES_PER_BUDGET)
@@ -57,7 +64,8 @@ class TemplateProcess:
                 self._start()
             answer = self._ask(request, seconds)
         if "error" in answer:
-            raise RequestError(f"the model's chat template cannot be used for these messages: {answer['error']}")
+            kind = TemplateLimitError if answer.get("stopped") else RequestError
+            raise kind(f"the model's chat template cannot be used for these messages: {answer['error']}")
         return answer["texts"]
 
     def _start(self) -> None:
@@ -84,18 +92,19 @@ class TemplateProcess:
             raise ModelFilesError(f"the model's chat template cannot be read: {answer['error']}")
 
     def _ask(self, request: Any, seconds: float) -> dict[str, Any]:
-        """The answer to a request. A process that has not answered after `seconds` is killed."""
+        """The answer to a request, None for the start. The process ends after `seconds` of CPU time, or is killed."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
         expired = threading.Event()
-        timer = threading.Timer(seconds, lambda: (expired.set(), process.kill()))
+        wall_seconds = seconds if request is None else seconds * WALL_TIME_FACTOR
+        timer = threading.Timer(wall_seconds, lambda: (expired.set(), process.kill()))
         timer.daemon = True
         timer.start()
         try:
             if request is not None:
-                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.write(json.dumps(request | {"seconds": seconds}) + "\n")
                 process.stdin.flush()
             line = process.stdout.readline()
         except OSError:  # it ended before it read the request
@@ -106,7 +115,9 @@ class TemplateProcess:
             answer = json.loads(line)
             return answer | {"error": " ".join(answer["error"].split())} if "error" in answer else answer
         _stop(process, os.getpid())
-        return {"error": f"it takes more than {seconds:g} s" if expired.is_set() else "it ended its process"}
+        out_of_time = expired.is_set() or process.returncode == -getattr(signal, "SIGPROF", 0)
+        error = f"it takes more than {seconds:g} s" if out_of_time else "it ended its process"
+        return {"error": error, "stopped": True}
 
 
 def _stop(process: subprocess.Popen[str], owner: int) -> None:

@@ -4,8 +4,9 @@ It imports nothing of this package, has no more memory than `MAX_MEMORY_BYTES`, 
 input and output is a JSON document:
 
     it writes   {}                                                      when it is ready
-    it reads    {"source": TEXT}                                        it writes {} or {"error": TEXT}
-    it reads    {"messages": [[ROLE, TEXT], ...], "variables": {...}, "renders": [[COUNT, ADD_GENERATION_PROMPT], ...]}
+    it reads    {"source": TEXT, "seconds": CPU_TIME}                   it writes {} or {"error": TEXT}
+    it reads    {"messages": [[ROLE, TEXT], ...], "variables": {...}, "seconds": CPU_TIME,
+                 "renders": [[COUNT, ADD_GENERATION_PROMPT], ...]}
     it writes   {"texts": [TEXT, ...]} or {"error": TEXT}, for the first COUNT messages each
 """
 
@@ -21,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MEMORY_BYTES = 2**30
 MAX_OUTPUT_CHARACTERS = 2**20  # of a rendered text, and 10 for each character of its messages
-ORPHAN_SECONDS = 300  # a request never takes so long: the process that asked was killed
+ORPHAN_SECONDS = 3600  # a request never takes so long: the process that asked was killed
 
 
 class _Generation(Extension):
@@ -96,6 +97,14 @@ def _set_alarm(seconds: int) -> None:
         signal.alarm(seconds)  # without a handler it ends the process
 
 
+def _limit_cpu_time(seconds: float) -> None:
+    """End the process after so many seconds of CPU time; 0 for no limit."""
+    import signal
+
+    if hasattr(signal, "ITIMER_PROF"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # without a handler it ends the process
+
+
 def _write(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
@@ -113,6 +122,7 @@ def main() -> None:
         _set_alarm(ORPHAN_SECONDS)
         try:
             request, answer = json.loads(line), {}
+            _limit_cpu_time(request["seconds"])
             if template is None:
                 template = _environment().from_string(request["source"])
             else:
@@ -120,6 +130,7 @@ def main() -> None:
             text = json.dumps(answer)
         except Exception as error:  # whatever a template raises is its own failure
             text = json.dumps({"error": _describe(error)[:1000]})
+        _limit_cpu_time(0)
         _write(text)
         _set_alarm(0)
 

@@ -11,7 +11,6 @@ These are built in. Any other is a Jinja template, as `transformers` keeps it in
 import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, UserError, did_you_mean
 from gpt2.files import check_inside_folder, expand_path
-from gpt2.template_process import TemplateProcess
+from gpt2.template_process import TemplateLimitError, TemplateProcess
 from gpt2.tokenizer import Tokenizer
 from gpt2.vocabulary import END_OF_TEXT
 
@@ -135,10 +134,14 @@ class ChatTemplate:
         `answer_tokens`. Raises RequestError if the template fails.
         """
         escaped = _EscapedMessages(tokenizer, messages)
-        segments = None
+        segments: list[Segment] | None = None
         if answer_tokens or len(messages) <= MAX_SEGMENTED_MESSAGES:
-            with suppress(UserError):
+            try:
                 segments = self._split_segments(escaped.messages, add_generation_prompt=True)
+            except TemplateLimitError:
+                raise
+            except RequestError:
+                segments = None
         if segments is None:
             return escaped.encode(self.render_prompt(escaped.messages))
         ids, answers = [], iter(answer_tokens)
@@ -190,6 +193,8 @@ class ChatTemplate:
         for system in ([("system", "\ue003")], []):  # some templates refuse a system message
             try:
                 prompt, text = self.render_prompt([*system, *turns[:1]]), self.render_prompt([*system, *turns])
+            except TemplateLimitError:
+                break
             except UserError:
                 continue
             before, found, after = text.partition(answer)

@@ -41,7 +41,7 @@ def check_components(spec: dict[str, Any]) -> None:
     for field, (key, supported) in COMPONENTS.items():
         for part in _parts(field, key, spec.get(field)):
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in supported:
+            if not isinstance(kind, str) or kind not in supported:
                 raise UnsupportedTokenizerError(f"its {field} {str(kind)[:50]!r} is not supported")
             if kind == "Split":
                 _check_pattern(part.get("pattern"))

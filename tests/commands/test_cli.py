@@ -1,6 +1,7 @@
 """The command line itself: help, spellings of flags, exit codes, and streams that fail."""
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -101,6 +102,16 @@ def test_out_of_memory_is_one_line_with_advice(error: Exception | None, capsys: 
     assert (stop.value.code, out) == (2, "")
     assert err.startswith("gpt2: this needs more memory than there is: for training, lower --micro-batch-size")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("link", ["__cause__", "__context__", "inner_exception"])
+def test_a_full_disk_under_the_compiler_is_one_line(link: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch raises a RuntimeError of its own, with the OSError behind it."""
+    error = RuntimeError("backend='inductor' raised:\nOSError: No space left on device")
+    setattr(error, link, OSError(errno.ENOSPC, "No space left on device", "/tmp/x/main.cpp"))
+    with pytest.raises(SystemExit) as stop:
+        run_and_exit(lambda: (_ for _ in ()).throw(error))
+    assert (stop.value.code, capsys.readouterr().err) == (2, "gpt2: /tmp/x/main.cpp: No space left on device\n")
 
 
 def test_any_other_runtime_error_keeps_its_traceback() -> None:

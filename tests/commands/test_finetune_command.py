@@ -11,6 +11,7 @@ from gpt2.commands.train import resolve_config
 from gpt2.config import read_toml
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
+from gpt2.terminal import escape_controls
 from gpt2.tokenizer import get_tokenizer
 
 
@@ -39,7 +40,7 @@ def test_finetune_writes_a_run_folder_and_a_comparison(
     assert (config.lr, config.epochs, config.keep_best, config.init_from) == (5e-4, 2.0, True, base)
     assert "of them trainable" in err
     comparison = err[err.index("## Before and after") :].strip()
-    assert comparison in (folder / "report.md").read_text()
+    assert comparison in escape_controls((folder / "report.md").read_text())
     assert "| rows, held out |" in comparison
     assert "User: 9?\nAssistant:" in comparison
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["adapter", "checkpoints", "model"]

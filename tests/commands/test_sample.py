@@ -12,7 +12,7 @@ import torch
 
 import gpt2
 from gpt2.cli import Parser
-from gpt2.commands.generation_args import add_sampling_flags, encode_bad_words, escape_for_terminal, sampling_from_args
+from gpt2.commands.generation_args import add_sampling_flags, encode_bad_words, sampling_from_args
 from gpt2.errors import UserError
 from gpt2.generation.beam_search import beam_search_texts
 from gpt2.generation.contrastive_search import contrastive_stream
@@ -21,6 +21,7 @@ from gpt2.generation.inference import PRECISIONS, prepare_for_inference
 from gpt2.generation.sampling import Sampling
 from gpt2.generation.speculative import PromptLookup, speculate
 from gpt2.model import GPTConfig
+from gpt2.terminal import escape_for_terminal
 from gpt2.tokenizer import BPETokenizer, get_tokenizer
 from tests.helpers.cli_helpers import run_cli
 from tests.helpers.transformers_reference import random_model

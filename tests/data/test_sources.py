@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2.data import sources
 from gpt2.data.resolve import resolve_texts
 from gpt2.data.sources import BUILTIN_SOURCES, Document, Texts, split_documents
 from gpt2.errors import UserError
 from gpt2.files import cache_home
-from gpt2.tokenizer import Tokenizer, get_tokenizer, train_bpe
+from gpt2.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe
 
 
 def whole(document: Document, chunk_bytes: int = 1 << 20) -> str:
@@ -362,3 +363,28 @@ def test_patterns_do_not_follow_loops_of_links(pattern: str, tmp_path: Path) -> 
     found = [document.name for document in resolve_texts(f"{tmp_path}/{pattern}").documents]
     expected = ["a.txt"] if pattern == "*" else ["a.txt", "sub/b.txt"]
     assert found == [f"{tmp_path}/{name}" for name in expected]
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "ab", " ", "你", "1", "\n", "!", "x<|endoftext|>", "<|endoftext|>x" * 3 + "y" * 100]
+)
+def test_a_text_without_a_place_to_split_is_read_in_bounded_chunks(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_CHUNK_CHARACTERS", 64)
+    whole = text * (1000 // len(text))
+    (tmp_path / "a.txt").write_text(whole, encoding="utf-8", newline="")
+    document = Document("a", tmp_path / "a.txt")
+    chunks = list(document.iter_chunks(chunk_bytes=50))
+    assert "".join(chunks) == whole
+    assert max(map(len, chunks)) <= 64 + len(END_OF_TEXT) + 50
+    assert sum(chunk.count(END_OF_TEXT) for chunk in chunks) == whole.count(END_OF_TEXT)  # none was cut
+
+
+def test_minified_text_is_split_where_the_tokens_are_the_same(gpt2_vocabulary: None, tmp_path: Path) -> None:
+    whole = '{"key":[1,2,3],"don\'t":"it\'s","naïve":{"x1":0.5}}' * 2000
+    (tmp_path / "a.json").write_text(whole, encoding="utf-8")
+    chunks = list(Document("a", tmp_path / "a.json").iter_chunks(chunk_bytes=1000))
+    tokenizer = get_tokenizer("gpt2")
+    assert len(chunks) > 50
+    assert [token for chunk in chunks for token in tokenizer.encode(chunk)] == tokenizer.encode(whole)

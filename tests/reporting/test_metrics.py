@@ -17,7 +17,7 @@ from gpt2.reporting.plots import _smoothed, plot_loss
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 5.0 - step / 10, "tokens_per_second": 1000.0, **more}
+    return {"step": step, "loss": 5.0 - step / 10, "tokens": 256 * step, "tokens_per_second": 1000.0, **more}
 
 
 def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +58,29 @@ def test_metrics_are_truncated_on_resume(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path, 4, 6) as logger:
         logger.log_step(record(5))
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"stap": 2, "loss": 1.0, "tokens": 512, "tokens_per_second": 1.0}',
+        '{"step": 2, "loss": 1.0, "token{": 512, "tokens_per_second": 1.0}',
+        '{"step": 2, "loss": 1.0, "tokens": 512, "tokens_per_sgcond": 1.0}',
+        '{"step": "2", "loss": 1.0, "tokens": 512, "tokens_per_second": 1.0}',
+        '{"step": 2, "loss": 1.0, "tokens": 512, "tokens_per_second": 1.0, "val_loss": "x"}',
+        '{"step": Infinity, "loss": 1.0, "tokens": 512, "tokens_per_second": 1.0}',
+        f'{{"step": 2, "loss": 1{"0" * 400}, "tokens": 512, "tokens_per_second": 1.0}}',
+        "[2]",
+        "[" * 100_000,
+        "\xff",
+    ],
+)
+def test_a_changed_line_is_skipped(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as one of whose keys a bit was flipped: a resumed run and its report go on without it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(record(1))}\n{line}\n{json.dumps(record(3))}\n", encoding="utf-8")
+    assert [found["step"] for found in read_metrics(path)] == [1, 3]
+    assert "skipped 1 line(s)" in caplog.text
 
 
 def test_smoothing_does_not_lag() -> None:

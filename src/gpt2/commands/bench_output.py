@@ -17,11 +17,12 @@ from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.hardware import GiB, device_name
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
+from gpt2.terminal import single_line
 
 
 def print_progress(line: str) -> None:
     """Print one line of progress on standard error; also from a subprocess of a benchmark."""
-    print(f"gpt2: {line}", file=sys.stderr, flush=True)
+    print(f"gpt2: {single_line(line)}", file=sys.stderr, flush=True)
 
 
 def check_outputs(args: Namespace) -> None:

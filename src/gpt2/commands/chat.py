@@ -19,7 +19,6 @@ from gpt2.commands.generation_args import (
     add_model_flags,
     add_sampling_flags,
     encode_bad_words,
-    escape_for_terminal,
     load_inference_model,
     parse_logit_biases,
     resolve_from_args,
@@ -28,6 +27,7 @@ from gpt2.commands.generation_args import (
 from gpt2.errors import UserError, did_you_mean
 from gpt2.files import expand_path
 from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX
+from gpt2.terminal import escape_controls, escape_for_terminal
 
 if TYPE_CHECKING:
     from gpt2.generation.chat import Conversation
@@ -296,7 +296,7 @@ class ChatSession:
 
 def _print_to_stderr(text: str) -> None:
     if sys.stderr is not None:
-        print(escape_for_terminal(text, sys.stderr), file=sys.stderr, flush=True)
+        print(escape_controls(text), file=sys.stderr, flush=True)
 
 
 def _read_terminal_line(prompt: str) -> str:

@@ -7,6 +7,7 @@ from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
+from gpt2.terminal import path_for_stream
 
 DESCRIPTION = """Write a model in a format that other programs read, and check that both compute the same.
 
@@ -70,7 +71,7 @@ def run(argv: list[str], prog: str, examples: tuple[str, ...], default_format: s
         write_model_card(out, args.push, run)
         print(push(out, args.push))
         return
-    print(out)
+    print(path_for_stream(out, sys.stdout))
 
 
 def list_formats() -> str:

@@ -12,6 +12,7 @@ from gpt2.data.rows import BAD_ROWS_CHOICES
 from gpt2.data.sources import BUILTIN_SOURCES
 from gpt2.errors import DataError
 from gpt2.files import expand_path
+from gpt2.terminal import escape_controls, single_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,11 +44,11 @@ def main(argv: list[str]) -> None:
     if args.verb == "prepare":
         _prepare(args)
     elif isinstance(data := resolve_data(args.source, args.columns, args.bad_rows), Shards):
-        print(describe_shards(data.path))
+        print(escape_controls(describe_shards(data.path)))
     elif isinstance(data, Mixture):
         raise DataError(f"{args.source} is a mixture: inspect its parts")
     elif isinstance(data, HubCorpus):
-        print(describe_corpus(data))
+        print(escape_controls(describe_corpus(data)))
     elif isinstance(data, Rows):
         _inspect_rows(args, data)
     else:
@@ -182,7 +183,7 @@ def _inspect_texts(args: Namespace, texts: "Texts") -> None:
     print(f"{'tokenizer:':12}{data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids")
     console = Console(highlight=False)
     for document in texts.documents[: max(0, args.rows)]:
-        print(f"\n--- {document.name}")
+        print(f"\n--- {single_line(document.name)}")
         text = "".join(islice(document.iter_chunks(chunk_bytes=4 * MAX_SHOWN_TOKENS), 1))
         tokens = data.tokenizer.encode(text)
         ends = len(tokens) < MAX_SHOWN_TOKENS and len(texts.documents) > 1 and len(text.encode()) == document.size

@@ -9,6 +9,7 @@ from rich.table import Column
 
 from gpt2.evaluation.measures import Measured
 from gpt2.evaluation.report import shown
+from gpt2.terminal import single_line
 
 MOST_METRICS, BAR_WIDTH = 2, 10  # so that a line fits into 80 columns
 
@@ -19,14 +20,14 @@ class ProgressBar:
     def __init__(self, name: str) -> None:
         console = Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(BAR_WIDTH),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[score]}"),
         )
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task(name, total=None, score="")
+        self._task = self._progress.add_task(single_line(name), total=None, score="")
 
     def __call__(self, done: int, total: int, so_far: Measured) -> None:
         score = "  ".join(f"{k} {shown(k, v)}" for k, v in list(so_far.metrics.items())[:MOST_METRICS])

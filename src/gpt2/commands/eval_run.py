@@ -24,6 +24,7 @@ from gpt2.evaluation.tasks import TASKS
 from gpt2.files import expand_path, write_error
 from gpt2.generation.engine import LanguageModel
 from gpt2.runtime import configure_malloc, pick_device
+from gpt2.terminal import single_line
 from gpt2.tokenizer import Tokenizer
 
 THROUGH_TORCH = ("float32", "bfloat16", "float16")  # the other precisions run through the CPU kernel
@@ -132,7 +133,7 @@ def run_selection(
             if not selection.by_default:
                 raise
             if ranks.is_main_process:
-                print(f"gpt2: skipped {name}: {error}", file=sys.stderr)
+                print(f"gpt2: skipped {single_line(name)}: {single_line(error)}", file=sys.stderr)
             continue
         if not passes:
             continue

@@ -8,6 +8,7 @@ from gpt2.cli import Parser, is_help
 from gpt2.commands.train import add_training_flags, resolve_config
 from gpt2.config import TrainConfig, read_toml, to_toml, with_overrides
 from gpt2.errors import ConfigError
+from gpt2.terminal import escape_controls, path_for_stream, single_line
 from gpt2.train.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ def main(argv: list[str]) -> int:
             folder = train(config, sampler, ranks, make_evaluator(config, ranks))
         except Interrupted as stop:
             if ranks.is_main_process:
-                print(f"gpt2: {str(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)
+                print(f"gpt2: {single_line(stop).replace('gpt2 train', 'gpt2 finetune')}", file=sys.stderr)
             return stop.exit_code
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
-                print(append_comparison(folder, sampler), file=sys.stderr)
-                print(folder)
+                print(escape_controls(append_comparison(folder, sampler)), file=sys.stderr)
+                print(path_for_stream(folder, sys.stdout))
     return 0
 
 

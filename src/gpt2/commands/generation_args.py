@@ -1,9 +1,8 @@
 """Flags that `gpt2 sample`, `gpt2 chat` and `gpt2 serve` share: sampling settings, model, device, dtype, adapter."""
 
-import re
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
@@ -49,7 +48,6 @@ SAMPLING_DEFAULTS = {  # those of `generation.text`, which imports torch
     "min_new_tokens": 0,
 }
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # those of `generation.inference`, which imports torch
-UNSAFE_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def add_sampling_flags(parser: Parser) -> None:
@@ -167,14 +165,3 @@ def load_inference_model(args: Namespace, model: "ResolvedModel") -> "tuple[Lang
 
     plain, tokenizer = load_model(args, model)
     return prepare_for_inference(plain, args.dtype), tokenizer
-
-
-def escape_for_terminal(text: str, stream: TextIO | None) -> str:
-    """Return `text` as it may be written to `stream`: escape control characters if it is a terminal.
-
-    Characters that move the cursor, change colors or reverse the text direction become escapes; newlines and tabs are
-    kept.
-    """
-    if stream is None or not stream.isatty():
-        return text
-    return UNSAFE_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -1,12 +1,15 @@
 """gpt2 info MODEL"""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
+from gpt2.files import safetensors_header
 from gpt2.reporting.units import format_bytes
+from gpt2.terminal import escape_controls, single_line
 
 if TYPE_CHECKING:
     from gpt2.resolve import ResolvedModel
@@ -27,10 +30,10 @@ def main(argv: list[str]) -> None:
 
     facts = model_facts(resolve_model(args.model, args.adapter))
     if args.json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        print(json.dumps(facts, ensure_ascii=sys.stdout.isatty(), indent=2))
         return
     for name, value in facts.items():
-        print(f"{name + ':':16}{format_bytes(value) if name == 'size' else _shown(value)}")
+        print(f"{name + ':':16}{format_bytes(value) if name == 'size' else _shown(name, value)}")
 
 
 def model_facts(model: "ResolvedModel") -> dict[str, Any]:
@@ -72,15 +75,18 @@ def stored_dtypes(folder: Path) -> str:
     """The dtypes of the tensors in a folder's safetensors files, by their headers; "" without such files."""
     found: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        header = safetensors_header(path)
+        found |= {str(entry.get("dtype")) for entry in header.values()}
     return ", ".join(sorted(found))
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None:
         return "none"
-    return f"{value:,}" if isinstance(value, int) else str(value).strip().replace("\n", "\n" + " " * 16)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if name == "chat template":
+        return escape_controls(value).strip().replace("\n", "\n" + " " * 16)
+    return single_line(value)

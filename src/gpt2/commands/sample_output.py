@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 
-from gpt2.commands.generation_args import escape_for_terminal, load_inference_model, resolve_from_args
+from gpt2.commands.generation_args import load_inference_model, resolve_from_args
 from gpt2.commands.sample import BEAM_SEARCH_FLAGS, CONTRASTIVE_TOP_K
 from gpt2.errors import ModelFilesError
 from gpt2.generation.beam_search import beam_search_texts
@@ -14,6 +14,7 @@ from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.sampling import Sampling, resolve_seed
 from gpt2.generation.speculative import DraftModel, PromptLookup, SpeculativeTextStream, speculate
 from gpt2.generation.text import MAX_BATCH_SIZE, TextStream, encode_prompt, stream
+from gpt2.terminal import escape_for_terminal
 from gpt2.tokenizer import Tokenizer
 
 LOGPROBS_TABLE_HEADER = "  prob.   token             most likely"

@@ -15,6 +15,7 @@ from gpt2.cli import Parser, parse_size
 from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
 from gpt2.errors import ConfigError, did_you_mean, missing_extra
 from gpt2.serve.limits import Limits
+from gpt2.terminal import single_line
 
 
 def main(argv: list[str]) -> int:
@@ -200,7 +201,7 @@ def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
         model, tokenizer = load_model(args, resolved)
         inference_model = prepare_for_inference(model, args.dtype)
         template = resolved.template or ChatTemplate()
-        models[name] = create_served_model(name, model, inference_model, tokenizer, limits, template, args.context)
+        models[name] = create_served_model(name, model, inference_model, tokenizer, limits, template, args.context, ref)
     return models
 
 
@@ -209,4 +210,4 @@ def _cache_bytes(models: dict[str, Any]) -> int:
 
 
 def _log(message: str) -> None:
-    print(f"gpt2: {message}", file=sys.stderr, flush=True)
+    print(f"gpt2: {single_line(message)}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from gpt2.commands.train import add_training_flags, resolve_config
 from gpt2.config import FINETUNING_FIELDS, TrainConfig
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
+from gpt2.terminal import escape_controls, path_for_stream, single_line
 from gpt2.train.recipes import RECIPES
 
 EXCLUDED = ("resume", "wandb", "tensorboard", "profile")
@@ -39,19 +40,19 @@ def main(argv: list[str]) -> int:
 
     def train_trial(trial: TrainConfig) -> Path:
         values = ", ".join(f"{name.replace('_', '-')} {getattr(trial, name):g}" for name in ranges)
-        print(f"{trial.name} of {trials}: {values}", file=sys.stderr, flush=True)
+        print(f"{single_line(trial.name)} of {trials}: {values}", file=sys.stderr, flush=True)
         return train(trial, make_sampler(trial), SINGLE_PROCESS, make_evaluator(trial, SINGLE_PROCESS))
 
     try:
         done = run_sweep(config, ranges, trials, train_trial)
     except Interrupted as stop:
-        print(f"gpt2: {stop}; the same command goes on with the sweep", file=sys.stderr)
+        print(f"gpt2: {single_line(stop)}; the same command goes on with the sweep", file=sys.stderr)
         return stop.exit_code
     table, best = format_table(done), best_trial(done)
     (folder / "report.md").write_text(f"# {config.name}\n\n{table}\n", encoding="utf-8")
     points = [(trial.values, trial.val_loss) for trial in done]
     plot_sweep(folder / "sweep.png", str(config.name), points, {name: low > 0 for name, (low, _) in ranges.items()})
-    print(f"{table}\n\n{write_best(config, best, folder)}")
+    print(f"{escape_controls(table)}\n\n{path_for_stream(write_best(config, best, folder), sys.stdout)}")
     return 0
 
 

@@ -11,6 +11,7 @@ from gpt2.cli import FlagRule, Parser, is_help, reject_unused_flags
 from gpt2.config import FINETUNING_FIELDS, TrainConfig, config_for_resume, run_name, to_toml, with_overrides
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
+from gpt2.terminal import path_for_stream, single_line
 from gpt2.train.recipes import RECIPES, load_recipe
 
 SECTIONS = {  # the first setting of each group of flags in the help
@@ -76,15 +77,15 @@ def main(argv: list[str]) -> int:
             return 0
         if base in GPU_RECIPES and config.data and ranks.is_main_process and pick_device(config.device).type == "cpu":
             message = f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu"
-            print(f"gpt2: {message}", file=sys.stderr)
+            print(f"gpt2: {single_line(message)}", file=sys.stderr)
         try:
             folder = train(config, make_sampler(config), ranks, make_evaluator(config, ranks))
         except Interrupted as stop:
             if ranks.is_main_process:
-                print(f"gpt2: {stop}", file=sys.stderr)
+                print(f"gpt2: {single_line(stop)}", file=sys.stderr)
             return stop.exit_code
         if ranks.is_main_process:
-            print(folder)
+            print(path_for_stream(folder, sys.stdout))
     return 0
 
 

@@ -324,7 +324,7 @@ def verify_shards(path: Path) -> ShardsMeta:
         raise DataError(f"{path} is not among the shards that {folder / META_FILENAME} lists")
     for shard in files if path == folder else [path]:
         _, count, _ = check_shard(shard)
-        if (count, file_sha256(shard)) != (files[shard].tokens, files[shard].sha256):
+        if count != files[shard].tokens or file_sha256(shard) != files[shard].sha256:
             raise DataError(f"{shard} does not match {META_FILENAME} (another sha256): prepare the shards again")
     return meta
 

@@ -26,6 +26,8 @@ BUILTIN_SOURCES = {
     "python-docs": "the Python language reference that every interpreter includes; needs no network",
 }
 CHUNK_BYTES = 1 << 20
+MAX_CHUNK_CHARACTERS = 1 << 18  # without a place to split: a tokenizer takes hundreds of bytes for each character
+_AFTER_LETTER = frozenset('0123456789!"#$%&()*+,-./:;<=>?@[\\]^_`{}~')  # not in "it's" or "<|endoftext|>"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SEPARATOR = END_OF_TEXT.encode()
 
@@ -60,7 +62,7 @@ class Document:
         Both ends move forward to the next character, and to the end of an ``<|endoftext|>``, so neighbouring ranges
         neither lose nor share one. Newlines are unchanged; a byte order mark at the start of the document is dropped.
         A chunk ends only where GPT-2's pre-tokenization ends a token in any context, so tokenizing the chunks one by
-        one equals tokenizing the whole text; without such a place the chunk grows.
+        one equals tokenizing the whole text; without such a place the chunk grows, up to `MAX_CHUNK_CHARACTERS`.
 
         Raises DataError at the first byte that is not UTF-8, or if the file cannot be read.
         """
@@ -82,6 +84,10 @@ class Document:
                 position += len(block)
                 cut = _last_safe_split(text, searched)
                 if cut:
+                    yield text[:cut]
+                    text = text[cut:]
+                while len(text) > MAX_CHUNK_CHARACTERS + len(END_OF_TEXT):
+                    cut = _forced_split(text)
                     yield text[:cut]
                     text = text[cut:]
                 searched = max(0, len(text) - 1)
@@ -227,11 +233,18 @@ def _separator_boundary(handle: BinaryIO, offset: int) -> int:
     return offset if found < 0 else start + found + len(_SEPARATOR)
 
 
+def _forced_split(text: str) -> int:
+    """The index `MAX_CHUNK_CHARACTERS`, or before it where that is within an ``<|endoftext|>``."""
+    start = text.find(END_OF_TEXT, MAX_CHUNK_CHARACTERS - len(END_OF_TEXT) + 1)
+    return start if 0 <= start < MAX_CHUNK_CHARACTERS else MAX_CHUNK_CHARACTERS
+
+
 def _last_safe_split(text: str, start: int) -> int:
     """The last index after `start` where a cut does not change the GPT-2 tokens; 0 if there is none.
 
     Preferably after a single newline between two characters that are not whitespace. Otherwise (Windows line ends, one
-    very long line) before whitespace that follows a word: GPT-2's pattern never joins it to the word.
+    very long line) before whitespace that follows a word, or else before a digit or a punctuation mark that follows a
+    letter: GPT-2's pattern never joins these.
     """
     newline = text.rfind("\n", start, len(text) - 1)
     while newline > 0:
@@ -240,5 +253,8 @@ def _last_safe_split(text: str, start: int) -> int:
         newline = text.rfind("\n", start, newline)
     for index in range(len(text) - 1, max(start, 0), -1):
         if text[index] in " \t\r\n" and not text[index - 1].isspace():
+            return index
+    for index in range(len(text) - 1, max(start, 0), -1):
+        if text[index] in _AFTER_LETTER and text[index - 1].isalpha():
             return index
     return 0

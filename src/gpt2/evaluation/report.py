@@ -8,6 +8,7 @@ from typing import Any
 from gpt2.evaluation.evaluate import TaskResult
 from gpt2.evaluation.published import Check, published_scores
 from gpt2.evaluation.tasks import SETS, TASKS
+from gpt2.terminal import single_line
 
 FRACTIONS = ("acc", "acc_norm", "acc_last_token")
 
@@ -49,13 +50,18 @@ def _finite(value: Any) -> Any:
 def table(reports: Sequence[ModelReport]) -> str:
     """All results: a line for each task and metric, a column for each model, then the published values."""
     sizes = list(dict.fromkeys(report.size for report in reports if report.size))
-    head = ["task", "metric", *(report.model for report in reports), *(["rows"] if len(reports) == 1 else [])]
+    head = [
+        "task",
+        "metric",
+        *(single_line(report.model) for report in reports),
+        *(["rows"] if len(reports) == 1 else []),
+    ]
     if sizes:
         head.append("published")
     lines = [head]
     for task, metric in _metrics(reports):
         cells = [_cell(report.results.get(task), metric) for report in reports]
-        line = [task, metric, *cells]
+        line = [single_line(task), metric, *cells]
         if len(reports) == 1:
             line.append(_rows(reports[0].results[task]))
         if sizes:
@@ -109,7 +115,7 @@ def checks_table(report: ModelReport) -> str:
         verdict = "pass" if check.passed else "FAIL"
         lines.append([check.name, _short(check.expected), _short(check.got), difference, verdict, check.source])
     passed = sum(check.passed for check in report.checks)
-    total = f"{report.model}: {passed} of {len(report.checks)} published values agree"
+    total = f"{single_line(report.model)}: {passed} of {len(report.checks)} published values agree"
     return "\n".join([*_aligned(lines), total])
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2.errors import ModelFilesError, UserError
-from gpt2.files import check_inside_folder
+from gpt2.files import check_inside_folder, safetensors_header
 from gpt2.formats import flax
 from gpt2.formats.names import CONV1D_WEIGHTS, by_our_names
 from gpt2.formats.pickled import read_pickle, stored_tensors
@@ -61,12 +61,9 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 
 def _safetensors(path: Path) -> Iterable[Stored]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelFilesError(f"{path} is no whole safetensors file: {error}") from error
-    return [Stored(key, shape, _reader(path, key)) for key, shape in shapes.items()]
+    """The tensors by the header alone: a file of any size is mapped only after their shapes were checked."""
+    header = safetensors_header(path)
+    return [Stored(key, tuple(entry["shape"]), _reader(path, key)) for key, entry in header.items()]
 
 
 def _reader(path: Path, key: str) -> Callable[[], Tensor]:

@@ -10,10 +10,14 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpt2.files import read_error
 from gpt2.reporting.units import format_duration
+from gpt2.terminal import single_line
 
 log = logging.getLogger("gpt2")
 
+REQUIRED = ("step", "loss", "tokens", "tokens_per_second")  # numbers of every record
+MAX_INT = 2**62  # JSON has integers that no float holds
 LOG_INTERVAL_SECONDS = 5.0  # between lines when standard error is not a terminal
 
 
@@ -72,7 +76,7 @@ class MetricsLogger:
 
     def log_message(self, text: str) -> None:
         """Print a line above the progress line."""
-        self.console.print(text, markup=False)
+        self.console.print(single_line(text), markup=False)
 
 
 def _open_truncated(path: Path, last_step: int) -> Any:
@@ -85,17 +89,37 @@ def _open_truncated(path: Path, last_step: int) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file. Broken lines, as a kill or a power cut leaves them, are skipped with a warning."""
+    """The records of a metrics file, each with its REQUIRED numbers.
+
+    Broken lines, as a kill, a power cut or a bad disk leaves them, are skipped with a warning. Raises DataError for a
+    file that cannot be read.
+    """
     records, broken = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            records.append({"step": int(record["step"]), "loss": float(record["loss"]), **record})
-        except (ValueError, TypeError, KeyError):
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise read_error(path, error) from None
+    for line in lines:
+        record = _parse_record(line)
+        if record is None:
             broken += 1
+        else:
+            records.append(record)
     if broken:
         log.warning("%s: skipped %d line(s) that cannot be read", path, broken)
     return records
+
+
+def _parse_record(line: str) -> dict[str, Any] | None:
+    """The record in a line; None if it is not an object of numbers, or lacks one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or any(name not in record for name in REQUIRED):
+        return None
+    numbers = all(isinstance(one, float) or (isinstance(one, int) and abs(one) < MAX_INT) for one in record.values())
+    return record if numbers and type(record["step"]) is int and record["step"] > 0 else None
 
 
 def without_timings(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The FastAPI application: routes, error handlers and the OpenAPI schema."""
 
+import json
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from gpt2.errors import UserError, did_you_mean
 from gpt2.serve import chat_completions, completions, responses, responses_schema, schema
 from gpt2.serve.errors import APIError, to_api_error
 from gpt2.serve.http_variants import AllowOrigins, NormalizeRequests
+from gpt2.serve.json_route import JsonRoute
 from gpt2.serve.limits import Limits
 from gpt2.serve.metrics import Metrics
 from gpt2.serve.middleware import AccessPolicy, RequestMiddleware
@@ -26,6 +28,7 @@ from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
 from gpt2.serve.tokenizer_threads import TokenizerThreads
 
+JSON_PART_ITEMS = 10_000
 REQUEST_TYPES = {
     "/v1/completions": schema.CompletionRequest,
     "/v1/chat/completions": schema.ChatRequest,
@@ -80,6 +83,7 @@ def create_app(
     app = FastAPI(
         title="gpt2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERROR_RESPONSES
     )
+    app.router.route_class = JsonRoute
     app.state.models, app.state.limits = dict(models), limits
     app.state.tokenizer_threads = TokenizerThreads()
     names = {**models, **{alias: models[name] for alias, name in (aliases or {}).items()}}
@@ -204,7 +208,17 @@ def _add_utility_routes(app: FastAPI, models: Mapping[str, ServedModel], metrics
 def _tokenize(body: schema.TokenizeRequest, served: ServedModel) -> Response:
     tokens = served.tokenizer.encode(body.given_text, allow_special=True)
     texts = [served.tokenizer.decode([token]) for token in tokens]
-    return JSONResponse({"tokens": tokens, "texts": texts, "count": len(tokens)})
+    parts = ('{"tokens":', *_json_list(tokens), ',"texts":', *_json_list(texts), f',"count":{len(tokens)}}}')
+    return Response("".join(parts), media_type="application/json")
+
+
+def _json_list(values: Sequence[Any]) -> Iterator[str]:
+    """A JSON list in parts: the encoder holds the interpreter while it runs, and other threads run between parts."""
+    yield "["
+    for start in range(0, len(values), JSON_PART_ITEMS):
+        encoded = json.dumps(values[start : start + JSON_PART_ITEMS], ensure_ascii=False, separators=(",", ":"))
+        yield ("," if start else "") + encoded[1:-1]
+    yield "]"
 
 
 def _detokenize(body: schema.DetokenizeRequest, served: ServedModel) -> Response:

@@ -17,8 +17,9 @@ class StrictModel(BaseModel):
         """Without all unknown fields but the first: pydantic would collect an error for each of a million."""
         if not isinstance(data, dict):
             return data
-        surplus = {*[name for name in data if name not in cls.model_fields][1:]}
-        return {name: value for name, value in data.items() if name not in surplus} if surplus else data
+        known = cls.model_fields
+        unknown = next((name for name in data if name not in known), None)
+        return {name: value for name, value in data.items() if name in known or name == unknown}
 
 
 def expect(message: str) -> WrapValidator:
@@ -31,6 +32,29 @@ def expect(message: str) -> WrapValidator:
             raise PydanticCustomError("expected", "{message}", {"message": message}) from None
 
     return WrapValidator(validate)
+
+
+def limit_items(limit: int) -> BeforeValidator:
+    """Refuse a larger object or list before an error is collected for each of its items."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > limit:
+            raise PydanticCustomError("too_long", "has at most {limit} items", {"limit": limit})
+        return value
+
+    return BeforeValidator(check)
+
+
+def limit_prompts(limit: int) -> BeforeValidator:
+    """Refuse a longer list of prompts before each of them is validated; a list of token ids is one prompt."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > limit and not isinstance(value[0], int):
+            context = {"limit": limit, "given": len(value)}
+            raise PydanticCustomError("too_long", "must hold at most {limit} prompts, not {given}", context)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _whole_float_to_int(value: Any) -> Any:

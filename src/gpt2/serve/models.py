@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from gpt2.errors import ModelFilesError, did_you_mean
+from gpt2.files import expand_path
 from gpt2.generation.engine import LanguageModel
 from gpt2.generation.text import encode_prompt
 from gpt2.model import GPT
@@ -23,6 +23,7 @@ class ServedModel:
 
     model:           the plain model, for the playground's inspection.
     inference_model: the model that generates; only the scheduler runs it.
+    reference:       the MODEL argument it was loaded from, for commands that a user can copy.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ServedModel:
     tokenizer: Tokenizer
     scheduler: Scheduler
     template: ChatTemplate
+    reference: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -52,17 +54,20 @@ def create_served_model(
     limits: Limits,
     template: ChatTemplate | None = None,
     max_length: int | None = None,
+    reference: str | None = None,
 ) -> ServedModel:
     """A model with its own scheduler. Raises ModelFilesError if there is no tokenizer."""
     if tokenizer is None:
         raise ModelFilesError(f"{name} has no tokenizer, which serving requires")
     scheduler = Scheduler(inference_model, limits.slots, limits.max_waiting, limits.per_client, max_length)
-    return ServedModel(name, model, inference_model, tokenizer, scheduler, template or ChatTemplate())
+    return ServedModel(
+        name, model, inference_model, tokenizer, scheduler, template or ChatTemplate(), reference or name
+    )
 
 
 def served_model_name(model_ref: str) -> str:
     """The name of a model: its hub name or the name of its folder; for the model of a run, the name of the run."""
-    path = Path(model_ref).expanduser()
+    path = expand_path(model_ref)
     if not path.exists():
         return model_ref
     path = path.resolve()

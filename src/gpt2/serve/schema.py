@@ -5,24 +5,37 @@ Responses are built from these types, and the fields that are set are sent.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt2.errors import RequestError
 from gpt2.generation.defaults import TOP_K
 from gpt2.generation.sampling import Sampling, resolve_seed
 from gpt2.generation.text import make_sampling
-from gpt2.serve.field_types import WHOLE, Count, Int64, Samples, StrictModel, TokenIds, expect
+from gpt2.serve.field_types import (
+    WHOLE,
+    Count,
+    Int64,
+    Samples,
+    StrictModel,
+    TokenIds,
+    expect,
+    limit_items,
+    limit_prompts,
+)
 from gpt2.serve.neutral_fields import NeutralChatFields, NeutralFields
 
 MAX_TOP_LOGPROBS = 20  # for each token
 MAX_LOGIT_BIAS = 4096  # items
+MAX_PROMPTS = 4096  # whatever `Limits.max_prompts` is
+MAX_CONTENT_PARTS = 4096  # of a message
 FinishReason = Literal["stop", "length"]
 TopLogprobs = Annotated[int, WHOLE, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 StopString = Annotated[str, Field(max_length=500)]
 Prompt = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
     expect("must be a text, a list of texts, a list of token ids, or a list of such lists"),
+    limit_prompts(MAX_PROMPTS),
 ]
 Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)],
@@ -30,19 +43,10 @@ Stop = Annotated[
 ]
 CompletionTopLogprobs = Annotated[bool | TopLogprobs, expect(f"must be 0 to {MAX_TOP_LOGPROBS}, true or false")]
 Content = Annotated[
-    "str | Annotated[list[TextPart], Field(fail_fast=True)]",
-    expect("must be a text, or a list of parts of type 'text'"),
+    "str | Annotated[list[TextPart], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]",
+    expect(f"must be a text, or a list of up to {MAX_CONTENT_PARTS} parts of type 'text'"),
 ]
-
-
-def _check_logit_bias_size(value: Any) -> Any:
-    """Refuse a large mapping before an error is collected for each of its items."""
-    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
-        raise PydanticCustomError("too_long", "has at most {limit} items", {"limit": MAX_LOGIT_BIAS})
-    return value
-
-
-LogitBias = Annotated[dict[str, float], BeforeValidator(_check_logit_bias_size)]
+LogitBias = Annotated[dict[str, float], limit_items(MAX_LOGIT_BIAS)]
 BadWords = Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(max_length=1000, fail_fast=True)]
 
 

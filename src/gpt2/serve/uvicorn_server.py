@@ -23,9 +23,11 @@ from gpt2.serve.sse import SEND_TIMEOUT_SECONDS
 
 CONNECTION_CLOSE_SECONDS = 3  # for open responses, once all sequences have finished
 HEADER_TIMEOUT_SECONDS = 30.0  # for the header of a request to arrive
-BACKLOG = 64  # connections that asyncio accepts before it closes those beyond the limit
+ACCEPTS = 16  # connections that asyncio accepts in one go
+ACCEPTS_IN_FLIGHT = 6 * ACCEPTS  # accepted, and not closed yet though they are beyond the limit
+BACKLOG = 1024  # connections that the system holds until they are accepted
 RESERVED_DESCRIPTORS = 64  # for files, pipes and the sockets that listen
-REFUSAL_LOG_SECONDS = 60.0
+CLOSED_LOG_SECONDS = 60.0
 
 _log = logging.getLogger("gpt2.serve")
 
@@ -75,43 +77,55 @@ def max_connections() -> int:
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         return 10_000
-    return max(1, min(10_000, descriptors - BACKLOG - max(RESERVED_DESCRIPTORS, descriptors // 4)))
+    return max(1, min(10_000, descriptors - ACCEPTS_IN_FLIGHT - max(RESERVED_DESCRIPTORS, descriptors // 4)))
 
 
-class RefusalLog:
-    """One warning a minute about refused connections, with their number."""
+class OpenConnections:
+    """The open connections of one server, of which those that wait for a header are closed when there are too many."""
 
     def __init__(self) -> None:
-        self._num_refused, self._next_warning = 0, 0.0
+        self.waiting: dict[LimitedProtocol, None] = {}  # for the header of a request, the oldest first
+        self._num_closed, self._next_warning = 0, 0.0
 
-    def add(self, limit: int) -> None:
-        """Count a refused connection."""
-        self._num_refused += 1
+    def log_closed(self, reason: str) -> None:
+        """Count a connection that was closed, with one warning a minute."""
+        self._num_closed += 1
         if time.monotonic() >= self._next_warning:
-            _log.warning("%d connections refused: %d are open, the most allowed", self._num_refused, limit)
-            self._num_refused, self._next_warning = 0, time.monotonic() + REFUSAL_LOG_SECONDS
+            _log.warning("%d connection(s) closed: %s", self._num_closed, reason)
+            self._num_closed, self._next_warning = 0, time.monotonic() + CLOSED_LOG_SECONDS
 
 
 class LimitedProtocol(H11Protocol):
     """uvicorn's protocol with limits: on open connections, and on the time in which the header of a request arrives.
 
-    refusal_log: counts the connections that are refused.
+    A connection beyond the limit replaces the one that has waited longest for a header; if none waits, it is closed.
     """
 
     _header_timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, *args: Any, refusal_log: RefusalLog, **given: Any) -> None:
+    def __init__(self, *args: Any, open_connections: OpenConnections, **given: Any) -> None:
         super().__init__(*args, **given)
-        self._refusal_log = refusal_log
+        self._open_connections = open_connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Start the timer for the first request, or close the connection if there are too many."""
+        """Start the timer for the first request, and close a connection if there are too many."""
         super().connection_made(transport)
-        if len(self.connections) > (limit := max_connections()):
-            self._refusal_log.add(limit)
+        if len(self.connections) <= (limit := max_connections()):
+            self._update_header_timer(True)
+            return
+        self._open_connections.log_closed(f"{limit} are open, the most allowed")
+        oldest = next(iter(self._open_connections.waiting), None)
+        if oldest is None:
             transport.abort()
             return
+        oldest.close_now()
         self._update_header_timer(True)
+
+    def close_now(self) -> None:
+        """Close the connection without a response; it no longer counts as open."""
+        self._update_header_timer(False)
+        self.connections.discard(self)
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer when the header is complete; data that is part of one does not reset it."""
@@ -126,9 +140,11 @@ class LimitedProtocol(H11Protocol):
     def _update_header_timer(self, waiting_for_header: bool) -> None:
         if waiting_for_header and self._header_timer is None:
             self._header_timer = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self.timeout_keep_alive_handler)
+            self._open_connections.waiting[self] = None
         elif not waiting_for_header and self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+            del self._open_connections.waiting[self]
 
     def send_400_response(self, msg: str) -> None:
         """Respond to data that is not HTTP with an error of ours, unless a response has begun."""
@@ -139,9 +155,9 @@ class LimitedProtocol(H11Protocol):
         self.transport.close()
 
 
-def limited_protocol() -> type[asyncio.Protocol]:
+def limited_protocol(connections: OpenConnections | None = None) -> type[asyncio.Protocol]:
     """`LimitedProtocol` for one server, as uvicorn's `http` setting takes it."""
-    return cast("type[asyncio.Protocol]", partial(LimitedProtocol, refusal_log=RefusalLog()))
+    return cast("type[asyncio.Protocol]", partial(LimitedProtocol, open_connections=connections or OpenConnections()))
 
 
 class Server(uvicorn.Server):
@@ -158,10 +174,11 @@ class Server(uvicorn.Server):
         on_ready: Callable[[], None],
         trusted_proxies: Sequence[str] = (),
     ) -> None:
+        self._open_connections = OpenConnections()
         config = uvicorn.Config(
             app,
-            http=limited_protocol(),
-            backlog=BACKLOG,
+            http=limited_protocol(self._open_connections),
+            backlog=ACCEPTS,
             ws="none",
             log_config=None,
             access_log=False,
@@ -181,7 +198,17 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to accept requests, and call `on_ready`."""
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)  # uvicorn has one setting for this and for `ACCEPTS`
+        asyncio.get_running_loop().set_exception_handler(self._handle_loop_error)
         self._on_ready()
+
+    def _handle_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """One line a minute instead of a traceback for each connection when the system has no descriptors."""
+        if str(context.get("message")).startswith("socket.accept()"):
+            self._open_connections.log_closed("the system is out of file descriptors")
+        else:
+            loop.default_exception_handler(context)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start the shutdown at the first signal, and end its wait at the second."""

@@ -16,7 +16,7 @@ from gpt2.train.setup import Run
 log = logging.getLogger("gpt2")
 
 
-def describe_run(run: Run) -> str:
+def describe_run(run: Run) -> tuple[str, str]:
     """Two lines: the model and the device, and the data."""
     config, data = run.config, run.data
     validation = f"{data.val_tokens:,} validation tokens" if data.val_tokens else "no validation tokens"
@@ -27,8 +27,8 @@ def describe_run(run: Run) -> str:
     partly = f", {trainable:,} of them trainable" if trainable < run.model.num_parameters() else ""
     return (
         f"model: {run.model.num_parameters():,} parameters{partly}, {config.n_layer} layers of {config.n_embd}, "
-        f"context {config.block_size}, on {parallel}{run.device} in {config.dtype}{reason}{compiled}\n"
-        f"data: {data.name}, {data.train_tokens:,} training tokens, {validation}" + _describe_mixture(run)
+        f"context {config.block_size}, on {parallel}{run.device} in {config.dtype}{reason}{compiled}",
+        f"data: {data.name}, {data.train_tokens:,} training tokens, {validation}" + _describe_mixture(run),
     )
 
 

@@ -87,7 +87,8 @@ def train_loop(
         trackers = open_trackers(config, run.folder, run.step) if is_main else []
         for tracker in trackers:
             stack.callback(tracker.close)
-        logger.log_message(f"{describe_run(run)}\nrun folder: {run.folder}")
+        for line in (*describe_run(run), f"run folder: {run.folder}"):
+            logger.log_message(line)
         if run.step == last_step:
             logger.log_message(f"nothing to do: all {last_step:,} steps are done")
         started, save_seconds = time.perf_counter(), 0.0
