@@ -56,12 +56,6 @@ class SentencePieceTokenizer:
         state = {"end_tokens": self.end_tokens, "prompt_prefix": self.prompt_prefix}
         return SentencePieceTokenizer, (self._model, self._settings), state
 
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}: {self.vocab_size:,} tokens, ends {list(self.end_tokens)}>"
-
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         if not allow_special:
             return self._processor.encode(text.encode("utf-8", "replace").decode())
