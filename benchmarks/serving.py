@@ -50,6 +50,9 @@ class TokenIdTokenizer:
         self.end_tokens: tuple[int, ...] = (self.end_of_text,)
         self.prompt_prefix: tuple[int, ...] = ()
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """The numbers in a text, modulo the vocabulary size."""
         return [int(word) % self.vocab_size for word in re.findall(r"\d+", text)]

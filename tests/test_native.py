@@ -234,7 +234,7 @@ def test_invalid_arguments_are_refused(kernel: ctypes.CDLL) -> None:
     native = NativeGPT(random_model(WIDE), "float32", kernel)
     with pytest.raises(UserError, match="301 tokens do not fit the model's context of 300"):
         native.hidden_states(torch.zeros(1, 301, dtype=torch.long))
-    with pytest.raises(IndexError, match="outside the vocabulary"):
+    with pytest.raises(UserError, match="token id 501, and the model's ids are 0 to 500"):
         native.hidden_states(torch.tensor([[501]]))
     with pytest.raises(ValueError, match="do not fit a cache of 1 x 5"):
         native.hidden_states(torch.zeros(1, 6, dtype=torch.long), native.make_cache(1, 5))

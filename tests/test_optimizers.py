@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from gpt2.config import TrainConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
+from gpt2.muon import Muon
 from gpt2.optimizers import build_optimizers, learning_rate
 
 
@@ -57,9 +58,40 @@ def test_muon_equals_the_paper() -> None:
     for (name, ours), theirs, start in zip(
         model.named_parameters(), twin.parameters(), tiny_model().parameters(), strict=True
     ):
+        if ours.dim() == 2:  # AdamW makes full steps from the gradients of key biases, which are rounding errors
+            torch.testing.assert_close(ours - start, theirs - start, rtol=1e-3, atol=1e-5)
         moved, expected = (ours - start).detach().flatten(), (theirs - start).detach().flatten()
-        assert F.cosine_similarity(moved, expected, 0) > 0.998, name  # torch's iteration runs in bfloat16
+        assert F.cosine_similarity(moved, expected, 0) > 0.998, name
         assert moved.norm().item() == pytest.approx(expected.norm().item(), rel=0.01), name
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
+def test_muon_equals_torch_up_to_its_bfloat16(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    start, gradients = torch.randn(3, *shape, generator=generator), torch.randn(4, 3, *shape, generator=generator)
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    one = Muon(ours, lr=0.02, weight_decay=0.1)
+    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in gradients:
+        for parameters, optimizer in ((ours, one), (theirs, other)):
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for mine, its, before in zip(ours, theirs, start, strict=True):
+        assert F.cosine_similarity((mine - before).flatten(), (its - before).flatten(), 0) > 0.999
+        torch.testing.assert_close(mine, its, rtol=0, atol=0.02)
+
+
+def test_matrices_in_several_batches_are_updated_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def updated() -> list[nn.Parameter]:
+        model = tiny_model()
+        five_steps(model, build_optimizers(model, TrainConfig(optimizer="muon", lr=1e-2)))
+        return list(model.parameters())
+
+    together = updated()
+    monkeypatch.setattr("gpt2.muon.BATCH_ELEMENTS", 1)
+    for one, other in zip(updated(), together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 class PlainMuon(torch.optim.Optimizer):

@@ -54,6 +54,12 @@ class CharacterTokenizer:
         self.special_tokens: dict[str, int] = {}
         self.fingerprint = hashlib.sha256(json.dumps(["characters", *self._characters]).encode()).hexdigest()
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}: {self.vocab_size:,} tokens, ends {list(self.end_tokens)}>"
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         try:
             return [self._ids[character] for character in text]

@@ -203,7 +203,7 @@ class TrainConfig:
     @property
     def needs_full_model(self) -> bool:
         """Return whether every rank must hold the whole model (no FSDP)."""
-        return self.optimizer == "muon" or self.lora_rank > 0
+        return self.lora_rank > 0
 
     def with_steps_from_epochs(self, windows_per_epoch: int) -> "TrainConfig":
         """The config with `epochs` turned into `max_steps`; other settings in steps shrink to fit.
@@ -281,8 +281,8 @@ def _check_finetuning(config: TrainConfig) -> None:
         reason = {"add_tokens": "the new tokens could not be trained", "freeze": "LoRA freezes all weights anyway"}
         raise _error(used[0], f"and {_flag(used[1])} cannot be combined: {reason[used[0]]}")
     if config.parallel == "fsdp" and config.needs_full_model:
-        what = "--optimizer muon needs" if config.optimizer == "muon" else "LoRA needs"
-        raise ConfigError(f"{what} whole matrices, and --parallel fsdp shards them: --parallel ddp", field="parallel")
+        problem = "LoRA needs whole matrices, and --parallel fsdp shards them: --parallel ddp"
+        raise ConfigError(problem, field="parallel")
     if config.lora_alpha is not None and not 0 < config.lora_alpha < float("inf"):
         raise _error("lora_alpha", f"must be over 0, not {config.lora_alpha}")
 

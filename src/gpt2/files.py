@@ -10,7 +10,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ _WHOLE_HASH_BYTES, _SAMPLED_BLOCKS, _SAMPLED_BLOCK_BYTES = 64 * 2**20, 16, 2**16
 MAX_HEADER_BYTES = 2**22  # of a safetensors file; the header of GPT-2 XL's has less than 2**17
 _MAX_FAILURES, _RETRY_SECONDS = 3, 5.0  # of a connection that breaks without a byte; seconds more each time
 _PARTIAL_SUFFIX, _LOCK_SUFFIX = ".partial", ".lock"
+NO_FOLDER_FSYNC_ERRNOS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of a drive that syncs files alone
 NO_LOCKS_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a drive without locks
 
 
@@ -55,8 +56,20 @@ def _has_model(folder: Path) -> bool:
 
 
 def cache_home() -> Path:
-    """The folder of downloads, prepared data and compiled code: $GPT2_HOME, or ~/.cache/gpt2."""
-    return expand_path(os.environ.get("GPT2_HOME") or "~/.cache/gpt2")
+    """The folder of downloads, prepared data and compiled code: $GPT2_HOME, or ~/.cache/gpt2.
+
+    Raises UserError where there is neither, as in a container whose user has no home folder.
+    """
+    return expand_path(os.environ["GPT2_HOME"]) if os.environ.get("GPT2_HOME") else home("GPT2_HOME") / ".cache/gpt2"
+
+
+def home(variable: str) -> Path:
+    """The user's home folder. Raises UserError that names an environment variable which can be set instead."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        problem = "this user has no home folder (HOME is not set)"
+        raise UserError(f"{problem}: set {variable} to a folder for files that are kept") from None
 
 
 def check_regular_file(path: Path) -> None:
@@ -281,6 +294,22 @@ def known_folder_kind(names: Collection[str]) -> str | None:
     if "meta.json" in names and any(re.search(r"(train|val).*\.bin$", name) for name in names):
         return "a folder of token shards"
     return None
+
+
+def fsync_paths(paths: Iterable[Path]) -> None:
+    """Call fsync on files and folders; on a folder only where the drive supports it."""
+    for path in paths:
+        is_folder = path.is_dir()
+        if is_folder and os.name == "nt":  # Windows cannot open a folder
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if not (is_folder and error.errno in NO_FOLDER_FSYNC_ERRNOS):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 class LockFile:

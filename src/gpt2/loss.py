@@ -64,7 +64,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grads is None:  # a second backward pass with retain_graph=True
             grads = _loss_and_gradients(*ctx.saved_tensors, *ctx.settings)[1]
         (scale,) = grad_outputs
-        if not (scale.device.type == "cpu" and scale == 1):  # in training on a CPU it is always 1
+        # In training on a CPU it is always 1; what torch compiles must not depend on a value.
+        if torch.compiler.is_compiling() or not (scale.device.type == "cpu" and scale == 1):
             grads = [None if grad is None else grad * scale for grad in grads]
         return *grads, None, None, None, None
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2.cache import CacheExtension, KVCache, LayerCacheExtension
+from gpt2.checks import check_token_ids
 from gpt2.errors import ConfigError, RequestError, did_you_mean
-from gpt2.loss import next_token_loss
+from gpt2.loss import IGNORE_INDEX, next_token_loss
 from gpt2.packing import Packing
 
 # OpenAI used the tanh approximation of GELU; the exact one gives other logits. The rest are for other GPT-2 models.
@@ -62,8 +63,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value!r:.80}", field=name)
         if self.n_layer > MAX_LAYERS or self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > MAX_PARAMETERS:
             raise ConfigError(f"{self.n_layer:,} layers of {self.n_embd:,} channels are more than any machine can hold")
         if self.n_embd % self.n_head:
@@ -239,8 +241,10 @@ class GPT(nn.Module):
 
         With a cache the tokens continue its rows, and their keys and values are added to it; there are no gradients.
         With `documents`, (B, T), adjacent positions with the same number form a document, and documents do not attend
-        to each other. Raises RequestError for more positions than the context has.
+        to each other. Raises RequestError for more positions than the context has, for a tensor of another type or
+        shape, and on a CPU for ids outside the vocabulary.
         """
+        check_token_ids("tokens", tokens, self.config.vocab_size)
         length = tokens.size(1) + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise RequestError(f"{length} tokens do not fit the model's context of {self.config.block_size}")
@@ -261,6 +265,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
     ) -> Tensor:
         """Mean next-token loss in nats over `targets`, int64 (B, T); -100 is ignored. See `gpt2.loss`."""
+        check_token_ids("targets", targets, self.config.vocab_size, IGNORE_INDEX)
         hidden = self.hidden_states(tokens, documents=documents)
         return next_token_loss(hidden, self.lm_head.weight, targets, divisor)
 

@@ -4,22 +4,27 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from gpt2.config import TrainConfig
+from gpt2.muon import Muon
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, config: TrainConfig, group: dist.ProcessGroup | None = None) -> list[Optimizer]:
     """The optimizers of `config` for the trainable parameters; weight decay for matrices and embeddings only.
 
     One optimizer, except for Muon: it is for the matrices of the blocks, and AdamW trains the rest.
+
+    group: the ranks of DDP, which share Muon's work.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if config.optimizer == "muon":
         hidden = {name: p for name, p in named.items() if p.dim() == 2 and ".h." in name}
         rest = [p for name, p in named.items() if name not in hidden]
-        return [_muon(list(hidden.values()), config), _adamw(rest, config)]
+        muon = Muon(hidden.values(), lr=config.lr, weight_decay=config.weight_decay, group=group)
+        return [muon, _adamw(rest, config)]
     if config.optimizer == "sgd":
         groups = parameter_groups(named.values(), config.weight_decay)
         return [SGD(groups, lr=config.lr, momentum=config.beta1)]
@@ -38,14 +43,6 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 def _adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:
     groups = parameter_groups(parameters, config.weight_decay)
     return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-
-
-def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> Muon:
-    """Muon (Jordan et al. 2024), its updates scaled to the RMS of AdamW's, so that one --lr fits both.
-
-    Scaling: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2.2.
-    """
-    return Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -1,6 +1,7 @@
 """Runtime settings: device, dtype, random seeds, torch.compile, activation checkpointing, malloc."""
 
 import ctypes
+import getpass
 import importlib.util
 import logging
 import os
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.errors import ConfigError, UserError, did_you_mean
+from gpt2.files import cache_home
 
 log = logging.getLogger("gpt2")
 
@@ -49,10 +51,12 @@ def pick_device(name: str = "auto", *, fall_back: bool = False) -> torch.device:
     return torch.device(kind, index) if kind == "cuda" and parts[2] else torch.device(kind)
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """float32, bfloat16 or float16 by name. Raises ConfigError for any other."""
-    if name not in DTYPES:
-        message = f"dtype '{name}' is not one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}"
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """float32, bfloat16 or float16, by name or as it is. Raises ConfigError for any other."""
+    if isinstance(name, torch.dtype) and name in DTYPE_NAMES:
+        return name
+    if not isinstance(name, str) or name not in DTYPES:
+        message = f"dtype '{name}' is not one of {', '.join(DTYPES)}{did_you_mean(str(name), DTYPES)}"
         raise ConfigError(message, field="dtype")
     return DTYPES[name]
 
@@ -121,7 +125,15 @@ def pick_compile(requested: bool | None, device: torch.device, max_steps: int) -
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compile each transformer block in place; all share the code of the first, and no parameter is renamed."""
+    """Compile each transformer block in place; all share the code of the first, and no parameter is renamed.
+
+    torch's compiler names its cache after the user. Where the user has no name, it is in our own cache.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        try:
+            getpass.getuser()
+        except (KeyError, OSError):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_home() / "inductor")
     for block in blocks:
         block.compile()
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2.characters import characters_from_spec
+from gpt2.checks import check_integer, check_text
 from gpt2.end_tokens import read_end_tokens
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, UnsupportedTokenizer, did_you_mean
 from gpt2.files import check_inside_folder, expand_path
@@ -89,8 +90,15 @@ class Tokenizer(Protocol):
     fingerprint: str
     """SHA-256, in hex, of the vocabulary: the bytes of every id in order."""
 
+    def __len__(self) -> int:
+        """`vocab_size`."""
+        ...
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The tokens of `text`. Without `allow_special`, the text of a special token is ordinary characters."""
+        """The tokens of `text`. Without `allow_special`, the text of a special token is ordinary characters.
+
+        Raises RequestError for anything but a str.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -129,6 +137,12 @@ class _ByteLevelTokenizer(ABC):
         self.end_tokens: tuple[int, ...] = (self.end_of_text,)
         self.prompt_prefix: tuple[int, ...] = ()
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}: {self.vocab_size:,} tokens, ends {list(self.end_tokens)}>"
+
     @cached_property
     def _backend(self) -> "tokenizers.Tokenizer":
         """The same tokenizer as an object of the `tokenizers` library, to save it."""
@@ -143,6 +157,7 @@ class _ByteLevelTokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        check_text("text", text)
         if not allow_special:
             return self.encode_batch([text])[0]
         parts = self._special_token_pattern.split(text)  # texts, with special tokens between them
@@ -160,8 +175,10 @@ class _ByteLevelTokenizer(ABC):
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
+        check_integer("token", token)
         if not 0 <= token < self.vocab_size:
-            raise RequestError(f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}")
+            message = f"token {token} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}"
+            raise RequestError(message, field="token")
         return self._vocabulary.tokens[token]
 
     def save(self, folder: Path) -> None:

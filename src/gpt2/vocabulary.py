@@ -36,6 +36,7 @@ _GPT2_FILE_SHA256 = {  # file name: sha256 of its contents
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 
+NO_VOCABULARY = "no_vocabulary"  # code of the error for a download that failed
 MAX_WORD_LENGTH = 1_000  # characters; BPE training in `tokenizers` takes time quadratic in the length of a word
 _CHARACTER_CLASSES = (r"\w", r"\s", r"(?:[^\w\s]|_)")  # no word of GPT-2's is longer than a run of one class
 _LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{MAX_WORD_LENGTH}}}")
@@ -342,8 +343,8 @@ def gpt2_encoding() -> "tiktoken.Encoding":
     Otherwise they are in `$GPT2_HOME/tiktoken`: tiktoken's default is a folder that other users of the machine can
     write. Raises ModelFilesError that names the addresses of the files and their paths in the cache.
     """
-    default = str(cache_home() / "tiktoken")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    given = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    folder = str(cache_home() / "tiktoken") if given is None else given
     paths = {name: Path(folder, hashlib.sha1((_GPT2_URL + name).encode()).hexdigest()) for name in _GPT2_FILE_SHA256}
     try:
         for name, path in paths.items() if folder else ():  # an empty name disables tiktoken's cache
@@ -359,4 +360,4 @@ def gpt2_encoding() -> "tiktoken.Encoding":
     except (OSError, ValueError, DataError) as error:
         others = [f", and {_GPT2_URL}{name} at {path}" for name, path in paths.items() if not path.is_file()][1:]
         fix = "".join(others) if folder else ": name a cache folder in TIKTOKEN_CACHE_DIR"
-        raise ModelFilesError(f"cannot get GPT-2's vocabulary: {error}{fix}") from error
+        raise ModelFilesError(f"cannot get GPT-2's vocabulary: {error}{fix}", code=NO_VOCABULARY) from error

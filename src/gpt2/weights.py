@@ -7,6 +7,7 @@ OpenAI's TensorFlow code ("Conv1D"); in memory they are `nn.Linear`'s (out, in).
 """
 
 import logging
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -14,9 +15,10 @@ import torch
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
+from gpt2.checks import check_path
 from gpt2.end_tokens import read_end_tokens
 from gpt2.errors import UnsupportedTokenizer, UserError
-from gpt2.files import expand_path, similar_model_folder, staging_folder
+from gpt2.files import expand_path, home, similar_model_folder, staging_folder
 from gpt2.formats import huggingface
 from gpt2.formats.config import generation_config, hf_config
 from gpt2.formats.names import CONV1D_WEIGHTS
@@ -25,7 +27,7 @@ from gpt2.formats.table import format_of, recognize
 from gpt2.formats.tokenizer_files import fit_to_vocab_size
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
-from gpt2.runtime import pick_device
+from gpt2.runtime import parse_dtype, pick_device
 from gpt2.templates import ChatTemplate, save_template
 from gpt2.tokenizer import Tokenizer, get_tokenizer
 
@@ -76,7 +78,7 @@ def load(
     ref: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | str | None = torch.float32,
     adapter: str | Path | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
     """Load a model, in evaluation mode, and its tokenizer.
@@ -84,14 +86,16 @@ def load(
     ref:     a model folder, a run folder, a file or folder of another known format (docs/formats.md), or a hub name:
              "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "owner/name".
     device:  a device, or a name for `pick_device`, which raises ConfigError for a missing device.
-    dtype:   the dtype of the weights; None keeps that of the token embedding in the file.
+    dtype:   the dtype of the weights, or its name: "bfloat16"; None keeps that of the token embedding in the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
     The tokenizer is the model's own; without one it is GPT-2's for a vocabulary of 50,257, else None.
     Raises UserError when nothing is found under `ref`, a file is broken or does not fit its config, or the adapter is
     for another model.
     """
-    if isinstance(device, str) or device.type == "cuda":
+    check_path("ref", ref)
+    dtype = None if dtype is None else parse_dtype(dtype)
+    if not isinstance(device, torch.device) or device.type == "cuda":
         device = pick_device(str(device))
     added = None if adapter is None else read_adapter(adapter)  # so a wrong name fails before gigabytes are read
     path = find_model_folder(ref)
@@ -108,20 +112,22 @@ def save(
     tokenizer: Tokenizer | None,
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     template: ChatTemplate | None = None,
     max_shard_size: int | str | None = None,
 ) -> Path:
     """Write `model` and `tokenizer` as a model folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
-    dtype:          the dtype of the weights on disk; None keeps theirs.
+    dtype:          the dtype of the weights on disk, or its name; None keeps theirs.
     template:       the chat template that the model was fine-tuned with, if any.
     max_shard_size: of a weight file, in bytes or as "5GB", which is the default.
 
     The files are written beside `folder` first and moved when complete.
     Raises UserError if the folder cannot be written.
     """
+    check_path("folder", folder)
     folder = expand_path(folder)
+    dtype = None if dtype is None else parse_dtype(dtype)
     try:
         with staging_folder(folder.resolve()) as written:
             write_model_folder(model, tokenizer, written, dtype, template, max_shard_size or MAX_SHARD_BYTES)
@@ -161,7 +167,13 @@ def find_model_folder(ref: str | Path) -> Path:
         return known[1]
     if path.exists():
         what = "model folder: it has no config.json (nor model/config.json, as a run has)"
-        raise UserError(f"{path} is no {what if path.is_dir() else 'model of a format that gpt2 convert --list names'}")
+        error = f"{path} is no {what if path.is_dir() else 'model of a format that gpt2 convert --list names'}"
+        if not path.is_dir() or str(ref) not in HUB_ALIASES:
+            raise UserError(error)
+        try:  # a folder without a model, such as the clone of a repository, does not hide the hub's model
+            return _download_from_hub(HUB_ALIASES[str(ref)])
+        except UserError as hub_error:
+            raise UserError(f"{error}; {hub_error}") from None
     name = str(ref)
     similar = None if name in HUB_ALIASES else similar_model_folder(name)
     if similar is not None:
@@ -182,6 +194,8 @@ def read_template(path: Path) -> ChatTemplate | None:
 
 
 def _download_from_hub(repository: str) -> Path:
+    if not (os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")):
+        home("HF_HOME")  # for its error: the client would make a folder called "~"
     where = f"'{repository}' is no folder here and could not be fetched from the hub"
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_ALLOW_PATTERNS))

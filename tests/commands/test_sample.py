@@ -58,7 +58,7 @@ def model() -> LanguageModel:
 
 def parsed(*argv: str) -> Sampling:
     parser = Parser(prog="x")
-    add_sampling_flags(parser, max_new_tokens=10)
+    add_sampling_flags(parser)
     return sampling_from_args(parser.parse_args(argv))
 
 

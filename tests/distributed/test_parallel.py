@@ -48,7 +48,7 @@ from tests.helpers.task_files import write_hellaswag
 
 WEIGHTS = 34_720  # of the model below
 FEW = ("micro", "plain", "answers")
-WHOLE_ONLY = ("muon", "lora")  # what FSDP does not do
+WHOLE_ONLY = ("lora",)  # what FSDP does not do
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def cases() -> list[Case]:
     usual = [way for way in VARIANTS if way != "compile"]
     found += [Case(2, "ddp", way) for way in usual] + [Case(2, "fsdp", way) for way in usual if way not in WHOLE_ONLY]
     found += [Case(size, parallel, way) for size in (3, 4) for parallel in ("ddp", "fsdp") for way in FEW[size < 4 :]]
-    return found + [Case(4, "fsdp", way, local_size=2) for way in FEW[1:]]
+    found += [Case(3, parallel, "muon") for parallel in ("ddp", "fsdp")]  # 32 rows of a matrix, and two matrices
+    return found + [Case(4, "fsdp", way, local_size=2) for way in (*FEW[1:], "muon")]
 
 
 Runs = Callable[[Case | str], list[TrainingRecord]]
@@ -347,28 +348,22 @@ OF_TWO = ProcessGroup(1, 2, 1, 2, control_group=cast(Any, object()))
 
 def test_pick_parallel_kind() -> None:
     given = small_config("none")
-    sharded, muon = replace(given, parallel="fsdp"), replace(given, optimizer="muon")
+    sharded = replace(given, parallel="fsdp")
     adapters = replace(given, init_from="x", lora_rank=2)
     assert pick_parallel_kind(given, SINGLE_PROCESS, fits=True) == "none"
     for fits, kind in ((True, "ddp"), (False, "fsdp")):
         assert pick_parallel_kind(given, OF_TWO, fits=fits) == kind
         assert pick_parallel_kind(replace(given, parallel="ddp"), OF_TWO, fits=fits) == "ddp"
         assert pick_parallel_kind(sharded, OF_TWO, fits=fits) == "fsdp"
-        assert pick_parallel_kind(muon, OF_TWO, fits=fits) == pick_parallel_kind(adapters, OF_TWO, fits=fits) == "ddp"
+        assert pick_parallel_kind(adapters, OF_TWO, fits=fits) == "ddp"
     assert pick_parallel_kind(given, replace(OF_TWO, rank=0, world_size=1), fits=False) == "ddp"
 
 
-@pytest.mark.parametrize(
-    ("given", "result"),
-    [
-        ({"optimizer": "muon"}, "--optimizer muon needs whole matrices"),
-        ({"init_from": "x", "lora_rank": 2}, "LoRA needs whole matrices"),
-    ],
-)
-def test_fsdp_refuses_what_needs_whole_matrices(given: dict[str, Any], result: str) -> None:
+def test_fsdp_refuses_lora_which_needs_whole_matrices() -> None:
+    given: dict[str, Any] = {"init_from": "x", "lora_rank": 2}
     with pytest.raises(UserError) as raised:
         small_config("none", parallel="fsdp", **given).check()
-    assert str(raised.value) == f"{result}, and --parallel fsdp shards them: --parallel ddp"
+    assert str(raised.value) == "LoRA needs whole matrices, and --parallel fsdp shards them: --parallel ddp"
     small_config("none", parallel="ddp", **given).check()
 
 

@@ -62,7 +62,6 @@ def assert_refused(ended: ExitResults, line: str, folder: Path, *, by: int = 0) 
         ("--lr fast", "argument --lr: invalid float value: 'fast' .*"),
         ("--batch-size 13", "--batch-size 13 cannot be shared by 2 ranks: make it a multiple of them"),
         ("--micro-batch-size 4", "each rank has 6 rows of the batch, which --micro-batch-size 4 does not divide"),
-        ("--parallel fsdp --optimizer muon", "--optimizer muon .*, and --parallel fsdp .*: --parallel ddp"),
         ("--parallel tensor", "--parallel 'tensor' is not one of auto, ddp, fsdp.*"),
         ("--data nowhere.txt", ".*nowhere.txt.*"),
         ("--init-from nowhere", "--init-from keeps that model's shape: leave --n-layer out"),

@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {**INSTRUCT_VALUES, "lora_rank": 2},
     "compile": {"compile": True},
 }
-BFLOAT16_VARIANTS = ("bfloat16", "muon")  # Muon's iteration is done in bfloat16
+BFLOAT16_VARIANTS = ("bfloat16",)
 
 
 @contextmanager

@@ -267,10 +267,9 @@ def test_fsdp_is_chosen_where_ddp_does_not_fit() -> None:
     assert (found.parallel, found.fits, found.batch_size % 64) == ("fsdp", True, 0)
 
 
-@pytest.mark.parametrize(("changes", "gpus"), [({"optimizer": "muon"}, 8), ({"init_from": "gpt2", "lora_rank": 8}, 2)])
-def test_muon_and_lora_are_planned_with_ddp_only(changes: dict[str, Any], gpus: int) -> None:
-    config = replace(load_recipe("gpt2-124m"), **changes)
-    result = plan(config, on="h100", devices=gpus)
+def test_lora_is_planned_with_ddp_only() -> None:
+    config = replace(load_recipe("gpt2-124m"), init_from="gpt2", lora_rank=8)
+    result = plan(config, on="h100", devices=2)
     assert (result.parallel, set(result.ways)) == ("ddp", {"ddp"})
     with pytest.raises(UserError, match="whole matrices, and --parallel fsdp shards them: --parallel ddp"):
         replace(config, parallel="fsdp").check()

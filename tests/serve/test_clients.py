@@ -66,7 +66,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 NEUTRAL = [
     {"store": False}, {"metadata": {}}, {"service_tier": "auto"}, {"safety_identifier": "a"}, {"prompt_cache_key": "a"},
-    {"response_format": None}, {"response_format": {"type": "text"}}, {"add_special_tokens": True}, {"top_k": -1},
+    {"response_format": None}, {"response_format": {"type": "text"}}, {"add_special_tokens": True},
     {"max_tokens": 5.0}, {"n": 1.0}, {"stop": ""}, {"stop": [""]}, {"model": ""}, {"ignore_eos": False},
     {"stop_token_ids": []}, {"guided_regex": None}, {"stream_options": None}, {"user": "a"}, {"length_penalty": 1.0},
 ]  # fmt: skip
@@ -299,3 +299,8 @@ def test_the_text_comes_before_the_finish_reason(client: httpx.Client) -> None:
         assert last["finish_reason"] in ("stop", "length")
         assert not last.get("text") and not last.get("delta", {}).get("content")  # noqa: PT018
         assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks[:-1])
+
+
+def test_top_k_of_minus_one_is_all_tokens(client: httpx.Client) -> None:
+    assert text_of(complete(client, top_k=-1)) == text_of(complete(client, top_k=0))
+    assert text_of(complete(client)) == text_of(complete(client, top_k=50))

@@ -40,7 +40,7 @@ def test_history_links_and_files(reader: PlaygroundPage, browser: Any, address: 
     saved = json.loads((tmp_path / "saved.json").read_text())
     assert (saved["text"], saved["model"], saved["settings"]["max_tokens"]) == (text, "one", 6)
     reader.page.click("text=Copy link")
-    reader.page.wait_for_selector("#preview:has-text('#s=')")
+    reader.page.wait_for_selector("#preview:has-text('#z=')")
     link = reader.page.text_content("#preview")
     other = browser.new_context().new_page()
     other.goto(link)

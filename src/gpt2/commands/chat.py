@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_flag("plain", action="store_true", help="no roles: the model continues your text")
     parser.add_flag("system", default="", metavar="TEXT", help="the first lines of the transcript")
-    add_sampling_flags(parser, max_new_tokens=100)
+    add_sampling_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     reject_unused_flags(given_flags(args), args, RULES)

@@ -37,13 +37,8 @@ def run(args: Namespace) -> int:
         return 0
     if not args.models:
         raise ConfigError("gpt2 eval needs a MODEL: a run folder, a model folder, or a hub name")
-    selection = _Selection(args)
+    selection = Selection(args)
     with process_group() as ranks:
-        with ranks.raise_on_all_ranks():
-            device = pick_device(args.device)
-        ranks.set_device(device)
-        if device.type == "cpu":
-            configure_malloc(keep_freed=True)
         reports, complete = _evaluate(args, selection, ranks)
         if ranks.is_main_process:
             _show(args, reports)
@@ -51,8 +46,8 @@ def run(args: Namespace) -> int:
     return 130 if not complete else 1 if failed else 0
 
 
-class _Selection:
-    """The tasks and files that the flags name, checked before a model is loaded."""
+class Selection:
+    """The tasks and files that the flags name, checked before a model is loaded: see `api.evaluate` for the flags."""
 
     def __init__(self, args: Namespace) -> None:
         names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
@@ -80,19 +75,15 @@ def _task_and_file(text: str) -> tuple[str, str]:
     return name, file
 
 
-def _evaluate(args: Namespace, selection: _Selection, ranks: ProcessGroup) -> tuple[list[ModelReport], bool]:
+def _evaluate(args: Namespace, selection: Selection, ranks: ProcessGroup) -> tuple[list[ModelReport], bool]:
     """A report for each model, and whether the evaluation is complete (False after Ctrl-C)."""
     reports: list[ModelReport] = []
     for name in args.models:
-        with ranks.raise_on_all_ranks():
-            load = load_model if args.dtype in THROUGH_TORCH else load_inference_model
-            model, tokenizer = load(args, resolve_from_args(args, name))
-            if tokenizer is None:
-                raise ModelFilesError(f"{name} has no tokenizer, which an evaluation requires")
+        model, tokenizer = load_for_evaluation(args, name, ranks)
         report = ModelReport(name, openai_size(model.config))
         reports.append(report)
         try:
-            done = _run(args, selection, ranks, model, tokenizer, report)
+            done = run_selection(args, selection, ranks, model, tokenizer, report, run_folder=name)
         except KeyboardInterrupt:  # between two tasks, or while reading data: the results so far are shown
             if not ranks.is_single_process:
                 raise
@@ -102,20 +93,40 @@ def _evaluate(args: Namespace, selection: _Selection, ranks: ProcessGroup) -> tu
     return reports, True
 
 
-def _run(
+def load_for_evaluation(args: Namespace, name: str, ranks: ProcessGroup) -> tuple[LanguageModel, Tokenizer]:
+    """The model called `name` on --device in --dtype, and its tokenizer. All ranks must call this."""
+    with ranks.raise_on_all_ranks():
+        device = pick_device(args.device)
+    ranks.set_device(device)
+    if device.type == "cpu":
+        configure_malloc(keep_freed=True)
+    with ranks.raise_on_all_ranks():
+        load = load_model if args.dtype in THROUGH_TORCH else load_inference_model
+        model, tokenizer = load(args, resolve_from_args(args, name))
+        if tokenizer is None:
+            raise ModelFilesError(f"{name} has no tokenizer, which an evaluation requires")
+    return model, tokenizer
+
+
+def run_selection(
     args: Namespace,
-    selection: _Selection,
+    selection: Selection,
     ranks: ProcessGroup,
     model: LanguageModel,
     tokenizer: Tokenizer,
     report: ModelReport,
+    *,
+    run_folder: str | None,
 ) -> bool:
-    """Evaluate one model on all tasks and texts; returns False if Ctrl-C interrupted it."""
+    """Evaluate one model on all tasks and texts; returns False if Ctrl-C interrupted it.
+
+    run_folder: where the validation data of the model is named, if it is a run folder; None for a model in memory.
+    """
     if selection.published:
         with ranks.raise_on_all_ranks():
             report.checks = list(run_checks(model, tokenizer)) if ranks.is_main_process else []
     settings = {"limit": args.limit, "stride": args.stride, "dtype": args.dtype}
-    for name, protocol, prepare in _jobs(args, selection, model, tokenizer, report.model):
+    for name, protocol, prepare in _jobs(args, selection, model, tokenizer, run_folder):
         try:
             passes = ranks.main_process_first(prepare)
         except UserError as error:
@@ -150,7 +161,7 @@ Job = tuple[str, str, Callable[[], list[ScoringPass]]]
 
 
 def _jobs(
-    args: Namespace, selection: _Selection, model: LanguageModel, tokenizer: Tokenizer, name: str
+    args: Namespace, selection: Selection, model: LanguageModel, tokenizer: Tokenizer, name: str | None
 ) -> Sequence[Job]:
     config, limit, stride = model.config, args.limit, args.stride
     jobs: list[Job] = []
@@ -178,7 +189,7 @@ def _jobs(
     if selection.by_default:
 
         def own() -> list[ScoringPass]:
-            texts = validation_texts(name, tokenizer)
+            texts = None if name is None else validation_texts(name, tokenizer)
             return [] if texts is None else prepare_texts(texts, tokenizer, config, stride, limit)
 
         jobs.append(("validation", f"the run's validation data; {rolling}", own))

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
             print_only = given.pop("print_config")
             given = finetune_settings(given.pop("model"), given)
             requested = with_overrides(RECIPES["finetune"], given, "the command line")
-        config = broadcast_config(ranks, requested, lambda: _config(given))
+        config = broadcast_config(ranks, requested, lambda: finetune_config(given))
         if print_only:
             if ranks.is_main_process:
                 print(to_toml(config), end="")
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
             return stop.exit_code
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
-                _report_comparison(folder, sampler)
+                print(escape_controls(append_comparison(folder, sampler)), file=sys.stderr)
+                print(path_for_stream(folder, sys.stdout))
     return 0
 
 
@@ -71,18 +72,17 @@ def _parser() -> Parser:
     return parser
 
 
-def _report_comparison(folder: Path, sampler: "Sampler") -> None:
-    """Compare the fine-tuned model with its base, in the run's report and on standard error; print the run folder."""
+def append_comparison(folder: Path, sampler: "Sampler") -> str:
+    """Compare the fine-tuned model with its base, at the end of the run's report. Returns that section."""
     from gpt2.train.comparison import compare
 
     comparison = compare(read_toml(folder / "config.toml"), folder, sampler).markdown()
     with (folder / "report.md").open("a", encoding="utf-8") as report:
         report.write(f"\n{comparison}")
-    print(escape_controls(comparison), file=sys.stderr)
-    print(path_for_stream(folder, sys.stdout))
+    return comparison
 
 
-def _config(settings: dict[str, Any]) -> TrainConfig:
+def finetune_config(settings: dict[str, Any]) -> TrainConfig:
     """The config of the run. Raises ConfigError for a run to resume that `gpt2 train` made."""
     config = resolve_config("finetune", settings)
     if config.init_from is None:

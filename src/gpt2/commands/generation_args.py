@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.errors import ConfigError, ModelFilesError, RequestError, did_you_mean
+from gpt2.generation.defaults import MAX_NEW_TOKENS, TEMPERATURE, TOP_K
 
 if TYPE_CHECKING:
     from gpt2.generation.engine import LanguageModel
@@ -30,9 +31,9 @@ NUMERIC_SETTINGS = {  # the sampling settings that are one number
     "no_repeat_ngram_size": "no n-gram of this size occurs twice; 0 for no such rule",
     "min_new_tokens": "no end of text before this many tokens",
 }
-SAMPLING_DEFAULTS = {  # those of `Sampling`, which imports torch, but for top_k
-    "temperature": 1.0,
-    "top_k": 50,
+SAMPLING_DEFAULTS = {  # those of `generation.text`, which imports torch
+    "temperature": TEMPERATURE,
+    "top_k": TOP_K,
     "top_p": 1.0,
     "min_p": 0.0,
     "typical_p": 1.0,
@@ -49,11 +50,11 @@ SAMPLING_DEFAULTS = {  # those of `Sampling`, which imports torch, but for top_k
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # those of `generation.inference`, which imports torch
 
 
-def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
+def add_sampling_flags(parser: Parser) -> None:
     """Add a flag for every field of `Sampling`, and for what ends a text. A number that is not given is None."""
     parser.section("sampling and length")
     parser.add_flag(
-        "max-new-tokens", type=int, default=max_new_tokens, help=f"maximum length of each text [{max_new_tokens}]"
+        "max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"maximum length of each text [{MAX_NEW_TOKENS}]"
     )
     for name, description in NUMERIC_SETTINGS.items():
         default: Any = SAMPLING_DEFAULTS[name]

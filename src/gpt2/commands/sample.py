@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         help="the text to continue; - reads it from standard input; without one a new text begins; repeatable",
     )
     parser.add_flag("num-samples", type=int, default=1, help="samples per prompt [1]")
-    add_sampling_flags(parser, max_new_tokens=200)
+    add_sampling_flags(parser)
     parser.add_flag(
         "skip-special-tokens",
         action=BooleanOptionalAction,

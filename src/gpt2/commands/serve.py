@@ -201,7 +201,7 @@ def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
         model, tokenizer = load_model(args, resolved)
         inference_model = prepare_for_inference(model, args.dtype)
         template = resolved.template or ChatTemplate()
-        models[name] = create_served_model(name, model, inference_model, tokenizer, limits, template, args.context)
+        models[name] = create_served_model(name, model, inference_model, tokenizer, limits, template, args.context, ref)
     return models
 
 

@@ -42,7 +42,7 @@ def make_sampler(config: TrainConfig) -> Sampler:
     """The function with which a run generates its samples."""
 
     def sampler(model: GPT, tokenizer: Tokenizer, prompt: str, length: int) -> str:
-        return generate(model, tokenizer, prompt, max_new_tokens=length, top_k=50, seed=config.seed)[0]
+        return generate(model, tokenizer, prompt, max_new_tokens=length, seed=config.seed)[0]
 
     return sampler
 

@@ -102,6 +102,7 @@ class HarnessModel(_Base):
         kept = context if len(ids) <= size - count else self.tokenizer.decode(ids[-(size - count) :])
         temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
         sampling: dict[str, Any] = {"temperature": temperature, "top_p": float(settings.get("top_p") or 1.0)}
+        sampling["top_k"] = int(settings.get("top_k") or 0)
         ends = [end for end in until if end]
         made: Any = self.model
         (text,) = generate(made, self.tokenizer, kept, max_new_tokens=count, stop=ends, seed=0, **sampling)

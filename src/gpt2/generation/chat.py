@@ -22,9 +22,10 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from gpt2.errors import RequestError, UserError
+from gpt2.generation.defaults import MAX_NEW_TOKENS
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
 from gpt2.generation.sampling import Sampling, resolve_seed
-from gpt2.generation.text import TextStream, check_stop_strings, require_tokenizer
+from gpt2.generation.text import TextStream, check_stop_strings, make_sampling, require_tokenizer
 from gpt2.templates import ASSISTANT_PREFIX, USER_PREFIX, ChatTemplate
 from gpt2.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ class Conversation:
         tokenizer: Tokenizer | None,
         sampling: Sampling | None = None,
         *,
-        max_new_tokens: int = 100,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         stop: abc.Sequence[str] = (),
         seed: int | None = None,
         system: str = "",
@@ -70,7 +71,7 @@ class Conversation:
         check_stop_strings(stop)
         self.model, self.tokenizer, self.roles = model, require_tokenizer(tokenizer), roles
         self.template = template if roles else None
-        self.sampling = sampling or Sampling()
+        self.sampling = make_sampling({}, sampling)
         self.max_new_tokens, self.stop, self.system = max_new_tokens, tuple(stop), system
         self.turns: list[Turn] = []
         self.num_dropped_turns = 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gpt2.cache import KVCache
 from gpt2.errors import NonFiniteLogitsError, RequestError, UserError
+from gpt2.generation.defaults import MAX_NEW_TOKENS
 from gpt2.generation.sampling import History, Sampling, gather_logprobs, make_generator, sample_tokens
 from gpt2.model import GPTConfig
 
@@ -65,7 +66,7 @@ class GenerationRequest:
 
     prompt: abc.Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 100
+    max_new_tokens: int = MAX_NEW_TOKENS
     seed: int = 0
     sample_index: int = 0
     end_tokens: tuple[int, ...] = ()
@@ -353,7 +354,9 @@ def check_request(request: GenerationRequest, vocab_size: int, context: int) -> 
         message = f"{len(request.prompt)} tokens do not fit the model's context of {context}"
         raise RequestError(message, field="prompt", code="context_length_exceeded")
     if not all(0 <= token < vocab_size for token in request.prompt):
-        raise RequestError(f"the prompt has a token outside the model's vocabulary of {vocab_size}", field="prompt")
+        wrong = next(token for token in request.prompt if not 0 <= token < vocab_size)
+        message = f"the prompt has token id {wrong}, which is outside the model's vocabulary of {vocab_size}"
+        raise RequestError(message, field="prompt")
     if (count := request.max_new_tokens) < 0:
         raise RequestError(f"max_new_tokens must be 0 or more, not {count}", field="max_new_tokens")
     request.sampling.check_token_ids(vocab_size)

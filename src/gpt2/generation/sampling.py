@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gpt2.checks import check_integer, check_number
 from gpt2.errors import RequestError
 from gpt2.generation.candidates import CandidateGroup, select_candidates
 from gpt2.generation.filters import (
@@ -100,6 +101,9 @@ class Sampling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "logit_bias", _parse_logit_bias(self.logit_bias))
         object.__setattr__(self, "bad_words", _parse_bad_words(self.bad_words))
+        for name in self.__dataclass_fields__:
+            if name not in ("logit_bias", "bad_words"):
+                check_number(name, getattr(self, name))
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
             value, least = getattr(self, name), "0 (all)" if name == "top_k" else "0"
             check_setting(name, value, isinstance(value, int) and value >= 0, f"be {least} or more, and whole")
@@ -277,7 +281,12 @@ def _apply_filters(group: CandidateGroup, sampling: Sampling) -> Tensor:
 
 
 def resolve_seed(seed: int | None) -> int:
-    """The seed; a new random one for None and for -1, which other programs use for "random"."""
+    """The seed; a new random one for None and for -1, which other programs use for "random".
+
+    Raises RequestError for anything but an integer.
+    """
+    if seed is not None:
+        check_integer("seed", seed)
     return secrets.randbits(32) if seed is None or seed == -1 else seed
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import ConfigError, ModelFilesError, NonFiniteLogitsError, RequestError
+from gpt2.generation.defaults import MAX_NEW_TOKENS
 from gpt2.generation.engine import (
     GenerationRequest,
     LanguageModel,
@@ -36,7 +37,7 @@ from gpt2.generation.engine import (
 )
 from gpt2.generation.filters import History
 from gpt2.generation.sampling import Sampling, logits_to_probs, resolve_seed, sample_from_probs
-from gpt2.generation.text import check_stop_strings, encode_prompt, require_tokenizer, stream_text
+from gpt2.generation.text import check_stop_strings, encode_prompt, make_sampling, require_tokenizer, stream_text
 from gpt2.tokenizer import Tokenizer
 
 INITIAL_DRAFT_LENGTH, MAX_DRAFT_LENGTH = 4, 16  # tokens
@@ -323,7 +324,7 @@ def speculate(
     drafter: Drafter,
     sampling: Sampling | None = None,
     *,
-    max_new_tokens: int = 100,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     stop: abc.Sequence[str] = (),
     seed: int | None = None,
     sample_index: int = 0,
@@ -346,7 +347,7 @@ def speculate(
     tokenizer = require_tokenizer(tokenizer)
     check_stop_strings(stop)
     drafter.check(model.config.vocab_size, tokenizer)
-    sampling, seed = sampling or Sampling(), resolve_seed(seed)
+    sampling, seed = make_sampling({}, sampling), resolve_seed(seed)
     ids, end_tokens = encode_prompt(tokenizer, prompt), tokenizer.end_tokens
     request = GenerationRequest(ids, sampling, max_new_tokens, seed, sample_index, end_tokens)
     settings = {"min_tokens": sampling.min_new_tokens, "skip_special_tokens": skip_special_tokens}

@@ -4,7 +4,9 @@ from collections import abc
 from collections.abc import Iterable, Iterator
 from typing import Any, overload
 
+from gpt2.checks import check_integer, check_texts
 from gpt2.errors import ModelFilesError, RequestError, did_you_mean
+from gpt2.generation.defaults import MAX_NEW_TOKENS, TOP_K
 from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel, Sequence
 from gpt2.generation.inference import prepare_for_inference
 from gpt2.generation.sampling import Sampling, resolve_seed
@@ -16,12 +18,18 @@ MAX_BATCH_SIZE = 64  # samples that are generated at a time; the others wait in 
 
 
 @overload
-def generate(model: LanguageModel, tokenizer: Tokenizer | None, prompt: str, **settings: Any) -> list[str]: ...
+def generate(
+    model: LanguageModel, tokenizer: Tokenizer | None, prompt: str, sampling: Sampling | None = None, **settings: Any
+) -> list[str]: ...
 
 
 @overload
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer | None, prompt: list[str] | tuple[str, ...], **settings: Any
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    prompt: list[str] | tuple[str, ...],
+    sampling: Sampling | None = None,
+    **settings: Any,
 ) -> list[list[str]]: ...
 
 
@@ -29,10 +37,11 @@ def generate(
     model: LanguageModel,
     tokenizer: Tokenizer | None,
     prompt: str | list[str] | tuple[str, ...],
+    sampling: Sampling | None = None,
     *,
     num_samples: int = 1,
-    max_new_tokens: int = 100,
-    stop: abc.Sequence[str] = (),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    stop: str | abc.Sequence[str] = (),
     seed: int | None = None,
     skip_special_tokens: bool = True,
     **settings: Any,
@@ -41,29 +50,33 @@ def generate(
 
         texts = gpt2.generate(model, tokenizer, "Hello", num_samples=5, temperature=0.8, top_k=50, seed=42)
 
-    stop:     stop strings: a text ends before the first of them.
+    stop:     a stop string, or several: a text ends before the first of them.
     seed:     the same seed gives the same texts; None or -1 draws a new one. Sample i of a prompt does not depend on
               `num_samples` or on the other prompts.
     skip_special_tokens: whether special tokens, such as ``<|im_start|>``, are left out of the text.
-    settings: temperature, top_k, top_p, ...: the fields of `gpt2.Sampling`.
+    settings: temperature [1], top_k [50], top_p [1], ...: the fields of `gpt2.Sampling`, with its defaults except
+              for `top_k`, which are those of `gpt2 sample` and of the server. Or `sampling` with all of them.
 
     A sample ends at one of `tokenizer.end_tokens` (not part of the text) or after `max_new_tokens`. Dropout is off, and
     a model in training mode stays in training mode. Raises RequestError for settings that are not supported and
     for a prompt longer than the context, ModelFilesError without a tokenizer, NonFiniteLogitsError if the model
     computes nan or inf.
     """
+    check_texts("prompt", prompt)
+    check_num_samples(num_samples)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     texts = [text for text in prompts for _ in range(num_samples)]
     pieces = stream(
         model,
         tokenizer,
         prompts,
-        make_sampling(settings),
+        sampling,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         stop=stop,
         seed=seed,
         skip_special_tokens=skip_special_tokens,
+        **settings,
     )
     for sample, piece in pieces:
         texts[sample] += piece
@@ -79,34 +92,44 @@ def stream(
     sampling: Sampling | None = None,
     *,
     num_samples: int = 1,
-    max_new_tokens: int = 100,
-    stop: abc.Sequence[str] = (),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    stop: str | abc.Sequence[str] = (),
     seed: int | None = None,
     skip_special_tokens: bool = True,
+    **settings: Any,
 ) -> Iterator[tuple[int, str]]:
     """`generate` as a stream: yields (sample, text) for every new piece of text, always whole characters.
 
-    sample: p * num_samples + s for sample s of prompt p.
+    sample: p * num_samples + s for sample s of prompt p. The other arguments are those of `generate`.
     """
     tokenizer = require_tokenizer(tokenizer)
-    if not 1 <= num_samples <= MAX_SAMPLES:
-        message = f"num_samples must be at least 1 and at most {MAX_SAMPLES:,}, not {num_samples}"
-        raise RequestError(message, field="num_samples")
+    check_texts("prompt", prompt)
+    check_num_samples(num_samples)
+    check_integer("max_new_tokens", max_new_tokens, 0)
+    sampling, seed = make_sampling(settings, sampling), resolve_seed(seed)
+    stop = [stop] if isinstance(stop, str) else stop
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [encode_prompt(tokenizer, text) for text in prompts]
-    sampling, seed = sampling or Sampling(), resolve_seed(seed)
     requests = [
         GenerationRequest(tokens, sampling, max_new_tokens, seed, sample, tokenizer.end_tokens)
         for tokens in ids
         for sample in range(num_samples)
     ]
-    max_length = max((len(tokens) for tokens in ids), default=0) + max(0, max_new_tokens)
+    max_length = max((len(tokens) for tokens in ids), default=0) + max_new_tokens
     engine = Engine(prepare_for_inference(model), max(1, min(len(requests), MAX_BATCH_SIZE)), max_length)
     texts = [
         TextStream(tokenizer, stop, min_tokens=sampling.min_new_tokens, skip_special_tokens=skip_special_tokens)
         for _ in requests
     ]
     return _stream_samples(engine, requests, texts)
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Raise RequestError unless it is an integer from 1 to `MAX_SAMPLES`."""
+    check_integer("num_samples", num_samples)
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        message = f"num_samples must be at least 1 and at most {MAX_SAMPLES:,}, not {num_samples}"
+        raise RequestError(message, field="num_samples")
 
 
 def _stream_samples(
@@ -129,13 +152,23 @@ def _stream_samples(
                 del samples[sequence]
 
 
-def make_sampling(settings: dict[str, Any]) -> Sampling:
-    """A `Sampling` from settings by name. Raises RequestError for an unknown name."""
+def make_sampling(settings: abc.Mapping[str, Any], sampling: Sampling | None = None) -> Sampling:
+    """A `Sampling` from settings by name, with `TOP_K` unless they say otherwise; or `sampling`, without settings.
+
+    Raises RequestError for an unknown name, a value that is not supported, and for both.
+    """
     names = list(Sampling.__dataclass_fields__)
     for name in settings:
         if name not in names:
             raise RequestError(f"there is no setting '{name}'{did_you_mean(name, names)}", field=name)
-    return Sampling(**settings)
+    if sampling is None:
+        return Sampling(**{"top_k": TOP_K, **settings})
+    if not isinstance(sampling, Sampling):
+        raise RequestError(f"sampling must be a gpt2.Sampling, not {sampling!r:.80}", field="sampling")
+    if settings:
+        name = next(iter(settings))
+        raise RequestError(f"{name} is a field of sampling: give one of the two", field=name)
+    return sampling
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -244,7 +277,9 @@ class TextStream:
 
 def check_stop_strings(stop: abc.Sequence[str]) -> None:
     """Raise RequestError unless `stop` is a sequence of non-empty strings."""
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+    if not isinstance(stop, abc.Iterable) or not all(isinstance(text, str) for text in stop):
+        raise RequestError(f"stop must be a list of texts, not {stop!r:.80}", field="stop")
+    if isinstance(stop, str) or not all(stop):
         raise RequestError("a stop string must have at least one character", field="stop")
 
 

@@ -13,6 +13,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from gpt2.errors import UserError
 from gpt2.files import cache_home, file_sha256
 from gpt2.native.structs import check_struct_sizes
 
@@ -34,14 +35,16 @@ def load_library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return _warn_unavailable("there is no C++ compiler (g++)")
-    path = cache_home() / "native" / f"{_build_key(compiler)}.so"
     try:
+        path = cache_home() / "native" / f"{_build_key(compiler)}.so"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if problem := _find_unsafe_folder(path.parent):
             return _warn_unavailable(problem)
         if not _is_complete(path):
             _compile(compiler, path)
         library = ctypes.CDLL(str(path))
+    except UserError as error:  # there is no folder for it
+        return _warn_unavailable(str(error))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return _warn_unavailable(next((line for line in output.splitlines() if "error" in line), output.strip()[:200]))

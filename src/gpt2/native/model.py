@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt2.cache import KVCache
+from gpt2.checks import check_token_ids
 from gpt2.errors import ConfigError, RequestError
 from gpt2.model import GPT, GPTConfig, scaled_queries
 from gpt2.native.quantization import GROUP_SIZES, pack
@@ -67,14 +68,13 @@ class NativeGPT:
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The input of the head: int64 (B, T) -> float32 (B, T, C). See `GPT.hidden_states`."""
+        check_token_ids("tokens", tokens, self.config.vocab_size)
         B, T = tokens.shape
         cache = self.make_cache(B, T) if cache is None else cache
         if cache.length + T > self.config.block_size:
             raise RequestError(f"{cache.length + T} tokens do not fit the model's context of {self.config.block_size}")
         if cache.length + T > cache.max_length or len(cache) != B:
             raise ValueError(f"{B} x {T} tokens do not fit a cache of {len(cache)} x {cache.max_length}")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            raise IndexError("a token outside the vocabulary")
         tokens = tokens.contiguous()
         hidden = torch.empty(B, T, self.config.n_embd)
         data, starts = cache.data, np.ascontiguousarray(cache.lengths)

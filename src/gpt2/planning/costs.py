@@ -15,6 +15,7 @@ from gpt2.errors import ConfigError
 from gpt2.lora import LoRAConfig, match_target_modules
 from gpt2.loss import CHUNK_BYTES, CPU_CACHE_ELEMENTS, VOCAB_PAD_MULTIPLE
 from gpt2.model import GPTConfig
+from gpt2.muon import batch_length
 
 FLOAT32_BYTES = 4  # the dtype of weights, gradients, optimizer state and the residual stream
 HEAP_FRAGMENTATION = 0.28  # glibc: lost share of the bytes allocated and freed in a step (measured: 0.23 to 0.34)
@@ -354,5 +355,15 @@ def _update_workspace_bytes(config: GPTConfig, setup: StepSetup) -> int:
     if setup.optimizer == "sgd" and setup.device == "cuda":  # gradients with the weight decay added
         return FLOAT32_BYTES * num_trainable_parameters(config, setup.lora, setup.freeze)
     if setup.optimizer == "muon" and setup.lora is None:
-        return 16 * config.n_embd * (config.n_inner or 4 * config.n_embd)  # Newton-Schulz on the largest matrix
+        return max(
+            min(config.n_layer - setup.freeze, batch_length(*shape)) * _newton_schulz_bytes(shape, setup.device)
+            for shape in block_matrices(config).values()
+        )
     return 0
+
+
+def _newton_schulz_bytes(shape: tuple[int, int], device: str) -> int:
+    """Bytes of Muon's temporaries for one matrix: its direction, two iterates, and two Gram matrices."""
+    elements, width = shape[0] * shape[1], min(shape)
+    size = FLOAT32_BYTES // 2 if device == "cuda" else FLOAT32_BYTES
+    return FLOAT32_BYTES * elements + size * (2 * elements + 2 * width**2)

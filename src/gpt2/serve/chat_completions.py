@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 from gpt2.errors import UserError
+from gpt2.generation.defaults import MAX_NEW_TOKENS
 from gpt2.serve import schema
 from gpt2.serve.choices import format_token
 from gpt2.serve.errors import APIError
@@ -24,8 +25,6 @@ from gpt2.serve.response_stream import (
     response_header,
 )
 from gpt2.tokenizer import Tokenizer
-
-ANSWER_TOKENS = 100  # room for the answer of a request without max_tokens, when a conversation is truncated
 
 
 def parse_request(body: schema.ChatRequest, served: ServedModel, limits: Limits) -> ParsedRequest:
@@ -58,7 +57,7 @@ def encode_prompt(body: schema.ChatRequest, served: ServedModel) -> tuple[list[i
     """
     starts = _turn_starts(body.messages) if body.truncate != "none" else [0]
     context = served.scheduler.context_length
-    reserved = body.max_tokens or body.max_completion_tokens or ANSWER_TOKENS
+    reserved = body.max_tokens or body.max_completion_tokens or body.max_new_tokens or MAX_NEW_TOKENS
     room = context - min(reserved, context // 2)
 
     @cache

@@ -5,6 +5,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import cast
 
+from gpt2.generation.defaults import MAX_NEW_TOKENS
 from gpt2.serve.choices import Choice, format_token
 from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
@@ -23,8 +24,6 @@ from gpt2.serve.response_stream import (
 from gpt2.serve.schema import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from gpt2.tokenizer import Tokenizer
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
-
 
 def parse_request(body: CompletionRequest, served: ServedModel, limits: Limits) -> ParsedRequest:
     """The request with its defaults. Raises APIError and UserError for fields that are not supported."""
@@ -37,7 +36,7 @@ def parse_request(body: CompletionRequest, served: ServedModel, limits: Limits) 
         encode_prompts(body, served, limits),
         best_of,
         resolve_sampling(body, served),
-        resolve_max_tokens(body, DEFAULT_MAX_TOKENS, limits),
+        resolve_max_tokens(body, MAX_NEW_TOKENS, limits),
         body.stop_strings,
         body.resolve_seed(),
         body.top_logprobs if best_of == n or body.top_logprobs is not None else 0,

@@ -17,9 +17,8 @@ from gpt2.generation.filters import History, topk_indices
 from gpt2.generation.sampling import Sampling, logits_to_probs
 from gpt2.generation.stream_decoder import StreamDecoder
 from gpt2.model import GPT
+from gpt2.serve.inspected_text import LOGITS_CHUNK, InspectedText, score_targets
 from gpt2.tokenizer import Tokenizer
-
-LOGITS_CHUNK = 64  # positions whose logits are in memory at the same time: (64, V)
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Candidate:
     logit:       of the model, before any sampling parameter.
     probability: after the sampling parameters; 0 where they rule the token out.
     raw:         probability of the model, before any sampling parameter.
+    bytes:       as in `partial_bytes`.
     """
 
     id: int
@@ -36,6 +36,7 @@ class Candidate:
     logit: float
     probability: float
     raw: float
+    bytes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ScoredToken:
     text: str
     logprob: float
     rank: int
+    bytes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class LayerToken:
     id: int
     text: str
     probability: float
+    bytes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,18 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token])
 
 
+def partial_bytes(tokenizer: Tokenizer, token: int) -> str | None:
+    """The bytes of a token that is not whole characters, such as "F0 9F"; None for any other."""
+    if token >= tokenizer.vocab_size:
+        return None
+    spelled = tokenizer.token_bytes(token)
+    try:
+        spelled.decode()
+    except UnicodeDecodeError:
+        return spelled.hex(" ").upper()
+    return None
+
+
 def token_offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
     """Where each token begins in the decoded text, in characters; a part of a character begins where that begins."""
     decoder, length, found = StreamDecoder(tokenizer), 0, []
@@ -112,13 +127,11 @@ def check_tokens(model: GPT, tokens: Sequence[int]) -> None:
         raise RequestError(f"the text has a token outside the model's vocabulary of {model.config.vocab_size}")
 
 
-@torch.inference_mode()
-def next_logits(model: GPT, tokens: Sequence[int]) -> Tensor:
+def next_logits(model: GPT, tokens: Sequence[int], known: InspectedText | None = None) -> Tensor:
     """The logits after the last of `tokens`, (1, V) in float32, from as many of the last tokens as fit the context."""
     check_tokens(model, tokens)
-    row = torch.tensor([list(tokens[-model.config.block_size :])], device=model.device)  # (1, T)
-    with eval_mode(model):
-        return model.lm_head(model.hidden_states(row)[:, -1]).float()
+    tokens = tokens[-model.config.block_size :]
+    return (known or InspectedText(model)).update(tokens).logits(len(tokens) - 1, len(tokens))
 
 
 @torch.inference_mode()
@@ -141,7 +154,8 @@ def top_candidates(
     shown += [i for i in own if i not in set(shown)][: max(0, top - len(shown))]
 
     def candidate(i: int) -> Candidate:
-        return Candidate(i, token_text(tokenizer, i), float(logits[0, i]), float(probs[i]), float(raw[i]))
+        p, own = float(probs[i]), float(raw[i])
+        return Candidate(i, token_text(tokenizer, i), float(logits[0, i]), p, own, partial_bytes(tokenizer, i))
 
     positive = probs[probs > 0]
     entropy = max(0.0, float(-(positive * positive.log2()).sum()))
@@ -153,40 +167,43 @@ def top_candidates(
 
 
 @torch.inference_mode()
-def score_tokens(model: GPT, tokenizer: Tokenizer, tokens: Sequence[int]) -> list[ScoredToken]:
+def score_tokens(
+    model: GPT, tokenizer: Tokenizer, tokens: Sequence[int], known: InspectedText | None = None
+) -> list[ScoredToken]:
     """The log-probability of each token of a text except the first, after the tokens before it.
 
     A text longer than the context is scored in windows that overlap by half, so every token after the first window
-    has at least half a context before it.
+    has at least half a context before it. `known` is reused for the first window, and updated to it.
     """
     check_tokens(model, tokens)
-    text = list(tokens)
-    window, scored = model.config.block_size, []
+    window = model.config.block_size
+    known = known or InspectedText(model)
+    logprobs, ranks = known.update(tokens[:window]).scores(min(window, len(tokens)))
+
+    def add(found: tuple[list[float], list[int]]) -> None:
+        logprobs.extend(found[0])
+        ranks.extend(found[1])
+
+    if len(tokens) > window:
+        add(score_targets(known.logits(window - 1, window), tokens[window : window + 1]))
     stride = max(1, window // 2)
-    done = 0  # targets that have been scored
-    for begin in range(0, max(1, len(text) - 1), stride):
-        inputs, targets = text[begin : begin + window], text[begin + 1 : begin + window + 1]
-        skip = done - begin
-        scored += _score_targets(model, tokenizer, inputs, targets, skip)
-        done = begin + len(targets)
-        if done >= len(text) - 1:
-            break
-    return scored
+    for begin in range(stride, len(tokens) - 1, stride):
+        inputs, skip = tokens[begin : begin + window], len(logprobs) - begin
+        for found in _score_window(model, inputs, tokens[begin + 1 + skip : begin + window + 1], skip):
+            add(found)
+    rows = zip(tokens[1:], logprobs, ranks, strict=True)
+    return [ScoredToken(i, token_text(tokenizer, i), p, rank, partial_bytes(tokenizer, i)) for i, p, rank in rows]
 
 
-def _score_targets(
-    model: GPT, tokenizer: Tokenizer, inputs: list[int], targets: list[int], skip: int
-) -> Iterator[ScoredToken]:
-    """Score the targets after the first `skip`."""
+def _score_window(
+    model: GPT, inputs: Sequence[int], targets: Sequence[int], skip: int
+) -> Iterator[tuple[list[float], list[int]]]:
+    """The log-probabilities and ranks of targets: the first one comes after `skip` + 1 of the inputs."""
     with eval_mode(model):
-        hidden = model.hidden_states(torch.tensor([inputs], device=model.device))[0]  # (T, C)
-    for at in range(skip, len(targets), LOGITS_CHUNK):
-        wanted = torch.tensor(targets[at : at + LOGITS_CHUNK], device=model.device).unsqueeze(-1)  # (t, 1)
-        logprobs = model.lm_head(hidden[at : at + len(wanted)]).float().log_softmax(-1)  # (t, V)
-        own = logprobs.gather(-1, wanted)
-        ranks = (logprobs > own).sum(-1) + 1
-        for token, logprob, rank in zip(wanted[:, 0].tolist(), own[:, 0].tolist(), ranks.tolist(), strict=True):
-            yield ScoredToken(token, token_text(tokenizer, token), logprob, rank)
+        hidden = model.hidden_states(torch.tensor([list(inputs)], device=model.device))[0, skip:]  # (t, C)
+    for at in range(0, len(targets), LOGITS_CHUNK):
+        wanted = targets[at : at + LOGITS_CHUNK]
+        yield score_targets(model.lm_head(hidden[at : at + len(wanted)]).float(), wanted)
 
 
 def perplexity(scored: Sequence[ScoredToken]) -> float | None:
@@ -194,60 +211,48 @@ def perplexity(scored: Sequence[ScoredToken]) -> float | None:
     return math.exp(min(700.0, -sum(token.logprob for token in scored) / len(scored))) if scored else None
 
 
-@torch.inference_mode()
-def attention_weights(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
+def attention_weights(model: GPT, tokens: Sequence[int], position: int, known: InspectedText | None = None) -> Tensor:
     """The attention weights of `position` over the positions up to itself: (layers, heads, position + 1).
 
     Each row sums to 1. Raises RequestError for a position outside the text or the context.
     """
-    row = _prefix_tensor(model, tokens, position)
-    weights = []
-    with eval_mode(model):
-        for x, block in zip(_residual_streams(model, row), model.transformer.h, strict=False):  # x (1, T, C)
-            qkv = block.get_submodule("attn.c_attn")(block.get_submodule("ln_1")(x))  # (1, T, 3C)
-            qkv = qkv.view(1, x.size(1), 3, model.config.n_head, -1)  # (1, T, 3, H, D)
-            q, k, _ = qkv[0].permute(1, 2, 0, 3).float()  # (H, T, D) each
-            q = q * model.config.query_factor(len(weights))
-            scores = q[:, -1:] @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (H, 1, T)
-            weights.append(scores.softmax(-1)[:, 0])
-    return torch.stack(weights)  # (L, H, T)
+    check_position(model, tokens, position)
+    return (known or InspectedText(model)).update(tokens[: model.config.block_size]).attention_row(position)
 
 
 @torch.inference_mode()
 def logit_lens(
-    model: GPT, tokenizer: Tokenizer, tokens: Sequence[int], position: int, top: int, target_token: int | None = None
+    model: GPT,
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    position: int,
+    top: int,
+    target_token: int | None = None,
+    known: InspectedText | None = None,
 ) -> list[LayerPrediction]:
     """The prediction of each layer after `position`: final norm and head, applied to the residual stream of each block.
 
     Layer 0 is the embedding, and the last layer is the model's own prediction. Source: nostalgebraist, "interpreting
     GPT: the logit lens" (2020). Raises RequestError for a position outside the text or the context.
     """
-    row = _prefix_tensor(model, tokens, position)
+    check_position(model, tokens, position)
+    text = (known or InspectedText(model)).update(tokens[: model.config.block_size])
     layers = []
-    with eval_mode(model):
-        for i, x in enumerate(_residual_streams(model, row)):
-            probs = model.lm_head(model.transformer.ln_f(x[:, -1])).float().softmax(-1)  # (1, V)
-            best = topk_indices(probs, min(top, probs.size(-1)))[0].tolist()
-            likely = [LayerToken(token, token_text(tokenizer, token), float(probs[0, token])) for token in best]
-            layers.append(LayerPrediction(i, None if target_token is None else float(probs[0, target_token]), likely))
+    for i in range(model.config.n_layer + 1):
+        probs = text.logits(position, position + 1, i).softmax(-1)  # (1, V)
+        best = topk_indices(probs, min(top, probs.size(-1)))[0].tolist()
+        likely = [
+            LayerToken(token, token_text(tokenizer, token), float(probs[0, token]), partial_bytes(tokenizer, token))
+            for token in best
+        ]
+        layers.append(LayerPrediction(i, None if target_token is None else float(probs[0, target_token]), likely))
     return layers
 
 
-def _prefix_tensor(model: GPT, tokens: Sequence[int], position: int) -> Tensor:
-    """The tokens up to `position`, which is included: (1, T)."""
+def check_position(model: GPT, tokens: Sequence[int], position: int) -> None:
+    """Raises RequestError for a position outside the text or the context, and as `check_tokens`."""
     check_tokens(model, tokens)
     if not 0 <= position < len(tokens):
         raise RequestError(f"there is no position {position} in a text of {len(tokens)} tokens")
     if position >= model.config.block_size:
         raise RequestError(f"position {position} is beyond the model's context of {model.config.block_size}")
-    return torch.tensor([list(tokens[: position + 1])], device=model.device)
-
-
-def _residual_streams(model: GPT, input_ids: Tensor) -> Iterator[Tensor]:
-    """The residual stream before the first block and after each: (1, T, C), n_layer + 1 times."""
-    transformer = model.transformer
-    x = transformer.wte(input_ids) + transformer.wpe(torch.arange(input_ids.size(1), device=input_ids.device))
-    yield x
-    for block in transformer.h:
-        x = block(x)
-        yield x

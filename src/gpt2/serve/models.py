@@ -23,6 +23,7 @@ class ServedModel:
 
     model:           the plain model, for the playground's inspection.
     inference_model: the model that generates; only the scheduler runs it.
+    reference:       the MODEL argument it was loaded from, for commands that a user can copy.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ServedModel:
     tokenizer: Tokenizer
     scheduler: Scheduler
     template: ChatTemplate
+    reference: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -52,12 +54,15 @@ def create_served_model(
     limits: Limits,
     template: ChatTemplate | None = None,
     max_length: int | None = None,
+    reference: str | None = None,
 ) -> ServedModel:
     """A model with its own scheduler. Raises ModelFilesError if there is no tokenizer."""
     if tokenizer is None:
         raise ModelFilesError(f"{name} has no tokenizer, which serving requires")
     scheduler = Scheduler(inference_model, limits.slots, limits.max_waiting, limits.per_client, max_length)
-    return ServedModel(name, model, inference_model, tokenizer, scheduler, template or ChatTemplate())
+    return ServedModel(
+        name, model, inference_model, tokenizer, scheduler, template or ChatTemplate(), reference or name
+    )
 
 
 def served_model_name(model_ref: str) -> str:

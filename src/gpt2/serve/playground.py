@@ -29,12 +29,14 @@ from gpt2.serve.inspect import (
     attention_weights,
     logit_lens,
     next_logits,
+    partial_bytes,
     perplexity,
     score_tokens,
     token_offsets,
     token_text,
     top_candidates,
 )
+from gpt2.serve.inspected_text import InspectedText
 from gpt2.serve.json_route import JsonRoute
 from gpt2.serve.models import ServedModel, find_model
 from gpt2.serve.schema import CommonRequestFields
@@ -49,7 +51,7 @@ PAGE_HEADERS = {  # stricter than the other responses
     "Cache-Control": "no-cache",
 }
 MAX_CHARACTERS, MAX_TOKENS = 100_000, 16_384  # of an inspected text
-MAX_INSPECT_TOKENS = 512  # of the context whose attention or layers are shown: more would be too small to see
+MAX_INSPECT_TOKENS = 1024  # of the context whose attention or layers are shown: more would be too small to see
 MAX_PENDING_REQUESTS = 32  # a page sends a few at a time
 
 
@@ -70,7 +72,9 @@ class NextTokenRequest(_InspectRequest, CommonRequestFields):
 
 
 class ScoreTextRequest(_InspectRequest):
-    """Score every token except the first, which has no context."""
+    """Score every token except the first, which has no context. `top`: tokens to report in place of each."""
+
+    top: int = Field(default=0, ge=0, le=10)
 
 
 class AttentionRequest(_InspectRequest):
@@ -87,12 +91,12 @@ class LogitLensRequest(AttentionRequest):
 
 
 class _InspectWorker:
-    """Runs one request at a time in a thread, and keeps the last logits: moving a slider asks for the same prompt."""
+    """Runs one request at a time in a thread, and keeps the last text of each model: the next one is much the same."""
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self.models = models
         self._semaphore, self._num_pending = asyncio.Semaphore(1), 0
-        self._cached_logits: tuple[str, list[int], Tensor] | None = None
+        self._texts: dict[str, InspectedText] = {}
 
     async def run(self, body: Any, handler: Callable[["_InspectWorker", ServedModel, list[int], Any], Any]) -> Any:
         """The response to a request, by the function that computes it from the token ids."""
@@ -108,11 +112,11 @@ class _InspectWorker:
         finally:
             self._num_pending -= 1
 
-    def logits(self, served: ServedModel, tokens: list[int]) -> Tensor:
-        """The logits after `tokens`, (1, V)."""
-        if self._cached_logits is None or self._cached_logits[:2] != (served.name, tokens):
-            self._cached_logits = served.name, tokens, next_logits(served.model, tokens)
-        return self._cached_logits[2]
+    def text(self, served: ServedModel) -> InspectedText:
+        """The text of this model that was inspected last."""
+        if served.name not in self._texts:
+            self._texts[served.name] = InspectedText(served.model)
+        return self._texts[served.name]
 
 
 def playground_router(models: Mapping[str, ServedModel]) -> APIRouter:
@@ -161,6 +165,7 @@ def _model_info(served: ServedModel) -> dict[str, Any]:
     config, tokenizer = served.model.config, served.tokenizer
     return {
         "name": served.name,
+        "reference": served.reference,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
@@ -193,19 +198,27 @@ def _inspect_next(
     ids = ids or [served.tokenizer.end_of_text]  # an empty text begins after the end of another
     prompt_length = len(ids) if body.prompt_length is None else min(body.prompt_length, len(ids))
     history = History(ids, prompt_length, served.tokenizer.end_tokens)
-    logits = worker.logits(served, ids)
+    logits = next_logits(served.model, ids, worker.text(served))
     return asdict(top_candidates(logits, served.tokenizer, sampling, history, body.top, body.asked))
 
 
 def _inspect_score(
     worker: _InspectWorker, served: ServedModel, ids: list[int], body: ScoreTextRequest
 ) -> dict[str, Any]:
-    scored = score_tokens(served.model, served.tokenizer, ids) if ids else []
+    tokenizer = served.tokenizer
+    scored = score_tokens(served.model, tokenizer, ids, worker.text(served)) if ids else []
     first = [
-        {"id": token, "text": token_text(served.tokenizer, token), "logprob": None, "rank": None} for token in ids[:1]
+        {"id": token, "text": token_text(tokenizer, token), "logprob": None, "rank": None}
+        | {"bytes": partial_bytes(tokenizer, token)}
+        for token in ids[:1]
     ]
-    rows = zip(first + [asdict(token) for token in scored], token_offsets(served.tokenizer, ids), strict=True)
+    rows = zip(first + [asdict(token) for token in scored], token_offsets(tokenizer, ids), strict=True)
     tokens = [token | {"start": offset} for token, offset in rows]
+    if body.top and ids:
+        if len(ids) > served.model.config.block_size:
+            raise RequestError(f"top needs a text that fits the context of {served.model.config.block_size} tokens")
+        for token, likely in zip(tokens[1:], worker.text(served).update(ids).top(body.top, len(ids)), strict=True):
+            token["top"] = [{"text": token_text(tokenizer, i), "probability": round(p, 6)} for i, p in likely]
     return {"tokens": tokens, "perplexity": perplexity(scored), "count": len(ids)}
 
 
@@ -213,9 +226,16 @@ def _inspect_attention(
     worker: _InspectWorker, served: ServedModel, ids: list[int], body: AttentionRequest
 ) -> dict[str, Any]:
     ids, position, start = _context_window(served, ids, body.position)
-    weights = attention_weights(served.model, ids, position)
-    texts = [token_text(served.tokenizer, token) for token in ids]
-    return {"start": start, "position": start + position, "texts": texts, "weights": _round_weights(weights)}
+    weights = attention_weights(served.model, ids, position, worker.text(served))
+    texts = [token_text(served.tokenizer, token) for token in ids[: position + 1]]
+    offsets = token_offsets(served.tokenizer, ids[: position + 1])
+    return {
+        "start": start,
+        "position": start + position,
+        "texts": texts,
+        "offsets": offsets,
+        "weights": _round_weights(weights),
+    }
 
 
 def _inspect_lens(
@@ -223,16 +243,22 @@ def _inspect_lens(
 ) -> dict[str, Any]:
     _check_token_id(served, body.asked)
     ids, position, start = _context_window(served, ids, body.position)
-    layers = logit_lens(served.model, served.tokenizer, ids, position, body.top, body.asked)
+    layers = logit_lens(served.model, served.tokenizer, ids, position, body.top, body.asked, worker.text(served))
     return {"start": start, "position": start + position, "layers": [asdict(layer) for layer in layers]}
 
 
 def _context_window(served: ServedModel, ids: list[int], position: int | None) -> tuple[list[int], int, int]:
-    """The last tokens up to a position (that fit), the index of the position among them, and where they begin."""
+    """The tokens of which the position is shown, its index among them, and where they begin.
+
+    All of them if they fit, so that other positions of the same text need no new computation.
+    """
     position = len(ids) - 1 if position is None else position
     if not 0 <= position < len(ids):
         raise RequestError(f"there is no position {position} in a text of {len(ids)} tokens")
-    start = max(0, position + 1 - min(MAX_INSPECT_TOKENS, served.model.config.block_size))
+    longest = min(MAX_INSPECT_TOKENS, served.model.config.block_size)
+    if len(ids) <= longest:
+        return ids, position, 0
+    start = max(0, position + 1 - longest)
     return ids[start : position + 1], position - start, start
 
 

@@ -188,10 +188,10 @@ def _decode_prompt(served: ServedModel, prompt: list[int]) -> tuple[str, list[in
 
 def resolve_max_tokens(body: CommonRequestFields, default: int, limits: Limits) -> int:
     """The maximum number of new tokens. Raises APIError if it is over the limit or given as two different numbers."""
-    given = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens")}
+    given = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens", "max_new_tokens")}
     named = {name: value for name, value in given.items() if value is not None}
     if len(set(named.values())) > 1:
-        raise APIError(400, "max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
+        raise APIError(400, f"{' and '.join(named)} differ: give one of them", "max_tokens")
     for name, value in named.items():
         if value > limits.max_tokens:
             raise APIError(400, f"{name} is at most {limits.max_tokens:,} on this server, not {value:,}", name)

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpt2.errors import RequestError
+from gpt2.generation.defaults import TOP_K
 from gpt2.generation.sampling import Sampling, resolve_seed
+from gpt2.generation.text import make_sampling
 from gpt2.serve.field_types import (
     WHOLE,
     Count,
@@ -67,13 +69,16 @@ class CommonRequestFields(NeutralFields):
     seed: Int64 | None = Field(None, description="-1 for a random one, as null")
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+    max_new_tokens: Count | None = Field(None, description="the same, as the commands and Python call it")
     user: str | None = None
     temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     logit_bias: LogitBias | None = None
-    top_k: Annotated[int, WHOLE, Field(ge=-1, le=2**31)] | None = Field(None, description="0 and -1 for all tokens")
+    top_k: Annotated[int, WHOLE, Field(ge=-1, le=2**31)] | None = Field(
+        None, description=f"{TOP_K} by default; 0 and -1 for all tokens"
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     epsilon_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -94,7 +99,7 @@ class CommonRequestFields(NeutralFields):
             given["min_new_tokens"] = self.min_tokens
         if self.top_k == -1:
             given["top_k"] = 0
-        return Sampling(**{name: value for name, value in given.items() if value is not None})
+        return make_sampling({name: value for name, value in given.items() if value is not None})
 
     def resolve_seed(self) -> int:
         """The seed, or a random one for null and -1."""

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from gpt2.distributed.parallel import full_tensor, shard_like
 from gpt2.errors import ModelFilesError, UserError
-from gpt2.files import file_sha256
+from gpt2.files import file_sha256, fsync_paths
 from gpt2.model import GPT
 from gpt2.runtime import synchronize
 from gpt2.train.artifact import ModelArtifact
@@ -339,13 +339,3 @@ def _drop_page_cache(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def fsync_paths(paths: Iterable[Path]) -> None:
-    """Call fsync on files and folders."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

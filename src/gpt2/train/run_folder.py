@@ -17,8 +17,8 @@ from typing import Any, Self
 from gpt2.config import FIXED_ON_RESUME, MOVABLE, TrainConfig, check_same_run, to_toml
 from gpt2.data.dataset import Dataset
 from gpt2.errors import ConfigError, DataError, UserError
-from gpt2.files import LockFile, expand_path, staging_folder
-from gpt2.train.checkpoint import checkpoint_metadata, fsync_paths, publish, remove_partial_checkpoints
+from gpt2.files import LockFile, expand_path, fsync_paths, staging_folder
+from gpt2.train.checkpoint import checkpoint_metadata, publish, remove_partial_checkpoints
 
 log = logging.getLogger("gpt2")
 

@@ -39,12 +39,13 @@ from gpt2.runtime import (
     seed_everything,
 )
 from gpt2.templates import BUILTIN_TEMPLATES, ChatTemplate, get_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer, with_added_tokens, with_special_tokens
+from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_added_tokens, with_special_tokens
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import latest_checkpoint, load_optimizers
 from gpt2.train.early_stopping import BestValidation
 from gpt2.train.outlier_batches import OutlierFilter
 from gpt2.train.run_folder import check_run_metadata, run_metadata
+from gpt2.vocabulary import NO_VOCABULARY
 from gpt2.weights import (
     HUB_ALIASES,
     find_model_folder,
@@ -136,7 +137,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
         data=data,
         loader=loader,
         model=model,
-        optimizers=build_optimizers(model, config),
+        optimizers=build_optimizers(model, config, ranks.step_group),
         device=device,
         dtype=DTYPES[config.dtype],
         dtype_reason=dtype_reason,
@@ -180,7 +181,16 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> ModelAn
     tokenizer: str | Tokenizer | None = config.tokenizer
     if config.init_from is not None and folder is not None:
         tokenizer = _resolve_tokenizer(folder, config, template, is_new=checkpoint is None)
-    data = open_dataset(config, tokenizer, template)
+    elif folder is not None and tokenizer in (None, "gpt2"):  # resumed: without a download
+        own = load_tokenizer(folder)
+        tokenizer = own if own is not None and own.name == "gpt2" else tokenizer
+    try:
+        data = open_dataset(config, tokenizer, template)
+    except ModelFilesError as error:
+        if error.code != NO_VOCABULARY or folder is not None:
+            raise
+        fix = "or --tokenizer bpe:1024, which is trained on the data"
+        raise ModelFilesError(f"{error}; {fix}", field="tokenizer", code=NO_VOCABULARY) from error
     seed_everything(config.seed)
     vocab_size = data.tokenizer.vocab_size
     model = _load_initial_model(config, folder, vocab_size) if folder else GPT(config.model_config(vocab_size))

@@ -1,10 +1,10 @@
-// The dialogs for history and sharing.
+// The dialogs for saved texts and sharing.
 
-import { $, el } from "./dom.js";
+import { $, button, el } from "./dom.js";
 import { readableRequest } from "./request.js";
 import { asCommand, asCurl, asPython } from "./snippets.js";
-import { asJson, copy, download, clearHistory, history, toFragment } from "./share.js";
-import { path, state } from "./state.js";
+import { addToHistory, asJson, copy, download, removeText, removeUnnamed, savedTexts, toFragment } from "./share.js";
+import { infoOf, path, state } from "./state.js";
 import { serialize, textOf } from "./tree.js";
 
 export function wireDialogs(take) {
@@ -13,57 +13,68 @@ export function wireDialogs(take) {
     $("history").showModal();
   });
   $("forget").addEventListener("click", () => {
-    clearHistory();
+    removeUnnamed();
+    drawHistory(take);
+  });
+  $("save-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const name = $("save-name").value.trim();
+    if (!name) return;
+    addToHistory(path(), state.sides.A, name);
+    $("save-name").value = "";
     drawHistory(take);
   });
   $("open-share").addEventListener("click", () => {
     drawShareOptions();
     $("share").showModal();
   });
-  for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
+  for (const close of document.querySelectorAll("dialog .close")) close.addEventListener("click", () => close.closest("dialog").close());
 }
 
 function drawHistory(take) {
-  const entries = history();
+  const entries = savedTexts();
   const none = el("li", { className: "quiet" }, "Nothing yet.");
   $("entries").replaceChildren(...(entries.length ? entries.map((entry) => historyItem(entry, take)) : [none]));
-  $("forget").hidden = !entries.length;
+  $("forget").hidden = entries.every(({ name }) => name);
+  $("save").disabled = !path().length;
 }
 
 function historyItem(entry, take) {
-  const words = entry.path.map((item) => (Array.isArray(item) ? item[0] : item)).join("").replace(/\s+/g, " ").trim();
+  const words = textOf(entry.path.map((item) => ({ text: Array.isArray(item) ? item[0] : item }))).replace(/\s+/g, " ").trim();
   const when = new Date(entry.at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
-  const button = el("button", { type: "button" }, el("span", {}, words.slice(0, 140)), el("small", {}, `${entry.model}, ${when}`));
-  button.addEventListener("click", () => {
+  const title = entry.name ? [el("b", {}, entry.name)] : [];
+  const open = button("", () => {
     $("history").close();
     take(entry);
-  });
-  return el("li", {}, button);
+  }, { className: "open" });
+  open.append(...title, el("span", {}, words.slice(0, 140)), el("small", {}, `${entry.model}, ${when}`));
+  const remove = button("✕", () => {
+    removeText(entry);
+    drawHistory(take);
+  }, { className: "plain", "aria-label": `Delete ${entry.name || words.slice(0, 30)}` });
+  return el("li", {}, open, remove);
 }
 
 const sharedState = () => ({ path: serialize(path()), ...state.sides.A, ...(state.comparing && { b: state.sides.B }) });
 
 const COPIES = {
-  "Copy link": async (base) => `${base}${toFragment(sharedState())}`,
-  "Copy as curl": async (base) => asCurl(await readableRequest(state.sides.A), base),
-  "Copy as Python": async (base) => asPython(await readableRequest(state.sides.A), base),
-  "Copy as command line": async () => asCommand(await readableRequest(state.sides.A), state.sides.A.settings),
+  "Copy link": async (base) => `${base}${await toFragment(sharedState())}`,
+  "Copy as curl": async (base) => asCurl(await readableRequest(state.shown), base),
+  "Copy as Python": async (base) => asPython(await readableRequest(state.shown), base),
+  "Copy as command line": async () => {
+    const side = state.sides[state.shown];
+    return asCommand(await readableRequest(state.shown), side.settings, infoOf(side.model));
+  },
 };
 
 function drawShareOptions() {
   const base = new URL(".", location.href).href;
-  const copies = Object.entries(COPIES).map(([name, make]) => shareButton(name, () => copyAndPreview(() => make(base))));
-  const asText = shareButton("Save as text", () => download("gpt2.txt", "text/plain", textOf(path())));
-  const asFile = shareButton("Save as JSON", () => download("gpt2.json", "application/json", asJson(path(), state.sides.A)));
+  const copies = Object.entries(COPIES).map(([name, make]) => button(name, () => copyAndPreview(() => make(base))));
+  const asText = button("Save as text", () => download("gpt2.txt", "text/plain", textOf(path())));
+  const asFile = button("Save as JSON", () => download("gpt2.json", "application/json", asJson(path(), state.sides.A)));
   $("choices").replaceChildren(...copies, asText, asFile);
   $("preview").hidden = true;
   $("copied").textContent = "";
-}
-
-function shareButton(name, act) {
-  const button = el("button", { type: "button" }, name);
-  button.addEventListener("click", act);
-  return button;
 }
 
 async function copyAndPreview(make) {

@@ -1,13 +1,14 @@
-// Generation: a stream of tokens into the tree.
+// Generation: a stream of tokens into the tree, for one side or both.
 
 import { events } from "./api.js";
 import { $, clamp } from "./dom.js";
-import { paintNew, paintTextB } from "./editor.js";
+import { paintNew, startFollowing } from "./editor.js";
 import { clearNotice, showError } from "./notice.js";
 import { requestOf } from "./request.js";
-import { render, onRender, path, infoOf, state } from "./state.js";
+import { render, onRender, path, infoOf, leafOf, setLeaf, sidesShown, state } from "./state.js";
 import { addToHistory } from "./share.js";
 import { add, appendToLeaf, pathTo } from "./tree.js";
+import { remember } from "./undo.js";
 
 async function* streamTokens(side, nodes, signal) {
   const info = infoOf(side.model);
@@ -33,59 +34,57 @@ function* splitTokens(letters, { token_ids, token_logprobs, text_offset }, lengt
   }
 }
 
-// Adds the tokens of A to the tree, after `begin`.
-async function generateA(begin, signal) {
+// Adds the tokens of a side to the tree. In a comparison both sides have the seed of A.
+async function generate(name, begin, signal) {
+  const { A } = state.sides, side = state.sides[name];
+  const used = name === "A" ? side : { ...side, settings: { ...side.settings, seed: A.settings.seed } };
   let count = 0;
-  for await (const { text, generated } of streamTokens(state.sides.A, pathTo(begin), signal)) {
-    state.tree.leaf = generated ? add(state.tree.leaf, text, generated) : appendToLeaf(state.tree.leaf, text);
-    paintNew({ text, generated });
-    if (generated) $("status").textContent = `${++count} tokens`;
+  for await (const { text, generated } of streamTokens(used, pathTo(begin), signal)) {
+    setLeaf(name, generated ? add(leafOf(name), text, generated) : appendToLeaf(leafOf(name), text));
+    paintNew(name);
+    if (generated && name === "A") $("status").textContent = `${++count} tokens`;
   }
 }
 
-// Shows the tokens of B beside them, generated with the seed of A.
-async function generateB(begin, signal) {
-  const { A, B } = state.sides;
-  const side = { ...B, settings: { ...B.settings, seed: A.settings.seed } };
-  for await (const { text, generated } of streamTokens(side, pathTo(begin), signal)) {
-    if (generated || !state.other.length) state.other.push({ text, generated });
-    else state.other.at(-1).text += text;
-    paintTextB();
-  }
-}
-
-export async function run(begin) {
+// Generates from a node of each given side: {A: node, B: node}.
+export async function run(starts) {
   if (state.running || !state.models.length) return;
   const { signal } = (state.running = new AbortController());
-  const started = performance.now();
+  const started = performance.now(), names = Object.keys(starts), main = names[0];
   clearNotice();
-  state.begin = state.tree.leaf = begin;
-  state.other = [];
+  if (state.comparing) state.leafB = starts.B ?? leafOf("B");
+  for (const name of names) setLeaf(name, starts[name]);
+  state.begin = { ...state.begin, ...starts };
   state.selected = null;
+  startFollowing();
   render();
   $("status").textContent = "Prefill…";
-  const streams = [generateA(begin, signal), ...(state.comparing ? [generateB(begin, signal)] : [])];
+  const streams = names.map((name) => generate(name, starts[name], signal));
   await Promise.all(streams).catch((error) => {
     showError(error, continueText);
     state.running.abort();
   });
   await Promise.allSettled(streams);
   state.running = null;
-  const tokens = state.begin === begin ? path().length - pathTo(begin).length : 0; // 0 if another text was opened meanwhile
+  const isSame = state.begin[main] === starts[main]; // false if another text was opened meanwhile
+  const tokens = isSame ? path(main).length - pathTo(starts[main]).length : 0;
   const rate = (1000 * tokens) / (performance.now() - started);
   $("status").textContent = `${signal.aborted ? "Stopped after " : ""}${tokens} tokens, ${rate.toFixed(0)} a second`;
-  if (tokens) addToHistory(path(), state.sides.A);
+  if (isSame && starts.A) remember("generation");
+  if (tokens) addToHistory(path(main), state.sides[main]);
   render();
 }
 
-export const continueText = () => run(state.tree.leaf);
+const leaves = (of) => Object.fromEntries(sidesShown().map((name) => [name, of(name)]));
+
+export const continueText = () => run(leaves(leafOf));
 export const stop = () => state.running?.abort();
 
 // Generates again from the same position, with another seed.
 function again() {
   const { settings } = state.sides.A;
   settings.seed = (settings.seed + 1) % 1000;
-  run(state.begin ?? state.tree.leaf);
+  run(leaves((name) => state.begin[name] ?? leafOf(name)));
 }
 
 function drawRunning() {

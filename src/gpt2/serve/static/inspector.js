@@ -1,91 +1,108 @@
 // The panels of the inspector: next tokens, attention, layers, tokens and the tree.
 
 import { requestJson } from "./api.js";
-import { openCard } from "./card.js";
-import { $ } from "./dom.js";
-import { drawAttention, drawBars, drawLayers, drawTokens, drawTree, showMessage } from "./draw.js";
+import { fillAttention } from "./attention.js";
+import { drawBars } from "./bars.js";
+import { nodeOf, openCard } from "./card.js";
+import { $, showMessage } from "./dom.js";
+import { clearHeat } from "./heat.js";
+import { drawLayers, drawTokens, drawTree } from "./panels.js";
 import { runLatestAndReport } from "./notice.js";
 import { requestNextTokens } from "./request.js";
-import { render, textReplaced, onRender, path, infoOf, state } from "./state.js";
-import { idsOf, hasVocabulary } from "./tokens.js";
-import { add, startsGenerated, endOf, goTo, spansOf, textOf } from "./tree.js";
+import { render, textReplaced, onRender, path, infoOf, leafOf, setLeaf, state } from "./state.js";
+import { hasVocabulary, idsOf, inWindow, tokensOf } from "./tokens.js";
+import { add, endOf, goTo, nodesBefore, spansOf, textOf } from "./tree.js";
+import { remember } from "./undo.js";
 
 const NO_TOKEN = "Select a generated token: click it, or press Alt ↵ at the cursor.";
 
 async function fillSettings(panel, signal) {
-  const side = state.sides[state.shown];
-  const ids = await idsOf(path(), infoOf(side.model), signal);
-  const { tokens, kept, entropy } = await requestNextTokens(side, ids, { top: 12 }, signal);
-  drawBars($("next"), tokens);
+  const name = state.shown, leaf = leafOf(name);
+  const tokens = await tokensOf(path(name), infoOf(state.sides[name].model), signal);
+  const { tokens: likely, kept, entropy } = await requestNextTokens(name, tokens, { top: 10 }, signal);
+  drawBars($("next"), likely, (token) => insert(name, leaf, token));
   const many = kept === 1 ? "1 token has" : `${kept.toLocaleString("en")} tokens have`;
-  $("next-note").textContent = `${many} a probability above 0; the entropy is ${entropy.toFixed(1)} bits. The tick is the probability before the sampling settings.`;
+  $("next-note").textContent = `${many} a probability above 0; the entropy is ${entropy.toFixed(1)} bits. The tick is the probability before the sampling settings. Click a token to insert it.`;
+}
+
+// Adds a likely token at the end of a text.
+function insert(name, leaf, token) {
+  if (state.running) return;
+  state.selected = null;
+  setLeaf(name, add(leaf, ...nodeOf(name, token)));
+  if (name === "A") remember("insert");
+  render();
 }
 
 // The token to inspect: the selected one, or the last generated one.
-async function selectedToken(info, signal) {
-  if (state.selected) return state.selected;
-  const nodes = path();
+async function selectedToken(signal) {
+  const side = state.shown, info = infoOf(state.sides[side].model);
+  if (state.selected?.side === side) return withStart(state.selected);
+  const nodes = path(side);
   const i = nodes.findLastIndex((node) => hasVocabulary(node, info));
   if (i < 0) return null;
-  return { ids: await idsOf(nodes.slice(0, i), info, signal), token: { id: nodes[i].generated.id, text: nodes[i].text } };
+  const before = await tokensOf(nodes.slice(0, i), info, signal);
+  return withStart({ side, node: nodes[i], before, token: { id: nodes[i].generated.id, text: nodes[i].text } });
 }
 
-async function fillAttention(panel, signal) {
-  const { model } = state.sides.A;
-  const selected = await selectedToken(infoOf(model), signal);
-  if (!selected) return showMessage(panel, NO_TOKEN);
-  drawAttention(panel, await requestJson("inspect/attention", { model, tokens: selected.ids }, signal), selected.token.text);
-}
+const withStart = (selected) => {
+  const found = spansOf(path(selected.side)).find(({ node }) => node === selected.node);
+  return { ...selected, start: selected.start ?? found?.start };
+};
 
-async function fillLayers(panel, signal) {
-  const { model } = state.sides.A;
-  const selected = await selectedToken(infoOf(model), signal);
+// A panel about one token.
+const aboutToken = (draw) => async (panel, signal) => {
+  const selected = await selectedToken(signal);
+  const { model } = state.sides[state.shown];
   if (!selected) return showMessage(panel, NO_TOKEN);
-  const { ids, token } = selected;
-  drawLayers(panel, await requestJson("inspect/lens", { model, tokens: ids, asked: token.id }, signal), token.text);
+  await draw(panel, selected, model, infoOf(model), signal);
+};
+
+const fillLayers = aboutToken(async (panel, { before, token }, model, info, signal) => {
+  drawLayers(panel, await requestJson("inspect/lens", { model, tokens: idsOf(inWindow(before, info)), asked: token.id }, signal), token.text);
+});
+
+function codeUnits(text) {
+  const ends = [0];
+  for (const letter of text) ends.push(ends.at(-1) + letter.length);
+  return ends;
 }
 
 async function fillTokens(panel, signal) {
-  const nodes = path(), text = textOf(nodes);
-  const info = infoOf(state.sides.A.model);
-  const ids = await idsOf(nodes, info, signal);
-  const key = `${info.name} ${text && ids}`;
+  const side = state.shown, nodes = path(side), text = textOf(nodes);
+  const info = infoOf(state.sides[side].model);
+  const tokens = await tokensOf(nodes, info, signal);
+  const key = `${info.name} ${text && idsOf(tokens)}`;
   if (panel.key === key) return; // the focus may be on one of its buttons
-  const result = text && (await requestJson("inspect/score", { model: info.name, tokens: ids }, signal));
+  const result = text && (await requestJson("inspect/score", { model: info.name, tokens: idsOf(tokens) }, signal));
   panel.key = key;
   if (!text) return showMessage(panel, "Write something first.");
-  const first = startsGenerated(nodes) ? 1 : 0; // the end-of-text token is not part of the text
+  const first = tokens[0].lead ? 1 : 0; // the end-of-text token is not part of the text
+  const ends = codeUnits(text); // characters to code units
   const origin = result.tokens[first].start;
-  drawTokens(panel, result.tokens.slice(first), result.perplexity, (i, button) => {
-    const { id, text: word, start } = result.tokens[i + first];
-    const before = i + first ? ids.slice(0, i + first) : [info.end_of_text];
-    openCard({ ids: before, token: { id, text: word }, nodes: () => nodesBefore(start - origin), opener: button });
+  const shown = result.tokens.map((token, i) => ({ ...token, node: tokens[i].node, start: ends[token.start - origin] ?? text.length })).slice(first);
+  drawTokens(panel, shown, result.perplexity, text, (i, opener) => {
+    const { id, text: word, start, node } = shown[i];
+    const before = i + first ? tokens.slice(0, i + first) : [{ id: info.end_of_text, start: 0, node: null, lead: true }];
+    const selected = { side, node, before, token: { id, text: word }, start };
+    openCard({ selected, nodes: () => nodesBefore(state.tree, nodes, start), opener });
   });
-}
-
-// The nodes of the first characters of the text; typed text may be cut within a node.
-function nodesBefore(characters) {
-  const length = [...textOf(path())].slice(0, characters).join("").length;
-  const nodes = [];
-  for (const { node, start, end } of spansOf(path())) {
-    if (end <= length) nodes.push(node);
-    else if (start < length) nodes.push(add(nodes.at(-1) ?? state.tree.root, node.text.slice(0, length - start)));
-    if (end >= length) break;
-  }
-  return nodes;
 }
 
 function fillTree(panel) {
   drawTree(panel, state.tree, (node) => {
     goTo(state.tree, endOf(node));
     textReplaced();
+    remember("branch");
   });
 }
 
-const PANELS = { settings: fillSettings, attention: fillAttention, layers: fillLayers, tokens: fillTokens, tree: fillTree };
+const PANELS = { settings: fillSettings, attention: aboutToken(fillAttention), layers: fillLayers, tokens: fillTokens, tree: fillTree };
 
 const fill = runLatestAndReport(80, async (signal) => {
-  if (!state.running && state.models.length) await PANELS[state.tab]($(`panel-${state.tab}`), signal);
+  const panel = $(`panel-${state.tab}`);
+  if (!state.running && state.models.length) await PANELS[state.tab](panel, signal);
+  if (!signal.aborted) panel.setAttribute("aria-busy", "false");
 });
 
 function drawTabs() {
@@ -95,6 +112,8 @@ function drawTabs() {
     $(`tab-${name}`).tabIndex = on ? 0 : -1;
     $(`panel-${name}`).hidden = !on;
   }
+  clearHeat();
+  if (state.models.length) $(`panel-${state.tab}`).setAttribute("aria-busy", "true"); // what it shows is of the text before
   fill();
 }
 

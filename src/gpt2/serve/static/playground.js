@@ -5,17 +5,23 @@ import { hideCard, wireCard } from "./card.js";
 import { wireDialogs } from "./dialogs.js";
 import { $ } from "./dom.js";
 import { wireEditor } from "./editor.js";
+import { clearHeat } from "./heat.js";
 import { wireInspector } from "./inspector.js";
 import { showError, wireNotice } from "./notice.js";
 import { validSettings } from "./settings.js";
 import { draft, fromFragment, keepDraft } from "./share.js";
+import { wireRescore } from "./rescore.js";
 import { render, textReplaced, onRender, path, infoOf, state } from "./state.js";
 import { fillModels, wireSides } from "./sides.js";
-import { serialize, deserialize } from "./tree.js";
+import { makeTree, serialize, deserialize } from "./tree.js";
+import { remember, wireUndo } from "./undo.js";
 import { continueText, stop, wireGeneration } from "./generation.js";
 
 // Loads a text from a link, the draft or the history.
 function take({ path: items, model, settings, b }) {
+  state.running?.abort();
+  clearHeat();
+  state.tree = makeTree();
   deserialize(state.tree, items.slice(0, 20000));
   const { A, B } = state.sides;
   if (infoOf(model)) A.model = model;
@@ -26,6 +32,7 @@ function take({ path: items, model, settings, b }) {
     state.comparing = true;
   }
   textReplaced();
+  remember("open");
 }
 
 function onKey(event) {
@@ -38,28 +45,32 @@ function onKey(event) {
 }
 
 async function start() {
+  render();
   try {
     state.models = (await requestJson("inspect/models")).models;
   } catch (error) {
     return showError(error, start);
   }
   fillModels();
-  const kept = fromFragment(location.hash) ?? draft();
+  const kept = (await fromFragment(location.hash)) ?? draft();
   if (Array.isArray(kept?.path)) take(kept);
   else render();
+  remember("open");
   onRender(() => keepDraft({ path: serialize(path()), ...state.sides.A }));
 }
 
 wireEditor();
 wireSides();
+wireUndo();
+wireRescore();
 wireCard();
 wireInspector();
 wireGeneration();
 wireNotice();
 wireDialogs(take);
 document.addEventListener("keydown", onKey);
-addEventListener("hashchange", () => {
-  const given = fromFragment(location.hash);
+addEventListener("hashchange", async () => {
+  const given = await fromFragment(location.hash);
   if (given && state.models.length) take(given);
 });
 start();

@@ -3,10 +3,8 @@
 import { requestJson } from "./api.js";
 import { biasesOf, linesOf } from "./settings.js";
 import { path, infoOf, state } from "./state.js";
-import { encode, idsOf } from "./tokens.js";
+import { encode, idsOf, inWindow, tokensOf } from "./tokens.js";
 import { pathTo, textOf } from "./tree.js";
-
-const KEPT_CONTEXT = 0.75; // of the context, for a text that is longer
 
 // The fields of a request for these settings. Bad words are banned with and without a space before them.
 export async function fieldsOf({ model, settings }, signal) {
@@ -28,22 +26,29 @@ export const badWordsOf = ({ bad_words }) => linesOf(bad_words).map((word) => wo
 
 export async function requestOf(side, nodes, signal) {
   const info = infoOf(side.model);
-  let prompt = await idsOf(nodes, info, signal);
-  if (prompt.length >= info.block_size) prompt = prompt.slice(-Math.floor(info.block_size * KEPT_CONTEXT));
+  const prompt = idsOf(inWindow(await tokensOf(nodes, info, signal), info));
   return { model: side.model, prompt, ...(await fieldsOf(side, signal)) };
 }
 
 // The request that generated the current text, to be copied: its prompt is text if that has the same tokens.
-export async function readableRequest(side) {
-  const nodes = state.begin ? pathTo(state.begin) : path();
-  const info = infoOf(side.model), request = await requestOf(side, nodes), text = textOf(nodes);
+// text: of the prompt, without what is outside the context.
+export async function readableRequest(name) {
+  const side = state.sides[name], info = infoOf(side.model);
+  const nodes = state.begin[name] ? pathTo(state.begin[name]) : path(name);
+  const request = await requestOf(side, nodes);
+  const [first] = inWindow(await tokensOf(nodes, info), info);
+  const text = textOf(nodes).slice(first.start);
   const plain = text ? await encode(text, info) : [info.end_of_text];
   return { text, request: String(plain) === String(request.prompt) ? { ...request, prompt: text } : request };
 }
 
-// The next tokens of a side after some ids. Penalties count from the beginning of the last continuation.
-export async function requestNextTokens(side, ids, more, signal) {
-  const begun = state.begin ? (await idsOf(pathTo(state.begin), infoOf(side.model), signal)).length : ids.length;
-  const question = { model: side.model, tokens: ids, prompt_length: Math.min(begun, ids.length), ...more };
+// The next tokens of a side after some tokens. Penalties count from the beginning of the last continuation.
+export async function requestNextTokens(name, before, more, signal) {
+  const side = state.sides[name], info = infoOf(side.model);
+  const tokens = inWindow(before, info), cut = before.length - tokens.length;
+  const begin = state.begin[name];
+  const begun = begin ? (await tokensOf(pathTo(begin), info, signal)).length : before.length;
+  const prompt_length = Math.max(0, Math.min(begun, before.length) - cut);
+  const question = { model: side.model, tokens: idsOf(tokens), prompt_length, ...more };
   return requestJson("inspect/next", { ...(await fieldsOf(side, signal)), ...question }, signal);
 }

@@ -1,22 +1,23 @@
-// The settings of a request: sliders, and text fields with one value per line.
+// The settings of a request: sliders, and text fields with one value per line. A number may lie beyond its slider, up to
+// `most`.
 
 import { $, el } from "./dom.js";
 
 export const SETTINGS = [
-  { name: "temperature", label: "Temperature", max: 2, step: 0.05, value: 1, where: "sliders", about: "0 is greedy" },
-  { name: "top_k", label: "Top-k", max: 200, step: 1, value: 50, where: "sliders", about: "the k most likely tokens; 0 for all" },
-  { name: "top_p", label: "Top-p", min: 0.01, max: 1, step: 0.01, value: 1, where: "sliders", about: "the most likely tokens that sum to p" },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, value: 1, where: "sliders", about: "above 1 avoids repetition" },
-  { name: "max_tokens", label: "Length", min: 1, max: 500, step: 1, value: 60, where: "sliders", about: "maximum new tokens" },
+  { name: "temperature", label: "Temperature", max: 2, most: 1e6, step: 0.05, value: 1, where: "sliders", about: "0 is greedy" },
+  { name: "top_k", label: "Top-k", max: 200, most: 2 ** 31, step: 1, value: 50, where: "sliders", about: "the k most likely tokens; 0 for all" },
+  { name: "top_p", label: "Top-p", min: 0.01, least: 1e-9, max: 1, step: 0.01, value: 1, where: "sliders", about: "the most likely tokens that sum to p" },
+  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, least: 1e-6, most: 1e6, step: 0.05, value: 1, where: "sliders", about: "above 1 avoids repetition" },
+  { name: "max_tokens", label: "Length", min: 1, max: 500, most: 2 ** 31, step: 1, value: 60, where: "sliders", about: "maximum new tokens" },
   { name: "min_p", label: "Min-p", max: 1, step: 0.01, value: 0, where: "more", about: "at least p times the largest probability" },
-  { name: "typical_p", label: "Typical-p", min: 0.01, max: 1, step: 0.01, value: 1, where: "more", about: "closest to the expected surprisal" },
-  { name: "epsilon_cutoff", label: "Epsilon cutoff", max: 0.1, step: 0.001, value: 0, where: "more", about: "minimum probability" },
-  { name: "eta_cutoff", label: "Eta cutoff", max: 0.1, step: 0.001, value: 0, where: "more", about: "minimum that depends on the entropy" },
-  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, value: 0, where: "more", about: "once for each token that occurred" },
-  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, value: 0, where: "more", about: "for each occurrence" },
-  { name: "no_repeat_ngram_size", label: "No repeated runs of", max: 8, step: 1, value: 0, where: "more", about: "tokens; 0 to disable" },
-  { name: "min_new_tokens", label: "Shortest", max: 100, step: 1, value: 0, where: "ending", about: "minimum new tokens" },
-  { name: "seed", label: "Seed", max: 999, step: 1, value: 42, where: "ending", about: "the same seed, the same text" },
+  { name: "typical_p", label: "Typical-p", min: 0.01, least: 1e-9, max: 1, step: 0.01, value: 1, where: "more", about: "closest to the expected surprisal" },
+  { name: "epsilon_cutoff", label: "Epsilon cutoff", max: 0.1, most: 0.999999, step: 0.001, value: 0, where: "more", about: "minimum probability" },
+  { name: "eta_cutoff", label: "Eta cutoff", max: 0.1, most: 0.999999, step: 0.001, value: 0, where: "more", about: "minimum that depends on the entropy" },
+  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, least: -1e6, most: 1e6, step: 0.1, value: 0, where: "more", about: "once for each token that occurred" },
+  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, least: -1e6, most: 1e6, step: 0.1, value: 0, where: "more", about: "for each occurrence" },
+  { name: "no_repeat_ngram_size", label: "No repeated runs of", max: 8, most: 2 ** 31, step: 1, value: 0, where: "more", about: "tokens; 0 to disable" },
+  { name: "min_new_tokens", label: "Shortest", max: 100, most: 2 ** 31, step: 1, value: 0, where: "ending", about: "minimum new tokens" },
+  { name: "seed", label: "Seed", max: 999, most: Number.MAX_SAFE_INTEGER, step: 1, value: 42, where: "ending", about: "the same seed, the same text" },
 ];
 
 // Settings with one value per line, kept as typed.
@@ -34,9 +35,18 @@ export function defaults() {
 // Settings from a link or the browser's storage; anything else in it is dropped.
 export function validSettings(given) {
   const settings = defaults();
-  for (const { name } of SETTINGS) if (Number.isFinite(given?.[name])) settings[name] = given[name];
+  for (const setting of SETTINGS) if (problemOf(setting, given?.[setting.name]) === null) settings[setting.name] = given[setting.name];
   for (const { name } of LINES) if (typeof given?.[name] === "string") settings[name] = given[name].slice(0, 10000);
   return settings;
+}
+
+// What is wrong with a number, or null.
+function problemOf({ min = 0, max, least = min, most = max, step }, value) {
+  if (!Number.isFinite(value)) return "a number is required";
+  if (step === 1 && !Number.isInteger(value)) return "a whole number is required";
+  if (value < least) return least === 1e-9 || least === 1e-6 ? "must be above 0" : `must be at least ${least}`;
+  if (value > most) return most === 0.999999 ? "must be below 1" : `must be at most ${most.toLocaleString("en")}`;
+  return null;
 }
 
 export const linesOf = (typed) => typed.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
@@ -63,27 +73,35 @@ export function drawSettings(onInput) {
 
 function frame(where, id, label, about, ...inputs) {
   const hint = el("small", { id: `${id}-about`, title: about }, about);
-  $(where).append(el("div", { className: "setting" }, el("label", { htmlFor: id }, label), hint, ...inputs));
+  $(where).append(el("div", { className: "setting" }, el("label", { htmlFor: id, title: about }, label), hint, ...inputs));
   return hint;
 }
 
-function drawNumber({ name, label, min = 0, max, step, where, about }, onInput) {
+function drawNumber(setting, onInput) {
+  const { name, label, min = 0, max, step, where, about } = setting;
   const id = `set-${name}`;
   const number = el("input", { id, type: "number", min, step: "any", "aria-describedby": `${id}-about` });
   const range = el("input", { type: "range", min, max, step, "aria-label": `${label}, slider` });
-  frame(where, id, label, about, number, range);
+  const note = frame(where, id, label, about, number, range);
   const fill = () => range.style.setProperty("--fill", `${(100 * (range.value - min)) / (max - min)}%`);
+  const check = (problem) => {
+    number.setAttribute("aria-invalid", String(problem !== null));
+    note.textContent = problem ?? about;
+  };
   const take = (from, to) => {
     if (from.value === "") return;
     to.value = from.value;
     fill();
-    onInput(name, Number(from.value));
+    const problem = problemOf(setting, Number(from.value));
+    check(problem);
+    if (problem === null) onInput(name, Number(from.value));
   };
   range.addEventListener("input", () => take(range, number));
   number.addEventListener("input", () => take(number, range));
-  number.addEventListener("change", () => take(number.value === "" ? range : number, number.value === "" ? number : range));
+  number.addEventListener("change", () => number.value === "" && take(range, number));
   return (settings) => {
     for (const input of [number, range]) if (input !== document.activeElement) input.value = settings[name];
+    if (number !== document.activeElement) check(null);
     fill();
   };
 }

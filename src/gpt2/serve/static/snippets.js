@@ -29,12 +29,13 @@ ${lines.join("\n")}
 print(answer.choices[0].text)`;
 }
 
-export function asCommand({ request, text }, settings) {
+// info: of the model, whose reference `gpt2 sample` can load.
+export function asCommand({ request, text }, settings, { reference }) {
   const { model, prompt, stop = [], bad_words, logit_bias = {}, ...numbers } = request;
   const flags = Object.entries(numbers).map(([name, value]) => `--${CLI_NAMES[name] ?? name.replaceAll("_", "-")}=${value}`);
   flags.push(...Object.entries(logit_bias).map(([id, bias]) => `--logit-bias=${id}=${bias}`));
   flags.push(...badWordsOf(settings).map((word) => `--bad-word=${quoted(word)}`));
   flags.push(...stop.map((each) => `--stop=${quoted(each)}`));
   const note = typeof prompt === "string" ? "" : "# gpt2 sample takes text: its tokens may differ from those of the page\n";
-  return `${note}gpt2 sample ${quoted(model)} --prompt=${quoted(text)} \\\n  ${flags.join(" \\\n  ")}`;
+  return `${note}gpt2 sample ${quoted(reference)} --prompt=${quoted(text)} \\\n  ${flags.join(" \\\n  ")}`;
 }

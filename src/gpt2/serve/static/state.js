@@ -5,20 +5,28 @@ import { makeTree, pathTo } from "./tree.js";
 
 export const state = {
   models: [],
-  tree: makeTree(),
-  begin: null, // the node where the last continuation began
-  other: [], // tokens of B after it, in a comparison: {text, generated}
-  sides: { A: { model: "", settings: defaults() }, B: { model: "", settings: { ...defaults(), temperature: 0.5 } } },
-  shown: "A", // whose settings are shown
+  tree: makeTree(), // its leaf is the end of the text of A
+  leafB: null, // the end of the text of B; null while that is the text of A
+  begin: { A: null, B: null }, // the nodes where the last continuation began
+  sides: { A: { model: "", settings: defaults() }, B: { model: "", settings: defaults() } },
+  shown: "A", // the side whose settings and panels are shown
   comparing: false,
   running: null, // the AbortController of the running generation
-  selected: null, // {ids, token: {id, text}}: the inspected token, and the token ids before it
+  selected: null, // the inspected token: {side, node, before, token: {id, text}}; before: the tokens before it
+  window: null, // what of the text of A fits the context: {tokens, chars, size}; null if all of it does
   tab: "settings",
 };
 
-export const path = () => pathTo(state.tree.leaf);
+export const leafOf = (side) => (side === "A" ? state.tree.leaf : (state.leafB ?? state.tree.leaf));
+export const path = (side = "A") => pathTo(leafOf(side));
 export const infoOf = (name) => state.models.find((model) => model.name === name);
 export const settings = () => state.sides[state.shown].settings;
+export const sidesShown = () => (state.comparing ? ["A", "B"] : ["A"]);
+
+export function setLeaf(side, leaf) {
+  if (side === "A") state.tree.leaf = leaf;
+  else state.leafB = leaf;
+}
 
 const renderers = [];
 export const onRender = (draw) => renderers.push(draw);
@@ -27,7 +35,7 @@ export const render = () => renderers.forEach((draw) => draw());
 // Another text was opened, or the text was edited: resets what belongs to the last continuation.
 export function textReplaced() {
   state.running?.abort();
-  state.begin = state.selected = null;
-  state.other = [];
+  state.begin = { A: null, B: null };
+  state.selected = state.leafB = null;
   render();
 }

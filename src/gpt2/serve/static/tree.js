@@ -1,18 +1,21 @@
 // A tree of typed text and generated tokens. A node is a generated token or a run of typed text; the text of the editor
 // is the path from the root to the leaf. Editing never deletes generated tokens.
+//
+// generated: null for typed text, else {id, logprob, vocabulary, stale}. A stale log-probability is that of the token
+// after another text: the server is asked for the new one. copy: made by an edit before the token, not by a model.
 
 export function makeTree() {
   const root = makeNode(null, "");
   return { root, leaf: root };
 }
 
-function makeNode(parent, text, generated = null) {
-  return { parent, text, generated, children: [], last: null };
+function makeNode(parent, text, generated = null, copy = false) {
+  return { parent, text, generated, copy, children: [], last: null };
 }
 
-export function add(parent, text, generated = null) {
+export function add(parent, text, generated = null, copy = false) {
   const same = parent.children.find((child) => isSame(child, text, generated));
-  const child = same ?? makeNode(parent, text, generated);
+  const child = same ?? makeNode(parent, text, generated, copy);
   if (!same) parent.children.push(child);
   parent.last = child;
   return child;
@@ -49,29 +52,64 @@ export function goTo(tree, node) {
   tree.leaf = node;
 }
 
-// Updates the tree after an edit: nodes that are still a prefix of the text are kept, the rest becomes typed text.
-export function edit(tree, text) {
-  const path = pathTo(tree.leaf);
-  let kept = tree.root, length = 0;
-  for (const node of path) {
-    if (!text.startsWith(node.text, length)) break;
-    length += node.text.length;
-    if (node.text) kept = node; // a node without text is part of a character, and is kept with it
-  }
-  let rest = text.slice(length);
-  if (rest && kept.parent && !kept.generated && !kept.children.length) {
-    rest = kept.text + rest;
-    kept = forget(kept);
-  }
-  removeTyped(tree, path, kept);
-  tree.leaf = rest ? add(kept, rest) : kept;
-  if (!rest) kept.last = null;
+// Returns to a leaf that an edit may have removed from the tree.
+export function restore(tree, leaf) {
+  removeEdited(pathTo(tree.leaf), null);
+  let at = leaf;
+  for (; at.parent; at = at.parent) if (!at.parent.children.includes(at)) at.parent.children.push(at);
+  tree.root = at;
+  goTo(tree, leaf);
 }
 
-// Removes typed nodes without children: text that was typed in between gets no branch.
-function removeTyped(tree, path, kept) {
+// Updates the tree after an edit: the tokens before and after it are kept, and what lies between becomes typed text.
+export function edit(tree, text) {
+  const path = pathTo(tree.leaf), spans = spansOf(path), old = textOf(path);
+  const before = countUnchanged(path, text);
+  const start = before ? spans[before - 1].end : 0;
+  const after = countUnchangedAfter(path.slice(before), text.slice(start));
+  const tail = path.slice(path.length - after);
+  let middle = text.slice(start, text.length - textOf(tail).length);
+  while (tail.length && !tail[0].generated) middle += tail.shift().text;
+  let kept = before ? path[before - 1] : tree.root;
+  if (old === text) return;
+  if (middle && kept.parent && !kept.generated && kept.children.every((child) => child === path[before] && isEdited(child))) {
+    middle = kept.text + middle;
+    removeEdited(path, kept);
+    kept = forget(kept);
+  } else removeEdited(path, kept);
+  let leaf = middle ? add(kept, middle) : kept;
+  for (const node of tail) leaf = add(leaf, node.text, { ...node.generated, stale: true }, true);
+  leaf.last = null;
+  tree.leaf = leaf;
+}
+
+// A node without text is part of a character, and is kept with it.
+function countUnchanged(path, text) {
+  let length = 0, count = 0;
+  for (const [i, node] of path.entries()) {
+    if (!text.startsWith(node.text, length)) break;
+    length += node.text.length;
+    if (node.text) count = i + 1;
+  }
+  return count;
+}
+
+function countUnchangedAfter(path, text) {
+  let end = text.length, count = 0;
+  for (const [i, node] of [...path].reverse().entries()) {
+    if (!node.generated || !text.endsWith(node.text, end)) break;
+    end -= node.text.length;
+    if (node.text || count) count = i + 1;
+  }
+  return count;
+}
+
+const isEdited = (node) => !node.generated || node.copy;
+
+// Removes what edits made and nothing else uses: text that was typed in between gets no branch.
+function removeEdited(path, kept) {
   for (let i = path.length - 1; i >= 0 && path[i] !== kept; i--) {
-    if (path[i].generated || path[i].children.length) return;
+    if (!isEdited(path[i]) || path[i].children.length) return;
     forget(path[i]);
   }
 }
@@ -89,6 +127,17 @@ export function spansOf(path) {
   return path.map((node) => ({ node, start, end: (start += node.text.length) }));
 }
 
+// The nodes of the first characters of a path; typed text may be cut within a node.
+export function nodesBefore(tree, path, length) {
+  const nodes = [];
+  for (const { node, start, end } of spansOf(path)) {
+    if (end <= length) nodes.push(node);
+    else if (start < length) nodes.push(add(nodes.at(-1) ?? tree.root, node.text.slice(0, length - start)));
+    if (end >= length) break;
+  }
+  return nodes;
+}
+
 export const startsGenerated = (path) => !path.length || path[0].generated !== null;
 
 // A path as plain data, and back.
@@ -99,7 +148,8 @@ export function deserialize(tree, items) {
   for (const item of items) {
     const [text, id, logprob, vocabulary] = Array.isArray(item) ? item : [item];
     if (typeof text !== "string") continue;
-    const generated = Number.isInteger(id) ? { id, logprob: Number(logprob), vocabulary: String(vocabulary) } : null;
+    const known = logprob === null ? null : Number(logprob);
+    const generated = Number.isInteger(id) ? { id, logprob: known, vocabulary: String(vocabulary) } : null;
     if (text || generated) at = add(at, text, generated);
   }
   goTo(tree, at);
