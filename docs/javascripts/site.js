@@ -4,7 +4,7 @@ new MutationObserver(() => {
   for (const nav of document.querySelectorAll("nav.md-code__nav:not([role])")) nav.setAttribute("role", "none");
   for (const nav of document.querySelectorAll("nav[data-md-level][aria-labelledby]")) {
     const label = document.getElementById(nav.getAttribute("aria-labelledby"));
-    if (!label || nav.dataset.mdLevel === "0") continue;
+    if (!label?.textContent.trim() || nav.dataset.mdLevel === "0") continue;
     nav.removeAttribute("aria-labelledby");
     nav.setAttribute("aria-label", `Pages of ${label.textContent.trim()}`);
   }
