@@ -1,5 +1,5 @@
 // What axe asks of the theme's elements: tables that can be scrolled with the keyboard, and landmarks with distinct names.
-new MutationObserver(() => {
+function improve() {
   for (const wrap of document.querySelectorAll(".md-typeset__scrollwrap:not([tabindex])")) wrap.tabIndex = 0;
   for (const nav of document.querySelectorAll("nav.md-code__nav:not([role])")) nav.setAttribute("role", "none");
   for (const nav of document.querySelectorAll("nav[data-md-level][aria-labelledby]")) {
@@ -8,4 +8,8 @@ new MutationObserver(() => {
     nav.removeAttribute("aria-labelledby");
     nav.setAttribute("aria-label", `Pages of ${label.textContent.trim()}`);
   }
-}).observe(document.documentElement, { childList: true, subtree: true });
+}
+
+new MutationObserver(improve).observe(document.documentElement, { childList: true, subtree: true });
+document.addEventListener("DOMContentLoaded", improve);
+improve();
