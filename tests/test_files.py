@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.files import LockFile, check_regular_file, expand_path, known_folder_kind, staging_folder
+from gpt2.files import LockFile, check_regular_file, expand_path, known_folder_kind, safetensors_header, staging_folder
 
 HOLDS = """
 import sys, time
@@ -135,3 +135,31 @@ def test_folders_and_pipes_are_not_regular_files(tmp_path: Path) -> None:
 )
 def test_known_folders_are_recognized_by_their_files(names: str, kind: str | None) -> None:
     assert known_folder_kind(names.split()) == kind
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"", "is no whole safetensors file"),
+        (b"\xff" * 8, "its header has"),
+        ((2**23).to_bytes(8, "little"), "its header has"),
+        ((2).to_bytes(8, "little") + b"{}x", "it has 11 bytes instead of 10"),
+        ((2).to_bytes(8, "little") + b"[]", "its header does not describe tensors"),
+        ((8).to_bytes(8, "little") + b'{"a":{}}', "its header does not describe tensors"),
+    ],
+)
+def test_the_header_of_a_broken_safetensors_file(data: bytes, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"model.safetensors.*{complaint}"):
+        safetensors_header(path)
+
+
+def test_a_safetensors_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library reports it as missing."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    error = PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "open", lambda *given: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors \(Permission denied\)"):
+        safetensors_header(path)

@@ -8,7 +8,8 @@ import torch
 from gpt2.commands.info import model_facts
 from gpt2.data.instruct import open_instruct
 from gpt2.data.prepare import describe_shards
-from gpt2.data.resolve import Rows, Shards, Texts, resolve_data
+from gpt2.data.resolve import Rows, Shards, resolve_data
+from gpt2.data.sources import Texts
 from gpt2.lora import merge_adapter, read_adapter
 from gpt2.model import GPT, GPTConfig
 from gpt2.reporting.metrics import read_metrics

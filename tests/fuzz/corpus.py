@@ -146,8 +146,8 @@ def _adapters(seed: Seed) -> dict[str, Files]:
 
 def _rows() -> dict[str, Files]:
     lines = {
-        "no break": b"a" * 20_000_000,
-        "no break in a row": json.dumps({"text": "a" * 5_000_000}).encode(),
+        "no break": b"a" * 3_000_000,
+        "no break in a row": json.dumps({"text": "a" * 1_000_000}).encode(),
         "deep": b"[" * 1_000_000,
         "digits": b'{"text": ' + b"9" * 10_000 + b"}",
         "surrogates": b'{"prompt": "\\ud800", "answer": "\\udfff"}',

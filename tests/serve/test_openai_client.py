@@ -191,19 +191,19 @@ def test_streamed_stop_strings_are_held_back_and_free_the_slot(server: LiveServe
 
 def test_chat_equals_gpt2_chat(server: LiveServer, client: Any) -> None:
     from gpt2.generation.chat import Conversation
+    from gpt2.generation.inference import prepare_for_inference
     from gpt2.generation.sampling import Sampling
 
-    talk = Conversation(
-        server.model, BYTE_TOKENIZER, Sampling(temperature=0.7, top_k=50), max_new_tokens=12, seed=6, system="Be kind."
-    )
+    model, sampling = prepare_for_inference(server.model), Sampling(temperature=0.7, top_k=50)  # as gpt2 chat does
+    talk = Conversation(model, BYTE_TOKENIZER, sampling, max_new_tokens=12, seed=6)
     answer = "".join(talk.send("Hello"))
-    messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    messages: Any = [{"role": "user", "content": "Hello"}]
     asked: dict[str, Any] = {"model": "tiny", "messages": messages, "temperature": 0.7, "seed": 6}
     reply = client.chat.completions.create(**asked, max_completion_tokens=12, logprobs=True, top_logprobs=2)
     message = reply.choices[0].message
     assert message.content == answer.removeprefix(" ")
     assert message.role == "assistant"
-    assert reply.usage.prompt_tokens == len("Be kind.\nUser: Hello\nAssistant:")
+    assert reply.usage.prompt_tokens == len("User: Hello\nAssistant:")
     content = reply.choices[0].logprobs.content
     assert len(content) == reply.usage.completion_tokens
     assert all(len(one.top_logprobs) == 2 and one.logprob <= one.top_logprobs[0].logprob for one in content)

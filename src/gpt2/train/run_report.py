@@ -16,8 +16,8 @@ from gpt2.train.setup import Run
 log = logging.getLogger("gpt2")
 
 
-def describe_run(run: Run) -> tuple[str, str]:
-    """Two lines: the model and the device, and the data."""
+def describe_run(run: Run) -> tuple[str, ...]:
+    """Lines: the model and the device, the data, and the parts of a mixture."""
     config, data = run.config, run.data
     validation = f"{data.val_tokens:,} validation tokens" if data.val_tokens else "no validation tokens"
     compiled = ", compiled" if config.compile else ""
@@ -28,18 +28,19 @@ def describe_run(run: Run) -> tuple[str, str]:
     return (
         f"model: {run.model.num_parameters():,} parameters{partly}, {config.n_layer} layers of {config.n_embd}, "
         f"context {config.block_size}, on {parallel}{run.device} in {config.dtype}{reason}{compiled}",
-        f"data: {data.name}, {data.train_tokens:,} training tokens, {validation}" + _describe_mixture(run),
+        f"data: {data.name}, {data.train_tokens:,} training tokens, {validation}",
+        *_describe_mixture(run),
     )
 
 
-def _describe_mixture(run: Run) -> str:
+def _describe_mixture(run: Run) -> list[str]:
     """How often the run goes through each part of a mixture, a line each; empty for other data."""
     if not isinstance(run.loader, MixtureLoader):
-        return ""
+        return []
     assert isinstance(run.data, MixtureDataset)
     epochs = run.loader.epochs(run.config.max_steps * run.loader.batch_size)
     parts = zip(run.data.parts, run.data.shares, epochs, strict=True)
-    return "".join(f"\n  {part.name}: {float(share):.1%} of the rows, {n:.2f} epochs" for part, share, n in parts)
+    return [f"  {part.name}: {float(share):.1%} of the rows, {n:.2f} epochs" for part, share, n in parts]
 
 
 def write_report(run: Run, stop_reason: str, published: Mapping[str, Mapping[str, float]] | None = None) -> None:
