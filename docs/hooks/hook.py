@@ -72,7 +72,7 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 
 def _first_sentence(markdown: str) -> str:
     paragraphs = (part.strip() for part in markdown.split("\n\n"))
-    text = next((part for part in paragraphs if part and not part.startswith(("#", "!", "|", "`", "-"))), "")
+    text = next((part for part in paragraphs if part and not part.startswith(("#", "!", "|", "`", "-", "<"))), "")
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", " ".join(text.split()))
     return re.split(r"(?<=[.:]) ", plain)[0]
 
