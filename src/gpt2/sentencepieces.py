@@ -52,6 +52,12 @@ class SentencePieceTokenizer:
     def _piece_bytes(self, i: int, piece: str) -> bytes:
         return bytes([int(piece[3:5], 16)]) if self._processor.is_byte(i) else piece.replace(_SPACE, " ").encode()
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}: {self.vocab_size:,} tokens, ends {list(self.end_tokens)}>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         state = {"end_tokens": self.end_tokens, "prompt_prefix": self.prompt_prefix}
         return SentencePieceTokenizer, (self._model, self._settings), state

@@ -408,7 +408,7 @@ def test_shards_with_a_meta_pkl_have_its_characters(tmp_path: Path) -> None:
     assert data.tokenizer.vocab_size == len(characters)
     assert data.tokenizer.decode(everything(data.train)) == text[:1000]
     with pytest.raises(UserError, match="were made with tokenizer characters"):
-        open_data(str(tmp_path), "gpt2")
+        open_data(str(tmp_path), "bytes")
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": itos, "x": print}))
     with pytest.raises(UserError, match=r"cannot use .*meta\.pkl: .*no vocabulary of characters needs"):
         open_data(str(tmp_path))

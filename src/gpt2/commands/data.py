@@ -2,7 +2,7 @@
 
 import os
 from argparse import BooleanOptionalAction, Namespace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,7 +184,11 @@ def _inspect_texts(args: Namespace, texts: "Texts") -> None:
     console = Console(highlight=False)
     for document in texts.documents[: max(0, args.rows)]:
         print(f"\n--- {single_line(document.name)}")
-        text = "".join(islice(document.iter_chunks(chunk_bytes=4 * MAX_SHOWN_TOKENS), 1))
+        text = ""
+        for chunk in document.iter_chunks(chunk_bytes=4 * MAX_SHOWN_TOKENS):
+            text += chunk
+            if len(text) >= 4 * MAX_SHOWN_TOKENS:
+                break
         tokens = data.tokenizer.encode(text)
         ends = len(tokens) < MAX_SHOWN_TOKENS and len(texts.documents) > 1 and len(text.encode()) == document.size
         tokens += [data.tokenizer.end_of_text] * ends
