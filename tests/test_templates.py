@@ -192,5 +192,5 @@ def test_templates_by_name_or_file(tmp_path: Path) -> None:
 def test_builtin_templates_need_no_jinja(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert ChatTemplate().render_prompt([("user", "x")]) == "User: x\nAssistant:"
-    with pytest.raises(UserError, match=r"needs jinja2, which is not installed: pip install 'gpt2\[serve\]'"):
+    with pytest.raises(UserError, match=r"needs jinja2, which is not installed: pip install 'plain-gpt2\[serve\]'"):
         ChatTemplate("{{ 1 }}")

@@ -220,7 +220,7 @@ def test_another_tokenizer_is_not_replaced_by_openais(
     gpt2.save(random_model(config), None, tmp_path)
     (tmp_path / file).write_bytes(b"anything")
     assert gpt2.load(tmp_path)[1] is None
-    assert "pip install 'gpt2[sentencepiece]'" in caplog.text or file == "vocab.txt"
+    assert "pip install 'plain-gpt2[sentencepiece]'" in caplog.text or file == "vocab.txt"
 
 
 # SentencePiece

@@ -154,7 +154,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(UserError, match="transformers, which is not installed"):
         parse_peers(["transformers"])
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"needs matplotlib, which is not installed: pip install 'gpt2\[plot\]'"):
+    with pytest.raises(UserError, match=r"needs matplotlib, which is not installed: pip install 'plain-gpt2\[plot\]'"):
         ladder_chart.check_chart_path(tmp_path / "a.png")
 
 

@@ -246,7 +246,7 @@ def test_files_that_do_not_fit_their_suffix(name: str, content: str | bytes, mes
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, "a.parquet", b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow, .* pip install 'gpt2\[data\]'"):
+    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow, .* pip install 'plain-gpt2\[data\]'"):
         list(read_rows([path]))
 
 

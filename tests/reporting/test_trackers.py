@@ -176,7 +176,7 @@ def test_missing_package_names_the_extra(
     config: TrainConfig, module: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"{flag}, which is not installed: pip install 'gpt2\[track\]'"):
+    with pytest.raises(UserError, match=rf"{flag}, which is not installed: pip install 'plain-gpt2\[track\]'"):
         open_trackers(config, tmp_path, 0)
 
 
