@@ -18,6 +18,7 @@
     generate, stream, Sampling            text from prompts: whole, in pieces, and the sampling settings
     prepare_for_inference                 the CPU kernel or CUDA graphs; float32, bfloat16, float16, int8, int4
     train, finetune, evaluate             the commands of the same names; RunResult is what the first two return
+    trace, patch, ablate                  activations by name, replaced or removed; logit_attribution: what made a logit
     GPT, GPTConfig, KVCache               the model, its shape, the cache of keys and values
     Tokenizer, get_tokenizer              text to token ids and back
     UserError                             every mistake that a user can fix: one line, and the argument in `field`

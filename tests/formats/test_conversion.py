@@ -313,7 +313,7 @@ def test_the_list_names_every_format(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_missing_package_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, name, None)
     target = target_of(name)
-    with pytest.raises(UserError, match=rf"pip install 'gpt2\[{name}\]'"):
+    with pytest.raises(UserError, match=rf"pip install 'plain-gpt2\[{name}\]'"):
         convert(target, Job(random_model(CONFIG), None, None, "float32"), tmp_path / (target.file or name))
     assert not list(tmp_path.iterdir())
 

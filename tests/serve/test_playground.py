@@ -80,7 +80,7 @@ def attention(ids: list[int], position: int) -> list[Any]:
 
 
 def test_sampling_parameters_change_the_probabilities(client: TestClient) -> None:
-    plain = inspect(client, "next", text=PROMPT, top=5)
+    plain = inspect(client, "next", text=PROMPT, top=5, top_k=0)  # by default the 50 most likely tokens are kept
     assert len(plain["tokens"]) == 5
     assert all(token["probability"] == pytest.approx(token["raw"], rel=1e-5) for token in plain["tokens"])
     greedy = inspect(client, "next", text=PROMPT, top=5, temperature=0)
