@@ -69,7 +69,7 @@ def test_the_same_command_goes_on_with_the_sweep(
         patch.setattr("gpt2.train.stopping.StopCondition.exit_code", lambda self: 130)
         code, _, err = run_cli(capsys, *command, *parts, "--trials", "2")
     assert code == 130
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     sweep = tmp_path / "parts" / "quickstart-sweep"
     assert read_trials(sweep) == []
     assert run_cli(capsys, *command, *parts, "--trials", "2")[0] == 0

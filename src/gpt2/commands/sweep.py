@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     try:
         done = run_sweep(config, ranges, trials, train_trial)
     except Interrupted as stop:
-        print(f"gpt2: {single_line(stop)}; the same command goes on with the sweep", file=sys.stderr)
+        print(f"gpt2: {single_line(stop)}; the same command resumes the sweep", file=sys.stderr)
         return stop.exit_code
     table, best = format_table(done), best_trial(done)
     (folder / "report.md").write_text(f"# {config.name}\n\n{table}\n", encoding="utf-8")
