@@ -23,6 +23,13 @@ def single_line(text: object) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in str(text))
 
 
+def shorten(text: object, limit: int = 100) -> str:
+    """`text`, or its start and its end around "...", which are `limit` characters together, if it is longer."""
+    whole = str(text)
+    tail = (limit - 3) // 4
+    return whole if len(whole) <= limit else f"{whole[: limit - 3 - tail]}...{whole[len(whole) - tail :]}"
+
+
 def path_for_stream(path: Path, stream: TextIO | None) -> str:
     """A path that is a command's result: on a terminal a single line; unchanged for a program that reads it."""
     return single_line(path) if stream is not None and stream.isatty() else str(path)

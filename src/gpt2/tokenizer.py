@@ -49,6 +49,7 @@ from gpt2.vocabulary import (
     non_special_added_ids,
     recover_merges,
     replace_surrogates,
+    split_long_whitespace,
     split_long_words,
     tiktoken_encoding,
     tokenizers_errors,
@@ -65,9 +66,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
-
-_LONG_WHITESPACE = 500_000  # tiktoken panics on a run of a million spaces
-_LONG_WHITESPACE_PATTERN = re.compile(rf"(?<!\s)\s{{{_LONG_WHITESPACE}}}")  # each run is scanned once: linear time
 
 _log = logging.getLogger("gpt2")
 
@@ -200,17 +198,29 @@ class GPT2Tokenizer(_ByteLevelTokenizer):
         special = frozenset(map(self._encoding.encode_single_token, self._encoding.special_tokens_set))
         super().__init__(Vocabulary(tokens, special))
 
+    @cached_property
+    def _whitespace_encoding(self) -> "tiktoken.Encoding":
+        return tiktoken_encoding(self._vocabulary, r"\s+")
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if any(len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text) for text in texts):
-            return _encode_with_backend(self._backend, texts)  # tiktoken would panic
+        if any(sum(1 for _ in split_long_whitespace(text)) > 1 for text in texts):
+            return [self.encode_array(text).tolist() for text in texts]
         if len(texts) == 1:
             return [self._encoding.encode_ordinary(texts[0])]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def encode_array(self, text: str) -> "np.ndarray":
-        if len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text):
-            return super().encode_array(text)
-        return self._encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
+        parts = [
+            (self._whitespace_encoding if is_whitespace else self._encoding).encode_to_numpy(
+                replace_surrogates(part), disallowed_special=()
+            )
+            for part, is_whitespace in split_long_whitespace(text)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        import numpy as np
+
+        return np.concatenate(parts)
 
 
 class BPETokenizer(_ByteLevelTokenizer):

@@ -99,7 +99,8 @@ class Document:
     ) -> Iterator[str | None]:
         """`iter_chunks` without ``<|endoftext|>``, which separates texts: None is yielded in its place.
 
-        A text of whitespace only is left out with its separator, unless it is the whole document.
+        A text of whitespace only is left out with its separator, unless it is the whole document, or longer than
+        `MAX_CHUNK_CHARACTERS`: so much is not held in memory.
         """
         empty = start == 0  # nothing but whitespace since the start or the last separator
         held, separated = "", False  # that whitespace, and whether there was a separator
@@ -109,10 +110,12 @@ class Document:
                     if not empty:
                         yield None
                     empty, held, separated = True, "", True
-                if empty and (not text or text.isspace()):
+                if empty and (not text or text.isspace()) and len(held) + len(text) <= MAX_CHUNK_CHARACTERS:
                     held += text
                 elif text:
-                    yield held + text
+                    if held:
+                        yield held  # by itself: a chunk ended after it
+                    yield text
                     empty, held = False, ""
         if held and not separated:
             yield held

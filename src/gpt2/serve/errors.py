@@ -5,8 +5,9 @@ import math
 
 from starlette.responses import Response
 
-from gpt2.errors import NonFiniteLogitsError, UserError
+from gpt2.errors import MAX_MESSAGE_CHARACTERS, NonFiniteLogitsError, UserError
 from gpt2.serve.schema import ErrorBody, ErrorDetail
+from gpt2.terminal import shorten, single_line
 
 ERROR_TYPES = {
     401: "authentication_error",
@@ -53,8 +54,10 @@ class APIError(Exception):
         code: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
+        line = shorten(single_line(message), MAX_MESSAGE_CHARACTERS)
+        super().__init__(line)
+        self.status, self.message, self.retry_after = status, line, retry_after
+        self.param = None if param is None else shorten(single_line(param))
         self.code = code or ERROR_CODES.get(status)
 
     @property
