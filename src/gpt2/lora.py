@@ -327,4 +327,5 @@ def _add_delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Non
 
 
 def _base_mismatch_error(adapter: Adapter, reason: str) -> ModelFilesError:
-    return ModelFilesError(f"the adapter {adapter.folder} is for another model ({adapter.base_model}): {reason}")
+    base = shorten(adapter.base_model)
+    return ModelFilesError(f"the adapter {adapter.folder} is for another model ({base}): {reason}")

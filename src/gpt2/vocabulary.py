@@ -157,11 +157,11 @@ def tokenizers_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(shorten(error, 300)) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizers library panicked: {error}") from error
+        raise ValueError(f"the tokenizers library panicked: {shorten(error, 300)}") from error
 
 
 def extend_vocabulary(vocabulary: Vocabulary, texts: Sequence[str]) -> Vocabulary:

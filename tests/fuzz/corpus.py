@@ -111,6 +111,7 @@ def _tokenizers(seed: Seed) -> dict[str, Files]:
         "an added token": lambda spec: spec["added_tokens"][0].update(content=""),
         "an added id": lambda spec: spec["added_tokens"][0].update(id=-1),
         "a content that is no text": lambda spec: spec["added_tokens"][0].update(content=[["<|endoftext|>"]]),
+        "a long type": lambda spec: spec["model"].update(dropout="x" * 10_000),
         "a long content": lambda spec: spec["added_tokens"][0].update(content="x" * 10_000),
         "a long token": lambda spec: spec["model"]["vocab"].update({"é" * 10_000 + " ": 5}),
         "type ids": lambda spec: spec.update(
@@ -140,6 +141,7 @@ def _adapters(seed: Seed) -> dict[str, Files]:
             "use_rslora",
             "rank_pattern",
             "fan_in_fan_out",
+            "base_model_name_or_path",
             "peft_type",
             "init_lora_weights",
             "modules_to_save",
@@ -199,7 +201,14 @@ def _parquets() -> dict[str, Files]:
         "invalid UTF-8": {"text": pa.array([b"\xff"], pa.binary()).view(pa.string())},
         "growth": {"text": ["a" * 10_000] * 20_000},
     }
-    return {name: {"rows.parquet": parquet(table)} for name, table in columns.items()}
+    cases: dict[str, Files] = {name: {"rows.parquet": parquet(table)} for name, table in columns.items()}
+    whole = parquet({"text": text})  # these bytes are those of pyarrow 26: another version may have no such place
+    broken = {
+        "required, with definition levels": (b"%\x02\x18\x04text%", b"%\x00\x18\x04text%"),
+        "repetition levels": (b"\x19\x06\x19&", b"\x19F\x19&"),
+        "a name that is not UTF-8": (b"\x18\x04text%", b"\x18\x04t\x9dxt%"),
+    }
+    return cases | {name: {"rows.parquet": whole.replace(*change)} for name, change in broken.items()}
 
 
 def _shards(seed: Seed) -> dict[str, Files]:

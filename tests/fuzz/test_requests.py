@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
@@ -204,11 +204,18 @@ FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "te
     path=st.sampled_from([COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/inspect/next", "/inspect/score"]),
     body=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), JSON_VALUES, max_size=5) | JSON_VALUES,
 )
+@example(path=COMPLETIONS, body={"\n": 0})
+@example(path=CHAT, body={"\x1b[2J\u202e": 0})
+@example(path="/inspect/next", body={"text": "x", "model": "\n\x9b"})
 def test_any_json_gets_a_response_that_is_no_server_error(server: Server, path: str, body: Any) -> None:
     status, reply = post(server, path, json.dumps(body).encode())
     assert status in (200, 400, 404)
     if status != 200:
-        assert "\n" not in json.loads(reply)["error"]["message"]
+        error = json.loads(reply)["error"]
+        for text in (error["message"], error["param"] or ""):
+            assert len(text) < 1000
+            assert "\n" not in text
+            assert not UNSAFE_CHARACTERS.search(text)
 
 
 def test_sigterm_ends_the_process_during_hostile_requests(server: Server) -> None:

@@ -90,7 +90,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     with handle:
         try:
             yield pq.ParquetFile(handle)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for the name of a column
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(f"{path} is not a readable Parquet file: {reason}") from None
 

@@ -57,7 +57,7 @@ class APIError(Exception):
         line = shorten(single_line(message), MAX_MESSAGE_CHARACTERS)
         super().__init__(line)
         self.status, self.message, self.retry_after = status, line, retry_after
-        self.param = None if param is None else shorten(single_line(param))
+        self.param = None if param is None else shorten(single_line(param), 200)
         self.code = code or ERROR_CODES.get(status)
 
     @property
