@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -84,7 +85,7 @@ def command_page(verb: str) -> str:
 
 
 def _parser_parts(parser: cli.Parser, level: int) -> list[str]:
-    usage = " ".join(parser.format_usage().split())
+    usage = textwrap.fill(" ".join(parser.format_usage().split()), 84, subsequent_indent="    ", break_on_hyphens=False)
     parts = [_prose(parser.description or ""), f"```console\n$ {usage.removeprefix('usage: ')}\n```"]
     for group in parser._action_groups:
         actions = [
@@ -96,7 +97,7 @@ def _parser_parts(parser: cli.Parser, level: int) -> list[str]:
             continue
         title = {"positional arguments": "arguments", "options": "flags"}.get(group.title or "", group.title or "")
         rows = [f"| `{_spelling(action, parser)}` | {_cell(_help(action, parser))} |" for action in actions]
-        parts += [f"{'#' * level} {title.capitalize()}", "\n".join(["| | |", "| --- | --- |", *rows])]
+        parts += [f"{'#' * level} {title.capitalize()}", "\n".join(["| name | meaning |", "| --- | --- |", *rows])]
     if parser.epilog:
         notes, _, examples = parser.epilog.partition("examples:\n")
         parts.append(_prose(notes.strip()))
@@ -130,7 +131,7 @@ def commands_index() -> str:
             "the same flag. A value in brackets is the default. `gpt2 --version` prints the version and, in a clone, "
             "the commit. [Exit codes](../exit-codes.md) and [environment variables](../environment.md) have their "
             "own pages.",
-            "\n".join(["| command | |", "| --- | --- |", *rows]),
+            "\n".join(["| command | does |", "| --- | --- |", *rows]),
         ]
     )
 
@@ -154,7 +155,7 @@ def settings_page() -> str:
             "Every key of a run's `config.toml`, which is also a flag of `gpt2 train` with dashes: `max_steps` is "
             "`--max-steps`. `gpt2 train RECIPE --print-config` prints them all as TOML. A resumed run must keep the "
             "settings that are marked as fixed.",
-            "\n".join(["| key | type | default | fixed | |", "| --- | --- | --- | --- | --- |", *rows]),
+            "\n".join(["| key | type | default | fixed | meaning |", "| --- | --- | --- | --- | --- |", *rows]),
         ]
     )
 
@@ -216,7 +217,7 @@ def _fields_table(model: dict[str, Any]) -> str:
         default = json.dumps(prop["default"]) if "default" in prop else ""
         shown = f"`{default}`" if default else "required" if name in model.get("required", []) else ""
         rows.append(f"| `{name}` | {_cell(_type_name(prop))} | {_cell(shown)} | {_cell(text)} |")
-    return "\n".join(["| field | type | default | |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
 _BOUNDS = {

@@ -69,7 +69,7 @@ def test_the_same_command_goes_on_with_the_sweep(
         patch.setattr("gpt2.train.stopping.StopCondition.exit_code", lambda self: 130)
         code, _, err = run_cli(capsys, *command, *parts, "--trials", "2")
     assert code == 130
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     sweep = tmp_path / "parts" / "quickstart-sweep"
     assert read_trials(sweep) == []
     assert run_cli(capsys, *command, *parts, "--trials", "2")[0] == 0
@@ -77,6 +77,10 @@ def test_the_same_command_goes_on_with_the_sweep(
     assert run_cli(capsys, *command, *parts, "--trials", "3")[1] == out.replace("/whole/", "/parts/")
     assert read_trials(sweep) == expected
     assert (sweep / "trial-01" / "metrics.jsonl").stat().st_mtime_ns == first
+
+    (sweep / ".trials.jsonl.partial").write_text('{"number": 3, "val')  # of a process that was killed while it wrote
+    assert run_cli(capsys, *command, *parts, "--trials", "3")[0] == 0
+    assert read_trials(sweep) == expected
 
     assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
     recipe = tomllib.loads((sweep / "best.toml").read_text())
@@ -105,3 +109,18 @@ def test_a_sweep_without_a_range_is_an_error(tmp_path: Path, capsys: pytest.Capt
     code, _, err = run_cli(capsys, "sweep", "quickstart", "--lr", "1e-3", "--out-dir", str(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
     assert "needs a range to search" in err
+
+
+def test_a_sweep_that_was_killed_before_its_first_trial_starts_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "quickstart-sweep"
+    sweep.mkdir()
+    (sweep / ".sweep.json.partial").write_text('{"ranges"')
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 40)
+    command = ["sweep", "--data", str(tmp_path / "text.txt"), *TINY, "--lr", "1e-3..1e-1", "--trials", "1"]
+    assert run_cli(capsys, *command, "--out-dir", str(tmp_path))[0] == 0
+    (sweep / "sweep.json").unlink()
+    code, _, err = run_cli(capsys, *command, "--out-dir", str(tmp_path))
+    assert code == 2
+    assert "is not a sweep: choose another --name" in err

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser, parse_count
-from gpt2.commands.train import add_training_flags, merge_flags
+from gpt2.commands.train import RECIPE_HELP, add_training_flags, merge_flags
 from gpt2.config import TrainConfig
 from gpt2.reporting.units import format_bytes, format_count
 from gpt2.train.recipes import RECIPES
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
             "gpt2 plan gpt2-124m --on h100 --gpus 8 --tokens 10B --price-per-hour 24",
         ),
     )
-    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml", help=RECIPE_HELP)
     parser.add_flag(
         "on",
         default="here",

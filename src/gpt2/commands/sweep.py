@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from gpt2.cli import Parser, is_help, positive_int
-from gpt2.commands.train import add_training_flags, resolve_config
+from gpt2.commands.train import RECIPE_HELP, add_training_flags, resolve_config
 from gpt2.config import FINETUNING_FIELDS, TrainConfig
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     try:
         done = run_sweep(config, ranges, trials, train_trial)
     except Interrupted as stop:
-        print(f"gpt2: {single_line(stop)}; the same command goes on with the sweep", file=sys.stderr)
+        print(f"gpt2: {single_line(stop)}; the same command resumes the sweep", file=sys.stderr)
         return stop.exit_code
     table, best = format_table(done), best_trial(done)
     (folder / "report.md").write_text(f"# {config.name}\n\n{table}\n", encoding="utf-8")
@@ -85,7 +85,7 @@ def _parser() -> Parser:
             "gpt2 sweep shakespeare-cpu --lr 1e-3..1e-1 --weight-decay 0..0.2 --max-steps 200 --trials 16",
         ),
     )
-    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml", help=RECIPE_HELP)
     parser.add_flag("trials", type=positive_int, default=12, help="number of trials in all [12]")
     add_training_flags(parser, exclude=EXCLUDED, hidden=FINETUNING_FIELDS)
     return parser

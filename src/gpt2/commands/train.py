@@ -37,6 +37,7 @@ METAVARS = {
     "sample_prompt": "TEXT",
     "wandb": "PROJECT",
 }
+RECIPE_HELP = "a recipe by name, or a TOML file [quickstart]"
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 GPU_RECIPES = ("shakespeare", "shakespeare-bpe", "gpt2-124m", "gpt2-124m-1gpu")
 RULES = (
@@ -97,7 +98,7 @@ def _parser() -> Parser:
         "the defaults in brackets apply to flags that the recipe does not set (--print-config shows all values).",
         examples=("gpt2 train quickstart", "gpt2 train --data my-notes/ --tokenizer bpe:1024 --max-steps 2000"),
     )
-    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml")
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml", help=RECIPE_HELP)
     parser.add_flag("print-config", action="store_true", help="print the settings as TOML and exit")
     parser.add_flag(
         "replay", metavar="DUMP", help="recompute a step of RUN/dumps/ and find the first non-finite module"

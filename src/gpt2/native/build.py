@@ -26,7 +26,7 @@ log = logging.getLogger("gpt2")
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernel; None, with a warning that says why, where it cannot be compiled or loaded.
 
-    Compiling takes some seconds, once. The library is in `$GPT2_HOME/native`; its name is a hash of the source, the
+    Compiling takes a few seconds, once. The library is in `$GPT2_HOME/native`; its name is a hash of the source, the
     compiler, its flags and the processor. A library whose checksum is wrong is compiled again, and one in a folder
     that other users can write is not loaded. Raises RuntimeError if its structs differ from those of `native.structs`.
     """
@@ -99,7 +99,7 @@ def _find_openmp_library() -> Path | None:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    log.warning("compiling the CPU kernel for this machine (once, some seconds)")
+    log.warning("compiling the CPU kernel for this machine (once, a few seconds)")
     openmp = _find_openmp_library()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")

@@ -94,16 +94,15 @@ def run_sweep(
                 raise
             loss = None
         finished[number] = Trial(number, values, loss)
-        with (folder / TRIALS_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(finished[number])) + "\n")
+        _write(folder / TRIALS_NAME, "".join(json.dumps(asdict(trial)) + "\n" for trial in finished.values()))
     return [finished[number] for number in range(1, trials + 1)]
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """The finished trials of the sweep in `folder`; an incomplete last line is ignored."""
+    """The finished trials of the sweep in `folder`."""
     path = folder / TRIALS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Trial(**json.loads(line)) for line in lines]
 
 
 def published_loss(folder: Path, *, keep_best: bool) -> float:
@@ -155,10 +154,10 @@ def _check_same_sweep(folder: Path, config: TrainConfig, ranges: Mapping[str, tu
     wanted = {"ranges": {name: list(ends) for name, ends in ranges.items()}, "settings": settings}
     path = folder / SWEEP_NAME
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(each.name != _partial(path).name for each in folder.iterdir()):
             raise ConfigError(f"{folder} is not a sweep: choose another --name", field="name")
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        _write(path, json.dumps(wanted, indent=1) + "\n")
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for group in wanted:
@@ -169,3 +168,13 @@ def _check_same_sweep(folder: Path, config: TrainConfig, ranges: Mapping[str, tu
                 raise ConfigError(
                     f"{folder} has a sweep with {flag} {was}, not {value}: choose another --name", field=name
                 )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is whole whenever the process is killed."""
+    _partial(path).write_text(text, encoding="utf-8")
+    _partial(path).replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
