@@ -266,7 +266,8 @@ print(json.dumps([dropped, program, training_memory(config, setup, program).step
 @pytest.mark.parametrize("trained", ["all", "lora"])
 def test_peak_memory_matches_a_process(trained: str) -> None:
     """The least of up to five processes: the fragmentation of the heap varies, and the prediction contains none."""
-    command, least = [sys.executable, "-c", MEASURE_SCRIPT, trained], float("inf")
+    command = [sys.executable, "-c", MEASURE_SCRIPT, trained]
+    least, predicted, program = float("inf"), 0, 0
     for _ in range(5):
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         dropped, program, predicted, measured = json.loads(run.stdout)
