@@ -32,8 +32,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from machine import write_result
 
+from gpt2.byte_level import encode_array
 from gpt2.data.prepare_corpus import count_cores
-from gpt2.tokenizer import encode_array, get_tokenizer
+from gpt2.tokenizer import get_tokenizer
 
 DOCUMENT_CHARACTERS = 3000
 OURS = """

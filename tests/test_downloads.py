@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from gpt2.data.resolve import resolve_texts
+from gpt2.downloads import download
 from gpt2.errors import UserError
-from gpt2.files import cache_home, download
+from gpt2.files import cache_home
 
 CONTENT = b"the quick brown fox\n" * 10_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2 import vocabulary
-from gpt2.tokenizer import encode_array
+from gpt2.byte_level import encode_array
 from gpt2.vocabulary import split_long_words
 from tests.helpers.tokenizer_samples import gpt2_tokenizer
 

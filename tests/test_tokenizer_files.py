@@ -16,8 +16,8 @@ import pytest
 import tokenizers
 
 from gpt2 import vocabulary
+from gpt2.downloads import download
 from gpt2.errors import UserError
-from gpt2.files import download
 from gpt2.tokenizer import (
     END_OF_TEXT,
     GPT2_FINGERPRINT,

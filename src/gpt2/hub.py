@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpt2.downloads import download
 from gpt2.errors import DataError
-from gpt2.files import cache_home, download, file_digest
+from gpt2.files import cache_home, file_digest
 
 LOCAL_COMMIT = "local"  # of a data set whose files were put there by hand
 _UNREACHABLE = "hub_unreachable"

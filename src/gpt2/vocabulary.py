@@ -17,8 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gpt2.downloads import download
 from gpt2.errors import ConfigError, DataError, ModelFilesError
-from gpt2.files import cache_home, download, file_sha256
+from gpt2.files import cache_home, file_sha256
 from gpt2.terminal import shorten
 
 if TYPE_CHECKING:

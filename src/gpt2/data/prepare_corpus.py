@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpt2.byte_level import encode_array
 from gpt2.data.corpora import HELD_OUT, OWN_SPLIT, HubCorpus
 from gpt2.data.corpus_files import Reader
 from gpt2.data.hub_files import Splits, get_corpus_files, get_token_files
@@ -35,7 +36,7 @@ from gpt2.data.stream import (
 )
 from gpt2.errors import ConfigError, DataError
 from gpt2.hub import HubDataset, HubFile, fetch_dataset_file
-from gpt2.tokenizer import Tokenizer, encode_array, get_tokenizer
+from gpt2.tokenizer import Tokenizer, get_tokenizer
 
 _TOKENS_PER_BYTE = {".parquet": 0.5, ".jsonl": 0.25}  # at most, as a rule, for text in English
 _BYTES_PER_TOKEN = 5  # at most, of GPT-2's tokens in English

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from gpt2.data.encodings import encoding_hint
+from gpt2.downloads import download
 from gpt2.errors import ConfigError, DataError
-from gpt2.files import cache_home, download, read_error
+from gpt2.files import cache_home, read_error
 from gpt2.vocabulary import END_OF_TEXT
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

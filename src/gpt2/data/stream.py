@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt2.byte_level import encode_array
 from gpt2.data.corpora import Layout
 from gpt2.data.corpus_files import Block, FileQueue, Position, Reader
 from gpt2.data.progress import ProgressBar
@@ -28,7 +29,7 @@ from gpt2.data.spool import DocumentHashes, Spool
 from gpt2.errors import DataError
 from gpt2.files import LockFile, write_error
 from gpt2.hub import HubDataset, HubFile
-from gpt2.tokenizer import Tokenizer, encode_array
+from gpt2.tokenizer import Tokenizer
 from gpt2.vocabulary import END_OF_TEXT
 
 PROGRESS_FILENAME = "progress.json"

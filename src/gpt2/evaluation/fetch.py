@@ -4,9 +4,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2.downloads import download
 from gpt2.errors import DataError
 from gpt2.evaluation.records import read_bytes
-from gpt2.files import cache_home, download, expand_path, file_sha256
+from gpt2.files import cache_home, expand_path, file_sha256
 from gpt2.hub import dataset_url, hub_headers, is_offline
 
 _log = logging.getLogger("gpt2")

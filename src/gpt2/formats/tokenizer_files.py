@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from gpt2.tokenizer import (
     BPETokenizer,
+    ByteLevelTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    _ByteLevelTokenizer,
     make_byte_tokenizer,
     recognize_tokenizer,
 )
@@ -62,7 +62,7 @@ def fit_to_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     """
     if tokenizer.vocab_size <= vocab_size:
         return tokenizer
-    vocabulary = tokenizer._vocabulary if isinstance(tokenizer, _ByteLevelTokenizer) else None
+    vocabulary = tokenizer._vocabulary if isinstance(tokenizer, ByteLevelTokenizer) else None
     if tokenizer.end_of_text >= vocab_size:
         raise ValueError(f"the model has no embedding for token {tokenizer.end_of_text}, the tokenizer's end of text")
     if vocabulary is None or not vocabulary.added_ids.issuperset(range(vocab_size, len(vocabulary.tokens))):
