@@ -10,8 +10,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from gpt2.errors import ConfigError, UserError, as_memory_error, compiler_failure, describe_os_error, did_you_mean
-from gpt2.terminal import escape_controls, single_line
+from gpt2.errors import (
+    MAX_MESSAGE_CHARACTERS,
+    ConfigError,
+    UserError,
+    as_memory_error,
+    compiler_failure,
+    describe_os_error,
+    did_you_mean,
+)
+from gpt2.terminal import escape_controls, shorten, single_line
 
 _COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -200,7 +208,7 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
 
 def _exit_with_error(message: str, code: int = 2) -> NoReturn:
     """Print a nonempty message as one line on standard error, with control characters escaped, and exit."""
-    line = single_line(message)
+    line = shorten(message, MAX_MESSAGE_CHARACTERS)
     if line and sys.stderr is not None:
         print(f"gpt2: {line}", file=sys.stderr)
     sys.exit(code)

@@ -3,17 +3,16 @@
 import difflib
 from collections.abc import Iterable
 
-from gpt2.terminal import shorten, single_line
+from gpt2.terminal import shorten
 
-MAX_MESSAGE_CHARACTERS = 2000  # of a UserError: what it quotes of a file or a request may have any length
+MAX_MESSAGE_CHARACTERS = 2000  # what a message quotes of a file or a request may have any length
 
 
 class UserError(Exception):
     """A mistake that the user can fix: a wrong name, a broken file, a machine without what was requested.
 
-    The message is one line that names the thing and, where there is one, the fix: control characters are escaped, and
-    it is shortened in the middle to `MAX_MESSAGE_CHARACTERS`. The command line prints it without a traceback and exits
-    with `exit_code`; the server sends it with `field` and `code`.
+    The message is one line of bounded length (`shorten`) that names the thing and, where there is one, the fix. The
+    command line prints it without a traceback and exits with `exit_code`; the server sends it with `field` and `code`.
 
     field: the setting, flag or request field that is at fault, if there is exactly one.
     code:  what kind of mistake it is, for programs: each subclass has its own default.
@@ -23,7 +22,7 @@ class UserError(Exception):
     code: str | None = None
 
     def __init__(self, message: str = "", *, field: str | None = None, code: str | None = None) -> None:
-        super().__init__(shorten(single_line(message), MAX_MESSAGE_CHARACTERS))
+        super().__init__(shorten(message, MAX_MESSAGE_CHARACTERS))
         self.field = field
         if code is not None:
             self.code = code

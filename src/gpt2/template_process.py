@@ -114,7 +114,7 @@ class TemplateProcess:
             timer.cancel()
         if line.endswith("\n") and not expired.is_set():
             answer = json.loads(line)
-            return answer | {"error": shorten(" ".join(answer["error"].split()), 500)} if "error" in answer else answer
+            return answer | {"error": shorten(answer["error"], 500)} if "error" in answer else answer
         _stop(process, os.getpid())
         out_of_time = expired.is_set() or process.returncode == -getattr(signal, "SIGPROF", 0)
         error = f"it takes more than {seconds:g} s" if out_of_time else "it ended its process"

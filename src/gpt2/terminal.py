@@ -24,10 +24,13 @@ def single_line(text: object) -> str:
 
 
 def shorten(text: object, limit: int = 100) -> str:
-    """`text`, or its start and its end around "...", which are `limit` characters together, if it is longer."""
-    whole = str(text)
+    """`single_line` of `text` in at most `limit` characters: of a longer one, the start and the end around "..."."""
+    return _cut(single_line(_cut(str(text), limit)), limit)  # cut twice: escapes take time, and have more characters
+
+
+def _cut(text: str, limit: int) -> str:
     tail = (limit - 3) // 4
-    return whole if len(whole) <= limit else f"{whole[: limit - 3 - tail]}...{whole[len(whole) - tail :]}"
+    return text if len(text) <= limit else f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
 
 
 def path_for_stream(path: Path, stream: TextIO | None) -> str:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from gpt2.errors import MAX_MESSAGE_CHARACTERS, NonFiniteLogitsError, UserError
 from gpt2.serve.schema import ErrorBody, ErrorDetail
-from gpt2.terminal import shorten, single_line
+from gpt2.terminal import shorten
 
 ERROR_TYPES = {
     401: "authentication_error",
@@ -54,10 +54,10 @@ class APIError(Exception):
         code: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        line = shorten(single_line(message), MAX_MESSAGE_CHARACTERS)
+        line = shorten(message, MAX_MESSAGE_CHARACTERS)
         super().__init__(line)
         self.status, self.message, self.retry_after = status, line, retry_after
-        self.param = None if param is None else shorten(single_line(param), 200)
+        self.param = None if param is None else shorten(param, 200)
         self.code = code or ERROR_CODES.get(status)
 
     @property
