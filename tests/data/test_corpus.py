@@ -399,6 +399,6 @@ def test_a_disk_that_is_too_small_is_found_before_the_download(
 ) -> None:
     add_fineweb(hub, make_texts(20))
     monkeypatch.setattr("gpt2.data.prepare_corpus.shutil.disk_usage", lambda path: type("U", (), {"free": 10}))
-    with pytest.raises(UserError, match=r"fineweb-edu-10B needs about .* kB at .*, and 0 kB are free: name a folder"):
+    with pytest.raises(UserError, match=r"fineweb-edu-10B needs about .* KiB at .*, and 10 B are free: name a folder"):
         prepare_corpus(EDU, BYTES, tmp_path / "out")
     assert hub.fetched == []
