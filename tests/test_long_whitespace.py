@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2 import vocabulary
-from gpt2.byte_level import encode_array
+from gpt2.byte_level import GPT2Tokenizer, encode_array
 from gpt2.vocabulary import split_long_words
 from tests.helpers.tokenizer_samples import gpt2_tokenizer
 
@@ -16,6 +16,7 @@ from tests.helpers.tokenizer_samples import gpt2_tokenizer
 def test_a_million_spaces(space: str, gpt2_vocabulary: None) -> None:
     text = "x" + space * 1_000_002 + "x"  # tiktoken alone panics here
     tokenizer = gpt2_tokenizer()
+    assert isinstance(tokenizer, GPT2Tokenizer)
     tokens, short = tokenizer.encode_batch([text, "a b"])
     assert tokens == tokenizer._backend.encode(text, add_special_tokens=False).ids
     assert tokens == encode_array(tokenizer, text).tolist()

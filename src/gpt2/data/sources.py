@@ -250,6 +250,8 @@ def _last_safe_split(text: str, start: int) -> int:
     very long line) before whitespace that follows a word, or else before a digit or a punctuation mark that follows a
     letter: GPT-2's pattern never joins these.
     """
+    if text[start:].isspace():
+        return 0
     newline = text.rfind("\n", start, len(text) - 1)
     while newline > 0:
         if not text[newline - 1].isspace() and not text[newline + 1].isspace():
