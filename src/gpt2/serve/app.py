@@ -208,7 +208,8 @@ def _add_utility_routes(app: FastAPI, models: Mapping[str, ServedModel], metrics
 
 def _tokenize(body: schema.TokenizeRequest, served: ServedModel) -> Response:
     tokens = served.tokenizer.encode(body.given_text, allow_special=True)
-    texts = [served.tokenizer.decode([token]) for token in tokens]
+    text_of = {token: served.tokenizer.decode([token]) for token in set(tokens)}  # of millions, few are different
+    texts = [text_of[token] for token in tokens]
     parts = ('{"tokens":', *_json_list(tokens), ',"texts":', *_json_list(texts), f',"count":{len(tokens)}}}')
     return Response("".join(parts), media_type="application/json")
 
