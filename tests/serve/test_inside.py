@@ -21,7 +21,7 @@ from tests.helpers.playground_browser import CONFIG, LIMITS, MODELS, PROMPT, TOK
 MODEL = MODELS["one"]
 IDS = TOKENIZER.encode(PROMPT + " the mat and the dog ran to the barn while a bird sang")
 ROW = torch.tensor([IDS])
-CLOSE = {"abs": 1e-4, "rel": 1e-3}
+CLOSE: dict[str, Any] = {"abs": 1e-4, "rel": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_matrix_of_a_head_is_its_attention_pattern(client: TestClient) -> No
         for layer in range(CONFIG.n_layer):
             result = inspect(client, "head", tokens=ids, layer=layer, head=1)
             torch.testing.assert_close(matrix(result), pattern(layer, ids)[1], atol=2e-5, rtol=0)
-    assert "".join(result["texts"]) == TOKENIZER.decode(ids)
+            assert "".join(result["texts"]) == TOKENIZER.decode(ids)
 
 
 def test_thumbnails_are_the_largest_weights_of_their_fields(client: TestClient) -> None:
