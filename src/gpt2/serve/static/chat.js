@@ -13,7 +13,7 @@ export const hasChat = (name) => infoOf(name)?.has_chat_template ?? false;
 
 export function fillChat(panel) {
   if (panel.children.length) return;
-  const log = el("ol", { className: "chat", role: "log", "aria-label": "Conversation" });
+  const log = el("ol", { className: "chat" });
   const input = el("textarea", { id: "chat-text", rows: 2, placeholder: "Your message" });
   const send = el("button", { type: "submit", className: "main" }, "Send");
   const stop = button("Stop", () => running?.abort(), { hidden: true });
@@ -41,7 +41,7 @@ export function fillChat(panel) {
       form.requestSubmit();
     }
   });
-  panel.replaceChildren(log, form);
+  panel.replaceChildren(el("div", { role: "log", "aria-label": "Conversation" }, log), form);
 }
 
 function add(log, role, content) {

@@ -3,6 +3,7 @@
 import { requestJson } from "./api.js";
 import { addArrowKeys, button, el, percent, quiet, visible } from "./dom.js";
 import { hideHeat, paintHeat, setHeat } from "./heat.js";
+import { state } from "./state.js";
 import { runLatestAndReport } from "./notice.js";
 import { attentionMatrix, columnOf, rowOf, unpackTriangle } from "./matrix.js";
 import { legend, onScheme, paintCells } from "./scale.js";
@@ -105,6 +106,12 @@ function drawKinds(found, info, choose) {
 // The matrix of the chosen head, and the text with the weights of a row or column.
 function drawMatrix(texts, body, found) {
   const title = el("h2"), note = quiet(), size = texts.length;
+  const keep = button("Add to the export", () => {
+    const name = `${shown.layer}.${shown.head}`;
+    if (!state.kept.delete(name)) state.kept.add(name);
+    markKept();
+  }, { className: "plain" });
+  const markKept = () => keep.setAttribute("aria-pressed", String(state.kept.has(`${shown.layer}.${shown.head}`)));
   const words = el("p", { className: "looked attention", tabIndex: 0, role: "region", "aria-label": "Text, with the weights of a row or column" }, ...texts.map((text) => el("span", {}, text)));
   let at = () => 0;
   const matrix = attentionMatrix(texts, (row, column) => paintText(row, column));
@@ -134,7 +141,7 @@ function drawMatrix(texts, body, found) {
     else matrix.select(size - 1, i);
   });
   mark();
-  const element = el("div", { className: "one-head" }, title, note, matrix.element, el("div", { className: "segments", role: "group", "aria-label": "Direction" }, ...buttons), words);
+  const element = el("div", { className: "one-head" }, el("div", { className: "row" }, title, keep), note, matrix.element, el("div", { className: "segments", role: "group", "aria-label": "Direction" }, ...buttons), words);
   for (const name of ["pointerleave", "focusout"]) element.addEventListener(name, hideHeat);
   const refresh = () => matrix.show(at, !shown.first);
   const load = async (signal) => {
@@ -144,6 +151,7 @@ function drawMatrix(texts, body, found) {
     at = unpackTriangle(weights, size);
     const kind = kindOf(found, layer, head);
     title.textContent = headName(layer, head);
+    markKept();
     note.textContent = kind ? `${KINDS[kind.kind]} head: score ${kind.score.toFixed(2)} on a repeated random text.` : "No kind: its scores on a repeated random text are small.";
     refresh();
   };

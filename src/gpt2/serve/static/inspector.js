@@ -17,7 +17,7 @@ import { render, textReplaced, onRender, path, infoOf, leafOf, setLeaf, state } 
 import { selectedToken, subject } from "./subject.js";
 import { idsOf, inWindow, tokensOf } from "./tokens.js";
 import { fillWhatIf } from "./whatif.js";
-import { add, endOf, goTo, nodesBefore, spansOf, textOf } from "./tree.js";
+import { add, endOf, goTo, nodesBefore, startsOf, textOf } from "./tree.js";
 import { remember } from "./undo.js";
 
 const NO_TOKEN = "Select a generated token: click it, or press Alt ↵ at the cursor.";
@@ -68,12 +68,6 @@ async function fillLayers(_, signal) {
   if (about) await fillLensMap($("lens-map"), about, signal);
 }
 
-function codeUnits(text) {
-  const ends = [0];
-  for (const letter of text) ends.push(ends.at(-1) + letter.length);
-  return ends;
-}
-
 async function fillTokens(panel, signal) {
   const side = state.shown, nodes = path(side), text = textOf(nodes);
   const info = infoOf(state.sides[side].model);
@@ -84,9 +78,8 @@ async function fillTokens(panel, signal) {
   panel.key = key;
   if (!text) return showMessage(panel, "Write something first.");
   const first = tokens[0].lead ? 1 : 0; // the end-of-text token is not part of the text
-  const ends = codeUnits(text); // characters to code units
-  const origin = result.tokens[first].start;
-  const shown = result.tokens.map((token, i) => ({ ...token, node: tokens[i].node, start: ends[token.start - origin] ?? text.length })).slice(first);
+  const starts = startsOf(result.tokens, first, text);
+  const shown = result.tokens.slice(first).map((token, i) => ({ ...token, node: tokens[i + first].node, start: starts[i] }));
   drawTokens(panel, shown, result.perplexity, text, (i, opener) => {
     const { id, text: word, start, node } = shown[i];
     const before = i + first ? tokens.slice(0, i + first) : [{ id: info.end_of_text, start: 0, node: null, lead: true }];
