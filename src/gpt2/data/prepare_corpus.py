@@ -3,13 +3,12 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpt2.byte_level import encode_array
+from gpt2.byte_level import encode_pieces
 from gpt2.data.corpora import HELD_OUT, OWN_SPLIT, HubCorpus
 from gpt2.data.corpus_files import Reader
 from gpt2.data.hub_files import Splits, get_corpus_files, get_token_files
@@ -34,6 +33,7 @@ from gpt2.data.stream import (
     partial_folder,
     tokenizer_meta,
 )
+from gpt2.data.text_blocks import count_cores
 from gpt2.errors import ConfigError, DataError
 from gpt2.hub import HubDataset, HubFile, fetch_dataset_file
 from gpt2.tokenizer import Tokenizer, get_tokenizer
@@ -201,13 +201,8 @@ def measure_rate(tokenizer: Tokenizer) -> float:
     text = "".join("".join(document.iter_chunks()) for document in documents[:100])[:_SAMPLE_CHARACTERS]
     start, tokens = time.perf_counter(), 0
     while time.perf_counter() - start < _SAMPLE_SECONDS:
-        tokens += len(encode_array(tokenizer, text))
+        tokens += len(encode_pieces(tokenizer, [text]))
     return tokens / (time.perf_counter() - start)
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def format_size(size: float) -> str:
