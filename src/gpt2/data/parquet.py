@@ -41,14 +41,15 @@ def read_parquet_column(
     with open_parquet(path) as file:
         add_names(file.schema_arrow.names)
         if column not in file.schema_arrow.names or not _is_text(file.schema_arrow.field(column).type):
-            yield from ([row] for row in read_parquet(path, (column,)))
+            for row in read_parquet(path, (column,)):
+                yield [row]
             return
         for batch in _iter_batches(path, file, [column]):
             try:
-                values = batch.column(0).to_pylist()
+                values: list[Any] = batch.column(0).to_pylist()
             except UnicodeDecodeError:
                 values = [None]
-            yield list(_decode_batch(path, batch, number)) if None in values else values
+            yield [*_decode_batch(path, batch, number)] if None in values else values
             number += batch.num_rows
 
 
