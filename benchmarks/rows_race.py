@@ -4,7 +4,8 @@
 
 The rows are sentences of a few random words. Each run is a new process without a cache: finding the data, tokenizing,
 writing the shards. Seconds are of `open_data` alone, without the start of Python and its imports; memory is the peak
-resident set of the process. Variants alternate; ratios are of the medians. Writes results/rows_race.json.
+resident set of the process (VmHWM in /proc/self/status). Variants alternate; ratios are of the medians. Writes
+results/rows_race.json.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from machine import write_result
 
 OPEN = """
-import resource, sys, time
+import sys, time
 from gpt2.data.prepare import open_data
 from gpt2.tokenizer import get_tokenizer
 tokenizer = sys.argv[2]
@@ -35,7 +36,8 @@ start = time.perf_counter()
 data = open_data(sys.argv[1], tokenizer)
 seconds = time.perf_counter() - start
 tokens = len(data.train) + len(data.val)
-print("RESULT", seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, tokens)
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print("RESULT", seconds, 1024 * peak, tokens)
 """
 
 

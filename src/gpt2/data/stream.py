@@ -328,11 +328,10 @@ def partial_folder(folder: Path, what: str) -> Iterator[Path]:
         lock.release(lock_path)
 
 
-def finish(partial: Path, folder: Path, meta: ShardsMeta, tokenizer: Tokenizer) -> None:
-    """Add `meta.json` and the tokenizer to complete shards, remove the rest, and rename the folder."""
+def finish(partial: Path, folder: Path, meta: ShardsMeta) -> None:
+    """Add `meta.json` to complete shards with their tokenizer, remove the rest, and rename the folder."""
     import shutil
 
-    tokenizer.save(partial)
     meta.save(partial)
     listed = {file.name for split in meta.splits.values() for file in split.files}
     for path in partial.iterdir():
