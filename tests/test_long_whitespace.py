@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2 import vocabulary
-from gpt2.byte_level import GPT2Tokenizer, encode_array
+from gpt2.byte_level import GPT2Tokenizer, encode_pieces
 from gpt2.vocabulary import split_long_words
 from tests.helpers.tokenizer_samples import gpt2_tokenizer
 
@@ -19,7 +19,7 @@ def test_a_million_spaces(space: str, gpt2_vocabulary: None) -> None:
     assert isinstance(tokenizer, GPT2Tokenizer)
     tokens, short = tokenizer.encode_batch([text, "a b"])
     assert tokens == tokenizer._backend.encode(text, add_special_tokens=False).ids
-    assert tokens == encode_array(tokenizer, text).tolist()
+    assert tokens == encode_pieces(tokenizer, [text]).tolist()
     assert short == [64, 275]
 
 
