@@ -53,7 +53,6 @@ from gpt2.vocabulary import (
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
 
 _MAX_WORD_BYTES = 8_000_000  # of different words to train a BPE on
-_WORDS_AT_A_TIME = 50_000
 
 _log = logging.getLogger("gpt2")
 
@@ -63,8 +62,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
     `vocab_size` includes the 256 bytes, which are first, and ``<|endoftext|>``, which is last. Only pairs that occur
     twice are merged, so short texts give a smaller vocabulary, with a warning in the log. A word of more than 1,000
-    characters counts as several. Memory is bounded: after 8 MB of different words, only those count, with a warning in
-    the log, too. The result is deterministic.
+    characters counts as several. Once the texts have 8 MB of different words, others do not count, with a warning, too:
+    so memory is bounded. The result is deterministic.
 
     Raises ConfigError for a `vocab_size` outside 257 to 65,536.
     """
@@ -101,17 +100,15 @@ def _bound_words(texts: Iterable[str]) -> Iterator[str]:
     size = left_out = 0
     for text in texts:
         words = text.split(" ")
-        for start in range(0, len(words), _WORDS_AT_A_TIME):
-            part = words[start : start + _WORDS_AT_A_TIME]
-            if size < _MAX_WORD_BYTES:
-                new = set(part).difference(seen)
-                seen |= new
-                size += sum(len(word) if word.isascii() else len(word.encode("utf-8", "replace")) for word in new)
-                known = part
-            else:
-                known = [word for word in part if word in seen]
-                left_out += len(part) - len(known)
-            yield " ".join(["", *known] if start else known)
+        if size < _MAX_WORD_BYTES:
+            new = set(words).difference(seen)
+            seen |= new
+            size += sum(len(word) if word.isascii() else len(word.encode("utf-8", "replace")) for word in new)
+            yield text
+        else:
+            known = [word for word in words if word in seen]
+            left_out += len(words) - len(known)
+            yield " ".join(known)
     if left_out:
         _log.warning(
             "the vocabulary is trained on the first %s different words: %s occurrences of others were left out",
