@@ -117,18 +117,11 @@ class Setup:
         return Step(name, ("-m", "gpt2", "train", "quickstart", *text, *sizes, *flags, "--name", name), limit)
 
     def evaluation(self, name: str, model: str, limit: float) -> Step:
-        """`gpt2 eval` on HellaSwag if there is data, else on the model's own validation text."""
-        rows = None if self.data is None else self.data.parent / "eval" / "hellaswag" / "hellaswag_val.jsonl.gz"
+        """`gpt2 eval` on HellaSwag with --data, else on the model's own validation text."""
         tasks: tuple[str, ...] = ()
-        if rows is not None and rows.is_file():
-            tasks = (
-                "--tasks",
-                "hellaswag",
-                "--task-data",
-                f"hellaswag={rows}",
-                "--limit",
-                "20" if self.rehearse else "2000",
-            )
+        if self.data is not None and not self.rehearse:
+            rows = self.data.parent / "eval" / "hellaswag" / "hellaswag_val.jsonl.gz"
+            tasks = ("--tasks", "hellaswag", "--task-data", f"hellaswag={rows}", "--limit", "2000")
         files = ("--json", str(self.out / f"{name}.json"))
         return Step(name, ("-m", "gpt2", "eval", model, "--device", self.device, *tasks, *files), limit)
 
