@@ -64,8 +64,13 @@ class DistributedModel:
             cast("FSDPModule", self.model).set_requires_gradient_sync(last)
         yield
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip the gradients to `max_norm`; returns their norm before, over all parameters and ranks."""
+    def clip_grad_norm(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
+        """Clip the gradients to `max_norm`; returns their norm before, over all parameters and ranks.
+
+        loss_scale: what the loss was multiplied by; the gradients are divided by it first.
+        """
+        if loss_scale != 1.0:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / loss_scale)
         return full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
     def reshard(self) -> None:
