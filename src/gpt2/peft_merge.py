@@ -6,6 +6,7 @@ size). The result computes what PEFT's model computes before its own merge: an e
 untied, where `merge_and_unload` of PEFT adds to a tied weight and so changes both.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,7 @@ def merge_adapter(model: GPT, adapter: Adapter) -> None:
     layers = sorted(name.removesuffix(LORA_A) for name in adapter.tensors if name.endswith(LORA_A))
     replaced = dict(adapter.replaced)
     embeddings = {name: replaced.pop(f"{name}.weight", None) for name in (EMBEDDING, HEAD)}
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     _check_shapes(modules, adapter, layers, replaced, embeddings)
     if any(tensor is not None for tensor in embeddings.values()) or not {EMBEDDING, HEAD}.isdisjoint(layers):
         _replace_embeddings(model, adapter, embeddings, is_untied=not {EMBEDDING, HEAD}.isdisjoint(layers))
@@ -42,7 +43,7 @@ def merge_adapter(model: GPT, adapter: Adapter) -> None:
 
 
 def _check_shapes(
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Module],
     adapter: Adapter,
     layers: list[str],
     replaced: dict[str, Tensor],
