@@ -1,6 +1,5 @@
 """report.md, findings, and the profiler: each finding on metrics that show it, and on metrics that do not."""
 
-import gzip
 import json
 import math
 import random
@@ -14,16 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import gpt2.reporting.profiler
 from gpt2.config import TrainConfig, to_toml
 from gpt2.data.dataset import TokenDataset
 from gpt2.data.shards import ShardWriter, TokenShards
 from gpt2.errors import UserError
-from gpt2.model import GPT, GPTConfig
 from gpt2.reporting.findings import Finding, RunFacts, findings, model_flops_utilization, throughputs, time_spent
-from gpt2.reporting.profiler import StepProfiler
 from gpt2.reporting.report import unigram_entropy, write_markdown_report
-from gpt2.reporting.units import format_bytes, format_count, format_duration
 from gpt2.tokenizer import get_tokenizer
 
 CONFIG = TrainConfig(name="it", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, max_steps=1000, lr=1e-3)
@@ -312,28 +307,6 @@ def test_unwritable_report_is_a_one_line_error(tmp_path: Path) -> None:
         write_markdown_report(folder, FACTS)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.0421, "0.042 s"),
-        (12.34, "12.3 s"),
-        (102, "1 min 42 s"),
-        (3599.9, "1 h 0 min"),
-        (11520, "3 h 12 min"),
-        (86400 * 2 + 5 * 3600, "2 d 5 h"),
-    ],
-)
-def test_format_duration(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
-def test_format_count_and_bytes() -> None:
-    counts = [format_count(number) for number in (50_000, 1e6, 124_439_808, 1.24e9, 3e12)]
-    assert counts == ["50,000", "1.0M", "124.4M", "1.2B", "3.0T"]
-    sizes = [format_bytes(number) for number in (12, 2**10, 2**20 - 2**10, 995_000_000, 3 * 2**29, 2000 * 2**30)]
-    assert sizes == ["12 B", "1.0 KiB", "1,023.0 KiB", "948.9 MiB", "1.50 GiB", "2,000.00 GiB"]
-
-
 def make_dataset(folder: Path, tokens: np.ndarray, shard_tokens: int = 1000) -> TokenDataset:
     with ShardWriter(folder, "train", shard_tokens) as writer:
         writer.write(tokens)
@@ -355,56 +328,3 @@ def test_unigram_entropy_of_a_large_corpus_is_sampled(tmp_path: Path, monkeypatc
     monkeypatch.setattr(TokenShards, "read", lambda self, a, b: (read.append(b - a), original(self, a, b))[1])
     assert unigram_entropy(data.token_counts(1 << 22)) == pytest.approx(math.log(64))
     assert sum(read) == 1 << 22
-
-
-def run_profiler(folder: Path, steps: int, *, planned: int | None = None, enabled: bool = True) -> StepProfiler:
-    model = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16))
-    tokens = torch.zeros(2, 8, dtype=torch.int64)
-    with StepProfiler(folder, torch.device("cpu"), planned or steps, enabled=enabled) as profiler:
-        for _ in range(steps):
-            model.loss(tokens, tokens).backward()
-            profiler.step()
-    return profiler
-
-
-@pytest.mark.parametrize(("steps", "recorded"), [(8, {3, 4, 5}), (4, {3}), (2, {1})])
-def test_profile_shows_the_operators_of_the_recorded_steps(tmp_path: Path, steps: int, recorded: set[int]) -> None:
-    run_profiler(tmp_path, steps)
-    names = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
-    assert {"aten::addmm", "aten::mm"} <= names
-    assert {name for name in names if name.startswith("ProfilerStep#")} == {f"ProfilerStep#{i}" for i in recorded}
-    table = (tmp_path / "profile.txt").read_text()
-    assert table.startswith(f"{len(recorded)} step")
-    assert "aten::mm" in table
-
-
-def test_profile_of_a_run_of_one_step(tmp_path: Path) -> None:
-    run_profiler(tmp_path, 1)
-    assert "aten::addmm" in (tmp_path / "trace.json").read_text()
-
-
-def test_run_that_stops_early_writes_a_partial_profile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run_profiler(tmp_path, 5, planned=100)
-    assert (tmp_path / "profile.txt").read_text().startswith("2 steps after the first 3, on cpu")
-    run_profiler(tmp_path / "none", 2, planned=100)
-    assert not (tmp_path / "none").exists()
-    assert "ended before" in caplog.text
-
-
-def test_no_profile_unless_enabled(tmp_path: Path) -> None:
-    run_profiler(tmp_path, 8, enabled=False)
-    assert not list(tmp_path.iterdir())
-
-
-def test_large_trace_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt2.reporting.profiler, "COMPRESS_MIN_BYTES", 1000)
-    run_profiler(tmp_path, 8)
-    assert {path.name for path in tmp_path.iterdir()} == {"trace.json.gz", "profile.txt"}
-    with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
-        assert any(event["name"] == "aten::addmm" for event in json.load(file)["traceEvents"])
-
-
-def test_unwritable_profile_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "profile.txt").mkdir()
-    run_profiler(tmp_path, 8)
-    assert "cannot write the profile" in caplog.text

@@ -13,6 +13,7 @@ from gpt2.data.sources import BUILTIN_SOURCES
 from gpt2.errors import DataError
 from gpt2.files import expand_path
 from gpt2.terminal import escape_controls, single_line
+from gpt2.units import align_columns, format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,15 +62,12 @@ def print_corpora() -> None:
     rows = [("NAME", "TOKENS", "DOWNLOAD", "SHARDS", "TIME", "LICENCE", "")]
     for name, corpus in HUB_CORPORA.items():
         seconds = 0.0 if corpus.is_tokens else corpus.tokens / (CORE_TOKENS_PER_SECOND * cores)
-        time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds else "-"
-        download, shards = (f"{size / 1e9:.1f} GB" for size in (corpus.download, 2 * corpus.tokens))
-        tokens = f"{corpus.tokens / 1e9:.3g}B"
-        rows.append((name, tokens, download, shards, time, corpus.licence, corpus.description))
+        time = format_duration(seconds) if seconds else "-"
+        download, shards = format_bytes(corpus.download), format_bytes(2 * corpus.tokens)
+        rows.append((name, format_count(corpus.tokens), download, shards, time, corpus.licence, corpus.description))
     rows += [(name, "", "", "", "", "", text) for name, text in BUILTIN_SOURCES.items()]
     rows.append((f"{HUB_PREFIX}owner/name", "", "", "", "", "", "any text of the hub: [/config][@revision][:split]"))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    for row in rows:
-        print("  ".join([f"{cell:{width}}" for cell, width in zip(row[:6], widths, strict=True)] + [row[6]]).rstrip())
+    print("\n".join(align_columns(rows)))
     print(
         f"\nTIME: tokenizing on the {cores} cores of this machine, at {CORE_TOKENS_PER_SECOND / 1e6:.1f}M tokens/s each"
     )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
 from gpt2.files import safetensors_header
-from gpt2.reporting.units import format_bytes
 from gpt2.terminal import escape_controls, single_line
+from gpt2.units import format_bytes
 
 if TYPE_CHECKING:
     from gpt2.resolve import ResolvedModel

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from gpt2.cli import Parser, parse_count
 from gpt2.commands.train import RECIPE_HELP, add_training_flags, merge_flags
 from gpt2.config import TrainConfig
-from gpt2.reporting.units import format_bytes, format_count
 from gpt2.train.recipes import RECIPES
+from gpt2.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -62,114 +62,44 @@ class HubCorpus:
 
     layout:  None for what the data set's splits give: its own validation split, or else every tenth document.
     column:  of the text; None to find it.
-    join:    whether rows are lines of articles, as in WikiText, that become one document each.
     tokens, download: about how many GPT-2 tokens, and bytes to download; 0 if unknown.
+    join:    whether rows are lines of articles, as in WikiText, that become one document each.
     """
 
     name: str
     ref: HubRef
     layout: Layout | None = None
     column: str | None = None
-    join: bool = False
-    is_tokens: bool = False
     tokens: int = 0
     download: int = 0
     licence: str = ""
     description: str = ""
+    join: bool = False
+    is_tokens: bool = False
 
 
-def _named(name: str, repo: str, config: str | None = None, **values: object) -> tuple[str, HubCorpus]:
-    return name, HubCorpus(name, HubRef(repo, config), **values)  # pyright: ignore[reportArgumentType]
-
+_M, _B = 10**6, 10**9
+_ODC = "ODC-By 1.0"
 
 # Tokens and sizes are rounded, from the cards of the data sets and from nanoGPT's and modded-nanogpt's notes.
-HUB_CORPORA = dict(
-    (
-        _named(
-            "fineweb-edu-10B",
-            "HuggingFaceFW/fineweb-edu",
-            "sample-10BT",
-            layout=LLMC,
-            column="text",
-            tokens=10 * 10**9,
-            download=28_500_000_000,
-            licence="ODC-By 1.0",
-            description="educational web pages, the sample of the GPT-2 reproduction",
-        ),
-        _named(
-            "fineweb-edu-100B",
-            "HuggingFaceFW/fineweb-edu",
-            "sample-100BT",
-            layout=LLMC,
-            column="text",
-            tokens=100 * 10**9,
-            download=285_000_000_000,
-            licence="ODC-By 1.0",
-            description="ten times as much of it",
-        ),
-        _named(
-            "fineweb-10B",
-            "HuggingFaceFW/fineweb",
-            "sample-10BT",
-            layout=LLMC,
-            column="text",
-            tokens=10 * 10**9,
-            download=30_000_000_000,
-            licence="ODC-By 1.0",
-            description="web pages",
-        ),
-        _named(
-            "openwebtext",
-            "Skylion007/openwebtext",
-            layout=LLMC,
-            column="text",
-            tokens=9 * 10**9,
-            download=24_000_000_000,
-            licence="CC0 1.0",
-            description="pages that Reddit links to: what GPT-2's WebText was made of",
-        ),
-        _named(
-            "tinystories",
-            "roneneldan/TinyStories",
-            layout=OWN_SPLIT,
-            column="text",
-            tokens=470 * 10**6,
-            download=1_000_000_000,
-            licence="CDLA-Sharing 1.0",
-            description="short stories in simple words",
-        ),
-        _named(
-            "wikitext-103",
-            "Salesforce/wikitext",
-            "wikitext-103-raw-v1",
-            layout=OWN_SPLIT,
-            column="text",
-            join=True,
-            tokens=120 * 10**6,
-            download=315_000_000,
-            licence="CC BY-SA 3.0",
-            description="Wikipedia articles",
-        ),
-        _named(
-            "fineweb-10B-tokens",
-            "kjj0/fineweb10B-gpt2",
-            is_tokens=True,
-            tokens=10 * 10**9,
-            download=20_600_000_000,
-            licence="ODC-By 1.0",
-            description="FineWeb as GPT-2 tokens, ready to train on",
-        ),
-        _named(
-            "fineweb-edu-100B-tokens",
-            "karpathy/fineweb-edu-100B-gpt2-token-shards",
-            is_tokens=True,
-            tokens=100 * 10**9,
-            download=200_000_000_000,
-            licence="ODC-By 1.0",
-            description="FineWeb-Edu as GPT-2 tokens, ready to train on",
-        ),
-    )
-)
+HUB_CORPORA = {corpus.name: corpus for corpus in (
+    HubCorpus("fineweb-edu-10B", HubRef("HuggingFaceFW/fineweb-edu", "sample-10BT"), LLMC, "text", 10 * _B, 28_500 * _M,
+              _ODC, "educational web pages, the sample of the GPT-2 reproduction"),
+    HubCorpus("fineweb-edu-100B", HubRef("HuggingFaceFW/fineweb-edu", "sample-100BT"), LLMC, "text", 100 * _B, 285 * _B,
+              _ODC, "ten times as much of it"),
+    HubCorpus("fineweb-10B", HubRef("HuggingFaceFW/fineweb", "sample-10BT"), LLMC, "text", 10 * _B, 30 * _B,
+              _ODC, "web pages"),
+    HubCorpus("openwebtext", HubRef("Skylion007/openwebtext"), LLMC, "text", 9 * _B, 24 * _B,
+              "CC0 1.0", "pages that Reddit links to: what GPT-2's WebText was made of"),
+    HubCorpus("tinystories", HubRef("roneneldan/TinyStories"), OWN_SPLIT, "text", 470 * _M, 1 * _B,
+              "CDLA-Sharing 1.0", "short stories in simple words"),
+    HubCorpus("wikitext-103", HubRef("Salesforce/wikitext", "wikitext-103-raw-v1"), OWN_SPLIT, "text", 120 * _M,
+              315 * _M, "CC BY-SA 3.0", "Wikipedia articles", join=True),
+    HubCorpus("fineweb-10B-tokens", HubRef("kjj0/fineweb10B-gpt2"), None, None, 10 * _B, 20_600 * _M,
+              _ODC, "FineWeb as GPT-2 tokens, ready to train on", is_tokens=True),
+    HubCorpus("fineweb-edu-100B-tokens", HubRef("karpathy/fineweb-edu-100B-gpt2-token-shards"), None, None, 100 * _B,
+              200 * _B, _ODC, "FineWeb-Edu as GPT-2 tokens, ready to train on", is_tokens=True),
+)}  # fmt: skip
 
 
 def find_corpus(ref: str) -> HubCorpus | None:

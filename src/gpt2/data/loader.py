@@ -6,6 +6,7 @@ one rank of eight, and in a micro-batch of gradient accumulation.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -114,7 +115,7 @@ class TokenLoader:
         self.document_start_token = document_start_token
         # One window less than would fit leaves the offset at least block_size values to choose from.
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        self._epoch_cache = (-1, np.empty(0, np.int64))  # an epoch and the starts of its windows, in order
+        self._last_epoch_starts = lru_cache(maxsize=1)(self._epoch_starts)
 
     def batch(self, step: int) -> Batch:
         """Step `step`, counted from 0: (batch_size, block_size); `targets` is `tokens` shifted by one."""
@@ -122,11 +123,9 @@ class TokenLoader:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of `batch(step)`: the part that a rank or a micro-batch reads."""
-        if not 0 <= start <= stop <= self.batch_size:
-            raise ValueError(f"rows [{start}, {stop}) are outside a batch of {self.batch_size}")
-        first = step * self.batch_size
-        windows = np.empty((stop - start, self.block_size + 1), np.int64)
-        for window, row in zip(windows, range(first + start, first + stop), strict=True):
+        numbers = row_numbers(self, step, start, stop)
+        windows = np.empty((len(numbers), self.block_size + 1), np.int64)
+        for window, row in zip(windows, numbers, strict=True):
             begin = self._window_start(row)
             window[:] = self.tokens.read(begin, begin + self.block_size + 1)
         tokens = torch.from_numpy(windows)  # (B, T + 1)
@@ -135,14 +134,22 @@ class TokenLoader:
     def _window_start(self, row: int) -> int:
         """The offset in the data of the window of a row, numbered over all steps."""
         epoch, index = divmod(row, self.windows_per_epoch)
-        cached, starts = self._epoch_cache
-        if epoch != cached:  # a cache: it depends on (seed, epoch) only
-            random = epoch_rng(self.seed, epoch)
-            spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
-            offset = random.integers(spare, endpoint=True)
-            starts = offset + random.permutation(self.windows_per_epoch) * self.block_size
-            self._epoch_cache = epoch, starts
-        return int(starts[index])
+        return int(self._last_epoch_starts(epoch)[index])
+
+    def _epoch_starts(self, epoch: int) -> np.ndarray:
+        """The offsets of the windows of an epoch, in order, int64 (windows_per_epoch,)."""
+        random = epoch_rng(self.seed, epoch)
+        spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
+        offset = random.integers(spare, endpoint=True)
+        return offset + random.permutation(self.windows_per_epoch) * self.block_size
+
+
+def row_numbers(loader: BatchLoader, step: int, start: int, stop: int) -> range:
+    """Rows [start, stop) of batch `step`, numbered over all steps. Raises ValueError for rows outside a batch."""
+    if not 0 <= start <= stop <= loader.batch_size:
+        raise ValueError(f"rows [{start}, {stop}) are outside a batch of {loader.batch_size}")
+    first = step * loader.batch_size
+    return range(first + start, first + stop)
 
 
 def epoch_rng(seed: int, epoch: int) -> np.random.Generator:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import chain
 from math import floor
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from gpt2.data.dataset import TokenDataset
-from gpt2.data.loader import Batch, TokenLoader, epoch_rng
+from gpt2.data.loader import Batch, TokenLoader, epoch_rng, row_numbers
 from gpt2.errors import DataError
 from gpt2.tokenizer import Tokenizer
 
@@ -115,7 +116,7 @@ class MixtureLoader:
     def __init__(self, parts: Sequence[TokenLoader], shares: Sequence[Fraction], batch_size: int, seed: int) -> None:
         self.parts, self.batch_size, self._seed = tuple(parts), batch_size, seed
         self._bounds = [sum(shares[: i + 1], Fraction(0)) for i in range(len(shares))]  # cumulative; the last is 1
-        self._block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+        self._last_block = lru_cache(maxsize=1)(self._draw)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -133,10 +134,7 @@ class MixtureLoader:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of `batch(step)`: the part that a rank or a micro-batch reads."""
-        if not 0 <= start <= stop <= self.batch_size:
-            raise ValueError(f"rows [{start}, {stop}) are outside a batch of {self.batch_size}")
-        first = step * self.batch_size
-        found = [self._row(row) for row in range(first + start, first + stop)]
+        found = [self._row(row) for row in row_numbers(self, step, start, stop)]
         if not found:
             return self.parts[0].rows(0, 0, 0)
         documents = [row.documents for row in found if row.documents is not None]
@@ -149,9 +147,7 @@ class MixtureLoader:
     def _row(self, row: int) -> Batch:
         """A row, numbered over all steps."""
         block, index = divmod(row, _BLOCK_ROWS)
-        if self._block[0] != block:  # a cache: it depends on (seed, block) only
-            self._block = (block, *self._draw(block))
-        _, parts, ranks = self._block
+        parts, ranks = self._last_block(block)
         return self.parts[int(parts[index])].batch(int(ranks[index]))
 
     def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,12 +6,13 @@ document numbers in the batch mask attention between documents.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from gpt2.data.loader import Batch, epoch_rng
+from gpt2.data.loader import Batch, epoch_rng, row_numbers
 from gpt2.errors import DataError
 from gpt2.loss import IGNORE_INDEX
 
@@ -151,7 +152,7 @@ class PackedLoader:
     def __init__(self, packed_rows: PackedRows, batch_size: int, seed: int) -> None:
         self.packed_rows, self.batch_size, self.seed = packed_rows, batch_size, seed
         self.windows_per_epoch = len(packed_rows)
-        self._epoch_cache = (-1, np.empty(0, np.int64))  # an epoch and the order of its rows
+        self._last_epoch_order = lru_cache(maxsize=1)(self._epoch_order)
 
     def batch(self, step: int) -> Batch:
         """Step `step`, counted from 0: `batch_size` rows."""
@@ -159,21 +160,17 @@ class PackedLoader:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of `batch(step)`: the part that a rank or a micro-batch reads."""
-        if not 0 <= start <= stop <= self.batch_size:
-            raise ValueError(f"rows [{start}, {stop}) are outside a batch of {self.batch_size}")
-        first = step * self.batch_size
-        return self.packed_rows.batch(
-            np.array([self._row_index(number) for number in range(first + start, first + stop)], int)
-        )
+        numbers = row_numbers(self, step, start, stop)
+        return self.packed_rows.batch(np.array([self._row_index(number) for number in numbers], int))
 
     def _row_index(self, position: int) -> int:
         """The packed row at a position, numbered over all steps."""
         epoch, index = divmod(position, self.windows_per_epoch)
-        cached, order = self._epoch_cache
-        if epoch != cached:  # a cache: it depends on (seed, epoch) only
-            order = epoch_rng(self.seed, epoch).permutation(self.windows_per_epoch)
-            self._epoch_cache = epoch, order
-        return int(order[index])
+        return int(self._last_epoch_order(epoch)[index])
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """The packed rows of an epoch in order, int64 (windows_per_epoch,)."""
+        return epoch_rng(self.seed, epoch).permutation(self.windows_per_epoch)
 
 
 def packed_evaluation_batches(

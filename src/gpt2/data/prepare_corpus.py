@@ -13,7 +13,7 @@ from gpt2.byte_level import encode_array
 from gpt2.data.corpora import HELD_OUT, OWN_SPLIT, HubCorpus
 from gpt2.data.corpus_files import Reader
 from gpt2.data.hub_files import Splits, get_corpus_files, get_token_files
-from gpt2.data.progress import ProgressBar, format_duration
+from gpt2.data.progress import ProgressBar
 from gpt2.data.shards import (
     SHARD_TOKENS,
     ShardFile,
@@ -37,6 +37,7 @@ from gpt2.data.stream import (
 from gpt2.errors import ConfigError, DataError
 from gpt2.hub import HubDataset, HubFile, fetch_dataset_file
 from gpt2.tokenizer import Tokenizer, get_tokenizer
+from gpt2.units import format_bytes, format_duration
 
 _TOKENS_PER_BYTE = {".parquet": 0.5, ".jsonl": 0.25}  # at most, as a rule, for text in English
 _BYTES_PER_TOKEN = 5  # at most, of GPT-2's tokens in English
@@ -173,9 +174,9 @@ def _announce(
         "%s: %s files, %s to download, about %s tokens, %s of shards; tokenizing takes about %s on %d cores",
         corpus.name,
         f"{len(files):,}",
-        format_size(size),
+        format_bytes(size),
         f"{tokens:,}",
-        format_size(shards),
+        format_bytes(shards),
         format_duration(tokens / rate),
         workers,
     )
@@ -188,8 +189,8 @@ def check_disk(folder: Path, needed: int, name: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free + existing:
         raise DataError(
-            f"{name} needs about {format_size(needed)} at {folder}, and {format_size(free)} are free: name a folder on "
-            "a larger disk, or ask for less with --max-tokens"
+            f"{name} needs about {format_bytes(needed)} at {folder}, and {format_bytes(free)} are free: name a folder "
+            "on a larger disk, or ask for less with --max-tokens"
         )
 
 
@@ -208,11 +209,6 @@ def measure_rate(tokenizer: Tokenizer) -> float:
 def count_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def format_size(size: float) -> str:
-    """Such as "20.6 GB" or "3 MB"."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def _fetch_tokens(corpus: HubCorpus, tokenizer: Tokenizer, partial: Path, options: CorpusOptions) -> ShardsMeta:

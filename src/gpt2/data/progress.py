@@ -5,6 +5,8 @@ import time
 from types import TracebackType
 from typing import Self
 
+from gpt2.units import format_duration
+
 _LOG_SECONDS = 60.0
 
 _log = logging.getLogger("gpt2.data")
@@ -49,10 +51,3 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-
-
-def format_duration(seconds: float) -> str:
-    """Such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

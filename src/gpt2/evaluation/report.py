@@ -9,6 +9,7 @@ from gpt2.evaluation.evaluate import TaskResult
 from gpt2.evaluation.published import Check, published_scores
 from gpt2.evaluation.tasks import SETS, TASKS
 from gpt2.terminal import single_line
+from gpt2.units import align_columns, format_bytes
 
 FRACTIONS = ("acc", "acc_norm", "acc_last_token")
 
@@ -67,7 +68,7 @@ def table(reports: Sequence[ModelReport]) -> str:
         if sizes:
             line.append(_published(reports, sizes, task, metric))
         lines.append(line)
-    return "\n".join(_aligned(lines))
+    return "\n".join(align_columns(lines))
 
 
 def _metrics(reports: Sequence[ModelReport]) -> Iterator[tuple[str, str]]:
@@ -116,7 +117,7 @@ def checks_table(report: ModelReport) -> str:
         lines.append([check.name, _short(check.expected), _short(check.got), difference, verdict, check.source])
     passed = sum(check.passed for check in report.checks)
     total = f"{single_line(report.model)}: {passed} of {len(report.checks)} published values agree"
-    return "\n".join([*_aligned(lines), total])
+    return "\n".join([*align_columns(lines), total])
 
 
 def _short(value: Any) -> str:
@@ -133,13 +134,8 @@ def listing() -> str:
     """All tasks with rows, size of the download, and protocol; then the sets."""
     lines = [["task", "rows", "download", "protocol"]]
     for task in TASKS.values():
-        size = "?" if task.size is None else f"{task.size / 1e6:.1f} MB"
+        size = "?" if task.size is None else format_bytes(task.size)
         lines.append([task.name, f"{task.rows:,}", size, task.protocol])
     lines.append(["published", "-", "-", "values that other projects published for OpenAI's four models"])
     sets = [f"{name}: {', '.join(tasks)}" for name, tasks in SETS.items()]
-    return "\n".join([*_aligned(lines), "", "sets of tasks:", *sets])
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*align_columns(lines), "", "sets of tasks:", *sets])

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2.files import read_error
-from gpt2.reporting.units import format_duration
 from gpt2.terminal import single_line
+from gpt2.units import format_duration
 
 log = logging.getLogger("gpt2")
 

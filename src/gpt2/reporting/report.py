@@ -27,7 +27,7 @@ from gpt2.reporting.findings import (
 )
 from gpt2.reporting.metrics import read_metrics
 from gpt2.reporting.task_metrics import task_rows
-from gpt2.reporting.units import format_bytes, format_count, format_duration, format_flops
+from gpt2.units import format_bytes, format_count, format_duration, format_flops
 
 MAX_ENTROPY_TOKENS = 100_000_000  # larger corpora are sampled for the unigram entropy
 NANOGPT_LINK = "[nanoGPT](https://github.com/karpathy/nanoGPT)"

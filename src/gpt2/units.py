@@ -1,4 +1,6 @@
-"""Numbers with units, formatted for people."""
+"""Numbers with units, and tables of text, formatted for people."""
+
+from collections.abc import Sequence
 
 
 def format_count(number: float) -> str:
@@ -31,3 +33,9 @@ def format_duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of text, whose rows have equally many cells."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
