@@ -69,8 +69,9 @@ class DistributedModel:
 
         loss_scale: what the loss was multiplied by; the gradients are divided by it first.
         """
-        if loss_scale != 1.0:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / loss_scale)
+        for parameter in self.model.parameters() if loss_scale != 1.0 else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / loss_scale)
         return full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
     def reshard(self) -> None:
