@@ -192,10 +192,9 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 def score_targets(logits: Tensor, targets: Sequence[int]) -> tuple[list[float], list[int]]:
     """The log-probability and rank of a target token at each position of logits (t, V)."""
     wanted = torch.tensor(targets, device=logits.device).unsqueeze(-1)  # (t, 1)
-    logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(-1, wanted)
-    ranks = (logprobs > own).sum(-1) + 1
-    return own[:, 0].tolist(), ranks.tolist()
+    own = logits.gather(-1, wanted)
+    ranks = (logits > own).sum(-1) + 1
+    return (own[:, 0] - logits.logsumexp(-1)).tolist(), ranks.tolist()
 
 
 def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
