@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from gpt2.byte_level import encode_pieces
 from gpt2.characters import read_meta_pkl
 from gpt2.data.corpora import HubCorpus, find_corpus
 from gpt2.data.dataset import TokenDataset
@@ -19,6 +22,7 @@ from gpt2.data.prepare_corpus import CorpusOptions, corpus_key, prepare_corpus
 from gpt2.data.resolve import Shards, find_shards, resolve_texts
 from gpt2.data.shards import (
     SHARD_TOKENS,
+    SPLITS,
     ShardsMeta,
     ShardWriter,
     SplitMeta,
@@ -27,14 +31,13 @@ from gpt2.data.shards import (
     shard_files,
     verify_shards,
 )
-from gpt2.data.sources import DocumentSlice, Texts, split_documents
+from gpt2.data.sources import Texts, holdout_stride, split_documents
 from gpt2.data.stream import tokenizer_meta
+from gpt2.data.text_blocks import CachedTexts, TextBlock, blocks_of_slices, count_cores, map_in_order
 from gpt2.errors import ConfigError, DataError
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 
-_CHUNK_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer busy
-_BATCH_CHARACTERS = 1 << 22  # in memory at a time; their tokens take about ten times the space
 _CHECKED_TOKENS = 1_000_000
 _CACHE_VERSION = 2  # increment when the same text and tokenizer give different shards
 
@@ -55,18 +58,11 @@ def prepare(
 
     Raises DataError for text that cannot be read or is too short, and for a folder that cannot be written.
     """
-    train, val = split_documents(texts, val_fraction)
-    append_end_of_text = len(texts.documents) > 1
     with _atomic_folder(folder) as partial:
-        splits = {
-            split: _write_split(
-                parts,
-                tokenizer,
-                ShardWriter(partial, split, shard_tokens, vocab_size=tokenizer.vocab_size),
-                append_end_of_text,
-            )
-            for split, parts in (("train", train), ("val", val))
-        }
+        splits = {}
+        for split, (blocks, size) in _split_blocks(texts, val_fraction).items():
+            writer = ShardWriter(partial, split, shard_tokens, vocab_size=tokenizer.vocab_size)
+            splits[split] = _write_split(blocks, size, tokenizer, writer)
         if splits["train"].tokens < 2:
             raise DataError(f"{texts.name} is too short to train on: {splits['train'].tokens} token(s)")
         tokenizer.save(partial)
@@ -138,8 +134,8 @@ def make_tokenizer(texts: Texts, spec: str | Tokenizer, val_fraction: float = 0.
     size = bpe_vocab_size(spec) if isinstance(spec, str) else None
     if size is None:
         return _resolve_tokenizer(spec)
-    train, _ = split_documents(texts, val_fraction)
-    return train_bpe((text for part in train for text in _iter_texts(part) if text is not None), size)
+    blocks, _ = _split_blocks(texts, val_fraction)["train"]
+    return train_bpe((piece for block in blocks for piece in block.pieces if piece is not None), size)
 
 
 def _resolve_tokenizer(spec: str | Tokenizer) -> Tokenizer:
@@ -221,48 +217,37 @@ def _check_first_and_last_tokens(shards: TokenShards) -> None:
     shards.read(max(0, len(shards) - _CHECKED_TOKENS), len(shards))
 
 
-def _write_split(
-    parts: list[DocumentSlice], tokenizer: Tokenizer, writer: ShardWriter, append_end_of_text: bool
-) -> SplitMeta:
-    """Tokenize the parts in order."""
+def _split_blocks(texts: Texts, val_fraction: float) -> dict[str, tuple[Iterator[TextBlock], int]]:
+    """Of each split its text in blocks, and its bytes; see `split_documents`."""
+    documents, every = texts.documents, holdout_stride(val_fraction)
+    if isinstance(documents, CachedTexts) and len(documents) >= max(every, 2):
+        held_out = np.zeros(len(documents), np.bool_)
+        if every:
+            held_out[every - 1 :: every] = True
+        chosen = {"train": ~held_out, "val": held_out}
+        return {split: (documents.blocks(mask), int(documents.sizes[mask].sum())) for split, mask in chosen.items()}
+    parts = dict(zip(SPLITS, split_documents(texts, val_fraction), strict=True))
+    return {
+        split: (
+            blocks_of_slices(slices, append_end_of_text=len(documents) > 1),
+            sum(part.stop - part.start for part in slices),
+        )
+        for split, slices in parts.items()
+    }
+
+
+def _write_split(blocks: Iterator[TextBlock], size: int, tokenizer: Tokenizer, writer: ShardWriter) -> SplitMeta:
+    """Tokenize blocks of `size` bytes in order, on all cores."""
     documents = 0
 
-    def texts() -> Iterator[str | None]:
-        nonlocal documents
-        for part in parts:
-            previous = None
-            for text in _iter_texts(part):
-                documents += previous is None and text is not None
-                previous = text
-                yield text
-            if append_end_of_text and previous is not None and part.stop == part.document.size:
-                yield None
+    def encode(block: TextBlock) -> np.ndarray:
+        return encode_pieces(tokenizer, block.pieces)
 
     with writer:
-        for batch in _text_batches(texts()):
-            tokens = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
-            for text in batch:
-                writer.write([tokenizer.end_of_text] if text is None else next(tokens))
-    size = sum(part.stop - part.start for part in parts)
+        for block, tokens in map_in_order(blocks, encode, count_cores()):
+            writer.write(tokens)
+            documents += block.documents
     return SplitMeta(writer.tokens, documents, size, tuple(writer.files))
-
-
-def _text_batches(texts: Iterator[str | None]) -> Iterator[list[str | None]]:
-    """Texts, and None where a document ends, in lists that fit in memory."""
-    batch: list[str | None] = []
-    length = 0
-    for text in texts:
-        batch.append(text)
-        length += len(text or "")
-        if length >= _BATCH_CHARACTERS:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def _iter_texts(part: DocumentSlice) -> Iterator[str | None]:
-    return part.document.iter_texts(part.start, part.stop, chunk_bytes=_CHUNK_BYTES)
 
 
 @contextmanager
@@ -290,7 +275,9 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 def _cache_key(texts: Texts, tokenizer: str) -> str:
     """Sixteen hex digits that depend on the text and the tokenizer."""
     digest = hashlib.sha256(f"{_CACHE_VERSION}\n{tokenizer}\n".encode())
-    for document in texts.documents:
+    # of cached texts, the name of the folder is a hash of the rows
+    documents = texts.documents[:1] if isinstance(texts.documents, CachedTexts) else texts.documents
+    for document in documents:
         if isinstance(document.data, bytes):
             identity = hashlib.sha256(document.data).hexdigest()
         else:
