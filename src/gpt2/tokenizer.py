@@ -13,7 +13,7 @@ classes are in `gpt2.byte_level`; here they are made: by name, from files, train
 import copy
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gpt2.byte_level import BPETokenizer, ByteLevelTokenizer, ByteTokenizer, GPT2Tokenizer, Tokenizer
@@ -52,6 +52,8 @@ from gpt2.vocabulary import (
 
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
 
+_MAX_WORD_BYTES = 8_000_000  # of different words to train a BPE on
+
 _log = logging.getLogger("gpt2")
 
 
@@ -60,7 +62,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
     `vocab_size` includes the 256 bytes, which are first, and ``<|endoftext|>``, which is last. Only pairs that occur
     twice are merged, so short texts give a smaller vocabulary, with a warning in the log. A word of more than 1,000
-    characters counts as several. The result is deterministic.
+    characters counts as several. Once the texts have 8 MB of different words, others do not count, with a warning, too:
+    so memory is bounded. The result is deterministic.
 
     Raises ConfigError for a `vocab_size` outside 257 to 65,536.
     """
@@ -77,7 +80,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in split_long_words(replace_surrogates(text)))
+    pieces = (piece for text in _bound_words(texts) for piece in split_long_words(replace_surrogates(text)))
     backend.train_from_iterator(pieces, trainer)
     model = json.loads(backend.to_str())["model"]
     tokens = [decode_byte_level(text) for text in sorted(model["vocab"], key=model["vocab"].__getitem__)]
@@ -86,6 +89,32 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         _log.warning("the text is enough for a vocabulary of %d tokens, not %d", len(tokens) + 1, vocab_size)
     vocabulary = Vocabulary([*tokens, END_OF_TEXT.encode()], frozenset({len(tokens)}))
     return BPETokenizer(build_backend(vocabulary, merges))
+
+
+def _bound_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts; after `_MAX_WORD_BYTES` of different words, without any that is new. A word is what is between spaces.
+
+    The trainer keeps every different word, at about 100 bytes for each of its bytes.
+    """
+    seen: set[str] = set()
+    size = left_out = 0
+    for text in texts:
+        words = text.split(" ")
+        if size < _MAX_WORD_BYTES:
+            new = set(words).difference(seen)
+            seen |= new
+            size += sum(len(word) if word.isascii() else len(word.encode("utf-8", "replace")) for word in new)
+            yield text
+        else:
+            known = [word for word in words if word in seen]
+            left_out += len(words) - len(known)
+            yield " ".join(known)
+    if left_out:
+        _log.warning(
+            "the vocabulary is trained on the first %s different words: %s occurrences of others were left out",
+            f"{len(seen):,}",
+            f"{left_out:,}",
+        )
 
 
 def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
