@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from gpt2.terminal import shorten
 
-MAX_MESSAGE_CHARACTERS = 2000  # what a message quotes of a file or a request may have any length
+MAX_MESSAGE_CHARACTERS = 1000  # what a message quotes of a file or a request may have any length
 
 
 class UserError(Exception):

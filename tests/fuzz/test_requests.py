@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+from gpt2.errors import MAX_MESSAGE_CHARACTERS
 from gpt2.model import GPT
 from gpt2.serve.schema import ChatRequest, CompletionRequest
 from gpt2.terminal import UNSAFE_CHARACTERS
@@ -233,7 +234,7 @@ def test_any_json_gets_a_response_that_is_no_server_error(server: Server, path: 
     if status != 200:
         error = json.loads(reply)["error"]
         for text in (error["message"], error["param"] or ""):
-            assert len(text) < 1000
+            assert len(text) <= MAX_MESSAGE_CHARACTERS
             assert "\n" not in text
             assert not UNSAFE_CHARACTERS.search(text)
 
