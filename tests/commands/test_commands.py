@@ -109,7 +109,7 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("train --data {shards} --tokenizer bpe:400", "were made with tokenizer bytes"),
         ("train --tokenizer wordpiece", "wordpiece"),
         ("train --device tpu", "device 'tpu' is not one of"),
-        ("train --dtype float16", "training in float16 would need loss scaling"),
+        ("train --dtype int8", "dtype 'int8' is not one of float32, bfloat16, float16"),
         ("train --out-dir {file}", "cannot write the run folder"),
         ("train --resume {file}", "there is no run in that folder"),
         ("train --name a/b", "--name must be a valid folder name"),

@@ -44,6 +44,7 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_added_
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import latest_checkpoint, load_optimizers
 from gpt2.train.early_stopping import BestValidation
+from gpt2.train.loss_scale import LossScale
 from gpt2.train.outlier_batches import OutlierFilter
 from gpt2.train.run_folder import check_run_metadata, run_metadata
 from gpt2.vocabulary import NO_VOCABULARY
@@ -81,6 +82,7 @@ class Run:
     checkpoint_metadata: dict[str, Any] = field(default_factory=dict)  # of every checkpoint: see `run_metadata`
     outlier_filter: OutlierFilter = field(default_factory=lambda: OutlierFilter(0.0))
     best_validation: BestValidation = field(default_factory=BestValidation)
+    loss_scale: LossScale = field(default_factory=lambda: LossScale(torch.float32))
 
     @property
     def early_stopped(self) -> bool:
@@ -158,6 +160,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
                 raise ConfigError(f"{done}, more than --max-steps ({config.max_steps:,})", field="max_steps")
     records = ranks.broadcast_from_main(lambda: _read_metrics_until(run.step, folder))
     run.best_validation = BestValidation(records)
+    run.loss_scale = LossScale(run.dtype, records)
     if config.skip_spikes:
         run.outlier_filter = OutlierFilter(config.skip_spikes, records)
     return run
