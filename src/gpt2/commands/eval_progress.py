@@ -11,7 +11,7 @@ from gpt2.evaluation.measures import Measured
 from gpt2.evaluation.report import shown
 from gpt2.terminal import single_line
 
-MOST_METRICS, BAR_WIDTH = 2, 10  # so that a line fits into 80 columns
+MAX_METRICS, BAR_WIDTH = 2, 10  # so that a line fits into 80 columns
 
 
 class ProgressBar:
@@ -30,7 +30,7 @@ class ProgressBar:
         self._task = self._progress.add_task(single_line(name), total=None, score="")
 
     def __call__(self, done: int, total: int, so_far: Measured) -> None:
-        score = "  ".join(f"{k} {shown(k, v)}" for k, v in list(so_far.metrics.items())[:MOST_METRICS])
+        score = "  ".join(f"{k} {shown(k, v)}" for k, v in list(so_far.metrics.items())[:MAX_METRICS])
         self._progress.update(self._task, completed=done, total=total, score=score)
 
     def __enter__(self) -> Self:

@@ -331,7 +331,7 @@ def partial_folder(folder: Path, what: str) -> Iterator[Path]:
     try:
         yield partial
     except OSError as error:
-        kept = f"what is done is kept in {partial}, and the same command goes on from there"
+        kept = f"finished work is kept in {partial}; the same command resumes from there"
         raise DataError(f"cannot write {what} ({error.strerror or error}): {kept}") from None
     finally:
         lock.release(lock_path)
