@@ -44,7 +44,7 @@ function draw(result, parts, { info, token }, other) {
   const embeddings = parts.embed + parts.pos_embed;
   const heads = parts.heads.flat().reduce((sum, value) => sum + value, 0), mlps = parts.mlps.reduce((sum, value) => sum + value, 0);
   const what = other ? `logit of ${visible(token.text)} minus logit of ${tokenLabel(other)}` : `logit of ${visible(token.text)}`;
-  const sum = quiet(`${what}: ${signed(parts.total)} = heads ${signed(heads)}, MLPs ${signed(mlps)}, embeddings ${signed(embeddings)}, biases ${signed(biases)}. The last column of squares is the MLPs. Select a head to see its attention.`);
+  const sum = quiet(`${what}: ${signed(parts.total)} = heads ${signed(heads)}, MLPs ${signed(mlps)}, embeddings ${signed(embeddings)}, biases ${signed(biases)}. The circles are the MLPs. Select a head to see its attention.`);
   const order = [...named].sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, SHOWN);
   const list = el("ol", { className: "bars effect", "aria-label": "Largest contributions" }, ...order.map((part) => bar(part, most)));
   const against = other ? `for ${tokenLabel(other)}` : "against";

@@ -68,7 +68,7 @@ function switchSection(info) {
   }, { className: "plain" });
   draw();
   const choice = el("div", { className: "row" }, el("label", { htmlFor: "off-mode" }, "Instead of its output:"), mode, none);
-  return { element: section("Switch off", "Which heads and MLPs does the next token need? Select squares; the last column is the MLPs.", grid, count, choice, box), update };
+  return { element: section("Switch off", "Which heads and MLPs does the next token need? Select them; the circles are the MLPs.", grid, count, choice, box), update };
 }
 
 function steerSection(info) {
