@@ -13,12 +13,12 @@ from gpt2.commands.bench_output import (
     check_outputs,
     new_decode_result,
     parse_counts,
-    print_progress,
     random_model_config,
     wide_console,
     write_json,
 )
 from gpt2.errors import UserError, missing_extra
+from gpt2.progress import print_status
 from gpt2.resolve import resolve_model
 from gpt2.runtime import pick_device
 
@@ -46,10 +46,10 @@ def main(args: Namespace) -> int:
     result = new_decode_result("bench serve", workload) | {"precision": args.dtype, "cold_start": None}
     try:
         if args.model is not None:
-            print_progress("cold start")
+            print_status("cold start")
             result["cold_start"] = cold_start(workload, args.dtype)
         save_partial = lambda found: write_json(args.json, result | {"clients": found})  # noqa: E731
-        result["clients"] = measure_serving(workload, args.dtype, SubprocessRunner, print_progress, save_partial)
+        result["clients"] = measure_serving(workload, args.dtype, SubprocessRunner, print_status, save_partial)
     except BenchmarkError as failure:
         raise UserError(f"the server cannot be measured: {failure}") from failure
     write_json(args.json, result)

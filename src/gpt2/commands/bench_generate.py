@@ -19,13 +19,13 @@ from gpt2.commands.bench_output import (
     format_quartiles,
     new_decode_result,
     parse_counts,
-    print_progress,
     random_model_config,
     wide_console,
     write_json,
 )
 from gpt2.errors import ConfigError, DataError, ModelFilesError, UserError
 from gpt2.model import GPTConfig
+from gpt2.progress import print_status
 from gpt2.resolve import resolve_model
 from gpt2.runtime import pick_device
 
@@ -52,8 +52,8 @@ def main(args: Namespace) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as folder:
             if decode_peers:
-                specs += decode_peers.peer_variants(workload, peers, Path(folder), SubprocessRunner, print_progress)
-            result |= run_comparison(workload, specs, text_tokens, SubprocessRunner, print_progress, save_partial)
+                specs += decode_peers.peer_variants(workload, peers, Path(folder), SubprocessRunner, print_status)
+            result |= run_comparison(workload, specs, text_tokens, SubprocessRunner, print_status, save_partial)
     except BenchmarkError as failure:
         raise UserError(f"the model cannot be run: {failure}") from failure
     write_json(args.json, result)

@@ -1,7 +1,6 @@
-"""What the benchmark commands share: flags, progress, result files, and how numbers are printed."""
+"""What the benchmark commands share: flags, result files, and how numbers are printed."""
 
 import json
-import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +16,6 @@ from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.errors import ConfigError, UserError, did_you_mean
 from gpt2.hardware import GiB, device_name
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
-from gpt2.terminal import single_line
-
-
-def print_progress(line: str) -> None:
-    """Print one line of progress on standard error; also from a subprocess of a benchmark."""
-    print(f"gpt2: {single_line(line)}", file=sys.stderr, flush=True)
 
 
 def check_outputs(args: Namespace) -> None:

@@ -24,12 +24,12 @@ from gpt2.commands.bench_output import (
     format_gib,
     format_quartiles,
     openai_config,
-    print_progress,
     wide_console,
     write_json,
 )
 from gpt2.errors import ConfigError
 from gpt2.hardware import device_name
+from gpt2.progress import print_status
 from gpt2.runtime import pick_device
 
 
@@ -55,10 +55,10 @@ def main(args: Namespace) -> int:
         device = result["devices"][-1]
         if not args.peers_only:
             device["rungs"] = run_ladder(
-                workload, step_names, args.rounds, run=run_in_subprocess, progress=print_progress
+                workload, step_names, args.rounds, run=run_in_subprocess, progress=print_status
             )
         if train_peers:
-            device["peers"] = train_peers.compare_with_peers(workload, peers, SubprocessRunner, print_progress)
+            device["peers"] = train_peers.compare_with_peers(workload, peers, SubprocessRunner, print_status)
         write_json(args.json, result)  # after each device, so that nothing is lost
         _print_results(device)
         if train_peers:

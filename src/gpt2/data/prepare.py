@@ -6,9 +6,10 @@ Shards of llm.c, modded-nanogpt and nanoGPT are opened as they are.
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from gpt2.characters import read_meta_pkl
@@ -31,6 +32,7 @@ from gpt2.data.sources import DocumentSlice, Texts, split_documents
 from gpt2.data.stream import tokenizer_meta
 from gpt2.errors import ConfigError, DataError
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
+from gpt2.progress import ProgressBar
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 
 _CHUNK_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer busy
@@ -57,13 +59,21 @@ def prepare(
     """
     train, val = split_documents(texts, val_fraction)
     append_end_of_text = len(texts.documents) > 1
-    with _atomic_folder(folder) as partial:
+    total, done = sum(part.stop - part.start for part in (*train, *val)), 0
+    with _atomic_folder(folder) as partial, ProgressBar(f"tokenizing {texts.name}") as bar:
+
+        def count_bytes(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.update(min(1.0, done / max(1, total)))
+
         splits = {
             split: _write_split(
                 parts,
                 tokenizer,
                 ShardWriter(partial, split, shard_tokens, vocab_size=tokenizer.vocab_size),
                 append_end_of_text,
+                count_bytes,
             )
             for split, parts in (("train", train), ("val", val))
         }
@@ -139,7 +149,19 @@ def make_tokenizer(texts: Texts, spec: str | Tokenizer, val_fraction: float = 0.
     if size is None:
         return _resolve_tokenizer(spec)
     train, _ = split_documents(texts, val_fraction)
-    return train_bpe((text for part in train for text in _iter_texts(part) if text is not None), size)
+    total, done = sum(part.stop - part.start for part in train), 0
+    with ProgressBar(f"training {spec} on {texts.name}") as bar:
+
+        def iter_texts() -> Iterator[str]:
+            nonlocal done
+            for text in filter(None, chain.from_iterable(map(_iter_texts, train))):
+                yield text
+                done += _num_bytes(text)
+
+        def show() -> None:
+            bar.update(min(1.0, done / max(1, total)), "merging" if done >= 0.99 * total else "reading")
+
+        return train_bpe(iter_texts(), size, show)
 
 
 def _resolve_tokenizer(spec: str | Tokenizer) -> Tokenizer:
@@ -222,9 +244,13 @@ def _check_first_and_last_tokens(shards: TokenShards) -> None:
 
 
 def _write_split(
-    parts: list[DocumentSlice], tokenizer: Tokenizer, writer: ShardWriter, append_end_of_text: bool
+    parts: list[DocumentSlice],
+    tokenizer: Tokenizer,
+    writer: ShardWriter,
+    append_end_of_text: bool,
+    count_bytes: Callable[[int], None],
 ) -> SplitMeta:
-    """Tokenize the parts in order."""
+    """Tokenize the parts in order. count_bytes: takes the size of each text that was written."""
     documents = 0
 
     def texts() -> Iterator[str | None]:
@@ -243,6 +269,7 @@ def _write_split(
             tokens = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
             for text in batch:
                 writer.write([tokenizer.end_of_text] if text is None else next(tokens))
+            count_bytes(sum(_num_bytes(text) for text in batch if text is not None))
     size = sum(part.stop - part.start for part in parts)
     return SplitMeta(writer.tokens, documents, size, tuple(writer.files))
 
@@ -263,6 +290,10 @@ def _text_batches(texts: Iterator[str | None]) -> Iterator[list[str | None]]:
 
 def _iter_texts(part: DocumentSlice) -> Iterator[str | None]:
     return part.document.iter_texts(part.start, part.stop, chunk_bytes=_CHUNK_BYTES)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 @contextmanager
