@@ -1,9 +1,7 @@
 """What the benchmark commands share: flags, result files, and how numbers are printed."""
 
-import json
 from argparse import Namespace
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +12,14 @@ from gpt2.bench.decode import DecodeWorkload
 from gpt2.bench.ladder_chart import check_chart_path
 from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.errors import ConfigError, UserError, did_you_mean
+from gpt2.files import expand_path
 from gpt2.hardware import GiB, device_name
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
 
 
 def check_outputs(args: Namespace) -> None:
     """Raise UserError, before anything is measured, if --json or --chart cannot be written."""
-    for path in (args.json, args.chart):
+    for path in (None if args.json is None else expand_path(args.json), args.chart):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
         if path is not None and path.is_dir():
@@ -60,12 +59,6 @@ def new_decode_result(kind: str, workload: DecodeWorkload) -> dict[str, Any]:
     record = {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | record
     name = device_name(torch.device(workload.device))
     return {"kind": kind, **environment(), "device": workload.device, "name": name, "workload": record}
-
-
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON, if there is a path."""
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def wide_console() -> Console:

@@ -1,6 +1,5 @@
 """Run `gpt2 eval` once its flags are parsed. It imports torch."""
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from gpt2.commands.generation_args import (
     load_model,
     resolve_from_args,
 )
+from gpt2.commands.json_output import prints_json, write_json
 from gpt2.distributed.process_group import ProcessGroup, process_group
 from gpt2.errors import ConfigError, ModelFilesError, UserError
 from gpt2.evaluation.evaluate import Interrupted, Progress, TaskResult, prepare_task, run_passes, task_names
@@ -20,7 +20,7 @@ from gpt2.evaluation.published import openai_size, run_checks
 from gpt2.evaluation.records import read_bytes
 from gpt2.evaluation.report import ModelReport, checks_table, listing, shown, table, to_json
 from gpt2.evaluation.tasks import TASKS
-from gpt2.files import expand_path, write_error
+from gpt2.files import expand_path
 from gpt2.generation.engine import LanguageModel
 from gpt2.progress import ProgressBar, print_status
 from gpt2.runtime import configure_malloc, pick_device
@@ -219,13 +219,8 @@ def _harness(names: list[str], model: LanguageModel, tokenizer: Tokenizer, args:
 
 def _show(args: Namespace, reports: list[ModelReport]) -> None:
     for report in reports:
-        if report.checks:
+        if report.checks and not prints_json(args.json):
             print(checks_table(report))
-    if any(report.results for report in reports):
+    if any(report.results for report in reports) and not prints_json(args.json):
         print(table(reports))
-    if args.json:
-        path = expand_path(args.json)
-        try:
-            path.write_text(json.dumps(to_json(reports), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise write_error(path, error) from None
+    write_json(args.json, to_json(reports))

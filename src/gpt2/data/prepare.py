@@ -4,6 +4,7 @@ Shards of llm.c, modded-nanogpt and nanoGPT are opened as they are.
 """
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 _CHUNK_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer busy
 _BATCH_CHARACTERS = 1 << 22  # in memory at a time; their tokens take about ten times the space
 _CHECKED_TOKENS = 1_000_000
+_log = logging.getLogger("gpt2")
 _CACHE_VERSION = 2  # increment when the same text and tokenizer give different shards
 
 
@@ -112,6 +114,7 @@ def open_data(data: str | Shards | Texts | HubCorpus, tokenizer: str | Tokenizer
     spec = tokenizer or "gpt2"
     identity = spec if isinstance(spec, str) and bpe_vocab_size(spec) else _resolve_tokenizer(spec).fingerprint
     folder = cache_home() / "shards" / f"{_slug(data.name)}-{_cache_key(data, identity)}"
+    _log.debug("%s: %s shards in %s", data.name, "existing" if folder.exists() else "writing", folder)
     if not folder.exists():
         prepare(data, make_tokenizer(data, spec), folder)
     return _open_existing_shards(folder, None, data.name)
