@@ -84,7 +84,8 @@ def commands_index() -> str:
             _front_matter("Commands", "The commands of gpt2, generated from their parsers."),
             "# Commands",
             "These pages are generated from the parsers: they have every flag. `--batch-size` and `--batch_size` are "
-            "the same flag. A value in brackets is the default. `gpt2 --version` prints the version and, in a clone, "
+            'the same flag. A value in brackets is the default. `eval "$(gpt2 completion bash)"` completes commands '
+            "and flags in the shell. `gpt2 --version` prints the version and, in a clone, "
             "the commit. [Exit codes](../exit-codes.md) and [environment variables](../environment.md) have their "
             "own pages.",
             "\n".join(["| command | does |", "| --- | --- |", *rows]),
