@@ -130,6 +130,15 @@ def small_bpe() -> BPETokenizer:
 
 
 @pytest.fixture
+def text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text to train on, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "numbers.txt"
+    path.write_text(NUMBERS_TEXT)
+    return path
+
+
+@pytest.fixture
 def tiny(tmp_path: Path) -> TrainConfig:
     """The configuration of a training run of a second or two on a text file."""
     (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT)

@@ -27,7 +27,6 @@ from gpt2.tokenizer import ByteTokenizer, Tokenizer
 from gpt2.train import trainer
 from gpt2.train.stopping import TIME_LIMIT_EXIT_CODE, Interrupted
 from gpt2.weights import save
-from tests.helpers.training_helpers import NUMBERS_TEXT
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -45,15 +44,6 @@ TINY: dict[str, Any] = {
 }
 SHAPE = gpt2.GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16)
 TOKENIZER = ByteTokenizer()
-
-
-@pytest.fixture
-def text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A text to train on, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "numbers.txt"
-    path.write_text(NUMBERS_TEXT)
-    return path
 
 
 @pytest.mark.parametrize(

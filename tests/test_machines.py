@@ -18,7 +18,6 @@ from gpt2.native.build import load_library
 from gpt2.runtime import compile_blocks
 from gpt2.tokenizer import ByteTokenizer
 from gpt2.vocabulary import NO_VOCABULARY
-from tests.helpers.training_helpers import NUMBERS_TEXT
 
 TINY: dict[str, Any] = {
     "n_layer": 1,
@@ -46,15 +45,6 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "GPT2_HOME", "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A text to train on, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "numbers.txt"
-    path.write_text(NUMBERS_TEXT)
-    return path
 
 
 @pytest.mark.usefixtures("no_home")

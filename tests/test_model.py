@@ -184,19 +184,3 @@ def test_compiled_blocks_give_the_same_loss_and_gradients() -> None:
         assert ours.grad is not None
         assert theirs.grad is not None
         assert relative_error(ours.grad, theirs.grad) < 1e-4
-
-
-def test_one_compiled_graph_takes_any_batch_and_length() -> None:
-    """Without graph breaks, and with fewer graphs than shapes."""
-    model = random_model(GPTConfig(vocab_size=101, block_size=32, n_layer=1, n_head=2, n_embd=32))
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=backend)
-    for rows, length in ((2, 5), (3, 9), (4, 12), (5, 31)):
-        tokens, _ = random_batch(model.config, rows, length)
-        assert torch.equal(compiled(tokens), model(tokens))
-    assert len(graphs) <= 2

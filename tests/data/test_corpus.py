@@ -1,50 +1,27 @@
 """Corpora on the hub: found by name, prepared in bounded memory, resumable, in llm.c's layout."""
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt2.data.corpora import HUB_CORPORA, HubCorpus, HubRef, find_corpus
+from gpt2.data.corpora import HUB_CORPORA, HubRef, find_corpus
 from gpt2.data.prepare import open_data
 from gpt2.data.prepare_corpus import CorpusOptions, prepare_corpus
-from gpt2.data.shards import ShardsMeta, open_shards, verify_shards
+from gpt2.data.shards import ShardsMeta, verify_shards
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
 from tests.helpers.dataset_hub import DatasetHub, parquet
+from tests.helpers.hub_corpora import add_fineweb, corpus_of, documents, make_texts
 
 BYTES = ByteTokenizer()
 END = BYTES.end_of_text
 EDU = HUB_CORPORA["fineweb-edu-10B"]
-
-
-def make_texts(count: int, seed: int = 1) -> list[str | None]:
-    rng = random.Random(seed)
-    words = ["the", "cat", "naïve", "\n", "3.14", "don't", "<|endoftext|>", "数", "end"]
-    texts = [" ".join(rng.choices(words, k=rng.randrange(1, 120))) for _ in range(count)]
-    return [*texts[:5], "", *texts[5:]]
-
-
-def add_fineweb(hub: DatasetHub, texts: list[str | None], name: str = "sample/10BT") -> None:
-    """Two files of a sample, a file of another one, and the card that names the folders, as in FineWeb-Edu."""
-    half = len(texts) // 2
-    files = {f"{name}/000_00000.parquet": parquet(texts[:half]), f"{name}/001_00000.parquet": parquet(texts[half:])}
-    hub.add(
-        "HuggingFaceFW/fineweb-edu",
-        {**files, "data/CC-MAIN-2013-20/000_00000.parquet": parquet(["another crawl"]), "README.md": b"# card"},
-        [
-            {"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
-            {"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]},
-        ],
-    )
 
 
 def llmc_shards(texts: list[str | None], tokenizer: Tokenizer, shard_tokens: int) -> list[bytes]:
@@ -127,14 +104,6 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
-
-
-def documents(folder: Path, split: str = "train") -> list[str]:
-    """The texts of a split, of shards in which end-of-text is before or after each document."""
-    shards = open_shards(folder, split)
-    tokens = shards.read(0, len(shards))
-    parts = np.split(tokens, np.flatnonzero(tokens == END) + (1 if tokens[-1] == END else 0))
-    return [BYTES.decode(part[part != END].tolist()) for part in parts if len(part)]
 
 
 def test_shuffling_is_a_permutation_by_the_seed_and_dedup_drops_later_copies(hub: DatasetHub, tmp_path: Path) -> None:
@@ -254,12 +223,6 @@ def test_references(ref: str, expected: HubRef) -> None:
         find_corpus("hf://b")
 
 
-def corpus_of(ref: str, column: str | None = None) -> HubCorpus:
-    corpus = find_corpus(ref)
-    assert corpus is not None
-    return replace(corpus, column=column)
-
-
 @pytest.mark.parametrize(
     ("ref", "column", "message"),
     [
@@ -292,75 +255,6 @@ def test_what_cannot_be_prepared_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         prepare_corpus(corpus_of(ref, column), BYTES, tmp_path / "out")
     assert "\n" not in str(caught.value)
-
-
-def test_the_hubs_own_conversion_is_used_for_a_data_set_without_parquet(hub: DatasetHub, tmp_path: Path) -> None:
-    hub.add("me/old", {"load.py": b"a script"})
-    converted = {"default/train/0000.parquet": parquet(["one", "two"]), "default/test/0000.parquet": parquet(["t"])}
-    hub.add("me/old", converted, revision="refs/convert/parquet")
-    prepare_corpus(corpus_of("hf://me/old"), BYTES, tmp_path / "out")
-    assert (documents(tmp_path / "out"), documents(tmp_path / "out", "val")) == (["one", "two"], ["t"])
-
-
-def test_without_network_the_files_can_be_put_there_by_hand(
-    hub: DatasetHub, tmp_path: Path, gpt2_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    place = gpt2_home / "datasets" / "me/rows"
-    with pytest.raises(UserError, match=rf"HF_HUB_OFFLINE is set\): download the files by hand, .* below {place}"):
-        prepare_corpus(corpus_of("hf://me/rows"), BYTES, tmp_path / "out")
-    (place / "data").mkdir(parents=True)
-    (place / "data/train.parquet").write_bytes(parquet(["by hand"] * 20))
-    prepare_corpus(corpus_of("hf://me/rows"), BYTES, tmp_path / "out")
-    assert documents(tmp_path / "out") == ["by hand"] * 18
-    assert (place / "data/train.parquet").is_file()
-    assert hub.fetched == []
-
-
-def test_a_hub_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(UserError, match=r"cannot list the files of .*/datasets/me/rows \(.*\): download the files"):
-        prepare_corpus(corpus_of("hf://me/rows"), BYTES, tmp_path / "out")
-
-
-def test_a_damaged_download_is_named_and_a_connection_that_breaks_is_continued(
-    hub: DatasetHub, tmp_path: Path, gpt2_home: Path
-) -> None:
-    texts = make_texts(40)
-    hub.add("me/rows", {"train.parquet": parquet(texts)})
-    hub.damaged.add("train.parquet")
-    by_hand = gpt2_home / "datasets/me/rows/train.parquet"
-    with pytest.raises(UserError, match=rf"cannot download train\.parquet .*sha256 is .*: put it at {by_hand} by hand"):
-        prepare_corpus(corpus_of("hf://me/rows"), BYTES, tmp_path / "out")
-    hub.broken.add("train.parquet")
-    prepare_corpus(corpus_of("hf://me/rows"), BYTES, tmp_path / "out")
-    assert hub.fetched == ["train.parquet"] * 3  # damaged, broken, and the rest of it
-
-
-def test_a_file_that_was_damaged_on_this_disk_is_fetched_again(
-    hub: DatasetHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from gpt2.data import corpus_files
-
-    hub.add("me/rows", {"train.parquet": parquet(make_texts(40))})
-    prepare_corpus(corpus_of("hf://me/rows"), BYTES, tmp_path / "good")
-    real, calls = corpus_files.read_parquet_texts, []
-
-    def damage_first(path: Path, column: str, start_row: int) -> Iterator[list[str]]:
-        calls.append(start_row)
-        if len(calls) == 1:
-            yield next(real(path, column, start_row))[:7]
-            os.truncate(path, 100)
-            yield from real(path, column, 7)
-        else:
-            yield from real(path, column, start_row)
-
-    monkeypatch.setattr(corpus_files, "read_parquet_texts", damage_first)
-    prepare_corpus(corpus_of("hf://me/rows"), BYTES, tmp_path / "out")
-    assert calls == [0, 7]
-    assert "train.parquet is damaged, and is downloaded again" in caplog.text
-    assert ShardsMeta.load(tmp_path / "out") == ShardsMeta.load(tmp_path / "good")
 
 
 def test_a_full_disk_keeps_what_is_done(hub: DatasetHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,32 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.data.prepare import prepare
-from gpt2.data.shards import ShardWriter, TokenShards, open_shards, verify_shards
-from gpt2.data.sources import Document, Texts
+from gpt2.data.shards import ShardWriter, open_shards, verify_shards
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer
+from tests.helpers.shard_files import corpus, everything, llmc_file
 
 BYTES = ByteTokenizer()
-
-
-def llmc_file(path: Path, tokens: list[int], version: int = 1) -> Path:
-    """Write a shard in the layout of llm.c's dev/data/data_common.py."""
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, version, len(tokens)
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(header.tobytes() + np.array(tokens, dtype=np.uint16).tobytes())
-    return path
-
-
-def corpus(*texts: str) -> Texts:
-    return Texts("corpus", tuple(Document(str(i), text.encode()) for i, text in enumerate(texts)))
-
-
-def everything(shards: TokenShards) -> list[int]:
-    return shards.read(0, len(shards)).tolist()
-
-
-# Files
 
 
 def test_shards_are_llmc_files_to_the_byte(tmp_path: Path) -> None:

@@ -3,11 +3,8 @@
 import io
 import json
 import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +18,7 @@ from gpt2.evaluation.records import read_bytes, rows_of
 from gpt2.evaluation.tasks import TASKS
 from gpt2.model import GPT
 from gpt2.tokenizer import BPETokenizer
+from tests.helpers.dataset_hub import DatasetHub
 
 ROWS = [
     {"sentence": f"the man saw the dog so _ ran {i}.", "option1": "he", "option2": "it", "answer": "12"[i % 2]}
@@ -34,72 +32,17 @@ def parquet(rows: list[dict[str, str]]) -> bytes:
     return out.getvalue()
 
 
-class Hub:
-    """Files by path. `stated` replaces the checksum that is stated of a file; `asked` lists what was fetched."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.stated: dict[str, str] = {}
-        self.asked: list[str] = []
-        self.address = ""
+def put(hub: DatasetHub, data_file: DatasetFile, content: bytes) -> None:
+    """Put the file of a task on the hub, at its revision."""
+    hub.add(str(data_file.repo), {str(data_file.path): content}, revision=str(data_file.revision))
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A small hub on loopback, whose large files are elsewhere, as those of the real one are."""
-    served = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, body: bool) -> None:
-            content = served.files.get(self.path.removeprefix("/cdn"))
-            if content is None:
-                self.send_response(404)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-            elif not self.path.startswith("/cdn"):
-                self.send_response(302)
-                self.send_header("Location", f"/cdn{self.path}")
-                digest = served.stated.get(self.path, sha256(content).hexdigest())
-                self.send_header("X-Linked-ETag", f'"{digest}"')
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-            else:
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if body:
-                    served.asked.append(self.path)
-                    self.wfile.write(content)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    served.address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield served
-    server.shutdown()
-
-
-def path_on_hub(data_file: DatasetFile) -> str:
-    return f"/datasets/{data_file.repo}/resolve/{data_file.revision}/{data_file.path}"
-
-
-def test_a_task_from_the_hub_at_its_revision(hub: Hub, model: GPT, words: BPETokenizer, tmp_path: Path) -> None:
+def test_a_task_from_the_hub_at_its_revision(hub: DatasetHub, model: GPT, words: BPETokenizer, tmp_path: Path) -> None:
     data_file = TASKS["winogrande"].data_file
-    hub.files[path_on_hub(data_file)] = parquet(ROWS)
+    put(hub, data_file, parquet(ROWS))
     first = evaluate_tasks(model, words, ["winogrande"])["winogrande"]
     again = evaluate_tasks(model, words, ["winogrande"])["winogrande"]
-    assert hub.asked == [f"/cdn{path_on_hub(data_file)}"]  # the second time it was in the cache
+    assert hub.fetched == [data_file.path]  # the second time it was in the cache
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     given = evaluate_tasks(model, words, ["winogrande"], task_data={"winogrande": str(rows)})["winogrande"]
@@ -107,15 +50,15 @@ def test_a_task_from_the_hub_at_its_revision(hub: Hub, model: GPT, words: BPETok
     assert first.rows == len(ROWS)
 
 
-def test_what_is_not_the_pinned_file_is_refused(hub: Hub) -> None:
+def test_what_is_not_the_pinned_file_is_refused(hub: DatasetHub) -> None:
     data_file = TASKS["winogrande"].data_file
-    hub.files[path_on_hub(data_file)] = parquet(ROWS)
-    hub.stated[path_on_hub(data_file)] = "0" * 64
+    put(hub, data_file, parquet(ROWS))
+    hub.stated[str(data_file.path)] = "0" * 64
     with pytest.raises(UserError, match=r"its sha256 is .*put it at .*winogrande\.parquet by hand"):
         fetch(data_file)
     assert not data_file.cache_path.exists()
     pinned = TASKS["hellaswag"].data_file
-    hub.files[path_on_hub(pinned)] = b"something else"
+    put(hub, pinned, b"something else")
     with pytest.raises(UserError, match="its sha256 is "):
         fetch(pinned)
     pinned.cache_path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,26 +67,28 @@ def test_what_is_not_the_pinned_file_is_refused(hub: Hub) -> None:
         fetch(pinned)
 
 
-def test_a_missing_file_says_where_it_is_had_and_where_to_put_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_says_where_it_is_had_and_where_to_put_it(
+    hub: DatasetHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_file = TASKS["winogrande"].data_file
+    url = f"{hub.address}/datasets/{data_file.repo}/resolve/{data_file.revision}/{data_file.path}"
     with pytest.raises(UserError) as caught:
         fetch(data_file)
     assert str(caught.value) == (
-        f"cannot download winogrande.parquet from {hub.address}{path_on_hub(data_file)} (HTTP 404): "
-        f"save it as {data_file.cache_path}"
+        f"cannot download winogrande.parquet from {url} (HTTP 404): save it as {data_file.cache_path}"
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
         fetch(data_file)
     assert str(caught.value) == (
-        f"winogrande.parquet is not in the cache and HF_HUB_OFFLINE is set: download {hub.address}"
-        f"{path_on_hub(data_file)} and save it as {data_file.cache_path}"
+        f"winogrande.parquet is not in the cache and HF_HUB_OFFLINE is set: download {url} "
+        f"and save it as {data_file.cache_path}"
     )
     with pytest.raises(UserError, match=r"there is no file .*rows\.jsonl; its download URL is http"):
         open_task_file(data_file, "rows.jsonl")
 
 
-def test_archives_and_labels_of_publishers(hub: Hub, model: GPT, words: BPETokenizer) -> None:
+def test_archives_and_labels_of_publishers(hub: DatasetHub, model: GPT, words: BPETokenizer) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         row = {"goal": "see the dog", "sol1": "go", "sol2": "stay"}
@@ -165,8 +110,6 @@ def test_the_published_childrens_book_test(model: GPT, words: BPETokenizer, tmp_
         info = tarfile.TarInfo("CBTest/data/cbtest_CN_test_2500ex.txt")
         info.size = len(text)
         archive.addfile(info, io.BytesIO(text))
-    from dataclasses import replace
-
     wide = GPT(replace(model.config, block_size=256)).eval()
     found = evaluate_tasks(wide, words, ["cbt-cn"], task_data={"cbt-cn": str(path)})["cbt-cn"]
     assert found.rows == 2

@@ -7,6 +7,7 @@ import pytest
 from gpt2.generation.engine import Engine, GenerationRequest, Sequence
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
+from tests.helpers.engine_helpers import generate_alone
 from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=64, block_size=48, n_layer=1, n_head=2, n_embd=16)
@@ -15,14 +16,6 @@ CONFIG = GPTConfig(vocab_size=64, block_size=48, n_layer=1, n_head=2, n_embd=16)
 @pytest.fixture(scope="module")
 def model() -> GPT:
     return random_model(CONFIG)
-
-
-def alone(model: GPT, asked: GenerationRequest) -> list[int]:
-    engine = Engine(model, slots=1)
-    sequence = engine.submit(asked)
-    while not engine.idle:
-        engine.step()
-    return sequence.new_tokens
 
 
 @pytest.mark.parametrize("trial", range(40))
@@ -36,7 +29,7 @@ def test_prompts_with_shared_prefixes_in_a_small_prefill_budget(model: GPT, tria
     sequences = [engine.submit(one) for one in asked]
     while not engine.idle:
         engine.step()
-    assert [sequence.new_tokens for sequence in sequences] == [alone(model, one) for one in asked]
+    assert [sequence.new_tokens for sequence in sequences] == [generate_alone(model, one) for one in asked]
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -57,7 +50,7 @@ def test_a_paused_sequence_has_the_same_tokens(model: GPT, temperature: float) -
             engine.pause(paused[-1])
         elif paused and rng.random() < 0.5:
             engine.resume(paused.pop(0))
-    assert [sequence.new_tokens for sequence in sequences] == [alone(model, one) for one in asked]
+    assert [sequence.new_tokens for sequence in sequences] == [generate_alone(model, one) for one in asked]
     assert max(sequence.context_start for sequence in sequences) > 0
 
 

@@ -36,13 +36,18 @@ class Repository:
 
 @dataclass
 class DatasetHub:
-    """The server. damaged: paths that are sent with a wrong byte, each once; broken: whose connection ends half way."""
+    """The server. Large files are at another address, as those of the real hub are.
+
+    damaged: paths that are sent with a wrong byte, each once; broken: whose connection ends half way; stated: digests
+    that are sent instead of the right ones.
+    """
 
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     fetched: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
+    stated: dict[str, str] = field(default_factory=dict)
 
     def add(
         self, name: str, files: dict[str, bytes], configs: Sequence[dict[str, Any]] = (), revision: str = "main"
@@ -59,6 +64,10 @@ def parquet(texts: Sequence[str | None], column: str = "text", rows_per_group: i
     table = pa.table({"id": list(range(len(texts))), column: pa.array(texts, pa.string())})
     pq.write_table(table, out, row_group_size=rows_per_group)
     return out.getvalue()
+
+
+def _is_large(path: str) -> bool:
+    return path.endswith((".parquet", ".bin"))
 
 
 @contextmanager
@@ -79,8 +88,12 @@ def serve_datasets() -> Iterator[DatasetHub]:
 class _Handler(BaseHTTPRequestHandler):
     hub: DatasetHub
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
+        is_elsewhere, path = path.startswith("/cdn/"), path.removeprefix("/cdn")
         for name, repository in self.hub.repositories.items():
             if repository.gated and name in path:
                 return self.reply(403, b"{}", **{"X-Error-Code": "GatedRepo"})
@@ -92,7 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
                 revision, _, file = path.removeprefix(f"/datasets/{name}/resolve/").partition("/")
                 if repository.commit(revision) is None or file not in repository.files(revision):
                     break
-                return self.file(repository.files(revision)[file], file)
+                content = repository.files(revision)[file]
+                if _is_large(file) and not is_elsewhere:
+                    digest = self.hub.stated.get(file, sha256(content).hexdigest())
+                    return self.reply(302, b"", **{"Location": f"/cdn{self.path}", "X-Linked-ETag": f'"{digest}"'})
+                return self.file(content, file)
         return self.reply(404, b"{}", **{"X-Error-Code": "RepoNotFound"})
 
     def info(self, name: str, repository: Repository, revision: str) -> None:
@@ -107,12 +124,13 @@ class _Handler(BaseHTTPRequestHandler):
         for path, content in repository.files(revision).items():
             blob = sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
             lfs = {"oid": sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-            is_large = path.endswith((".parquet", ".bin"))
             entry = {"type": "file", "path": path, "size": len(content), "oid": blob}
-            entries.append(entry | ({"lfs": lfs} if is_large else {}))
+            entries.append(entry | ({"lfs": lfs} if _is_large(path) else {}))
         self.reply(200, json.dumps(entries).encode())
 
     def file(self, content: bytes, path: str) -> None:
+        if self.command == "HEAD":
+            return self.reply(200, content)
         self.hub.fetched.append(path)
         if path in self.hub.damaged:
             self.hub.damaged.remove(path)
@@ -123,9 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.start(206 if start else 200, len(content) - start)
             self.wfile.write(content[start : len(content) // 2])
             self.close_connection = True
-            return
+            return None
         self.start(206 if start else 200, len(content) - start)
         self.wfile.write(content[start:])
+        return None
 
     def start(self, code: int, length: int, **headers: str) -> None:
         self.send_response(code)
@@ -136,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def reply(self, code: int, content: bytes, **headers: str) -> None:
         self.start(code, len(content), **headers)
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -4,7 +4,6 @@ Its requests are also sent by hand, for where the harness is not installed.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 import gpt2
-from tests.helpers.live_server import BYTE_TOKENIZER, CONFIG, LiveServer, run_server, temporary_home
+from tests.helpers.live_server import BYTE_TOKENIZER, CONFIG, LiveServer
 
+pytest_plugins = "tests.helpers.server_fixtures"
 CHOICES = [
     {"context": "The cat sat on the", "choices": ["mat", "moon", "Ünïcödé €", "dog house"], "gold": 0},
     {"context": 'It\'s "quoted" — yes', "choices": ["a", "five\nsix", "日本語", "🙂🙂"], "gold": 3},
@@ -25,18 +25,6 @@ TEXTS = [{"text": "A short text."}, {"text": "naïve 🙂, until the context is 
 QUESTIONS = [{"question": "Once upon a time"}, {"question": "€ and ü"}]
 WINDOW = CONFIG.block_size - 1  # prompt tokens: the harness requests one new token
 NEW_TOKENS = 20
-
-
-@pytest.fixture(scope="module")
-def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with temporary_home(compiled, tmp_path_factory.mktemp("home")), run_server() as served:
-        yield served
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as one:
-        yield one
 
 
 def pairs() -> list[tuple[list[int], list[int]]]:

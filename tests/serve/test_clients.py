@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,25 +11,14 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 from gpt2.serve import chat_completions, completions  # noqa: E402
 from gpt2.serve.limits import Limits  # noqa: E402
 from gpt2.serve.schema import ChatRequest, CompletionRequest  # noqa: E402
-from tests.helpers.live_server import LiveServer, run_server, temporary_home  # noqa: E402
+from tests.helpers.live_server import LiveServer  # noqa: E402
 
+pytest_plugins = "tests.helpers.server_fixtures"
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
 NEVER_ENDS = {"256": -100}
-
-
-@pytest.fixture(scope="module")
-def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with temporary_home(compiled, tmp_path_factory.mktemp("home")), run_server() as served:
-        yield served
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as one:
-        yield one
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gpt2.generation.engine import Engine, GenerationRequest, SampledToken
+from gpt2.generation.engine import GenerationRequest, SampledToken
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.errors import TooManyRequestsError
@@ -16,6 +16,7 @@ from gpt2.serve.fair_share import client_to_pause, exceeds_queue_share
 from gpt2.serve.limits import Limits
 from gpt2.serve.middleware import AccessPolicy
 from gpt2.serve.scheduler import MIN_PREFILL_TOKENS, RequestHandle, Scheduler, SequenceFinished
+from tests.helpers.engine_helpers import generate_alone
 from tests.helpers.live_server import run_server
 from tests.helpers.transformers_reference import random_model
 
@@ -135,17 +136,9 @@ def test_paused_sequences_have_the_same_text_and_all_finish(model: GPT) -> None:
                     texts[index].append(event.id)
                 else:
                     assert event == SequenceFinished("length")
-            assert texts == [alone(model, one) for one in requests]
+            assert texts == [generate_alone(model, one) for one in requests]
 
     stepped(go, model, slots=4, max_waiting=64)
-
-
-def alone(model: GPT, asked: GenerationRequest) -> list[int]:
-    engine = Engine(model, slots=1)
-    sequence = engine.submit(asked)
-    while not engine.idle:
-        engine.step()
-    return sequence.new_tokens
 
 
 def test_samples_of_one_prompt_do_not_wait_for_each_other(model: GPT) -> None:

@@ -9,8 +9,7 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -26,30 +25,13 @@ from gpt2.serve.scheduler import RequestHandle
 from gpt2.serve.schema import ErrorBody
 from gpt2.serve.sse import SSEResponse
 from gpt2.templates import ChatTemplate
-from tests.helpers.live_server import BYTE_TOKENIZER, SMALL_LIMITS, LiveServer, run_server, temporary_home
+from tests.helpers.live_server import BYTE_TOKENIZER, SMALL_LIMITS, LiveServer, run_server
 
+pytest_plugins = "tests.helpers.server_fixtures"
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 LONG = 4000
-
-
-@pytest.fixture(scope="module")
-def home(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with temporary_home(compiled, tmp_path_factory.mktemp("home")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def server(home: None) -> Iterator[LiveServer]:
-    with run_server() as served:
-        yield served
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.client() as one:
-        yield one
 
 
 def error_in(response: httpx.Response, status: int) -> dict[str, Any]:

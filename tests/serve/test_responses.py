@@ -1,23 +1,20 @@
 """/v1/responses, as openai-python sends requests to it and reads its responses and streams."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 from gpt2.serve.limits import Limits  # noqa: E402
-from tests.helpers.live_server import LiveServer, run_server, temporary_home  # noqa: E402
+from tests.helpers.live_server import LiveServer  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": True}
 
 
-@pytest.fixture(scope="module")
-def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with temporary_home(compiled, tmp_path_factory.mktemp("home")), run_server(Limits(max_tokens=1000)) as served:
-        yield served
+pytest_plugins = "tests.helpers.server_fixtures"
+SERVER_LIMITS = Limits(max_tokens=1000)
 
 
 @pytest.fixture

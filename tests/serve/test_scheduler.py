@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from gpt2.errors import RequestError, UserError
-from gpt2.generation.engine import Engine, GenerationRequest, SampledToken, Sequence
+from gpt2.generation.engine import GenerationRequest, SampledToken, Sequence
 from gpt2.generation.sampling import Sampling
 from gpt2.model import GPT, GPTConfig
 from gpt2.serve.errors import ShuttingDownError, TooManyRequestsError
 from gpt2.serve.scheduler import PromptLogprobsRequest, RequestHandle, Scheduler, SequenceFinished
+from tests.helpers.engine_helpers import generate_alone
 from tests.helpers.transformers_reference import random_model
 
 CONFIG = GPTConfig(vocab_size=64, block_size=48, n_layer=1, n_head=2, n_embd=16)
@@ -57,15 +58,6 @@ async def tokens_of(handle: RequestHandle) -> tuple[list[list[int]], list[Sequen
     return token_lists, [ends[i] for i in range(len(token_lists))]
 
 
-def alone(model: GPT, asked: GenerationRequest) -> list[int]:
-    """The new tokens of the request in an engine of its own."""
-    engine = Engine(model, slots=1)
-    text = engine.submit(asked)
-    while not engine.idle:
-        engine.step()
-    return text.new_tokens
-
-
 async def until(condition: Any) -> None:
     for _ in range(4000):
         if condition():
@@ -84,7 +76,7 @@ def test_sequences_are_batch_invariant(model: GPT) -> None:
             await asyncio.sleep(0.001 * (i % 3))
         for one, handle in zip(asked, handles, strict=True):
             token_lists, ends = await tokens_of(handle)
-            assert token_lists == [alone(model, one)]
+            assert token_lists == [generate_alone(model, one)]
             assert ends == [SequenceFinished("length")]
         assert scheduler.idle
 
@@ -173,7 +165,7 @@ def test_cancellation_frees_the_slot_within_a_step(model: GPT) -> None:
         scheduler.cancel(second)
         await until(lambda: scheduler.idle and scheduler.engine.idle)
         scheduler.cancel(second)  # a second cancellation has no effect
-        assert (await tokens_of(scheduler.submit("a", [request(3)])))[0] == [alone(model, request(3))]
+        assert (await tokens_of(scheduler.submit("a", [request(3)])))[0] == [generate_alone(model, request(3))]
 
     with running(model, slots=2) as scheduler:
         asyncio.run(go(scheduler))
@@ -191,7 +183,7 @@ def test_an_error_ends_only_its_own_sequence(model: GPT) -> None:
         ban = request(0, 5, logit_bias=[(token, -torch.inf) for token in range(CONFIG.vocab_size)])
         handle = scheduler.submit("a", [ban, request(1)])
         token_lists, ends = await tokens_of(handle)
-        assert token_lists == [[], alone(model, request(1))]
+        assert token_lists == [[], generate_alone(model, request(1))]
         assert ends[0].finish_reason == "error"
         assert "rule out every token" in str(ends[0].error)
         with pytest.raises(UserError, match="vocabulary"):
@@ -282,7 +274,7 @@ def test_random_cancellations_lose_no_slot_and_no_memory(model: GPT, count: int)
         if num_events is None:
             token_lists, _ = await tokens_of(handle)
             if i % 10 == 0:
-                assert token_lists == [alone(model, request_) for request_ in asked]
+                assert token_lists == [generate_alone(model, request_) for request_ in asked]
             return
         for _ in range(num_events):
             if handle.num_unfinished:
