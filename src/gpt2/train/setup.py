@@ -107,7 +107,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.config.block_size
+        return self.loader.batch_size * self.loader.block_size
 
 
 def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PROCESS) -> Run:
