@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the extra [plot] is not installed")
 from matplotlib.ticker import StrMethodFormatter
 
-from gpt2.bench.ladder_chart import NUMBER_FORMAT
+from gpt2.reporting.axes import NUMBER_FORMAT
 from gpt2.reporting.plots import format_loss
 from gpt2.train.comparison import LossComparison, _loss_change
 

@@ -1,5 +1,6 @@
 """What the benchmark commands share: flags, result files, and how numbers are printed."""
 
+import math
 from argparse import Namespace
 from dataclasses import asdict, replace
 from typing import Any
@@ -71,7 +72,10 @@ def wide_console() -> Console:
 
 def format_quartiles(values: dict[str, float]) -> tuple[str, str]:
     """A median, and its quartiles as "low-high", with about three significant digits."""
-    digits = 0 if values["median"] >= 1000 else 1 if values["median"] >= 10 else 2
+    median = values["median"]
+    digits = 0 if median >= 1000 else 1 if median >= 10 else 2
+    if 0 < median < 1:
+        digits = 2 - math.floor(math.log10(median))
     return f"{values['median']:,.{digits}f}", f"{values['low']:,.{digits}f}-{values['high']:,.{digits}f}"
 
 
