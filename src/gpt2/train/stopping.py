@@ -127,4 +127,4 @@ def _interrupt_main(number: int) -> None:
     if main is not None and hasattr(signal, "pthread_kill"):
         signal.pthread_kill(main, number)
     else:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
