@@ -32,8 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from machine import write_result
 
-from gpt2.byte_level import encode_array
-from gpt2.data.prepare_corpus import count_cores
+from gpt2.byte_level import encode_pieces
+from gpt2.data.text_blocks import count_cores
 from gpt2.tokenizer import get_tokenizer
 
 DOCUMENT_CHARACTERS = 3000
@@ -89,10 +89,10 @@ def read_documents(folder: Path, megabytes: int) -> list[str]:
 def run_tokenizer(documents: list[str]) -> tuple[float, float, int]:
     """Seconds, seconds and tokens of the tokenizer alone, one thread per core."""
     tokenizer = get_tokenizer("gpt2")
-    pieces = [documents[i : i + 64] for i in range(0, len(documents), 64)]
+    blocks = [[piece for text in documents[i : i + 64] for piece in (text, None)] for i in range(0, len(documents), 64)]
     start = time.perf_counter()
     with ThreadPoolExecutor(count_cores()) as pool:
-        counts = pool.map(lambda piece: sum(len(encode_array(tokenizer, text)) for text in piece), pieces)
+        counts = pool.map(lambda pieces: len(encode_pieces(tokenizer, pieces)), blocks)
         total = sum(counts)
     seconds = time.perf_counter() - start
     return seconds, seconds, total

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import gpt2
 from gpt2.errors import RequestError
-from gpt2.interpret import activation_names
+from gpt2.interpret import activation_names, head_scores
 from gpt2.model import GPT, GPTConfig
+from tests.helpers.known_heads import previous_token_model
 from tests.helpers.transformers_reference import random_model, to_transformers
 
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32)
@@ -149,3 +150,34 @@ def test_equal_to_transformer_lens(model: GPT, tmp_path: Path) -> None:
     got = gpt2.logit_attribution(model, TOKENS[:1], 5, 7)
     torch.testing.assert_close(got.heads.flatten(), theirs["heads"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.mlps, theirs["mlps"], rtol=1e-5, atol=1e-5)
+
+
+def test_head_scores_are_means_of_diagonals(model: GPT) -> None:
+    got = head_scores(model, length=50, rows=2, seed=7)  # 12 tokens fit the context twice
+    once = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(7))
+    run = gpt2.trace(model, torch.cat([once, once], 1))
+    for layer in range(CONFIG.n_layer):
+        pattern = run[f"blocks.{layer}.attn.hook_pattern"]
+        for name, offset in (("previous", 1), ("duplicate", 12), ("induction", 11)):
+            rows = [pattern[:, :, t, t - offset] for t in range(12, 24)]
+            expected = torch.stack(rows).mean((0, 1))
+            torch.testing.assert_close(getattr(got, name)[layer], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_scores_find_a_head_that_looks_at_the_previous_token() -> None:
+    model = previous_token_model(50, 32)
+    scores = head_scores(model)
+    assert float(scores.previous[0, 0]) > 0.99
+    assert float(scores.duplicate[0, 0]) < 0.01
+    with pytest.raises(RequestError, match="a context of at least 4 tokens, not 3"):
+        head_scores(random_model(GPTConfig(vocab_size=5, block_size=3, n_layer=1, n_head=1, n_embd=4)))
+
+
+def test_the_last_logits_alone(model: GPT) -> None:
+    vector = torch.ones(CONFIG.n_embd)
+    change = {"blocks.1.hook_resid_pre": lambda x: x + vector}
+    last = gpt2.patch(model, TOKENS, change, last_only=True)
+    torch.testing.assert_close(last, gpt2.patch(model, TOKENS, change)[:, -1:])
+    torch.testing.assert_close(
+        gpt2.ablate(model, TOKENS, [(0, 1)], last_only=True), gpt2.ablate(model, TOKENS, [(0, 1)])[:, -1:]
+    )

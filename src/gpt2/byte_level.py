@@ -7,6 +7,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
+_NOT_UTF8 = b"\xff"  # a byte that UTF-8 does not have
 _LONG_WHITESPACE = 500_000  # tiktoken panics on a run of a million spaces
 _LONG_WHITESPACE_PATTERN = re.compile(rf"(?<!\s)\s{{{_LONG_WHITESPACE}}}")  # each run is scanned once: linear time
 
@@ -131,10 +133,18 @@ class ByteLevelTokenizer(ABC):
             first += [self.special_tokens[special], *ids]
         return first
 
-    def encode_array(self, text: str) -> "np.ndarray":
+    def encode_pieces(self, pieces: Sequence[str | None]) -> "np.ndarray":
+        """The tokens of the pieces one after the other, each encoded by itself; None is the end-of-text token."""
         import numpy as np
 
-        return np.array(self.encode(text), np.uint32)
+        tokens = array("I")
+        ids = iter(self.encode_batch([piece for piece in pieces if piece is not None]))
+        for piece in pieces:
+            if piece is None:
+                tokens.append(self.end_of_text)
+            else:
+                tokens.extend(next(ids))
+        return np.frombuffer(tokens, np.uint32)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
@@ -166,16 +176,32 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         super().__init__(Vocabulary(tokens, special))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if any(len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text) for text in texts):
+        if any(map(_has_long_whitespace, texts)):
             return _encode_with_backend(self._backend, texts)  # tiktoken would panic
         if len(texts) == 1:
             return [self._encoding.encode_ordinary(texts[0])]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
-    def encode_array(self, text: str) -> "np.ndarray":
-        if len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text):
-            return super().encode_array(text)
-        return self._encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
+    def encode_pieces(self, pieces: Sequence[str | None]) -> "np.ndarray":
+        """See `ByteLevelTokenizer`. Neighbours with the end-of-text token between them are one call of tiktoken."""
+        import numpy as np
+
+        parts: list[np.ndarray] = []
+        start = 0
+        for i in range(1, len(pieces) + 1):
+            if i == len(pieces) or (pieces[i] is not None and pieces[i - 1] is not None):
+                parts.append(self._encode_run(pieces[start:i]))
+                start = i
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint32), *parts])
+
+    def _encode_run(self, pieces: Sequence[str | None]) -> "np.ndarray":
+        """`encode_pieces` without neighbours that are both text."""
+        text = "".join([END_OF_TEXT if piece is None else piece for piece in pieces])
+        if text.count(END_OF_TEXT) != pieces.count(None) or _has_long_whitespace(text):
+            return super().encode_pieces(pieces)
+        return self._encoding.encode_to_numpy(
+            replace_surrogates(text), allowed_special={END_OF_TEXT}, disallowed_special=()
+        )
 
 
 class BPETokenizer(ByteLevelTokenizer):
@@ -217,22 +243,28 @@ class ByteTokenizer(ByteLevelTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(replace_surrogates(text).encode()) for text in texts]
 
-    def encode_array(self, text: str) -> "np.ndarray":
+    def encode_pieces(self, pieces: Sequence[str | None]) -> "np.ndarray":
         import numpy as np
 
-        return np.frombuffer(replace_surrogates(text).encode(), np.uint8)
+        data = [_NOT_UTF8 if piece is None else replace_surrogates(piece).encode() for piece in pieces]
+        tokens = np.frombuffer(b"".join(data), np.uint8).astype(np.uint16)
+        tokens[tokens == _NOT_UTF8[0]] = self.end_of_text
+        return tokens
 
 
-def encode_array(tokenizer: Tokenizer, text: str) -> "np.ndarray":
-    """`tokenizer.encode(text)` as an array of unsigned integers.
-
-    GPT-2's tokens are never a Python list, so that many threads can encode at the same time.
-    """
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str | None]) -> "np.ndarray":
+    """The tokens of the pieces one after the other, unsigned; None is the end-of-text token."""
     import numpy as np
 
-    return (
-        tokenizer.encode_array(text) if isinstance(tokenizer, ByteLevelTokenizer) else np.array(tokenizer.encode(text))
-    )
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        return tokenizer.encode_pieces(pieces)
+    end = [tokenizer.end_of_text]
+    ids = iter(tokenizer.encode_batch([piece for piece in pieces if piece is not None]))
+    return np.array([token for piece in pieces for token in (end if piece is None else next(ids))], np.uint32)
+
+
+def _has_long_whitespace(text: str) -> bool:
+    return len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text) is not None
 
 
 def _encode_with_backend(backend: "tokenizers.Tokenizer", texts: Sequence[str]) -> list[list[int]]:

@@ -5,6 +5,7 @@
     logits = patch(model, tokens, {"blocks.3.hook_resid_pre": lambda x: x + vector})
     logits = ablate(model, tokens, heads=[(0, 3)], mlps=[5], mode="mean")
     parts = logit_attribution(model, tokens, target, alternative)
+    head_scores(model).induction                      # (L, H)
 
 Hooks are registered for one call and removed after it. Names and shapes are those of TransformerLens (Nanda and Bloom,
 2022). B rows, T positions, C = n_embd, H heads of D, L layers, V = vocab_size.
@@ -65,6 +66,20 @@ class LogitAttribution:
     total: float
 
 
+@dataclass(frozen=True)
+class HeadScores:
+    """The attention of each head, (L, H) between 0 and 1, to three positions of a repeated random text.
+
+    previous:  to the token before.
+    duplicate: from a token of the repetition to the same token in the first part.
+    induction: from a token of the repetition to the token after that.
+    """
+
+    previous: Tensor
+    duplicate: Tensor
+    induction: Tensor
+
+
 def activation_names(model: GPT) -> list[str]:
     """The names of all activations of a model, in the order of the computation."""
     block = (_BLOCK_NAMES[0], *_ATTENTION_NAMES, *_DERIVED_NAMES, *_BLOCK_NAMES[1:3], *_MLP_NAMES, *_BLOCK_NAMES[3:])
@@ -101,8 +116,10 @@ def trace(model: GPT, tokens: Tensor, names: Collection[str] | None = None) -> T
     return Trace({name: found[name] for name in wanted}, logits)
 
 
-def patch(model: GPT, tokens: Tensor, replacements: Mapping[str, Replacement]) -> Tensor:
+def patch(model: GPT, tokens: Tensor, replacements: Mapping[str, Replacement], last_only: bool = False) -> Tensor:
     """The logits (B, T, V) of a run in which activations are replaced: by a tensor, or by a function of the activation.
+
+    last_only: only those after the last position, (B, 1, V), which takes less time and memory.
 
     Takes every name of `trace` except hook_attn_scores and hook_result. Raises RequestError for other names, and for a
     replacement of another shape.
@@ -118,7 +135,8 @@ def patch(model: GPT, tokens: Tensor, replacements: Mapping[str, Replacement]) -
             if name in replacements:
                 apply = partial(_apply, name, replacements[name])
                 _on_output(module, _on_rows(apply, len(tokens)), hooks)
-        return model(tokens)
+        hidden = model.hidden_states(tokens)
+        return model.lm_head(hidden[:, -1:] if last_only else hidden)
 
 
 def ablate(
@@ -127,8 +145,11 @@ def ablate(
     heads: Sequence[tuple[int, int]] = (),
     mlps: Sequence[int] = (),
     mode: str = "zero",
+    last_only: bool = False,
 ) -> Tensor:
     """The logits (B, T, V) without some heads, (layer, head) each from 0, and the MLPs of some layers.
+
+    last_only: as for `patch`.
 
     mode: "zero" replaces an output by zeros; "mean" by its mean over all rows and positions of these tokens. Raises
     RequestError for layers, heads and modes that do not exist.
@@ -154,10 +175,34 @@ def ablate(
     for layer in {layer for layer, _ in heads}:
         own = sorted({head for at, head in heads if at == layer})
         replacements[f"blocks.{layer}.attn.hook_z"] = partial(without_heads, own)
-    return patch(model, tokens, replacements)
+    return patch(model, tokens, replacements, last_only)
 
 
-@torch.no_grad()
+def head_scores(model: GPT, length: int = 50, rows: int = 4, seed: int = 0) -> HeadScores:
+    """How much each head attends to the previous token, to a duplicate, and by induction.
+
+    Each is a mean over `rows` texts of `length` random tokens that are repeated once; both are shorter in a smaller
+    context. Source: Olsson et al. 2022, "In-context learning and induction heads", with the diagonals of the attention
+    pattern that TransformerLens's demonstration reads. Raises RequestError for a context of fewer than 4 tokens.
+    """
+    config = model.config
+    n = min(length, config.block_size // 2)
+    if n < 2:
+        raise RequestError(f"head scores need a context of at least 4 tokens, not {config.block_size}")
+    generator = torch.Generator().manual_seed(seed)
+    once = torch.randint(config.vocab_size, (rows, n), generator=generator)
+    tokens = torch.cat([once, once], 1).to(model.device)  # (rows, 2n)
+    names = [f"blocks.{i}.attn.hook_pattern" for i in range(config.n_layer)]
+    patterns = trace(model, tokens, names).activations.values()  # (rows, H, 2n, 2n) each
+
+    def mean_of_diagonal(offset: int) -> Tensor:
+        """Of the last n positions, which repeat the first n."""
+        found = [pattern[..., n:, :].diagonal(n + offset, -2, -1).float().mean((0, -1)) for pattern in patterns]
+        return torch.stack(found).cpu()
+
+    return HeadScores(mean_of_diagonal(-1), mean_of_diagonal(-n), mean_of_diagonal(1 - n))
+
+
 def logit_attribution(
     model: GPT, tokens: Tensor, target: int, alternative: int | None = None, position: int = -1
 ) -> LogitAttribution:
@@ -166,16 +211,29 @@ def logit_attribution(
     With an alternative, to the difference of both logits. Source: direct logit attribution, Elhage et al. 2021, "A
     mathematical framework for transformer circuits". Raises RequestError for tokens outside the vocabulary.
     """
+    if len(tokens) != 1:
+        raise RequestError(f"logit attribution takes one row of tokens, not {len(tokens)}")
+    return attribute_logit(model, trace(model, tokens, attribution_names(model)), target, alternative, position)
+
+
+def attribution_names(model: GPT) -> list[str]:
+    """The activations that `attribute_logit` needs."""
+    layers = range(model.config.n_layer)
+    outputs = [f"blocks.{i}.{name}" for i in layers for name in ("attn.hook_z", "hook_mlp_out")]
+    return [*_MODEL_NAMES, *outputs, f"blocks.{layers[-1]}.hook_resid_post"]
+
+
+@torch.no_grad()
+def attribute_logit(
+    model: GPT, run: Trace, target: int, alternative: int | None = None, position: int = -1
+) -> LogitAttribution:
+    """`logit_attribution` of a run that is known already, whose activations have one row."""
     config = model.config
     for token in (target, *([] if alternative is None else [alternative])):
         if not 0 <= token < config.vocab_size:
             raise RequestError(f"token {token} is not in the model's vocabulary of {config.vocab_size:,}")
-    if len(tokens) != 1:
-        raise RequestError(f"logit attribution takes one row of tokens, not {len(tokens)}")
     layers = range(config.n_layer)
     last = f"blocks.{config.n_layer - 1}.hook_resid_post"
-    outputs = [f"blocks.{i}.{name}" for i in layers for name in ("attn.hook_z", "hook_mlp_out")]
-    run = trace(model, tokens, [*_MODEL_NAMES, *outputs, last])
     norm, unembed = model.transformer.ln_f, model.lm_head.weight.float()
     direction = unembed[target] - (0 if alternative is None else unembed[alternative])  # (C,)
     residual = run[last][0, position].float()

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import gpt2.data.prepare as preparing
+from gpt2.byte_level import ByteLevelTokenizer
+from gpt2.data import text_blocks
 from gpt2.data.prepare import open_data, prepare
 from gpt2.data.resolve import resolve_texts
 from gpt2.data.shards import ShardsMeta, open_shards, verify_shards
@@ -83,8 +84,7 @@ def test_the_batch_size_of_tokenization_does_not_change_the_shards(
 ) -> None:
     source = resolve_texts("python-docs")
     large = prepare(source, BYTES, tmp_path / "large")
-    monkeypatch.setattr(preparing, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(preparing, "_BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(text_blocks, "BLOCK_BYTES", 1000)
     assert prepare(source, BYTES, tmp_path / "small") == large
 
 
@@ -98,22 +98,23 @@ def test_an_error_leaves_no_files(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-import gpt2.data.prepare as preparing
+import gpt2.data.text_blocks as text_blocks
+from gpt2.data.prepare import prepare
 from gpt2.data.sources import Document, Texts
 from gpt2.tokenizer import ByteTokenizer
 
 class Stuck(ByteTokenizer):
     calls = 0
-    def encode_batch(self, texts):
+    def encode_pieces(self, pieces):
         self.calls += 1
         if self.calls == 3:
             print("half way", flush=True)
             time.sleep(60)
-        return super().encode_batch(texts)
+        return super().encode_pieces(pieces)
 
-preparing._BATCH_CHARACTERS = 100
+text_blocks.BLOCK_BYTES = 100
 documents = tuple(Document(str(i), b"some text " * 30) for i in range(20))
-preparing.prepare(Texts("many", documents), Stuck(), Path(sys.argv[1]), shard_tokens=100)
+prepare(Texts("many", documents), Stuck(), Path(sys.argv[1]), shard_tokens=100)
 """
 
 
@@ -159,6 +160,9 @@ class LargeTokenizer(ByteTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[100_000 + byte for byte in text.encode()] for text in texts]
+
+    def encode_pieces(self, pieces: Sequence[str | None]) -> np.ndarray:
+        return ByteLevelTokenizer.encode_pieces(self, pieces)
 
 
 def test_a_vocabulary_over_65536_is_stored_in_32_bits(tmp_path: Path) -> None:

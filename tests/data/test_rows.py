@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gpt2.data.columns import Columns, detect_columns
 from gpt2.data.prepare import prepare
 from gpt2.data.resolve import Rows, resolve_data, resolve_texts
-from gpt2.data.rows import open_rows, read_rows
+from gpt2.data.rows import find_columns, read_rows
 from gpt2.errors import UserError
 from gpt2.tokenizer import ByteTokenizer
 
@@ -239,7 +239,7 @@ def test_errors_of_a_row_are_one_line(columns: Columns, row: dict[str, Any], mes
 def test_files_that_do_not_fit_their_suffix(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
     path = written(tmp_path, name, content)
     with pytest.raises(UserError, match=message) as caught:
-        list(open_rows(str(path), [path])[1])
+        list(read_rows([path], find_columns(str(path), [path])))
     assert "\n" not in str(caught.value)
 
 

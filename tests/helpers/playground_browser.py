@@ -19,6 +19,7 @@ from gpt2.serve.app import create_app
 from gpt2.serve.limits import Limits
 from gpt2.serve.middleware import AccessPolicy
 from gpt2.serve.models import ServedModel, create_served_model
+from gpt2.templates import ChatTemplate
 from gpt2.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from tests.helpers.live_server import run_app
 from tests.helpers.transformers_reference import random_model
@@ -65,17 +66,25 @@ class SlowGPT(GPT):
         return super().hidden_states(tokens, cache, documents)
 
 
-def create_served_models(models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits) -> dict[str, ServedModel]:
+def create_served_models(
+    models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits, template: ChatTemplate | None = None
+) -> dict[str, ServedModel]:
     """Served models by name, without conversion for inference."""
-    return {name: create_served_model(name, model, model, tokenizer, limits) for name, model in models.items()}
+    return {
+        name: create_served_model(name, model, model, tokenizer, limits, template) for name, model in models.items()
+    }
 
 
 @contextmanager
 def run_playground(
-    models: dict[str, GPT], tokenizer: Tokenizer, limits: Limits = LIMITS, access: AccessPolicy | None = None
+    models: dict[str, GPT],
+    tokenizer: Tokenizer,
+    limits: Limits = LIMITS,
+    access: AccessPolicy | None = None,
+    template: ChatTemplate | None = None,
 ) -> Iterator[str]:
     """Run a server with these models; its address."""
-    with run_app(create_app(create_served_models(models, tokenizer, limits), limits, access)) as address:
+    with run_app(create_app(create_served_models(models, tokenizer, limits, template), limits, access)) as address:
         yield f"{address}/"
 
 

@@ -39,9 +39,20 @@ def test_the_page_is_accessible(browser: Any, address: str, scheme: str, width: 
     assert reader.accessibility_violations() == []
     reader.page.keyboard.press("Escape")
     assert reader.page.evaluate(UNREACHABLE) == []
-    for name in ("attention", "layers", "tokens", "tree"):
+    reader.page.click("#help")
+    for name in ("attention", "layers", "contributions", "whatif", "tokens", "tree"):
         reader.page.click(f"#tab-{name}")
-        reader.page.wait_for_selector(f"#panel-{name} > :nth-child(2)")
+        if name == "whatif":
+            for summary in ("Patch", "Steer"):
+                reader.page.click(f"summary:text-is('{summary}')")
+            reader.page.fill("#patch-source", reader.text.replace("cat", "dog"))
+            reader.page.click("#patch-run")
+            reader.page.wait_for_selector(".patched tbody tr:first-child button")
+            reader.page.wait_for_selector("#panel-whatif .view[aria-busy=false] .bars")
+        elif name == "attention":
+            reader.page.click("#view-heads")
+            reader.page.wait_for_selector(".one-head h2:has-text('Layer')")
+        reader.page.wait_for_selector(f"#panel-{name}[aria-busy=false]")
         assert reader.accessibility_violations() == [], name
         assert reader.page.evaluate("document.documentElement.scrollWidth") == width, name
         assert reader.page.evaluate(UNREACHABLE) == [], name

@@ -126,10 +126,10 @@ def test_attention_and_layers_of_a_token(reader: PlaygroundPage) -> None:
     strongest = max(attention_weights(MODELS["one"], ids, len(ids) - 1)[1, 0].tolist())
     assert reader.page.locator("#panel-attention .bars .number").first.text_content() == f"{100 * strongest:.1f} %"
     reader.page.click("#tab-layers")
-    reader.page.wait_for_selector(".lens tbody tr")
-    assert reader.page.locator(".lens tbody th").all_text_contents() == ["3", "2", "1", "in"]
+    reader.page.wait_for_selector("#one-lens tbody tr")
+    assert reader.page.locator("#one-lens tbody th").all_text_contents() == ["3", "2", "1", "in"]
     best = [layer.tokens[0].text for layer in logit_lens(MODELS["one"], TOKENIZER, ids, len(ids) - 1, 1)][::-1]
-    shown = [cell.replace("␣", " ") for cell in reader.page.locator(".lens td:nth-child(2)").all_text_contents()]
+    shown = [cell.replace("␣", " ") for cell in reader.page.locator("#one-lens td:nth-child(2)").all_text_contents()]
     assert shown == best
 
 
@@ -196,7 +196,7 @@ def test_the_page_can_be_used_with_the_keyboard(reader: PlaygroundPage) -> None:
     reader.page.keyboard.press("Escape")
     assert reader.page.evaluate("document.activeElement.id") == "text"
     reader.page.focus("#tab-settings")
-    for name in ("attention", "layers", "tokens", "tree", "settings"):
+    for name in ("attention", "layers", "contributions", "whatif", "tokens", "tree", "settings"):
         reader.page.keyboard.press("ArrowRight")
         assert reader.page.evaluate("document.activeElement.id") == f"tab-{name}"
         assert reader.page.locator("[role=tabpanel]:not([hidden])").get_attribute("id") == f"panel-{name}"

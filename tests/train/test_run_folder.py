@@ -320,6 +320,38 @@ def test_a_relative_data_path_is_resumed_from_another_folder(
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
 
 
+def test_relative_paths_in_a_mixture_are_resumed_from_another_folder(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"notes/{name}.txt").write_text(NUMBERS_TEXT[:6000].upper())
+    ref = "numbers.txt:0.8, notes/*.txt:.15,python-docs:0.05"
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(tiny, data=ref, batch_size=64, max_steps=5), no_sample)
+    stored = f"{tmp_path}/numbers.txt:0.8,{tmp_path}/notes/*.txt:.15,python-docs:0.05"
+    assert read_toml(run / "config.toml").data == stored
+    epochs = {name: 320 / open_data(name, "bytes").loader(1, 32, 0).windows_per_epoch
+              for name in ("numbers.txt", "notes/*.txt", "python-docs")}  # fmt: skip
+    assert epochs["notes/*.txt"] > 0.5
+    assert capsys.readouterr().err.splitlines()[2:5] == [
+        f"  numbers: 80.0% of the rows, {0.8 * epochs['numbers.txt']:.2f} epochs",
+        f"  notes: 15.0% of the rows, {0.15 * epochs['notes/*.txt']:.2f} epochs",
+        f"  python-docs: 5.0% of the rows, {0.05 * epochs['python-docs']:.2f} epochs",
+    ]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    train(config_for_resume(run, {"max_steps": 8}), no_sample)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
+    rows = 8 * 64 * 4 // 5  # of all rows to step 8
+    assert f"  numbers: 80.0% of the rows, {rows / 320 * epochs['numbers.txt']:.2f} epochs" in capsys.readouterr().err
+    (tmp_path / "numbers.txt").rename(tmp_path / "moved.txt")
+    moved = stored.replace("numbers", "moved")
+    train(config_for_resume(run, {"max_steps": 9, "data": moved}), no_sample)
+    assert read_toml(run / "config.toml").data == moved
+
+
 def test_data_that_moved_is_accepted_by_its_fingerprint_and_written_down(tiny: TrainConfig, tmp_path: Path) -> None:
     run = train(replace(tiny, max_steps=5), no_sample)
     moved = (tmp_path / "numbers.txt").rename(tmp_path / "moved.txt")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gpt2.config import TrainConfig, config_for_resume
-from gpt2.data import prepare
+from gpt2.data.text_blocks import TextBlock
 from gpt2.reporting.metrics import read_metrics
 from gpt2.train import trainer
 from gpt2.train.stopping import catch_signals
@@ -118,16 +118,15 @@ def test_tokenizing_before_the_first_step_stops_at_once(
 ) -> None:
     """Nothing is left: no run folder, no shards in the cache."""
     monkeypatch.setenv("GPT2_HOME", str(tmp_path / "home"))
-    num_bytes = prepare._num_bytes
 
-    def interrupted(text: str) -> int:
+    def interrupted(block: TextBlock) -> int:
         if threading.current_thread() is threading.main_thread():
             signal.raise_signal(signal.SIGINT)
         else:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        return num_bytes(text)
+        return 1
 
-    monkeypatch.setattr(prepare, "_num_bytes", interrupted)
+    monkeypatch.setattr(TextBlock, "num_bytes", property(interrupted))
     with pytest.raises(KeyboardInterrupt):
         train(replace(tiny, tokenizer=tokenizer))
     assert not Path(tiny.out_dir).exists()

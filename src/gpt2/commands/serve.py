@@ -188,7 +188,6 @@ def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
     """The models by name, loaded and with their schedulers."""
     from gpt2.generation.inference import prepare_for_inference
     from gpt2.serve.models import create_served_model, served_model_name
-    from gpt2.templates import ChatTemplate
 
     if args.context is not None and args.context < 1:
         raise ConfigError(f"--context must be at least 1, not {args.context}", field="context")
@@ -200,8 +199,9 @@ def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
         resolved = resolve_from_args(args, ref)
         model, tokenizer = load_model(args, resolved)
         inference_model = prepare_for_inference(model, args.dtype)
-        template = resolved.template or ChatTemplate()
-        models[name] = create_served_model(name, model, inference_model, tokenizer, limits, template, args.context, ref)
+        models[name] = create_served_model(
+            name, model, inference_model, tokenizer, limits, resolved.template, args.context, ref
+        )
     return models
 
 

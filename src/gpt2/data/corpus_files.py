@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gpt2.data.columns import detect_columns
 from gpt2.data.parquet import count_rows, read_parquet_texts, text_columns
-from gpt2.data.rows import read_jsonl_texts
+from gpt2.data.row_texts import read_jsonl_texts
 from gpt2.errors import DataError
 from gpt2.files import file_digest
 from gpt2.hub import HubDataset, HubFile, fetch_dataset_file

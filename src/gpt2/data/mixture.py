@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -48,6 +48,12 @@ def find_mixture(ref: str) -> Mixture | None:
         weights.append((match[1], Fraction(match[2])))
     total = sum(weight for _, weight in weights)
     return Mixture(tuple((name, weight / total) for name, weight in weights))
+
+
+def map_refs(ref: str, function: Callable[[str], str]) -> str:
+    """The mixture `ref` with `function` of the reference of each part, and its weights as they are."""
+    parts = [part.strip().rpartition(":") for part in ref.split(",")]
+    return ",".join(f"{function(name)}:{weight}" for name, _, weight in parts)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Parquet files, a row group at a time, in bounded memory."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,41 @@ def read_parquet(path: Path, names: Collection[str] | None = None) -> Iterator[R
             number += batch.num_rows
 
 
+def read_parquet_column(
+    path: Path, column: str, add_names: Callable[[Iterable[str]], None]
+) -> Iterator[list[str | Row | DataError]]:
+    """The texts of one column, in lists; of a row without text the row, as `read_parquet` has it.
+
+    add_names: called with the names of all columns.
+    """
+    number = 0
+    with open_parquet(path) as file:
+        add_names(file.schema_arrow.names)
+        if column not in file.schema_arrow.names or not _is_text(file.schema_arrow.field(column).type):
+            for row in read_parquet(path, (column,)):
+                yield [row]
+            return
+        for batch in _iter_batches(path, file, [column]):
+            try:
+                values: list[Any] = batch.column(0).to_pylist()
+            except UnicodeDecodeError:
+                values = [None]
+            yield [*_decode_batch(path, batch, number)] if None in values else values
+            number += batch.num_rows
+
+
 def read_parquet_texts(path: Path, column: str, start_row: int = 0) -> Iterator[list[str]]:
     """The texts of one column from a row on, in lists; null is "".
 
     Raises DataError for a column that does not exist or is not text, and for a damaged file.
     """
-    import pyarrow as pa
-
     with open_parquet(path) as file:
         if column not in file.schema_arrow.names:
             raise DataError(
                 f"{path} has no column '{column}': it has {', '.join(file.schema_arrow.names)}", field="columns"
             )
         kind = file.schema_arrow.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not _is_text(kind):
             raise DataError(f"the column '{column}' of {path} is {kind}, not text", field="columns")
         group, number = 0, 0
         while group < file.num_row_groups and number + file.metadata.row_group(group).num_rows <= start_row:
@@ -91,6 +112,13 @@ def open_parquet(path: Path) -> Iterator[Any]:
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(f"{path} is not a readable Parquet file: {reason}") from None
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an Arrow type is text."""
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _iter_batches(path: Path, file: Any, columns: list[str], first_group: int = 0) -> Iterator[Any]:

@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
+from gpt2.byte_level import encode_pieces
 from gpt2.characters import read_meta_pkl
 from gpt2.data.corpora import HubCorpus, find_corpus
 from gpt2.data.dataset import TokenDataset
@@ -21,6 +23,7 @@ from gpt2.data.prepare_corpus import CorpusOptions, corpus_key, prepare_corpus
 from gpt2.data.resolve import Shards, find_shards, resolve_texts
 from gpt2.data.shards import (
     SHARD_TOKENS,
+    SPLITS,
     ShardsMeta,
     ShardWriter,
     SplitMeta,
@@ -29,15 +32,14 @@ from gpt2.data.shards import (
     shard_files,
     verify_shards,
 )
-from gpt2.data.sources import DocumentSlice, Texts, split_documents
+from gpt2.data.sources import Texts, holdout_stride, split_documents
 from gpt2.data.stream import tokenizer_meta
+from gpt2.data.text_blocks import CachedTexts, TextBlock, blocks_of_slices, count_cores, map_in_order
 from gpt2.errors import ConfigError, DataError
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.progress import ProgressBar
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 
-_CHUNK_BYTES = 1 << 18  # small enough to keep every thread of the tokenizer busy
-_BATCH_CHARACTERS = 1 << 22  # in memory at a time; their tokens take about ten times the space
 _CHECKED_TOKENS = 1_000_000
 _log = logging.getLogger("gpt2")
 _CACHE_VERSION = 2  # increment when the same text and tokenizer give different shards
@@ -59,9 +61,8 @@ def prepare(
 
     Raises DataError for text that cannot be read or is too short, and for a folder that cannot be written.
     """
-    train, val = split_documents(texts, val_fraction)
-    append_end_of_text = len(texts.documents) > 1
-    total, done = sum(part.stop - part.start for part in (*train, *val)), 0
+    splits = _split_blocks(texts, val_fraction)
+    total, done = sum(size for _, size in splits.values()), 0
     with _atomic_folder(folder) as partial, ProgressBar(f"tokenizing {texts.name}") as bar:
 
         def count_bytes(size: int) -> None:
@@ -69,20 +70,14 @@ def prepare(
             done += size
             bar.update(min(1.0, done / max(1, total)))
 
-        splits = {
-            split: _write_split(
-                parts,
-                tokenizer,
-                ShardWriter(partial, split, shard_tokens, vocab_size=tokenizer.vocab_size),
-                append_end_of_text,
-                count_bytes,
-            )
-            for split, parts in (("train", train), ("val", val))
-        }
-        if splits["train"].tokens < 2:
-            raise DataError(f"{texts.name} is too short to train on: {splits['train'].tokens} token(s)")
+        made = {}
+        for split, (blocks, size) in splits.items():
+            writer = ShardWriter(partial, split, shard_tokens, vocab_size=tokenizer.vocab_size)
+            made[split] = _write_split(blocks, size, tokenizer, writer, count_bytes)
+        if made["train"].tokens < 2:
+            raise DataError(f"{texts.name} is too short to train on: {made['train'].tokens} token(s)")
         tokenizer.save(partial)
-        meta = ShardsMeta(texts.name, tokenizer_meta(tokenizer), splits)
+        meta = ShardsMeta(texts.name, tokenizer_meta(tokenizer), made)
         meta.save(partial)
     return meta
 
@@ -151,15 +146,15 @@ def make_tokenizer(texts: Texts, spec: str | Tokenizer, val_fraction: float = 0.
     size = bpe_vocab_size(spec) if isinstance(spec, str) else None
     if size is None:
         return _resolve_tokenizer(spec)
-    train, _ = split_documents(texts, val_fraction)
-    total, done = sum(part.stop - part.start for part in train), 0
+    blocks, total = _split_blocks(texts, val_fraction)["train"]
+    done = 0
     with ProgressBar(f"training {spec} on {texts.name}") as bar:
 
         def iter_texts() -> Iterator[str]:
             nonlocal done
-            for text in filter(None, chain.from_iterable(map(_iter_texts, train))):
-                yield text
-                done += _num_bytes(text)
+            for block in blocks:
+                yield from filter(None, block.pieces)
+                done += block.num_bytes
 
         def show() -> None:
             bar.update(min(1.0, done / max(1, total)), "merging" if done >= 0.99 * total else "reading")
@@ -246,57 +241,44 @@ def _check_first_and_last_tokens(shards: TokenShards) -> None:
     shards.read(max(0, len(shards) - _CHECKED_TOKENS), len(shards))
 
 
+def _split_blocks(texts: Texts, val_fraction: float) -> dict[str, tuple[Iterator[TextBlock], int]]:
+    """Of each split its text in blocks, and its bytes; see `split_documents`."""
+    documents, every = texts.documents, holdout_stride(val_fraction)
+    if isinstance(documents, CachedTexts) and len(documents) >= max(every, 2):
+        held_out = np.zeros(len(documents), np.bool_)
+        if every:
+            held_out[every - 1 :: every] = True
+        chosen = {"train": ~held_out, "val": held_out}
+        return {split: (documents.blocks(mask), int(documents.sizes[mask].sum())) for split, mask in chosen.items()}
+    parts = dict(zip(SPLITS, split_documents(texts, val_fraction), strict=True))
+    return {
+        split: (
+            blocks_of_slices(slices, append_end_of_text=len(documents) > 1),
+            sum(part.stop - part.start for part in slices),
+        )
+        for split, slices in parts.items()
+    }
+
+
 def _write_split(
-    parts: list[DocumentSlice],
+    blocks: Iterator[TextBlock],
+    size: int,
     tokenizer: Tokenizer,
     writer: ShardWriter,
-    append_end_of_text: bool,
     count_bytes: Callable[[int], None],
 ) -> SplitMeta:
-    """Tokenize the parts in order. count_bytes: takes the size of each text that was written."""
+    """Tokenize blocks of `size` bytes in order, on all cores. count_bytes: takes the size of each that is written."""
     documents = 0
 
-    def texts() -> Iterator[str | None]:
-        nonlocal documents
-        for part in parts:
-            previous = None
-            for text in _iter_texts(part):
-                documents += previous is None and text is not None
-                previous = text
-                yield text
-            if append_end_of_text and previous is not None and part.stop == part.document.size:
-                yield None
+    def encode(block: TextBlock) -> np.ndarray:
+        return encode_pieces(tokenizer, block.pieces)
 
     with writer:
-        for batch in _text_batches(texts()):
-            tokens = iter(tokenizer.encode_batch([text for text in batch if text is not None]))
-            for text in batch:
-                writer.write([tokenizer.end_of_text] if text is None else next(tokens))
-            count_bytes(sum(_num_bytes(text) for text in batch if text is not None))
-    size = sum(part.stop - part.start for part in parts)
+        for block, tokens in map_in_order(blocks, encode, count_cores()):
+            writer.write(tokens)
+            documents += block.documents
+            count_bytes(block.num_bytes)
     return SplitMeta(writer.tokens, documents, size, tuple(writer.files))
-
-
-def _text_batches(texts: Iterator[str | None]) -> Iterator[list[str | None]]:
-    """Texts, and None where a document ends, in lists that fit in memory."""
-    batch: list[str | None] = []
-    length = 0
-    for text in texts:
-        batch.append(text)
-        length += len(text or "")
-        if length >= _BATCH_CHARACTERS:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def _iter_texts(part: DocumentSlice) -> Iterator[str | None]:
-    return part.document.iter_texts(part.start, part.stop, chunk_bytes=_CHUNK_BYTES)
-
-
-def _num_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 @contextmanager
@@ -324,7 +306,9 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 def _cache_key(texts: Texts, tokenizer: str) -> str:
     """Sixteen hex digits that depend on the text and the tokenizer."""
     digest = hashlib.sha256(f"{_CACHE_VERSION}\n{tokenizer}\n".encode())
-    for document in texts.documents:
+    # of cached texts, the name of the folder is a hash of the rows
+    documents = texts.documents[:1] if isinstance(texts.documents, CachedTexts) else texts.documents
+    for document in documents:
         if isinstance(document.data, bytes):
             identity = hashlib.sha256(document.data).hexdigest()
         else:

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, pairwise
+from itertools import compress
 from operator import not_
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from gpt2.data.columns import Columns, parse_text_column
 from gpt2.data.corpora import HUB_CORPORA, HUB_PREFIX, HubCorpus, find_corpus
 from gpt2.data.encodings import encoding_hint
 from gpt2.data.mixture import Mixture, find_mixture
-from gpt2.data.rows import BAD_ROWS_CHOICES, ROW_SUFFIXES, BadRows, open_rows
+from gpt2.data.rows import BAD_ROWS_CHOICES, ROW_SUFFIXES, BadRows, find_columns
 from gpt2.data.shards import contains_shards
 from gpt2.data.sources import BUILTIN_SOURCES, Document, Texts, builtin_texts
 from gpt2.data.text_cache import cache_texts
@@ -219,16 +219,14 @@ def _is_skip(bad_rows: str) -> bool:
 
 
 def _resolve_rows(ref: str, files: list[Path], spec: str | None, *, skip_bad_rows: bool) -> Rows | Texts:
-    bad_rows = BadRows(skip_bad_rows)
-    columns, rows = open_rows(ref, files, spec, bad_rows)
+    columns = find_columns(ref, files, spec)
     name = _data_name(ref)
     if columns.text is None:
         return Rows(name, tuple(files), columns, skip_bad_rows)
-    path, ends = cache_texts(name, files, columns, rows, bad_rows)
-    if not len(ends):
+    documents = cache_texts(name, files, columns, BadRows(skip_bad_rows))
+    if not documents:
         raise DataError(f"every text in {ref} is empty")
-    spans = pairwise([0, *ends.tolist()])
-    return Texts(name, tuple(Document(f"{name} text {i}", path, *span) for i, span in enumerate(spans, 1)))
+    return Texts(name, documents)
 
 
 def _check_is_text(path: Path) -> None:

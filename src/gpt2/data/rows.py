@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -21,7 +21,6 @@ ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BAD_ROWS_CHOICES = ("error", "skip")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SAMPLED_ROWS = 1000  # whose columns are looked at to choose those to read
-_LISTED_TEXTS = 1024
 _NAMED_BAD_ROWS = 3
 _MAX_UNREAD_NAMES = 20
 _LONGEST_CSV_FIELD = (1 << 31) - 1  # characters; the csv module's own default is 131,072
@@ -58,6 +57,25 @@ class BadRows:
         _log.warning("%s and were skipped", message)
 
 
+class UnreadColumns:
+    """The names of columns that are there and not read, to be logged."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        """names: the columns that are read."""
+        self._names, self._unread = names, dict[str, None]()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Add the columns of a row."""
+        if len(self._unread) < _MAX_UNREAD_NAMES:
+            self._unread.update(dict.fromkeys(name for name in names if name not in self._names))
+
+    def report(self, first_file: Path) -> None:
+        """Log the names."""
+        if self._unread:
+            listed = ", ".join(islice(map(str, self._unread), _MAX_UNREAD_NAMES))
+            _log.warning("%s: columns that are not read: %s", first_file, listed)
+
+
 def read_rows(files: Sequence[Path], columns: Columns | None = None, bad_rows: BadRows | None = None) -> Iterator[Row]:
     """The rows of all files in order. Few are in memory at a time, except for a .json file that is one list.
 
@@ -68,19 +86,17 @@ def read_rows(files: Sequence[Path], columns: Columns | None = None, bad_rows: B
     Raises DataError, with file and line, for content that does not fit the file's suffix.
     """
     names = None if columns is None else columns.names
-    unread: dict[str, None] = {}
+    unread = UnreadColumns(names or ())
     for row in _iter_rows(files, names, bad_rows or BadRows()):
-        if names is not None and len(unread) < _MAX_UNREAD_NAMES:
-            unread.update(dict.fromkeys(name for name in row[1] if name not in names))
+        if names is not None:
+            unread.add(row[1])
         yield row
-    if unread:
-        listed = ", ".join(islice(map(str, unread), _MAX_UNREAD_NAMES))
-        _log.warning("%s: columns that are not read: %s", files[0], listed)
+    unread.report(files[0])
 
 
 def _iter_rows(files: Sequence[Path], names: Collection[str] | None, bad_rows: BadRows) -> Iterator[Row]:
     for path in files:
-        for item in _READERS.get(path.suffix.lower(), _read_jsonl)(path, names):
+        for item in read_file(path, names):
             bad_rows.total += 1
             if isinstance(item, DataError):
                 bad_rows.handle(item)
@@ -88,10 +104,13 @@ def _iter_rows(files: Sequence[Path], names: Collection[str] | None, bad_rows: B
                 yield item
 
 
-def open_rows(
-    ref: str, files: Sequence[Path], spec: str | None = None, bad_rows: BadRows | None = None
-) -> tuple[Columns, Iterator[Row]]:
-    """The columns to read (see `detect_columns`), by the names in the first 1,000 rows, and all rows.
+def read_file(path: Path, names: Collection[str] | None) -> Iterator[Row | DataError]:
+    """The rows of a file, and of those that cannot be read why. names: the columns that are read; None reads all."""
+    return _READERS.get(path.suffix.lower(), _read_jsonl)(path, names)
+
+
+def find_columns(ref: str, files: Sequence[Path], spec: str | None = None) -> Columns:
+    """The columns to read (see `detect_columns`), by the names in the first 1,000 rows.
 
     Raises DataError if there are no rows.
     """
@@ -102,11 +121,11 @@ def open_rows(
         deque(_iter_rows(files, (), BadRows()), maxlen=0)  # raises the error that was suppressed, if there was one
         raise DataError(f"there are no rows in {ref}")
     names = dict.fromkeys(chain.from_iterable(record for _, record in sample))
-    columns = detect_columns(ref, sample[0][0], names, spec)
-    return columns, read_rows(files, columns, bad_rows)
+    return detect_columns(ref, sample[0][0], names, spec)
 
 
-def _open_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> BinaryIO:
+    """A file to read. Raises DataError for what cannot be read."""
     check_regular_file(path)
     try:
         return path.open("rb")
@@ -114,22 +133,31 @@ def _open_binary(path: Path) -> BinaryIO:
         raise read_error(path, error) from None
 
 
+def decode_lines(
+    path: Path, lines: Iterable[bytes], number: int = 1, offset: int = 0
+) -> Iterator[tuple[int, str | DataError]]:
+    """Lines of a UTF-8 file, numbered, with their line ends, without a byte order mark; or why one is not text.
+
+    number, offset: the number of the first line, and the byte at which it starts.
+    """
+    for n, line in enumerate(lines, number):
+        start, offset = offset, offset + len(line)
+        text = line.removeprefix(_BYTE_ORDER_MARK) if n == 1 else line
+        if n == 1 and b"\0" in text:
+            hint = encoding_hint(path, start)
+            yield n, DataError(f"{path} is not UTF-8 text: it has a zero byte in line 1{hint}")
+            continue
+        try:
+            yield n, text.decode()
+        except UnicodeDecodeError as error:
+            hint = encoding_hint(path, start + error.start)
+            yield n, DataError(f"{path} line {n:,} is not UTF-8 text{hint}")
+
+
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
-    """The lines of a UTF-8 file, numbered, with their line ends, without a byte order mark; or why one is not text."""
-    offset = 0
-    with _open_binary(path) as handle:
-        for number, line in enumerate(handle, 1):
-            start, offset = offset, offset + len(line)
-            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if number == 1 and b"\0" in text:
-                hint = encoding_hint(path, start)
-                yield number, DataError(f"{path} is not UTF-8 text: it has a zero byte in line 1{hint}")
-                continue
-            try:
-                yield number, text.decode()
-            except UnicodeDecodeError as error:
-                hint = encoding_hint(path, start + error.start)
-                yield number, DataError(f"{path} line {number:,} is not UTF-8 text{hint}")
+    """The lines of a file; see `decode_lines`."""
+    with open_binary(path) as handle:
+        yield from decode_lines(path, handle)
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -141,32 +169,16 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, names: Collection[str] | None = None) -> Iterator[Row | DataError]:
-    for number, line in _numbered_lines(path):
+    return parse_lines(path, _numbered_lines(path))
+
+
+def parse_lines(path: Path, lines: Iterable[tuple[int, str | DataError]]) -> Iterator[Row | DataError]:
+    """The rows of lines of JSON, numbered; see `decode_lines`. Blank lines are left out."""
+    for number, line in lines:
         if isinstance(line, DataError):
             yield line
         elif line.strip():
             yield _parse_row(f"{path} line {number}", line)
-
-
-def read_jsonl_texts(path: Path, column: str | None, start_row: int = 0) -> Iterator[list[str]]:
-    """The texts of one column of a .jsonl file from a row on, in lists; null is "". column: None to find it.
-
-    Raises DataError for a row that cannot be read.
-    """
-    texts: list[str] = []
-    for item in islice(_read_jsonl(path), start_row, None):
-        if isinstance(item, DataError):
-            raise item
-        if column is None:
-            column = detect_columns(str(path), item[0], item[1]).text
-            if column is None:
-                raise DataError(f"{path} has no text column: name one with --columns text=NAME", field="columns")
-        missing = item[1].get(column) is None
-        texts.append("" if missing else Columns(text=column).get_text(item))
-        if len(texts) == _LISTED_TEXTS:
-            yield texts
-            texts = []
-    yield texts
 
 
 def _parse_row(location: str, text: str) -> Row | DataError:
@@ -201,31 +213,41 @@ def _read_json(path: Path, names: Collection[str] | None = None) -> Iterator[Row
 
 
 def _read_csv(path: Path, names: Collection[str] | None = None) -> Iterator[Row | DataError]:
-    """The rows below a header, each with the number of the line on which it starts."""
+    for line, header, fields in csv_records(path):
+        yield (
+            fields if isinstance(fields, DataError) else (f"{path} line {line}", dict(zip(header, fields, strict=True)))
+        )
+
+
+def csv_records(path: Path) -> Iterator[tuple[int, list[str], list[str] | DataError]]:
+    """Of each row below the header: the number of the line on which it starts, the header, and its fields.
+
+    Instead of the fields of a row that does not fit the header, the error.
+    """
     csv.field_size_limit(_LONGEST_CSV_FIELD)
     dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
     reader = csv.reader(_text_lines(path), dialect, strict=True)
     header: list[str] = []
     line = 1
     while True:
-        location = f"{path} line {line}"
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield DataError(f"{location} is not CSV: {error}")
+            yield line, header, DataError(f"{path} line {line} is not CSV: {error}")
             fields = []
-        line = reader.line_num + 1
+        start, line = line, reader.line_num + 1
         if fields is None:
             return
         if header and fields:
-            if len(fields) == len(header):
-                yield location, dict(zip(header, fields, strict=True))
+            if len(fields) != len(header):
+                problem = f"{path} line {start} has {len(fields)} fields, the header has {len(header)}"
+                yield start, header, DataError(problem)
             else:
-                yield DataError(f"{location} has {len(fields)} fields, the header has {len(header)}")
+                yield start, header, fields
         elif fields:
             header = [name.strip() for name in fields]
             if duplicate := next((name for name in header if header.count(name) > 1), None):
-                raise DataError(f"{location}: two columns are called '{duplicate}'")
+                raise DataError(f"{path} line {start}: two columns are called '{duplicate}'")
 
 
 _READERS = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": read_parquet}

@@ -6,7 +6,7 @@ A document is read in chunks, so a corpus of any size needs little memory.
 import codecs
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -102,21 +102,7 @@ class Document:
 
         A text of whitespace only is left out with its separator, unless it is the whole document.
         """
-        empty = start == 0  # nothing but whitespace since the start or the last separator
-        held, separated = "", False  # that whitespace, and whether there was a separator
-        for chunk in self.iter_chunks(start, stop, chunk_bytes):
-            for i, text in enumerate(chunk.split(END_OF_TEXT)):
-                if i:
-                    if not empty:
-                        yield None
-                    empty, held, separated = True, "", True
-                if empty and (not text or text.isspace()):
-                    held += text
-                elif text:
-                    yield held + text
-                    empty, held = False, ""
-        if held and not separated:
-            yield held
+        return separate_texts(self.iter_chunks(start, stop, chunk_bytes), is_start=start == 0)
 
     def _boundary(self, handle: BinaryIO, offset: int | None) -> int:
         """The offset in the file of an offset in the document, moved as `iter_chunks` says; None is the end."""
@@ -149,7 +135,26 @@ class Texts:
     """A corpus: a name, and its documents in an order that is the same on every machine."""
 
     name: str
-    documents: tuple[Document, ...]
+    documents: Sequence[Document]
+
+
+def separate_texts(chunks: Iterable[str], *, is_start: bool) -> Iterator[str | None]:
+    """Chunks of a document without ``<|endoftext|>``; see `Document.iter_texts`. is_start: the first is its start."""
+    empty = is_start  # nothing but whitespace since the start or the last separator
+    held, separated = "", False  # that whitespace, and whether there was a separator
+    for chunk in chunks:
+        for i, text in enumerate(chunk.split(END_OF_TEXT)):
+            if i:
+                if not empty:
+                    yield None
+                empty, held, separated = True, "", True
+            if empty and (not text or text.isspace()):
+                held += text
+            elif text:
+                yield held + text
+                empty, held = False, ""
+    if held and not separated:
+        yield held
 
 
 def builtin_texts(name: str) -> Texts:

@@ -9,9 +9,7 @@ import json
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -20,11 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2.byte_level import encode_array
+from gpt2.byte_level import encode_pieces
 from gpt2.data.corpora import Layout
 from gpt2.data.corpus_files import Block, FileQueue, Position, Reader
 from gpt2.data.shards import PARTIAL_SUFFIX, ShardFile, ShardsMeta, ShardWriter, SplitMeta, TokenizerMeta
 from gpt2.data.spool import DocumentHashes, Spool
+from gpt2.data.text_blocks import map_in_order
 from gpt2.errors import DataError
 from gpt2.files import LockFile, write_error
 from gpt2.hub import HubDataset, HubFile
@@ -178,50 +177,30 @@ def encode_block(block: Block, tokenizer: Tokenizer, options: Options) -> Encode
 
     With separators, a text can be several documents, of one number; a document of whitespace only is left out.
     """
-    parts: list[np.ndarray] = []
-    lengths, sizes, hashes, numbers = [], [], [], []
-    end = np.array([tokenizer.end_of_text], np.uint32)
-    for number, text in enumerate(block.texts, block.first):
-        for piece in _split_documents(text) if options.layout.separators else [text]:
-            tokens = encode_array(tokenizer, piece)
-            parts += [end, tokens] if options.layout.end_of_text == "before" else [tokens, end]
-            lengths.append(len(tokens) + 1)
-            sizes.append(len(piece) if piece.isascii() else len(piece.encode("utf-8", "replace")))
-            numbers.append(number)
-            if options.dedup:
-                data = piece.encode("utf-8", "surrogatepass")
-                hashes.append(int.from_bytes(blake2b(data, digest_size=8).digest(), "little"))
+    texts, numbers = block.texts, list(range(block.first, block.first + len(block.texts)))
+    if options.layout.separators and any(END_OF_TEXT in text or not text or text.isspace() for text in texts):
+        parts = [(piece, number) for text, number in zip(texts, numbers, strict=True) for piece in _split(text)]
+        texts, numbers = [piece for piece, _ in parts], [number for _, number in parts]
+    pieces: list[str | None] = [None] * (2 * len(texts))
+    is_before = options.layout.end_of_text == "before"
+    pieces[int(is_before) :: 2] = texts
+    tokens = encode_pieces(tokenizer, pieces)
+    ends = np.flatnonzero(tokens == tokenizer.end_of_text)
+    bounds = np.append(ends, len(tokens)) if is_before else np.concatenate(([0], ends + 1))
+    sizes = [len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text in texts]
+    hashes = [_hash(text) for text in texts] if options.dedup else np.zeros(len(texts))
     return Encoded(
-        np.concatenate(parts) if parts else np.empty(0, np.uint32),
-        np.array(lengths, np.int64),
-        np.array(sizes, np.int64),
-        np.resize(np.array(hashes, np.uint64), len(numbers)),
-        np.array(numbers, np.int64),
+        tokens, np.diff(bounds), np.array(sizes, np.int64), np.array(hashes, np.uint64), np.array(numbers, np.int64)
     )
 
 
-def _split_documents(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     """The documents between the ``<|endoftext|>`` of a text, without those of whitespace only."""
     return [piece for piece in text.split(END_OF_TEXT) if piece.strip()]
 
 
-def encode_in_order(
-    blocks: Iterator[Block], encode: Callable[[Block], Encoded], workers: int
-) -> Iterator[tuple[Block, Encoded]]:
-    """`encode` of each block in order, computed by threads; a few blocks are in memory at a time."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
-    waiting: deque[tuple[Block, Future[Encoded]]] = deque()
-    try:
-        for block in blocks:
-            waiting.append((block, pool.submit(encode, block)))
-            while len(waiting) > 2 * workers or (waiting and waiting[0][1].done()):
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 @dataclass
@@ -262,7 +241,7 @@ class Preparation:
         start = Position(*self.state.position)
         blocks = self.reader.blocks(queue, start, self.state.documents)
         try:
-            for block, encoded in encode_in_order(blocks, self._encode, self.workers):
+            for block, encoded in map_in_order(blocks, self._encode, self.workers):
                 self._write(split, encoded)
                 self.state.position = list(block.next)
                 self.state.documents = block.first + len(block.texts)
@@ -361,11 +340,10 @@ def partial_folder(folder: Path, what: str) -> Iterator[Path]:
         lock.release(lock_path)
 
 
-def finish(partial: Path, folder: Path, meta: ShardsMeta, tokenizer: Tokenizer) -> None:
-    """Add `meta.json` and the tokenizer to complete shards, remove the rest, and rename the folder."""
+def finish(partial: Path, folder: Path, meta: ShardsMeta) -> None:
+    """Add `meta.json` to complete shards with their tokenizer, remove the rest, and rename the folder."""
     import shutil
 
-    tokenizer.save(partial)
     meta.save(partial)
     listed = {file.name for split in meta.splits.values() for file in split.files}
     for path in partial.iterdir():

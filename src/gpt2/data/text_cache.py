@@ -9,19 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2.data.columns import Columns, Row
+from gpt2.data.columns import Columns
+from gpt2.data.row_texts import read_texts
 from gpt2.data.rows import BadRows
-from gpt2.errors import DataError
+from gpt2.data.text_blocks import CachedTexts
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
 from gpt2.vocabulary import replace_surrogates
 
 
-def cache_texts(
-    name: str, files: Sequence[Path], columns: Columns, rows: Iterator[Row], bad_rows: BadRows
-) -> tuple[Path, np.ndarray]:
-    """The UTF-8 file of all texts of rows, without empty ones, and the byte offset at which each ends, int64 (count,).
+def cache_texts(name: str, files: Sequence[Path], columns: Columns, bad_rows: BadRows) -> CachedTexts:
+    """The texts of rows, without empty ones.
 
-    Written under `cache_home()` unless it is there already: the key is each file's path and contents.
+    Written under `cache_home()` unless they are there already: the key is each file's path and contents.
     Raises DataError for a row without text that is not skipped, and if the cache cannot be written.
     """
     digest = hashlib.sha256(f"{columns.text}\n{bad_rows.skip}\n".encode())
@@ -30,31 +29,30 @@ def cache_texts(
     folder = cache_home() / "texts" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         try:
-            _write_texts(folder, _iter_texts(name, columns, rows, bad_rows))
+            _write_texts(folder, _read_and_report(name, files, columns, bad_rows))
         except OSError as error:
             raise write_error(folder, error) from None
-    return folder / "texts.txt", np.load(folder / "ends.npy")
+    return CachedTexts(name, folder / "texts.txt", array("q", np.load(folder / "ends.npy").tobytes()))
 
 
-def _iter_texts(name: str, columns: Columns, rows: Iterator[Row], bad_rows: BadRows) -> Iterator[str]:
-    for row in rows:
-        try:
-            yield columns.get_text(row)
-        except DataError as error:
-            bad_rows.handle(error)
+def _read_and_report(name: str, files: Sequence[Path], columns: Columns, bad_rows: BadRows) -> Iterator[list[str]]:
+    yield from read_texts(files, columns, bad_rows)
     bad_rows.report(name)
 
 
-def _write_texts(folder: Path, texts: Iterator[str]) -> None:
+def _write_texts(folder: Path, lists: Iterator[list[str]]) -> None:
     """Write the folder, completely or not at all."""
-    ends = array("q")
+    lengths = array("q")
     with staging_folder(folder) as partial:
         with (partial / "texts.txt").open("wb") as file:
-            for text in texts:
-                if text:
-                    file.write(replace_surrogates(text).encode())
-                    ends.append(file.tell())
-        np.save(partial / "ends.npy", np.frombuffer(ends, np.int64))
+            for texts in lists:
+                try:
+                    encoded = [text.encode() for text in texts if text]
+                except UnicodeEncodeError:
+                    encoded = [replace_surrogates(text).encode() for text in texts if text]
+                file.write(b"".join(encoded))
+                lengths.extend(map(len, encoded))
+        np.save(partial / "ends.npy", np.cumsum(np.frombuffer(lengths, np.int64)))
         try:
             partial.rename(folder)
         except OSError:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gpt2.generation.engine import eval_mode
 from gpt2.generation.filters import topk_indices
+from gpt2.interpret import Trace
 from gpt2.model import GPT
 
 LOGITS_CHUNK = 64  # positions whose logits are in memory at the same time: (64, V)
@@ -29,6 +31,8 @@ class InspectedText:
         self.streams = torch.zeros(shape, device=model.device, dtype=model.transformer.wte.weight.dtype)
         self._logprobs, self._ranks = list[float](), list[int]()  # of the tokens after the first
         self._patterns: dict[int, Tensor] = {}
+        self._thumbnails: dict[tuple[int, int], Tensor] = {}
+        self._lens: dict[int, tuple[int, tuple[list[int], list[float], list[float]]]] = {}  # position: target, cells
 
     @torch.inference_mode()
     def update(self, tokens: Sequence[int]) -> "InspectedText":
@@ -36,7 +40,8 @@ class InspectedText:
         same = common_prefix(self.tokens, tokens)
         if same == len(tokens):
             return self
-        self.tokens, self._patterns = list(tokens[:same]), {}
+        self.tokens, self._patterns, self._thumbnails = list(tokens[:same]), {}, {}
+        self._lens = {at: cells for at, cells in self._lens.items() if at < same}
         self.cache.lengths[0] = same
         del self._logprobs[max(0, same - 1) :], self._ranks[max(0, same - 1) :]
         self._append(tokens[same:], same, len(tokens))
@@ -100,6 +105,49 @@ class InspectedText:
             self._patterns = {layer: scores.softmax(-1)}
         return self._patterns[layer]
 
+    @torch.inference_mode()
+    def thumbnails(self, size: int, length: int) -> Tensor:
+        """The attention patterns of all heads over the first `length` tokens, at most size x size fields each: uint8.
+
+        (L, H, rows, columns): the largest weight of each field, where 255 is 1. The first column is one token.
+        """
+        key = (size, length)
+        if key not in self._thumbnails:
+            layers = range(self.model.config.n_layer)
+            found = torch.stack([_shrink(self.pattern(layer)[:, :length, :length], size) for layer in layers])
+            self._thumbnails = {key: found.mul_(255).round_().to(torch.uint8).cpu()}
+        return self._thumbnails[key]
+
+    @torch.inference_mode()
+    def lens(self, position: int, target: int) -> tuple[list[int], list[float], list[float]]:
+        """The logit lens at a position: of each of the L + 1 layers the top token, its probability and the target's."""
+        if position not in self._lens or self._lens[position][0] != target:
+            hidden = self.model.transformer.ln_f(self.streams[:, position])  # (L + 1, C)
+            probs = self.model.lm_head(hidden).float().softmax(-1)  # (L + 1, V)
+            most, best = probs.max(-1)
+            self._lens[position] = target, (best.tolist(), most.tolist(), probs[:, target].tolist())
+        return self._lens[position][1]
+
+    @torch.inference_mode()
+    def activations(self, position: int) -> Trace:
+        """The activations of one position that `gpt2.interpret.attribute_logit` needs, and its logits (1, 1, V)."""
+        transformer, config = self.model.transformer, self.model.config
+        found = {
+            "hook_embed": transformer.wte.weight[self.tokens[position]],
+            "hook_pos_embed": transformer.wpe.weight[position],
+            f"blocks.{config.n_layer - 1}.hook_resid_post": self.streams[-1, position],
+        }
+        weights = self.attention_row(position)  # (L, H, position + 1)
+        for i, block in enumerate(transformer.h):
+            values = self.cache.data[i, 1, 0, :, : position + 1]  # (H, position + 1, D)
+            z = (weights[i, :, None].to(values.dtype) @ values)[:, 0]  # (H, D)
+            with eval_mode(self.model):
+                attention = block.get_submodule("attn.c_proj")(z.flatten())
+            found[f"blocks.{i}.attn.hook_z"] = z
+            found[f"blocks.{i}.hook_mlp_out"] = self.streams[i + 1, position] - self.streams[i, position] - attention
+        rows = {name: value[None, None] for name, value in found.items()}
+        return Trace(rows, self.logits(position, position + 1)[None])
+
     @property
     def _scale(self) -> float:
         return (self.model.config.n_embd // self.model.config.n_head) ** -0.5
@@ -135,3 +183,12 @@ def score_targets(logits: Tensor, targets: Sequence[int]) -> tuple[list[float], 
 def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
     """Attention weights (H, t, T) of queries (H, t, D) that may attend to all keys (H, T, D)."""
     return (q @ k.transpose(-2, -1) * q.size(-1) ** -0.5).softmax(-1)
+
+
+def _shrink(pattern: Tensor, size: int) -> Tensor:
+    """(H, T, T) to at most (H, size, size), by the largest weight of each field; the first column stays alone."""
+    rows = min(size, pattern.size(-1))
+    first = F.adaptive_max_pool2d(pattern[..., :1], (rows, 1))
+    if rows < 2:
+        return first
+    return torch.cat([first, F.adaptive_max_pool2d(pattern[..., 1:], (rows, rows - 1))], -1)

@@ -24,6 +24,7 @@ class ServedModel:
     model:           the plain model, for the playground's inspection.
     inference_model: the model that generates; only the scheduler runs it.
     reference:       the MODEL argument it was loaded from, for commands that a user can copy.
+    has_template:    whether the chat template is the model's own, and not the default for models without one.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ServedModel:
     scheduler: Scheduler
     template: ChatTemplate
     reference: str = ""
+    has_template: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -60,8 +62,9 @@ def create_served_model(
     if tokenizer is None:
         raise ModelFilesError(f"{name} has no tokenizer, which serving requires")
     scheduler = Scheduler(inference_model, limits.slots, limits.max_waiting, limits.per_client, max_length)
+    own_template = template or ChatTemplate()
     return ServedModel(
-        name, model, inference_model, tokenizer, scheduler, template or ChatTemplate(), reference or name
+        name, model, inference_model, tokenizer, scheduler, own_template, reference or name, template is not None
     )
 
 

@@ -6,17 +6,17 @@
     POST /inspect/score       the log-probability of each token of a text, and its perplexity
     POST /inspect/attention   the attention weights of one position, by layer and head
     POST /inspect/lens        the logit lens: the prediction of each layer
+    POST /inspect/...         whole matrices, contributions, experiments: see `gpt2.serve.inside` and `experiments`
 
 Inspection runs the plain model in a thread, one request at a time, and not through the scheduler.
 """
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 from pydantic import Field
 from torch import Tensor
@@ -24,7 +24,8 @@ from torch import Tensor
 from gpt2.errors import RequestError
 from gpt2.generation.filters import History
 from gpt2.serve.errors import APIError
-from gpt2.serve.field_types import StrictModel
+from gpt2.serve.experiments import add_experiment_routes
+from gpt2.serve.inside import add_inside_routes
 from gpt2.serve.inspect import (
     attention_weights,
     logit_lens,
@@ -36,9 +37,9 @@ from gpt2.serve.inspect import (
     token_text,
     top_candidates,
 )
-from gpt2.serve.inspected_text import InspectedText
+from gpt2.serve.inspect_worker import InspectRequest, InspectWorker, check_token_id, context_window
 from gpt2.serve.json_route import JsonRoute
-from gpt2.serve.models import ServedModel, find_model
+from gpt2.serve.models import ServedModel
 from gpt2.serve.schema import CommonRequestFields
 
 STATIC = Path(__file__).parent / "static"
@@ -50,20 +51,9 @@ PAGE_HEADERS = {  # stricter than the other responses
     ),
     "Cache-Control": "no-cache",
 }
-MAX_CHARACTERS, MAX_TOKENS = 100_000, 16_384  # of an inspected text
-MAX_INSPECT_TOKENS = 1024  # of the context whose attention or layers are shown: more would be too small to see
-MAX_PENDING_REQUESTS = 32  # a page sends a few at a time
 
 
-class _InspectRequest(StrictModel):
-    """A text to inspect, as `tokens` or as `text`. `model` may be omitted if there is only one."""
-
-    model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=MAX_TOKENS, fail_fast=True)] | None = None
-    text: str | None = Field(default=None, max_length=MAX_CHARACTERS)
-
-
-class NextTokenRequest(_InspectRequest, CommonRequestFields):
+class NextTokenRequest(InspectRequest, CommonRequestFields):
     """Predict the next token under sampling parameters. `asked`: a token to report whatever its rank."""
 
     prompt_length: int | None = Field(default=None, ge=0)
@@ -71,13 +61,13 @@ class NextTokenRequest(_InspectRequest, CommonRequestFields):
     asked: int | None = Field(default=None, ge=0)
 
 
-class ScoreTextRequest(_InspectRequest):
+class ScoreTextRequest(InspectRequest):
     """Score every token except the first, which has no context. `top`: tokens to report in place of each."""
 
     top: int = Field(default=0, ge=0, le=10)
 
 
-class AttentionRequest(_InspectRequest):
+class AttentionRequest(InspectRequest):
     """Show the attention of `position`, by default the last one."""
 
     position: int | None = Field(default=None, ge=0)
@@ -90,38 +80,9 @@ class LogitLensRequest(AttentionRequest):
     asked: int | None = Field(default=None, ge=0)
 
 
-class _InspectWorker:
-    """Runs one request at a time in a thread, and keeps the last text of each model: the next one is much the same."""
-
-    def __init__(self, models: Mapping[str, ServedModel]) -> None:
-        self.models = models
-        self._semaphore, self._num_pending = asyncio.Semaphore(1), 0
-        self._texts: dict[str, InspectedText] = {}
-
-    async def run(self, body: Any, handler: Callable[["_InspectWorker", ServedModel, list[int], Any], Any]) -> Any:
-        """The response to a request, by the function that computes it from the token ids."""
-        if body.model is None and len(self.models) != 1:
-            raise APIError(400, f"model is required: there are {', '.join(self.models)}", "model")
-        served = find_model(self.models, body.model)
-        if self._num_pending >= MAX_PENDING_REQUESTS:
-            raise APIError(429, "too many requests at the same time", retry_after=1)
-        self._num_pending += 1
-        try:
-            async with self._semaphore:
-                return await asyncio.to_thread(lambda: handler(self, served, _token_ids(served, body), body))
-        finally:
-            self._num_pending -= 1
-
-    def text(self, served: ServedModel) -> InspectedText:
-        """The text of this model that was inspected last."""
-        if served.name not in self._texts:
-            self._texts[served.name] = InspectedText(served.model)
-        return self._texts[served.name]
-
-
 def playground_router(models: Mapping[str, ServedModel]) -> APIRouter:
     """The routes of the page and of the inspection, for models by name."""
-    router, worker = APIRouter(route_class=JsonRoute), _InspectWorker(models)
+    router, worker = APIRouter(route_class=JsonRoute), InspectWorker(models)
     files = {path.name: path for path in STATIC.iterdir() if path.suffix in MEDIA_TYPES}
 
     @router.get("/", include_in_schema=False)
@@ -139,21 +100,23 @@ def playground_router(models: Mapping[str, ServedModel]) -> APIRouter:
         return {"models": [_model_info(served) for served in models.values()]}
 
     @router.post("/inspect/next")
-    async def next_token(body: NextTokenRequest) -> Any:
-        return await worker.run(body, _inspect_next)
+    async def next_token(request: Request, body: NextTokenRequest) -> Any:
+        return await worker.run(request, body, _inspect_next)
 
     @router.post("/inspect/score")
-    async def score_text(body: ScoreTextRequest) -> Any:
-        return await worker.run(body, _inspect_score)
+    async def score_text(request: Request, body: ScoreTextRequest) -> Any:
+        return await worker.run(request, body, _inspect_score)
 
     @router.post("/inspect/attention")
-    async def attention_of(body: AttentionRequest) -> Any:
-        return await worker.run(body, _inspect_attention)
+    async def attention_of(request: Request, body: AttentionRequest) -> Any:
+        return await worker.run(request, body, _inspect_attention)
 
     @router.post("/inspect/lens")
-    async def layers_of(body: LogitLensRequest) -> Any:
-        return await worker.run(body, _inspect_lens)
+    async def layers_of(request: Request, body: LogitLensRequest) -> Any:
+        return await worker.run(request, body, _inspect_lens)
 
+    add_inside_routes(router, worker)
+    add_experiment_routes(router, worker)
     return router
 
 
@@ -173,28 +136,15 @@ def _model_info(served: ServedModel) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "parameters": served.model.num_parameters(),
         "end_of_text": tokenizer.end_of_text,
+        "has_chat_template": served.has_template,
         "fingerprint": tokenizer.fingerprint,
     }
 
 
-def _token_ids(served: ServedModel, body: _InspectRequest) -> list[int]:
-    """The token ids of the text to inspect."""
-    if (body.tokens is None) == (body.text is None):
-        raise RequestError("give either tokens or text")
-    ids = body.tokens
-    if ids is None:
-        ids = served.tokenizer.encode(body.text or "", allow_special=True)
-    if len(ids) > MAX_TOKENS:
-        raise RequestError(f"the text has {len(ids)} tokens: at most {MAX_TOKENS} can be inspected")
-    return ids
-
-
-def _inspect_next(
-    worker: _InspectWorker, served: ServedModel, ids: list[int], body: NextTokenRequest
-) -> dict[str, Any]:
+def _inspect_next(worker: InspectWorker, served: ServedModel, ids: list[int], body: NextTokenRequest) -> dict[str, Any]:
     sampling = body.sampling()
     sampling.check_token_ids(served.model.config.vocab_size)
-    _check_token_id(served, body.asked)
+    check_token_id(served, body.asked)
     ids = ids or [served.tokenizer.end_of_text]  # an empty text begins after the end of another
     prompt_length = len(ids) if body.prompt_length is None else min(body.prompt_length, len(ids))
     history = History(ids, prompt_length, served.tokenizer.end_tokens)
@@ -203,7 +153,7 @@ def _inspect_next(
 
 
 def _inspect_score(
-    worker: _InspectWorker, served: ServedModel, ids: list[int], body: ScoreTextRequest
+    worker: InspectWorker, served: ServedModel, ids: list[int], body: ScoreTextRequest
 ) -> dict[str, Any]:
     tokenizer = served.tokenizer
     scored = score_tokens(served.model, tokenizer, ids, worker.text(served)) if ids else []
@@ -223,9 +173,9 @@ def _inspect_score(
 
 
 def _inspect_attention(
-    worker: _InspectWorker, served: ServedModel, ids: list[int], body: AttentionRequest
+    worker: InspectWorker, served: ServedModel, ids: list[int], body: AttentionRequest
 ) -> dict[str, Any]:
-    ids, position, start = _context_window(served, ids, body.position)
+    ids, position, start = context_window(served, ids, body.position)
     weights = attention_weights(served.model, ids, position, worker.text(served))
     texts = [token_text(served.tokenizer, token) for token in ids[: position + 1]]
     offsets = token_offsets(served.tokenizer, ids[: position + 1])
@@ -238,33 +188,11 @@ def _inspect_attention(
     }
 
 
-def _inspect_lens(
-    worker: _InspectWorker, served: ServedModel, ids: list[int], body: LogitLensRequest
-) -> dict[str, Any]:
-    _check_token_id(served, body.asked)
-    ids, position, start = _context_window(served, ids, body.position)
+def _inspect_lens(worker: InspectWorker, served: ServedModel, ids: list[int], body: LogitLensRequest) -> dict[str, Any]:
+    check_token_id(served, body.asked)
+    ids, position, start = context_window(served, ids, body.position)
     layers = logit_lens(served.model, served.tokenizer, ids, position, body.top, body.asked, worker.text(served))
     return {"start": start, "position": start + position, "layers": [asdict(layer) for layer in layers]}
-
-
-def _context_window(served: ServedModel, ids: list[int], position: int | None) -> tuple[list[int], int, int]:
-    """The tokens of which the position is shown, its index among them, and where they begin.
-
-    All of them if they fit, so that other positions of the same text need no new computation.
-    """
-    position = len(ids) - 1 if position is None else position
-    if not 0 <= position < len(ids):
-        raise RequestError(f"there is no position {position} in a text of {len(ids)} tokens")
-    longest = min(MAX_INSPECT_TOKENS, served.model.config.block_size)
-    if len(ids) <= longest:
-        return ids, position, 0
-    start = max(0, position + 1 - longest)
-    return ids[start : position + 1], position - start, start
-
-
-def _check_token_id(served: ServedModel, token_id: int | None) -> None:
-    if token_id is not None and token_id >= served.model.config.vocab_size:
-        raise RequestError(f"token {token_id} is not in the model's vocabulary of {served.model.config.vocab_size:,}")
 
 
 def _round_weights(weights: Tensor) -> list[list[list[float]]]:

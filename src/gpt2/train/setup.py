@@ -13,7 +13,7 @@ from gpt2.config import AUTO_BATCH_SIZE, MOVABLE, TrainConfig
 from gpt2.data.dataset import Dataset
 from gpt2.data.instruct import InstructDataset, open_instruct
 from gpt2.data.loader import BatchLoader
-from gpt2.data.mixture import Mixture
+from gpt2.data.mixture import Mixture, find_mixture, map_refs
 from gpt2.data.prepare import open_data, open_mixture
 from gpt2.data.resolve import Rows, resolve_data
 from gpt2.data.sources import BUILTIN_SOURCES
@@ -327,13 +327,15 @@ def _resolve_config(
 def _absolute_path(ref: str | None) -> str | None:
     """A relative path of something that exists as an absolute one, so that a run can be resumed from another folder.
 
-    Names (of corpora, templates and models) and patterns that match nothing stay as they are.
+    Of a mixture, that of each part. Names (of corpora, templates and models) and patterns that match nothing stay.
     """
     if ref is None or ref in BUILTIN_SOURCES or ref in BUILTIN_TEMPLATES:
         return ref
     path = expand_path(ref)
     if ref in HUB_ALIASES and not (path / "config.json").is_file():
         return ref
+    if not path.exists() and find_mixture(ref) is not None:
+        return map_refs(ref, lambda part: _absolute_path(part) or part)
     is_pattern = any(character in ref for character in "*?[") and path.parent.is_dir()
     return str(path.absolute()) if path.exists() or is_pattern else ref
 

@@ -3,7 +3,10 @@
 import { $, button, el } from "./dom.js";
 import { readableRequest } from "./request.js";
 import { asCommand, asCurl, asPython } from "./snippets.js";
-import { addToHistory, asJson, copy, download, removeText, removeUnnamed, savedTexts, toFragment } from "./share.js";
+import { collect, keptHeads } from "./exporting.js";
+import { asPage } from "./page_file.js";
+import { asPicture } from "./picture.js";
+import { addToHistory, copy, download, removeText, removeUnnamed, savedTexts, toFragment } from "./share.js";
 import { infoOf, path, state } from "./state.js";
 import { serialize, textOf } from "./tree.js";
 
@@ -67,12 +70,30 @@ const COPIES = {
   },
 };
 
+const SAVES = {
+  "Save as page": ["gpt2.html", "text/html", async () => asPage(await collect(state.shown))],
+  "Save as image": ["gpt2.png", "image/png", async () => asPicture(await collect(state.shown))],
+  "Save as JSON": ["gpt2.json", "application/json", async () => JSON.stringify(await collect(state.shown), null, 1)],
+  "Save as text": ["gpt2.txt", "text/plain", async () => textOf(path(state.shown))],
+};
+
+async function save(file, type, make) {
+  try {
+    download(file, type, await make());
+    $("copied").textContent = `Saved as ${file}.`;
+  } catch (error) {
+    $("copied").textContent = error.message;
+  }
+}
+
 function drawShareOptions() {
   const base = new URL(".", location.href).href;
   const copies = Object.entries(COPIES).map(([name, make]) => button(name, () => copyAndPreview(() => make(base))));
-  const asText = button("Save as text", () => download("gpt2.txt", "text/plain", textOf(path())));
-  const asFile = button("Save as JSON", () => download("gpt2.json", "application/json", asJson(path(), state.sides.A)));
-  $("choices").replaceChildren(...copies, asText, asFile);
+  const saves = Object.entries(SAVES).map(([name, [file, type, make]]) => button(name, () => save(file, type, make)));
+  $("choices").replaceChildren(...copies);
+  $("saves").replaceChildren(...saves);
+  const { length } = keptHeads(infoOf(state.sides[state.shown].model)), heads = length === 1 ? "1 head" : `${length} heads`;
+  $("exported").textContent = `The page needs no server: it holds the text, probabilities and alternatives, and the attention of ${heads}. Add heads under Attention, Whole matrices.`;
   $("preview").hidden = true;
   $("copied").textContent = "";
 }

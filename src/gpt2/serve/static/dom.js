@@ -56,4 +56,12 @@ export function addArrowKeys(container, selector, across = 1) {
   });
 }
 
-export const showMessage = (panel, text) => panel.replaceChildren(quiet(text));
+export const showMessage = (panel, text) => {
+  panel.key = null; // what it showed before has to be drawn again
+  panel.replaceChildren(quiet(text));
+};
+
+// A part of a panel that can be opened.
+export function section(title, about, ...parts) {
+  return el("details", { className: "section" }, el("summary", {}, title), quiet(about), ...parts);
+}

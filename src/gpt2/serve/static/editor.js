@@ -91,6 +91,13 @@ export function newText() {
   text.focus();
 }
 
+// Replaces the text by an example.
+export function setText(example) {
+  edit(state.tree, example);
+  textReplaced();
+  remember("example");
+}
+
 export function wireEditor() {
   onRender(paint);
   text.addEventListener("input", () => {
@@ -102,9 +109,7 @@ export function wireEditor() {
   $("new").addEventListener("click", newText);
   for (const button of $("examples").querySelectorAll("[data-text]")) {
     button.addEventListener("click", () => {
-      edit(state.tree, button.dataset.text);
-      textReplaced();
-      remember("example");
+      setText(button.dataset.text);
       text.focus();
     });
   }

@@ -5,13 +5,19 @@ import { fillAttention } from "./attention.js";
 import { drawBars } from "./bars.js";
 import { nodeOf, openCard } from "./card.js";
 import { $, showMessage } from "./dom.js";
+import { fillChat, hasChat } from "./chat.js";
+import { fillContributions } from "./contributions.js";
+import { fillHeads } from "./heads.js";
 import { clearHeat } from "./heat.js";
+import { fillLensMap } from "./lens.js";
 import { drawLayers, drawTokens, drawTree } from "./panels.js";
 import { runLatestAndReport } from "./notice.js";
 import { requestNextTokens } from "./request.js";
 import { render, textReplaced, onRender, path, infoOf, leafOf, setLeaf, state } from "./state.js";
-import { hasVocabulary, idsOf, inWindow, tokensOf } from "./tokens.js";
-import { add, endOf, goTo, nodesBefore, spansOf, textOf } from "./tree.js";
+import { selectedToken, subject } from "./subject.js";
+import { idsOf, inWindow, tokensOf } from "./tokens.js";
+import { fillWhatIf } from "./whatif.js";
+import { add, endOf, goTo, nodesBefore, startsOf, textOf } from "./tree.js";
 import { remember } from "./undo.js";
 
 const NO_TOKEN = "Select a generated token: click it, or press Alt ↵ at the cursor.";
@@ -34,22 +40,6 @@ function insert(name, leaf, token) {
   render();
 }
 
-// The token to inspect: the selected one, or the last generated one.
-async function selectedToken(signal) {
-  const side = state.shown, info = infoOf(state.sides[side].model);
-  if (state.selected?.side === side) return withStart(state.selected);
-  const nodes = path(side);
-  const i = nodes.findLastIndex((node) => hasVocabulary(node, info));
-  if (i < 0) return null;
-  const before = await tokensOf(nodes.slice(0, i), info, signal);
-  return withStart({ side, node: nodes[i], before, token: { id: nodes[i].generated.id, text: nodes[i].text } });
-}
-
-const withStart = (selected) => {
-  const found = spansOf(path(selected.side)).find(({ node }) => node === selected.node);
-  return { ...selected, start: selected.start ?? found?.start };
-};
-
 // A panel about one token.
 const aboutToken = (draw) => async (panel, signal) => {
   const selected = await selectedToken(signal);
@@ -58,14 +48,24 @@ const aboutToken = (draw) => async (panel, signal) => {
   await draw(panel, selected, model, infoOf(model), signal);
 };
 
-const fillLayers = aboutToken(async (panel, { before, token }, model, info, signal) => {
+const fillToken = aboutToken(fillAttention);
+
+async function fillAttentionPanel(panel, signal) {
+  if (state.view === "token") return fillToken($("one-token"), signal);
+  const side = state.shown, info = infoOf(state.sides[side].model), nodes = path(side);
+  if (!textOf(nodes)) return showMessage($("all-heads"), "Write something first.");
+  await fillHeads($("all-heads"), side, info, inWindow(await tokensOf(nodes, info, signal), info), signal);
+}
+
+const fillLens = aboutToken(async (panel, { before, token }, model, info, signal) => {
   drawLayers(panel, await requestJson("inspect/lens", { model, tokens: idsOf(inWindow(before, info)), asked: token.id }, signal), token.text);
 });
 
-function codeUnits(text) {
-  const ends = [0];
-  for (const letter of text) ends.push(ends.at(-1) + letter.length);
-  return ends;
+async function fillLayers(_, signal) {
+  await fillLens($("one-lens"), signal);
+  const about = await subject(signal);
+  $("lens-map").hidden = about === null;
+  if (about) await fillLensMap($("lens-map"), about, signal);
 }
 
 async function fillTokens(panel, signal) {
@@ -78,9 +78,8 @@ async function fillTokens(panel, signal) {
   panel.key = key;
   if (!text) return showMessage(panel, "Write something first.");
   const first = tokens[0].lead ? 1 : 0; // the end-of-text token is not part of the text
-  const ends = codeUnits(text); // characters to code units
-  const origin = result.tokens[first].start;
-  const shown = result.tokens.map((token, i) => ({ ...token, node: tokens[i].node, start: ends[token.start - origin] ?? text.length })).slice(first);
+  const starts = startsOf(result.tokens, first, text);
+  const shown = result.tokens.slice(first).map((token, i) => ({ ...token, node: tokens[i + first].node, start: starts[i] }));
   drawTokens(panel, shown, result.perplexity, text, (i, opener) => {
     const { id, text: word, start, node } = shown[i];
     const before = i + first ? tokens.slice(0, i + first) : [{ id: info.end_of_text, start: 0, node: null, lead: true }];
@@ -97,7 +96,7 @@ function fillTree(panel) {
   });
 }
 
-const PANELS = { settings: fillSettings, attention: aboutToken(fillAttention), layers: fillLayers, tokens: fillTokens, tree: fillTree };
+const PANELS = { settings: fillSettings, attention: fillAttentionPanel, layers: fillLayers, contributions: fillContributions, whatif: fillWhatIf, tokens: fillTokens, tree: fillTree, chat: fillChat };
 
 const fill = runLatestAndReport(80, async (signal) => {
   const panel = $(`panel-${state.tab}`);
@@ -106,12 +105,17 @@ const fill = runLatestAndReport(80, async (signal) => {
 });
 
 function drawTabs() {
+  $("tab-chat").hidden = !hasChat(state.sides[state.shown].model);
+  if (state.tab === "chat" && $("tab-chat").hidden) state.tab = "settings";
   for (const name of Object.keys(PANELS)) {
     const on = name === state.tab;
     $(`tab-${name}`).setAttribute("aria-selected", String(on));
     $(`tab-${name}`).tabIndex = on ? 0 : -1;
     $(`panel-${name}`).hidden = !on;
   }
+  for (const view of ["token", "heads"]) $(`view-${view}`).setAttribute("aria-pressed", String(view === state.view));
+  $("one-token").hidden = state.view !== "token";
+  $("all-heads").hidden = state.view !== "heads";
   clearHeat();
   if (state.models.length) $(`panel-${state.tab}`).setAttribute("aria-busy", "true"); // what it shows is of the text before
   fill();
@@ -119,6 +123,12 @@ function drawTabs() {
 
 export function wireInspector() {
   onRender(drawTabs);
+  for (const view of ["token", "heads"]) {
+    $(`view-${view}`).addEventListener("click", () => {
+      state.view = view;
+      render();
+    });
+  }
   const names = Object.keys(PANELS);
   const choose = (name) => {
     state.tab = name;
@@ -129,7 +139,8 @@ export function wireInspector() {
     $(`tab-${name}`).addEventListener("keydown", ({ key }) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[key];
       if (!step) return;
-      const next = names[(i + step + names.length) % names.length];
+      const there = names.filter((each) => !$(`tab-${each}`).hidden);
+      const next = there[(i + step + there.length) % there.length]; // the hidden one is the last
       choose(next);
       $(`tab-${next}`).focus();
     });

@@ -14,6 +14,8 @@ import { wireRescore } from "./rescore.js";
 import { render, textReplaced, onRender, path, infoOf, state } from "./state.js";
 import { fillModels, wireSides } from "./sides.js";
 import { makeTree, serialize, deserialize } from "./tree.js";
+import { wireHelp } from "./help.js";
+import { wireTour } from "./tour.js";
 import { remember, wireUndo } from "./undo.js";
 import { continueText, stop, wireGeneration } from "./generation.js";
 
@@ -68,6 +70,8 @@ wireInspector();
 wireGeneration();
 wireNotice();
 wireDialogs(take);
+wireHelp();
+wireTour();
 document.addEventListener("keydown", onKey);
 addEventListener("hashchange", async () => {
   const given = await fromFragment(location.hash);

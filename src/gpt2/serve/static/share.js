@@ -1,7 +1,7 @@
 // Links, files, and the draft and saved texts in the browser's storage.
 
 import { el } from "./dom.js";
-import { serialize, textOf } from "./tree.js";
+import { serialize } from "./tree.js";
 
 const HISTORY = "gpt2-history", DRAFT = "gpt2-draft", MOST = 40;
 
@@ -71,11 +71,6 @@ async function inflate(bytes) {
     parts.push(value);
   }
   return new Uint8Array(await new Blob(parts).arrayBuffer());
-}
-
-export function asJson(path, side) {
-  const tokens = path.map(({ text, generated }) => (generated ? { text, id: generated.id, logprob: generated.logprob } : { text }));
-  return JSON.stringify({ model: side.model, settings: side.settings, text: textOf(path), tokens }, null, 2);
 }
 
 export function download(name, type, content) {

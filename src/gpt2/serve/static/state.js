@@ -15,6 +15,8 @@ export const state = {
   selected: null, // the inspected token: {side, node, before, token: {id, text}}; before: the tokens before it
   window: null, // what of the text of A fits the context: {tokens, chars, size}; null if all of it does
   tab: "settings",
+  kept: new Set(), // the heads that an export holds, "layer.head"
+  view: "token", // of the attention: at one token, or the matrices of all "heads"
 };
 
 export const leafOf = (side) => (side === "A" ? state.tree.leaf : (state.leafB ?? state.tree.leaf));

@@ -127,6 +127,13 @@ export function spansOf(path) {
   return path.map((node) => ({ node, start, end: (start += node.text.length) }));
 }
 
+// Where each scored token begins in a text, in code units; the server counts characters. first: the tokens before it.
+export function startsOf(tokens, first, text) {
+  const ends = [0];
+  for (const letter of text) ends.push(ends.at(-1) + letter.length);
+  return tokens.slice(first).map(({ start }) => ends[start - tokens[first].start] ?? text.length);
+}
+
 // The nodes of the first characters of a path; typed text may be cut within a node.
 export function nodesBefore(tree, path, length) {
   const nodes = [];
