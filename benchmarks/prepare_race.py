@@ -6,19 +6,20 @@ The text files of FOLDER, cut into documents of about 3,000 characters and repea
 file. In each round, in turns: (1) the tokenizer alone: GPT-2's tokens of all documents, which are in memory, by one
 thread per core; (2) `gpt2 data prepare`, the whole process; (3) as nanoGPT does it: `datasets` maps tiktoken over the
 Parquet file with one process per core, and the tokens are written to a memory map. Seconds are wall time, and of (2)
-and (3) also without the start of the process and its imports. Ratios are of the medians.
+and (3) also without the start of the process and its imports; so are CPU seconds. Ratios are of the medians.
 
     python benchmarks/prepare_race.py --memory-gigabytes 5 --tokenizer bytes
 
-prepares that much text in Parquet and reports the peak memory of the process. Writes results/prepare_race.json or
-results/prepare_memory.json.
+prepares that much text in Parquet, and then the first gigabyte with --shuffle --dedup, and reports the peak memory:
+the peak resident set of the process (VmHWM in /proc/self/status), whose workers are threads. The first gigabyte is one
+file of one row group. Writes results/prepare_race.json or results/prepare_memory.json.
 """
 
 import argparse
 import json
 import os
 import re
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,15 +43,19 @@ import sys, time
 from pathlib import Path
 from gpt2.data.corpora import find_corpus
 from gpt2.data.prepare import corpus_tokenizer
-from gpt2.data.prepare_corpus import prepare_corpus
+from gpt2.data.prepare_corpus import CorpusOptions, prepare_corpus
 corpus = find_corpus("hf://race/corpus")
 tokenizer = corpus_tokenizer(corpus, sys.argv[2])
 start = time.perf_counter()
-meta = prepare_corpus(corpus, tokenizer, Path(sys.argv[1]))
+cpu = time.process_time()
+options = CorpusOptions(shuffle=1, dedup=True) if sys.argv[3:] else CorpusOptions()
+meta = prepare_corpus(corpus, tokenizer, Path(sys.argv[1]), options)
 print("SECONDS", time.perf_counter() - start, sum(split.tokens for split in meta.splits.values()))
+print("CPU", time.process_time() - cpu)
+print("PEAK", *(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")))
 """
 PEER = """
-import sys, time
+import os, sys, time
 import numpy as np, tiktoken
 from datasets import load_dataset
 out, path, cores, cache = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
@@ -62,7 +67,7 @@ def tokenize(row):
     return {"ids": ids, "len": len(ids)}
 
 if __name__ == "__main__":
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), sum(os.times()[:4])
     data = load_dataset("parquet", data_files=path, split="train", cache_dir=cache)
     data = data.map(tokenize, remove_columns=["text"], num_proc=cores)
     total = int(np.sum(data["len"], dtype=np.uint64))
@@ -75,7 +80,17 @@ if __name__ == "__main__":
         index += len(part)
     tokens.flush()
     print("SECONDS", time.perf_counter() - start, total)
+    print("CPU", sum(os.times()[:4]) - cpu)
 """
+
+
+class Timing(NamedTuple):
+    """Seconds of a process in all, without its start, of CPU time; and its tokens."""
+
+    seconds: float
+    inside: float
+    cpu: float
+    tokens: int
 
 
 def read_documents(folder: Path, megabytes: int) -> list[str]:
@@ -86,25 +101,31 @@ def read_documents(folder: Path, megabytes: int) -> list[str]:
     return documents * repeats
 
 
-def run_tokenizer(documents: list[str]) -> tuple[float, float, int]:
-    """Seconds, seconds and tokens of the tokenizer alone, one thread per core."""
+def run_tokenizer(documents: list[str]) -> Timing:
+    """The tokenizer alone, one thread per core."""
     tokenizer = get_tokenizer("gpt2")
     blocks = [[piece for text in documents[i : i + 64] for piece in (text, None)] for i in range(0, len(documents), 64)]
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(count_cores()) as pool:
-        counts = pool.map(lambda pieces: len(encode_pieces(tokenizer, pieces)), blocks)
-        total = sum(counts)
+        total = sum(pool.map(lambda pieces: len(encode_pieces(tokenizer, pieces)), blocks))
     seconds = time.perf_counter() - start
-    return seconds, seconds, total
+    return Timing(seconds, seconds, time.process_time() - cpu, total)
 
 
-def run_process(command: list[str]) -> tuple[float, float, int]:
-    """Seconds of a process in all, seconds that it reports, and its tokens."""
+def run_process(command: list[str]) -> Timing:
+    """A process that prints its own seconds, tokens and CPU time."""
     start = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds = time.perf_counter() - start
-    inside, tokens = re.search(r"SECONDS (\S+) (\d+)", done.stdout).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    return seconds, float(inside), int(tokens)
+    tokens = int(find_number(output, r"SECONDS \S+"))
+    return Timing(seconds, float(find_number(output, "SECONDS")), float(find_number(output, "CPU")), tokens)
+
+
+def find_number(output: str, label: str) -> str:
+    """The number after a label (a pattern) in what a process printed."""
+    match = re.search(rf"{label} ([\d.e+-]+)", output)
+    assert match is not None, output
+    return match[1]
 
 
 def race(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -113,8 +134,10 @@ def race(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = folder / "home" / "datasets" / "race" / "corpus" / "train.parquet"
     source.parent.mkdir(parents=True)
     pq.write_table(pa.table({"text": documents}), source, row_group_size=1000)
-    found: dict[str, list[tuple[float, float, int]]] = {}
+    found: dict[str, list[Timing]] = {}
+    loads = []
     for number in range(args.rounds):
+        loads.append(round(os.getloadavg()[0], 1))
         found.setdefault("tokenizer alone", []).append(run_tokenizer(documents))
         ours = [sys.executable, "-c", OURS, str(folder / f"ours-{number}"), "gpt2"]
         found.setdefault("gpt2 data prepare", []).append(run_process(ours))
@@ -124,39 +147,62 @@ def race(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             cache = folder / f"cache-{number}"
             parts = (str(folder / f"peer-{number}.bin"), str(source), str(count_cores()), str(cache))
             found.setdefault("nanoGPT's recipe", []).append(run_process([args.datasets_python, str(peer), *parts]))
-        print({name: [round(run[1], 2) for run in runs] for name, runs in found.items()}, flush=True)
+        print({name: [round(run.inside, 2) for run in runs] for name, runs in found.items()}, flush=True)
     table = {
         name: {
-            "seconds": [round(run[0], 3) for run in runs],
-            "seconds_without_start": [round(run[1], 3) for run in runs],
-            "tokens": runs[0][2],
-            "tokens_per_second": round(runs[0][2] / statistics.median(run[1] for run in runs)),
+            "seconds": [round(run.seconds, 3) for run in runs],
+            "seconds_without_start": [round(run.inside, 3) for run in runs],
+            "cpu_seconds": [round(run.cpu, 3) for run in runs],
+            "tokens": runs[0].tokens,
+            "tokens_per_second": round(runs[0].tokens / statistics.median(run.inside for run in runs)),
+            "tokens_per_cpu_second": round(runs[0].tokens / statistics.median(run.cpu for run in runs)),
         }
         for name, runs in found.items()
     }
-    speed = {name: values["tokens_per_second"] for name, values in table.items()}
-    ours = speed["gpt2 data prepare"]
-    ratios = {name: round(ours / value, 3) for name, value in speed.items() if name != "gpt2 data prepare"}
-    load = round(os.getloadavg()[0], 1)
+    relative = {
+        unit: {
+            name: round(table["gpt2 data prepare"][unit] / values[unit], 3)
+            for name, values in table.items()
+            if name != "gpt2 data prepare"
+        }
+        for unit in ("tokens_per_second", "tokens_per_cpu_second")
+    }
     sizes = {"characters": sum(map(len, documents)), "documents": len(documents), "cores": count_cores()}
-    return {**sizes, "load_average_at_end": load, "variants": table, "ours_relative_to": ratios}
+    return {**sizes, "load_averages": loads, "variants": table, "ours_relative_to": relative}
 
 
 def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Peak memory of the preparation of Parquet with this many gigabytes of text."""
     source = folder / "home" / "datasets" / "race" / "corpus"
     source.mkdir(parents=True)
+    schema = pa.schema([("text", pa.string())])
     size = 0
     for number in range(args.memory_gigabytes):
-        schema = pa.schema([("text", pa.string())])
-        with pq.ParquetWriter(source / f"train-{number}.parquet", schema, compression="none") as writer:
-            for group in range(100):
-                texts = [f"{number} {group} {i} " + f"word{i % 977} and {i % 89} more. " * 150 for i in range(2700)]
-                size += sum(map(len, texts))
-                writer.write_table(pa.table({"text": texts}, schema=schema))
-    seconds, _, tokens = run_process([sys.executable, "-c", OURS, str(folder / "out"), args.tokenizer])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"text_bytes": size, "tokens": tokens, "seconds": round(seconds), "peak_memory_bytes": peak}
+        path = source / f"train-{number}.parquet"
+        groups = [pa.table({"text": texts_of_group(number, group)}, schema=schema) for group in range(100)]
+        size += sum(table.nbytes for table in groups)
+        rows = None if number else sum(table.num_rows for table in groups)
+        pq.write_table(pa.concat_tables(groups), path, compression="none", row_group_size=rows or 2700)
+    found: dict[str, Any] = {"text_bytes": size, "files_bytes": sum(path.stat().st_size for path in source.iterdir())}
+    for name, flags in (("plain", []), ("--shuffle --dedup of the first gigabyte", ["shuffled"])):
+        if flags:
+            for path in source.glob("train-[!0]*"):
+                path.unlink()
+        command = [sys.executable, "-c", OURS, str(folder / "out"), args.tokenizer, *flags]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        shutil.rmtree(folder / "out")
+        found[name] = {
+            "tokens": int(find_number(output, r"SECONDS \S+")),
+            "seconds": round(float(find_number(output, "SECONDS"))),
+            "peak_memory_bytes": 1024 * int(find_number(output, "PEAK")),
+        }
+        print(name, found[name], flush=True)
+    return found
+
+
+def texts_of_group(number: int, group: int) -> list[str]:
+    """About ten megabytes of documents, all different."""
+    return [f"{number} {group} {i} " + f"word{i % 977} and {i % 89} more. " * 150 for i in range(2700)]
 
 
 def main() -> None:

@@ -181,3 +181,9 @@ def test_the_last_logits_alone(model: GPT) -> None:
     torch.testing.assert_close(
         gpt2.ablate(model, TOKENS, [(0, 1)], last_only=True), gpt2.ablate(model, TOKENS, [(0, 1)])[:, -1:]
     )
+
+
+def test_a_run_is_resumed_from_a_layer(model: GPT) -> None:
+    before = gpt2.trace(model, TOKENS, ["blocks.1.hook_resid_pre"])["blocks.1.hook_resid_pre"]
+    got = gpt2.ablate(model, TOKENS, [(1, 2)], [2], resume=(1, before))
+    torch.testing.assert_close(got, gpt2.ablate(model, TOKENS, [(1, 2)], [2]))

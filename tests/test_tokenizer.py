@@ -17,6 +17,7 @@ import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import gpt2.tokenizer as tokenizing
 from gpt2.errors import UserError
 from gpt2.generation.stream_decoder import StreamDecoder
 from gpt2.tokenizer import (
@@ -253,6 +254,39 @@ def test_short_text_gives_a_smaller_vocabulary(caplog: pytest.LogCaptureFixture)
     assert tokenizer.end_of_text == tokenizer.vocab_size - 1
     assert f"{tokenizer.vocab_size} tokens, not 1000" in caplog.text
     assert train_bpe([], 257).vocab_size == 257
+
+
+def test_words_after_the_limit_do_not_count_unless_they_are_known(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["the cat  sat\n on é mat ", " the mat sat the", "xyzxyz the dog xyzxyz sat", "the  xyzxyz"]
+    monkeypatch.setattr(tokenizing, "_MAX_WORD_BYTES", 18)
+    bounded = train_bpe(texts, 280)
+    assert "the first 8 different words: 4 occurrences of others were left out" in caplog.text
+    monkeypatch.setattr(tokenizing, "_MAX_WORD_BYTES", 1 << 20)
+    assert bounded.fingerprint == train_bpe([*texts[:2], "the sat", "the "], 280).fingerprint
+    assert bounded.fingerprint != train_bpe(texts, 280).fingerprint
+
+
+WORDS = """
+import random, sys
+import gpt2.tokenizer as tokenizing
+tokenizing._MAX_WORD_BYTES = int(sys.argv[1])
+rng = random.Random(1)
+letters = "abcdefghijklmnopqrstuvwxyz"
+tokenizing.train_bpe(["a b"], 257)
+status = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+before = status()
+tokenizing.train_bpe((" ".join("".join(rng.choices(letters, k=8)) for _ in range(10_000)) for _ in range(20)), 300)
+print(status() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_the_memory_of_training_on_new_words_is_bounded() -> None:
+    command = [sys.executable, "-c", WORDS, "200000"]
+    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peak < 60_000  # kB, for 1.8 MB of text; without a limit 180,000
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 65537])

@@ -116,10 +116,17 @@ def trace(model: GPT, tokens: Tensor, names: Collection[str] | None = None) -> T
     return Trace({name: found[name] for name in wanted}, logits)
 
 
-def patch(model: GPT, tokens: Tensor, replacements: Mapping[str, Replacement], last_only: bool = False) -> Tensor:
+def patch(
+    model: GPT,
+    tokens: Tensor,
+    replacements: Mapping[str, Replacement],
+    last_only: bool = False,
+    resume: tuple[int, Tensor] | None = None,
+) -> Tensor:
     """The logits (B, T, V) of a run in which activations are replaced: by a tensor, or by a function of the activation.
 
     last_only: only those after the last position, (B, 1, V), which takes less time and memory.
+    resume:    (layer, hook_resid_pre of it (B, T, C)), known from another run: earlier layers are not run again.
 
     Takes every name of `trace` except hook_attn_scores and hook_result. Raises RequestError for other names, and for a
     replacement of another shape.
@@ -133,9 +140,9 @@ def patch(model: GPT, tokens: Tensor, replacements: Mapping[str, Replacement], l
                 _hook_block(model, block, prefix, own, hooks)
         for name, module in (("hook_embed", model.transformer.wte), ("hook_pos_embed", model.transformer.wpe)):
             if name in replacements:
-                apply = partial(_apply, name, replacements[name])
-                _on_output(module, _on_rows(apply, len(tokens)), hooks)
-        hidden = model.hidden_states(tokens)
+                apply = partial(_apply, name, replacements[name])  # of (T, C) or (B, T, C), as (B, T, C)
+                _on_output(module, lambda x, f=apply: f(x.expand(len(tokens), *x.shape[-2:])), hooks)
+        hidden = model.hidden_states(tokens) if resume is None else _run_from(model, *resume)
         return model.lm_head(hidden[:, -1:] if last_only else hidden)
 
 
@@ -146,10 +153,11 @@ def ablate(
     mlps: Sequence[int] = (),
     mode: str = "zero",
     last_only: bool = False,
+    resume: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """The logits (B, T, V) without some heads, (layer, head) each from 0, and the MLPs of some layers.
 
-    last_only: as for `patch`.
+    last_only, resume: as for `patch`.
 
     mode: "zero" replaces an output by zeros; "mean" by its mean over all rows and positions of these tokens. Raises
     RequestError for layers, heads and modes that do not exist.
@@ -159,9 +167,8 @@ def ablate(
         raise RequestError(f"mode must be 'zero' or 'mean', not '{mode}'")
     for layer, head in [*heads, *((layer, 0) for layer in mlps)]:
         if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
-            raise RequestError(
-                f"there is no head {head} in layer {layer}: there are {config.n_layer} layers of {config.n_head} heads"
-            )
+            there = f"there are {config.n_layer} layers of {config.n_head} heads"
+            raise RequestError(f"there is no head {head} in layer {layer}: {there}")
 
     def without(part: Tensor) -> Tensor:
         return torch.zeros_like(part) if mode == "zero" else part.mean((0, 1), keepdim=True).expand_as(part)
@@ -175,7 +182,7 @@ def ablate(
     for layer in {layer for layer, _ in heads}:
         own = sorted({head for at, head in heads if at == layer})
         replacements[f"blocks.{layer}.attn.hook_z"] = partial(without_heads, own)
-    return patch(model, tokens, replacements, last_only)
+    return patch(model, tokens, replacements, last_only, resume)
 
 
 def head_scores(model: GPT, length: int = 50, rows: int = 4, seed: int = 0) -> HeadScores:
@@ -259,6 +266,13 @@ def attribute_logit(
     return LogitAttribution(**parts, bias=bias, total=float(contribution(residual)) + bias)
 
 
+def _run_from(model: GPT, layer: int, x: Tensor) -> Tensor:
+    """The input of the head, from the residual stream before a layer."""
+    for block in model.transformer.h[layer:]:
+        x = block(x)
+    return model.transformer.ln_f(x)
+
+
 def _sources_of(name: str) -> list[str]:
     """The activations from which a derived one is computed."""
     if name.endswith("hook_attn_scores"):
@@ -281,11 +295,6 @@ def _apply(name: str, replacement: Replacement, value: Tensor) -> Tensor:
     if new.shape != value.shape:
         raise RequestError(f"{name} has the shape {tuple(value.shape)}, and its replacement {tuple(new.shape)}")
     return new.to(value.dtype)
-
-
-def _on_rows(apply: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
-    """Apply to an embedding (T, C) or (B, T, C) as (B, T, C)."""
-    return lambda value: apply(value.expand(rows, *value.shape[-2:]))
 
 
 def _on_output(module: nn.Module, apply: Callable[[Tensor], Tensor], hooks: ExitStack) -> None:
@@ -352,9 +361,8 @@ def _hook_attention(
         B, T, C = z.shape
         z = z.view(B, T, H, -1)
         if "attn.hook_pattern" in apply:
-            own = _attention_scores(seen["attn.hook_q"], seen["attn.hook_k"], attention.query_factor).softmax(
-                -1
-            )  # (B, H, T, T)
+            scores = _attention_scores(seen["attn.hook_q"], seen["attn.hook_k"], attention.query_factor)
+            own = scores.softmax(-1)  # (B, H, T, T)
             new = apply["attn.hook_pattern"](own)
             if new is not own:
                 z = torch.einsum("bhts,bshd->bthd", new, seen["attn.hook_v"])

@@ -53,6 +53,8 @@ from gpt2.vocabulary import (
 
 GPT2_FINGERPRINT = "a66433cec9b7b05c65088583bc6c7110e4e6babdbb0fb4cf299aca8f31cd176e"
 
+_MAX_WORD_BYTES = 8_000_000  # of different words to train a BPE on
+
 _log = logging.getLogger("gpt2")
 
 
@@ -61,7 +63,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, while_waiting: Callable[[],
 
     `vocab_size` includes the 256 bytes, which are first, and ``<|endoftext|>``, which is last. Only pairs that occur
     twice are merged, so short texts give a smaller vocabulary, with a warning in the log. A word of more than 1,000
-    characters counts as several. The result is deterministic. `while_waiting` is called four times a second.
+    characters counts as several. Once the texts have 8 MB of different words, others do not count, with a warning, too:
+    so memory is bounded. The result is deterministic. `while_waiting` is called four times a second.
 
     Raises ConfigError for a `vocab_size` outside 257 to 65,536.
     """
@@ -81,7 +84,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, while_waiting: Callable[[],
 
     def train(check: Callable[[], None]) -> None:
         def pieces() -> Iterator[str]:
-            for text in texts:
+            for text in _bound_words(texts):
                 check()
                 yield from split_long_words(replace_surrogates(text))
 
@@ -95,6 +98,32 @@ def train_bpe(texts: Iterable[str], vocab_size: int, while_waiting: Callable[[],
         _log.warning("the text is enough for a vocabulary of %d tokens, not %d", len(tokens) + 1, vocab_size)
     vocabulary = Vocabulary([*tokens, END_OF_TEXT.encode()], frozenset({len(tokens)}))
     return BPETokenizer(build_backend(vocabulary, merges))
+
+
+def _bound_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts; after `_MAX_WORD_BYTES` of different words, without any that is new. A word is what is between spaces.
+
+    The trainer keeps every different word, at about 100 bytes for each of its bytes.
+    """
+    seen: set[str] = set()
+    size = left_out = 0
+    for text in texts:
+        words = text.split(" ")
+        if size < _MAX_WORD_BYTES:
+            new = set(words).difference(seen)
+            seen |= new
+            size += sum(len(word) if word.isascii() else len(word.encode("utf-8", "replace")) for word in new)
+            yield text
+        else:
+            known = [word for word in words if word in seen]
+            left_out += len(words) - len(known)
+            yield " ".join(known)
+    if left_out:
+        _log.warning(
+            "the vocabulary is trained on the first %s different words: %s occurrences of others were left out",
+            f"{len(seen):,}",
+            f"{left_out:,}",
+        )
 
 
 def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:

@@ -1,10 +1,13 @@
 """Parquet files with unusual columns or sizes, and files that are not UTF-8."""
 
+import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from gpt2.data.columns import Columns
+from gpt2.data.parquet import read_parquet_texts
 from gpt2.data.prepare import prepare
 from gpt2.data.resolve import resolve_texts
 from gpt2.data.rows import read_rows
@@ -62,6 +65,23 @@ def test_a_small_parquet_file_cannot_become_a_huge_text(form: str, tmp_path: Pat
     with pytest.raises(UserError, match=r"a\.parquet decodes to more than [\d,]+ bytes, 1,000 times its size"):
         for _ in read_rows([path], Columns(text="text")):
             pass
+
+
+@pytest.mark.skipif(not HAS_PYARROW, reason="Parquet needs pyarrow")
+def test_a_large_row_group_is_not_in_memory_at_once(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = random.Random(1)
+    texts = [rng.randbytes(15_000).hex() for _ in range(1000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", write_batch_size=16)
+    assert (tmp_path / "a.parquet").stat().st_size > 30_000_000
+    tracemalloc.start()  # Arrow reads through the file object: its buffers are bytes of Python
+    try:
+        assert sum(map(len, read_parquet_texts(tmp_path / "a.parquet", "text"))) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 # Encodings

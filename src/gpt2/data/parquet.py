@@ -11,6 +11,7 @@ from gpt2.files import check_regular_file, read_error
 
 _PARQUET_BATCH_ROWS = 1024  # rows in memory at a time, fewer if they may be large
 _PARQUET_BATCH_BYTES = 1 << 28
+_PARQUET_BUFFER_BYTES = 1 << 20  # of the file in memory; otherwise it is the whole column of a row group
 _PARQUET_MAX_GROWTH = 1000  # decoded bytes per byte of the file
 _PARQUET_FREE_BYTES = 1 << 26  # decoded bytes that any file may have
 
@@ -108,7 +109,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
         raise read_error(path, error) from None
     with handle:
         try:
-            yield pq.ParquetFile(handle)
+            yield pq.ParquetFile(handle, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(f"{path} is not a readable Parquet file: {reason}") from None

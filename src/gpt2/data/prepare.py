@@ -42,7 +42,7 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 
 _CHECKED_TOKENS = 1_000_000
 _log = logging.getLogger("gpt2")
-_CACHE_VERSION = 2  # increment when the same text and tokenizer give different shards
+_CACHE_VERSION = 3  # increment when the same text and tokenizer give different shards
 
 
 def prepare(

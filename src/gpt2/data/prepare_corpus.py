@@ -13,6 +13,7 @@ from gpt2.byte_level import encode_pieces
 from gpt2.data.corpora import HELD_OUT, OWN_SPLIT, HubCorpus
 from gpt2.data.corpus_files import Reader
 from gpt2.data.hub_files import Splits, get_corpus_files, get_token_files
+from gpt2.data.near_duplicates import NearDuplicates
 from gpt2.data.shards import (
     SHARD_TOKENS,
     ShardFile,
@@ -24,6 +25,7 @@ from gpt2.data.shards import (
 from gpt2.data.spool import DocumentHashes, Spool
 from gpt2.data.stream import (
     HASHES_FILENAME,
+    KEYS_FILENAME,
     SPOOL_FOLDER,
     Options,
     Preparation,
@@ -134,19 +136,21 @@ def _prepare_text(corpus: HubCorpus, tokenizer: Tokenizer, partial: Path, option
     if options.shuffle is not None:
         spool = Spool(partial / SPOOL_FOLDER, options.shuffle, tokenizer.vocab_size, expected)
     if options.dedup:
-        hashes = DocumentHashes(partial / HASHES_FILENAME)
+        hashes = DocumentHashes(partial / HASHES_FILENAME), NearDuplicates(partial / KEYS_FILENAME)
     if state.outputs:
         output.resume(state.outputs)
         if spool is not None:
             spool.resume(state.spooled["documents"])
         if hashes is not None:
-            hashes.resume(state.spooled["hashes"])
+            for one, count in zip(hashes, state.spooled["hashes"], strict=True):
+                one.resume(count)
     reader = Reader(corpus.column, corpus.join)
     with ProgressBar(corpus.name) as bar:
         job = Preparation(partial, data, state, tokenizer, settings, reader, output, spool, hashes, bar, workers)
         made = job.run()
     if options.dedup:
-        _log.info("%s: %s duplicate documents were dropped", corpus.name, f"{state.duplicates:,}")
+        counts = f"{state.duplicates:,}", f"{state.near_duplicates:,}"
+        _log.info("%s: %s duplicate documents were dropped; %s near-duplicates were kept", corpus.name, *counts)
     if made["train"].tokens < 2:
         raise DataError(
             f"{corpus.name} has {sum(split.tokens for split in made.values()):,} tokens, all of them in the validation "

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2.data.near_duplicates import mix
 from gpt2.data.shards import token_format
 
 BUCKET_BYTES = 64 * 2**20  # of tokens, to be sorted in memory
@@ -143,17 +144,10 @@ def _bucket_name(split: str, bucket: int) -> str:
 
 
 def _random_keys(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """A random 64-bit key of each number, by the finalizer of SplitMix64 (Steele et al. 2014)."""
+    """A random 64-bit key of each number."""
     with np.errstate(over="ignore"):
-        start = _mix(np.array([seed % (1 << 64)], np.uint64))
-        return _mix(numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+        start = mix(np.array([seed % (1 << 64)], np.uint64))
+        return mix(numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start)
 
 
 def _sorted(tokens: np.ndarray, records: np.ndarray) -> Documents:

@@ -21,6 +21,7 @@ import numpy as np
 from gpt2.byte_level import encode_pieces
 from gpt2.data.corpora import Layout
 from gpt2.data.corpus_files import Block, FileQueue, Position, Reader
+from gpt2.data.near_duplicates import NearDuplicates, near_duplicate_keys
 from gpt2.data.shards import PARTIAL_SUFFIX, ShardFile, ShardsMeta, ShardWriter, SplitMeta, TokenizerMeta
 from gpt2.data.spool import DocumentHashes, Spool
 from gpt2.data.text_blocks import map_in_order
@@ -33,6 +34,7 @@ from gpt2.vocabulary import END_OF_TEXT
 
 PROGRESS_FILENAME = "progress.json"
 HASHES_FILENAME = "hashes"
+KEYS_FILENAME = "near-duplicate-keys"
 SPOOL_FOLDER = "spool"  # of documents to shuffle
 SOURCE_FOLDER = "source"  # of the files that are being read
 CHECKPOINT_SECONDS = 30.0  # a shard that is complete is recorded at once
@@ -41,7 +43,10 @@ _log = logging.getLogger("gpt2.data")
 
 
 class Encoded(NamedTuple):
-    """Documents as tokens: all tokens, and of each document their number, its bytes of text, hash and number."""
+    """Documents as tokens: all tokens, and of each document their number, its bytes of text, hashes and number.
+
+    hashes: uint64 (documents, 5): of the text, and its keys (see `near_duplicates`); (documents, 0) without `dedup`.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -84,6 +89,7 @@ class State:
     position: list[int] = field(default_factory=lambda: [0, 0])
     documents: int = 0  # of this split that were read
     duplicates: int = 0
+    near_duplicates: int = 0  # that were kept
     spooled: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
 
@@ -188,10 +194,11 @@ def encode_block(block: Block, tokenizer: Tokenizer, options: Options) -> Encode
     ends = np.flatnonzero(tokens == tokenizer.end_of_text)
     bounds = np.append(ends, len(tokens)) if is_before else np.concatenate(([0], ends + 1))
     sizes = [len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text in texts]
-    hashes = [_hash(text) for text in texts] if options.dedup else np.zeros(len(texts))
-    return Encoded(
-        tokens, np.diff(bounds), np.array(sizes, np.int64), np.array(hashes, np.uint64), np.array(numbers, np.int64)
-    )
+    lengths, hashes = np.diff(bounds), np.empty((len(texts), 0), np.uint64)
+    if options.dedup:
+        exact = np.array([_hash(text) for text in texts], np.uint64)
+        hashes = np.column_stack([exact, near_duplicate_keys(tokens, lengths)])
+    return Encoded(tokens, lengths, np.array(sizes, np.int64), hashes, np.array(numbers, np.int64))
 
 
 def _split(text: str) -> list[str]:
@@ -215,7 +222,7 @@ class Preparation:
     reader: Reader
     output: SplitOutput
     spool: Spool | None
-    hashes: DocumentHashes | None
+    hashes: tuple[DocumentHashes, NearDuplicates] | None
     bar: ProgressBar
     workers: int
     saved_at: float = field(default_factory=time.monotonic)
@@ -282,9 +289,11 @@ class Preparation:
 
     def _write(self, split: str, documents: Encoded) -> None:
         if self.hashes is not None:
-            is_new = self.hashes.add(documents.hashes)
+            exact, near = self.hashes
+            is_new = exact.add(documents.hashes[:, 0])
             self.state.duplicates += int((~is_new).sum())
             documents = documents.select(is_new)
+            self.state.near_duplicates += near.add(documents.hashes[:, 1:])
         every = self.options.layout.holdout
         held_out = documents.numbers % every == every - 1 if every else np.zeros(len(documents.numbers), bool)
         for name, chosen in ((split, ~held_out), ("val", held_out)):
@@ -307,7 +316,7 @@ class Preparation:
         self.state.outputs = self.output.sync()
         self.state.spooled = {
             "documents": self.spool.sync() if self.spool is not None else None,
-            "hashes": self.hashes.sync() if self.hashes is not None else None,
+            "hashes": [one.sync() for one in self.hashes] if self.hashes is not None else None,
         }
         self.state.save(self.folder)
         self.saved_at, self.saved_shards = time.monotonic(), self.output.closed_shards
@@ -349,7 +358,9 @@ def finish(partial: Path, folder: Path, meta: ShardsMeta) -> None:
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name in (PROGRESS_FILENAME, HASHES_FILENAME) or (path.suffix == ".bin" and path.name not in listed):
+        elif path.name in (PROGRESS_FILENAME, HASHES_FILENAME, KEYS_FILENAME) or (
+            path.suffix == ".bin" and path.name not in listed
+        ):
             path.unlink()
     partial.rename(folder)
 

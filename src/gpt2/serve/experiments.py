@@ -90,7 +90,9 @@ def _ablate(worker: InspectWorker, served: ServedModel, ids: list[int], body: Ab
     ids = _prepare(served, ids, body)
     heads = [(layer, head) for layer, head in body.heads]
     row = torch.tensor([ids], device=served.model.device)
-    after = ablate(worker.own_model(served), row, heads, body.mlps, body.mode, last_only=True)[0, 0]
+    first = min([layer for layer, _ in heads] + body.mlps, default=0)
+    resume = _resume(worker, served, ids, first)
+    after = ablate(worker.own_model(served), row, heads, body.mlps, body.mode, last_only=True, resume=resume)[0, 0]
     return _compare(worker, served, ids, after, body)
 
 
@@ -107,16 +109,18 @@ def _steer(worker: InspectWorker, served: ServedModel, ids: list[int], body: Ste
 
     vector = last(body.plus) - last(body.minus)
     row = torch.tensor([ids], device=model.device)
-    after = patch(model, row, {name: lambda x: x + body.strength * vector}, last_only=True)[0, 0]
+    resume = _resume(worker, served, ids, body.layer)
+    after = patch(model, row, {name: lambda x: x + body.strength * vector}, last_only=True, resume=resume)[0, 0]
     return _compare(worker, served, ids, after, body) | {"norm": round(float(vector.norm()), 4)}
 
 
 def _patch(worker: InspectWorker, served: ServedModel, ids: list[int], body: PatchRequest) -> dict[str, Any]:
     """The difference of the two logits: of the text, of `source`, and with each span of positions from `source`."""
-    model, name = worker.own_model(served), f"{_block(served, body.layer)}.{PARTS[body.part]}"
+    model, block = worker.own_model(served), _block(served, body.layer)
+    name, before = f"{block}.{PARTS[body.part]}", f"{block}.hook_resid_pre"
     _check_pair(served, ids, body)
     pair = torch.tensor([ids, body.source], device=model.device)  # (2, T)
-    run = trace(model, pair, [name])
+    run = trace(model, pair, {name, before})
     last, source = run.logits[:, -1].float(), run[name][1]  # (2, V), (T, C)
     target = int(last[1].argmax()) if body.target is None else body.target
     alternative = body.alternative
@@ -132,7 +136,8 @@ def _patch(worker: InspectWorker, served: ServedModel, ids: list[int], body: Pat
 
     values = list[float]()
     if spans:
-        patched = patch(model, pair[:1].expand(len(spans), -1), {name: replace}, last_only=True)[:, 0].float()
+        rows, resume = pair[:1].expand(len(spans), -1), (body.layer, run[before][:1].expand(len(spans), -1, -1))
+        patched = patch(model, rows, {name: replace}, last_only=True, resume=resume)[:, 0].float()
         values = (patched[:, target] - patched[:, alternative]).tolist()
     base, reached = (last[:, target] - last[:, alternative]).tolist()
     tokens = [{"id": i, "text": token_text(served.tokenizer, i)} for i in (target, alternative)]
@@ -146,6 +151,12 @@ def _prepare(served: ServedModel, ids: list[int], body: _DistributionRequest) ->
     check_token_id(served, body.asked)
     check_tokens(served.model, ids)
     return context_window(served, ids, None)[0]
+
+
+def _resume(worker: InspectWorker, served: ServedModel, ids: list[int], layer: int) -> tuple[int, Tensor]:
+    """A layer and the residual stream before it, from what is known of the text."""
+    layer = min(layer, served.model.config.n_layer - 1)
+    return layer, worker.text(served).update(ids).streams[layer, : len(ids)][None].clone()
 
 
 def _block(served: ServedModel, layer: int) -> str:

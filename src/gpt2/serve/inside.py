@@ -133,7 +133,7 @@ def _lens_map(worker: InspectWorker, served: ServedModel, ids: list[int], body: 
     text, tokenizer = worker.text(served).update(ids), served.tokenizer
     first = max(0, position + 1 - body.positions)
     following = [*ids[1:], -1 if body.asked is None else body.asked]
-    cells = [text.lens(i, max(0, following[i])) for i in range(first, position + 1)]
+    cells = text.lens({i: max(0, following[i]) for i in range(first, position + 1)})
     by_layer = [list(zip(*column, strict=True)) for column in cells]  # positions, layers, (token, probability, target)
     known = {token for column in by_layer for token, _, _ in column}
     names = {i: {"text": token_text(tokenizer, i), "bytes": partial_bytes(tokenizer, i)} for i in known}

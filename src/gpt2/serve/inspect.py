@@ -188,6 +188,8 @@ def score_tokens(
         add(score_targets(known.logits(window - 1, window), tokens[window : window + 1]))
     stride = max(1, window // 2)
     for begin in range(stride, len(tokens) - 1, stride):
+        if len(logprobs) == len(tokens) - 1:
+            break
         inputs, skip = tokens[begin : begin + window], len(logprobs) - begin
         for found in _score_window(model, inputs, tokens[begin + 1 + skip : begin + window + 1], skip):
             add(found)

@@ -1,16 +1,17 @@
 """What a model computed for the last inspected text, reused for the prefix that the next one shares."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gpt2.generation.engine import eval_mode
 from gpt2.generation.filters import topk_indices
 from gpt2.interpret import Trace
 from gpt2.model import GPT
 
+LensCells = tuple[list[int], list[float], list[float]]  # of each layer: top token, its probability, the target's
 LOGITS_CHUNK = 64  # positions whose logits are in memory at the same time: (64, V)
 
 
@@ -32,7 +33,7 @@ class InspectedText:
         self._logprobs, self._ranks = list[float](), list[int]()  # of the tokens after the first
         self._patterns: dict[int, Tensor] = {}
         self._thumbnails: dict[tuple[int, int], Tensor] = {}
-        self._lens: dict[int, tuple[int, tuple[list[int], list[float], list[float]]]] = {}  # position: target, cells
+        self._lens: dict[int, tuple[int, LensCells]] = {}  # position: target, cells
 
     @torch.inference_mode()
     def update(self, tokens: Sequence[int]) -> "InspectedText":
@@ -114,19 +115,25 @@ class InspectedText:
         key = (size, length)
         if key not in self._thumbnails:
             layers = range(self.model.config.n_layer)
-            found = torch.stack([_shrink(self.pattern(layer)[:, :length, :length], size) for layer in layers])
+            found = torch.stack([self._thumbnail(layer, size, length) for layer in layers])
             self._thumbnails = {key: found.mul_(255).round_().to(torch.uint8).cpu()}
         return self._thumbnails[key]
 
     @torch.inference_mode()
-    def lens(self, position: int, target: int) -> tuple[list[int], list[float], list[float]]:
-        """The logit lens at a position: of each of the L + 1 layers the top token, its probability and the target's."""
-        if position not in self._lens or self._lens[position][0] != target:
-            hidden = self.model.transformer.ln_f(self.streams[:, position])  # (L + 1, C)
-            probs = self.model.lm_head(hidden).float().softmax(-1)  # (L + 1, V)
+    def lens(self, targets: dict[int, int]) -> list[LensCells]:
+        """The logit lens at positions, {position: target}: of each of the L + 1 layers the top token, its probability
+        and the target's."""
+        missing = [at for at, target in targets.items() if at not in self._lens or self._lens[at][0] != target]
+        layers = len(self.streams)
+        for start in range(0, len(missing), max(1, LOGITS_CHUNK // layers)):
+            chunk = missing[start : start + max(1, LOGITS_CHUNK // layers)]
+            hidden = self.model.transformer.ln_f(self.streams[:, chunk])  # (L + 1, positions, C)
+            probs = self.model.lm_head(hidden).float().softmax(-1)  # (L + 1, positions, V)
             most, best = probs.max(-1)
-            self._lens[position] = target, (best.tolist(), most.tolist(), probs[:, target].tolist())
-        return self._lens[position][1]
+            for i, at in enumerate(chunk):
+                cells = best[:, i].tolist(), most[:, i].tolist(), probs[:, i, targets[at]].tolist()
+                self._lens[at] = targets[at], cells
+        return [self._lens[at][1] for at in targets]
 
     @torch.inference_mode()
     def activations(self, position: int) -> Trace:
@@ -147,6 +154,17 @@ class InspectedText:
             found[f"blocks.{i}.hook_mlp_out"] = self.streams[i + 1, position] - self.streams[i, position] - attention
         rows = {name: value[None, None] for name, value in found.items()}
         return Trace(rows, self.logits(position, position + 1)[None])
+
+    def _thumbnail(self, layer: int, size: int, length: int) -> Tensor:
+        """The largest weight of each field: (H, rows, columns). The rows of a field are computed up to the diagonal."""
+        rows, keys = min(size, length), self._keys(layer, length)
+        found = keys.new_zeros(len(keys), rows, length)  # by rows
+        for i, (start, end) in enumerate(_bins(0, length, rows)):
+            scores = self._queries(layer, start, end) @ keys[:, :end].transpose(-2, -1) * self._scale  # (H, t, end)
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(start + 1)
+            found[:, i, :end] = scores.masked_fill_(future, float("-inf")).softmax(-1).amax(-2)
+        columns = [found[..., start:end].amax(-1) for start, end in _bins(1, length, rows - 1)]
+        return torch.stack([found[..., 0], *columns], -1)
 
     @property
     def _scale(self) -> float:
@@ -174,10 +192,9 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 def score_targets(logits: Tensor, targets: Sequence[int]) -> tuple[list[float], list[int]]:
     """The log-probability and rank of a target token at each position of logits (t, V)."""
     wanted = torch.tensor(targets, device=logits.device).unsqueeze(-1)  # (t, 1)
-    logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(-1, wanted)
-    ranks = (logprobs > own).sum(-1) + 1
-    return own[:, 0].tolist(), ranks.tolist()
+    own = logits.gather(-1, wanted)
+    ranks = (logits > own).sum(-1) + 1
+    return (own[:, 0] - logits.logsumexp(-1)).tolist(), ranks.tolist()
 
 
 def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -185,10 +202,7 @@ def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) * q.size(-1) ** -0.5).softmax(-1)
 
 
-def _shrink(pattern: Tensor, size: int) -> Tensor:
-    """(H, T, T) to at most (H, size, size), by the largest weight of each field; the first column stays alone."""
-    rows = min(size, pattern.size(-1))
-    first = F.adaptive_max_pool2d(pattern[..., :1], (rows, 1))
-    if rows < 2:
-        return first
-    return torch.cat([first, F.adaptive_max_pool2d(pattern[..., 1:], (rows, rows - 1))], -1)
+def _bins(start: int, end: int, count: int) -> list[tuple[int, int]]:
+    """start to end in so many parts of nearly the same size."""
+    edges = [start + (end - start) * i // count for i in range(count + 1)] if count else []
+    return list(itertools.pairwise(edges))
