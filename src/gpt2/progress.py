@@ -21,7 +21,7 @@ T = TypeVar("T")
 SHOWN_AFTER_SECONDS = 2.0  # what takes less has no bar
 _LOG_SECONDS = 60.0  # between lines when standard error is not a terminal
 _POLL_SECONDS = 0.25  # between drawings of a bar
-_STOP_SECONDS = 1.0  # for a thread to notice that it was cancelled
+_STOP_SECONDS = 0.3  # for a thread to notice that it was cancelled
 
 _log = logging.getLogger("gpt2.progress")
 
