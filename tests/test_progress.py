@@ -70,6 +70,15 @@ def test_rows_score_and_time_of_an_evaluation_fit_into_80_columns(
     assert re.search(r"2 min 57 s left  167/10042  acc 0.2500  acc_norm 0.3125", line), line
 
 
+def test_work_of_unknown_size_has_a_count_and_no_time(screen: io.StringIO, clock: list[float]) -> None:
+    with ProgressBar("reading rows") as bar:
+        clock[0] += 3
+        bar.update(status="7,000 rows")
+    shown = "".join(lines(screen))
+    assert re.search(r"reading rows [━ ]+7,000 rows", shown), shown
+    assert "left" not in shown
+
+
 def test_quiet_shows_no_progress(screen: io.StringIO, clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("gpt2")
     before = logger.level

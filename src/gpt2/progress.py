@@ -21,7 +21,7 @@ T = TypeVar("T")
 SHOWN_AFTER_SECONDS = 2.0  # what takes less has no bar
 _LOG_SECONDS = 60.0  # between lines when standard error is not a terminal
 _POLL_SECONDS = 0.25  # between drawings of a bar
-_STOP_SECONDS = 1.0  # for a thread to notice that it was cancelled
+_STOP_SECONDS = 0.3  # for a thread to notice that it was cancelled
 
 _log = logging.getLogger("gpt2.progress")
 
@@ -49,7 +49,8 @@ class ProgressBar:
         self._logged = time.monotonic()
         self._next_drawing = self._logged + SHOWN_AFTER_SECONDS
         self._start: tuple[float, float] | None = None  # time and fraction at the first update
-        self._fraction, self._status = 0.0, ""
+        self._fraction: float | None = None
+        self._status = ""
         self._progress: Progress | None = None
 
     def update(self, fraction: float | None = None, status: str | None = None) -> None:
@@ -65,7 +66,9 @@ class ProgressBar:
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds until the work is done at the rate since the first update; None before there is a rate."""
-        begun, first = self._start or (now, self._fraction)
+        if self._start is None or self._fraction is None:
+            return None
+        begun, first = self._start
         done = self._fraction - first
         return (now - begun) * (1 - self._fraction) / done if done > 0 else None
 
@@ -74,12 +77,14 @@ class ProgressBar:
         left = self.seconds_left(now)
         line = "  ".join(filter(None, ["" if left is None else f"{format_duration(left)} left", self._status]))
         if not self._progress.disable:
-            self._progress.update(self._progress.task_ids[0], completed=self._fraction, line=line)
+            total, completed = (None, 0.0) if self._fraction is None else (1.0, self._fraction)
+            self._progress.update(self._progress.task_ids[0], total=total, completed=completed, line=line)
             self._progress.start()
             self._progress.refresh()
         elif now - self._logged > _LOG_SECONDS:
             self._logged = now
-            _log.info("%s: %.1f%%, %s", self._description, 100 * self._fraction, line)
+            done = "" if self._fraction is None else f"{self._fraction:.1%}, "
+            _log.info("%s: %s%s", self._description, done, line)
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +108,7 @@ def _make_bar(description: str) -> "Progress":
         TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True)),
     )
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, auto_refresh=False)
-    bar.add_task(description, total=1.0, line="")
+    bar.add_task(description, total=None, line="")
     return bar
 
 

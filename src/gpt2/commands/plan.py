@@ -9,7 +9,7 @@ from gpt2.commands.json_output import add_json_flag, prints_json, write_json
 from gpt2.commands.train import RECIPE_HELP, add_training_flags, merge_flags
 from gpt2.config import TrainConfig
 from gpt2.train.recipes import RECIPES
-from gpt2.units import format_bytes, format_count
+from gpt2.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -227,9 +227,4 @@ def _parallel_rows(result: "Plan") -> list[tuple[str, str, str]]:
 
 
 def _format_seconds(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.3g} s"
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else format_duration(seconds)
