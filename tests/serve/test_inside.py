@@ -1,9 +1,10 @@
 """The routes that look inside a model and experiment on it: against `gpt2.interpret` and direct computations."""
 
+import asyncio
 import base64
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import gpt2
 from gpt2.interpret import head_scores
 from gpt2.serve import inspect_worker
 from gpt2.serve.app import create_app
+from gpt2.serve.errors import APIError
 from gpt2.serve.experiments import MAX_PATCH_TEXT
 from tests.helpers.playground_browser import CONFIG, LIMITS, MODELS, PROMPT, TOKENIZER, create_served_models
 
@@ -190,6 +192,34 @@ def test_experiments_have_modules_of_their_own(client: TestClient) -> None:
     assert not {id(module) for module in own.modules()} & {id(module) for module in model.modules()}
     shared = [a.data_ptr() == b.data_ptr() for a, b in zip(own.parameters(), model.parameters(), strict=True)]
     assert all(shared)
+
+
+def test_requests_of_a_client_that_has_gone_are_not_run() -> None:
+    worker = inspect_worker.InspectWorker(create_served_models(MODELS, TOKENIZER, LIMITS))
+    body, calls = inspect_worker.InspectRequest(model="one", tokens=IDS), list[Any]()
+
+    class Asked:
+        scope: ClassVar = {"gpt2.client": "a"}
+
+        def __init__(self, gone: bool) -> None:
+            self._gone = gone
+
+        async def is_disconnected(self) -> bool:
+            return self._gone
+
+    async def run(gone: bool) -> Any:
+        return await worker.run(Asked(gone), body, lambda *given: calls.append(given))  # pyright: ignore
+
+    async def run_many() -> list[Any]:
+        many = [run(False) for _ in range(inspect_worker.MAX_PENDING_OF_CLIENT + 1)]
+        return await asyncio.gather(*many, return_exceptions=True)
+
+    with pytest.raises(APIError, match="the client has disconnected"):
+        asyncio.run(run(True))
+    assert calls == []
+    results = asyncio.run(run_many())
+    assert [str(result) for result in results if result is not None] == ["too many requests at the same time"]
+    assert len(calls) == inspect_worker.MAX_PENDING_OF_CLIENT
 
 
 def test_an_equal_experiment_is_computed_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

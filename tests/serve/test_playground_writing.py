@@ -74,6 +74,25 @@ def test_an_edit_keeps_the_tokens_and_undo_brings_all_back(reader: PlaygroundPag
     page.click("#history .close")
 
 
+def test_a_card_stays_when_new_colors_arrive(reader: PlaygroundPage) -> None:
+    page, held = reader.page, []
+    reader.fill_setting("max_tokens", 6)
+    reader.generate(PROMPT)
+    page.wait_for_selector("#panel-settings[aria-busy=false]")
+    page.route("**/inspect/score", lambda route: held.append(route))
+    page.locator("#text").press("Control+Home")
+    with page.expect_request("**/inspect/score"):
+        page.keyboard.type("oh ")
+    reader.click_token(2)
+    with page.expect_response("**/inspect/score"):
+        held[0].continue_()
+    page.wait_for_selector("#panel-settings[aria-busy=false]")
+    assert page.is_visible("#alternatives")
+    page.locator("#text").press("Control+Home")
+    page.keyboard.type("x")
+    assert page.is_hidden("#alternatives")
+
+
 def generated_ids(text: str) -> list[int]:
     """The ids of the tokens that the model generated after the prompt: no text has them by encoding alone."""
     from gpt2.generation.engine import Engine, GenerationRequest

@@ -157,12 +157,14 @@ class InspectedText:
 
     def _thumbnail(self, layer: int, size: int, length: int) -> Tensor:
         """The largest weight of each field: (H, rows, columns). The rows of a field are computed up to the diagonal."""
-        rows, keys = min(size, length), self._keys(layer, length)
+        rows, keys = min(size, length), self._keys(layer, length).transpose(-2, -1).contiguous()  # (H, D, T)
+        queries = self._queries(layer, 0, length) * self._scale
         found = keys.new_zeros(len(keys), rows, length)  # by rows
         for i, (start, end) in enumerate(_bins(0, length, rows)):
-            scores = self._queries(layer, start, end) @ keys[:, :end].transpose(-2, -1) * self._scale  # (H, t, end)
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(start + 1)
-            found[:, i, :end] = scores.masked_fill_(future, float("-inf")).softmax(-1).amax(-2)
+            scores = queries[:, start:end] @ keys[..., :end]  # (H, t, end)
+            future = torch.ones(end - start, end - start, dtype=torch.bool, device=scores.device).triu(1)
+            scores[..., start:].masked_fill_(future, float("-inf"))
+            found[:, i, :end] = scores.softmax(-1).amax(-2)
         columns = [found[..., start:end].amax(-1) for start, end in _bins(1, length, rows - 1)]
         return torch.stack([found[..., 0], *columns], -1)
 

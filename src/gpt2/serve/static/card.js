@@ -77,10 +77,21 @@ function openCardAt(offset, keyboard) {
   openCardOf("A", i, $("backdrop").children[i], keyboard);
 }
 
+let subject = null; // what the card is about
+
+// Hides the card once the text, the settings or the panel is another one; new log-probabilities alone leave it.
+function hideOther() {
+  const now = [state.tree.leaf, state.leafB, state.selected?.node, state.running, state.tab, state.shown];
+  const settings = JSON.stringify(state.sides);
+  if (subject && subject.settings === settings && now.every((value, i) => value === subject.now[i])) return;
+  subject = { now, settings };
+  hideCard();
+}
+
 const isReady = () => !state.running && state.models.length > 0;
 
 export function wireCard() {
-  onRender(hideCard);
+  onRender(hideOther);
   text.addEventListener("click", () => {
     if (isReady() && text.selectionStart === text.selectionEnd) openCardAt(text.selectionStart, false);
   });
