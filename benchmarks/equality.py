@@ -1,12 +1,13 @@
 """Equality of training with 1, 2 and 4 processes: differences to a single process after the same steps.
 
-    python benchmarks/equality.py --steps 50
+    python benchmarks/equality.py --steps 50 [--optimizer muon]
 
 Trains a small model on the Python documentation as bytes in float32 with the real command: in a single process, and
 under torchrun with DDP and FSDP2 at the same global batch; four ranks also as two hosts with two ranks each, where
 FSDP2 shards within a host and replicates across hosts. Compares final weights, the loss of each step, and validation
 losses. The effect of float32 rounding alone is in the row of a single process with gradient accumulation over
-micro-batches of one row. Each process has one thread. Writes benchmarks/results/equality.json.
+micro-batches of one row. Each process has one thread. Writes benchmarks/results/equality.json, or
+equality_OPTIMIZER.json.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from machine import write_result
 
 import gpt2
-from gpt2.config import TrainConfig, to_toml
+from gpt2.config import OPTIMIZERS, TrainConfig, to_toml
 from gpt2.reporting.metrics import read_metrics
 
 CONFIG = TrainConfig(
@@ -131,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], help="divisors of 8, the batch size")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     args = parser.parse_args()
     variants = [RunVariant(0, flags=("--micro-batch-size", "1"))]
     variants += [RunVariant(ranks, parallel) for ranks in args.ranks for parallel in ("ddp", "fsdp")]
@@ -139,7 +141,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         parent = Path(folder)
-        config = replace(CONFIG, max_steps=args.steps, name="equality")
+        config = replace(CONFIG, max_steps=args.steps, optimizer=args.optimizer, name="equality")
         (parent / "equality.toml").write_text(to_toml(config), encoding="utf-8")
         alone = run_variant(RunVariant(0), parent)
         scale = max(float(p.abs().max()) for p in alone.weights.values())
@@ -153,7 +155,8 @@ def main() -> None:
             print(f"| {variant} | {found['weights']:.1e} | {found['loss']:.1e} | {found['val_loss']:.1e} |", flush=True)
     result: dict[str, Any] = {"steps": args.steps, "rows": rows, "largest_weight": scale}
     result |= {"first_loss": alone.losses[0].item(), "last_loss": alone.losses[-1].item()}
-    write_result("equality", f"python benchmarks/equality.py --steps {args.steps}", result)
+    command = f"python benchmarks/equality.py --steps {args.steps} --optimizer {args.optimizer}"
+    write_result("equality" if args.optimizer == "adamw" else f"equality_{args.optimizer}", command, result)
 
 
 if __name__ == "__main__":

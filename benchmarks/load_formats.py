@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for the files")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--name", default="load_formats", help="of the file in results/")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -116,7 +117,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
         subprocess.run(["rm", "-r", str(path)], check=True)
         command_line = f"python benchmarks/load_formats.py --shape {args.shape} --formats {args.formats}"
-        write_result("load_formats", command_line, {"shape": args.shape, "dtype": args.dtype, "formats": rows})
+        write_result(args.name, command_line, {"shape": args.shape, "dtype": args.dtype, "formats": rows})
 
 
 if __name__ == "__main__":

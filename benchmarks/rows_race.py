@@ -74,7 +74,9 @@ def race(count: int, rounds: int, tokenizer: str, folder: Path) -> dict[str, Any
     """All variants in turns."""
     files = write_files(folder, count)
     runs: dict[str, list[tuple[float, int, int]]] = {name: [] for name in files}
+    loads = []
     for _ in range(rounds):
+        loads.append(round(os.getloadavg()[0], 1))
         for name, path in files.items():
             runs[name].append(run(path, tokenizer))
             print(name, runs[name][-1], file=sys.stderr, flush=True)
@@ -89,7 +91,8 @@ def race(count: int, rounds: int, tokenizer: str, folder: Path) -> dict[str, Any
         }
         for name, found in runs.items()
     }
-    return {"rows": count, "text_bytes": files["txt"].stat().st_size, "tokenizer": tokenizer, "variants": table}
+    sizes = {"rows": count, "text_bytes": files["txt"].stat().st_size}
+    return {**sizes, "tokenizer": tokenizer, "load_averages": loads, "variants": table}
 
 
 def main() -> None:

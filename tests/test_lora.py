@@ -1,7 +1,5 @@
 """LoRA adapters: outputs, training, merging, files, and their errors."""
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from gpt2.errors import UserError
 from gpt2.lora import (
@@ -21,30 +19,16 @@ from gpt2.lora import (
     lora_layers,
     merge_and_unload,
     read_adapter,
-    save_adapter,
     trainable_parameters,
 )
 from gpt2.model import GPT, GPTConfig
 from gpt2.weights import load, save
+from tests.helpers.adapters import ADAPTER_CONFIG as CONFIG
+from tests.helpers.adapters import ADAPTER_SHAPE as SHAPE
+from tests.helpers.adapters import with_adapter, write_adapter
 from tests.helpers.transformers_reference import ODD_CONFIGS, random_batch, random_model, relative_error
 
-SHAPE = GPTConfig(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=24, n_inner=40)
-CONFIG = LoRAConfig(rank=3, alpha=5.0)
 MATRICES = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-
-
-def with_adapter(shape: GPTConfig = SHAPE, config: LoRAConfig = CONFIG, seed: int = 0) -> GPT:
-    """A model with an adapter that changes its outputs: a random B."""
-    model = random_model(shape, seed)
-    add_adapter(model, config)
-    for name, tensor in adapter_state_dict(model).items():
-        if name.endswith("lora_B"):
-            nn.init.normal_(tensor, std=0.1)
-    return model
-
-
-def write_adapter(folder: Path, model: GPT, config: LoRAConfig = CONFIG) -> Path:
-    return save_adapter(folder, config, adapter_state_dict(model), "somewhere/base", base_fingerprint(model))
 
 
 @pytest.mark.parametrize("shape", ODD_CONFIGS)
@@ -254,85 +238,6 @@ def test_the_fingerprint_depends_on_the_base_alone() -> None:
     with torch.no_grad():
         base.transformer.h[1].get_parameter("ln_2.bias")[3] += 0.5
     assert base_fingerprint(base) != same
-
-
-def write_with_settings(folder: Path, **changes: Any) -> Path:
-    path = write_adapter(folder, with_adapter()) / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"peft_type": "IA3"}, "has the peft_type IA3: only LORA is supported"),
-        ({"use_dora": True}, "use_dora=true is not supported"),
-        ({"bias": "lora_only"}, 'bias="lora_only" is not supported'),
-        ({"modules_to_save": ["wte"]}, r'modules_to_save=\["wte"\] is not supported'),
-        ({"alpha_pattern": {"(a+)+$": 4}}, "alpha_pattern=.* is not supported: merge it with PEFT first"),
-        ({"alpha_pattern": {"c_attn": "4"}}, "alpha_pattern=.* is not supported: merge it with PEFT first"),
-        ({"alpha_pattern": [4]}, "alpha_pattern=.* is not supported: merge it with PEFT first"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa changes the base"),
-        ({"target_modules": ["q_proj"]}, "has no tensors for its target 'q_proj'"),
-        ({"target_modules": ["c_attn"]}, r"it has tensors for transformer\.h\.0\.attn\.c_proj, which is not among its"),
-        ({"target_modules": 3}, "target_modules cannot be 3"),
-        ({"target_modules": []}, "tensors for|needs targets"),
-        ({"r": "8"}, 'r cannot be "8"'),
-        ({"r": True}, "r cannot be true"),
-        ({"r": 4}, r"is \(3, 24\), which is not of rank 4"),
-        ({"lora_alpha": None}, "lora_alpha cannot be null"),
-        ({"lora_alpha": -1}, "alpha of an adapter must be over 0"),
-        ({"lora_dropout": 1.0}, "dropout of an adapter"),
-    ],
-)
-def test_unsupported_peft_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line) as caught:
-        read_adapter(write_with_settings(tmp_path, **changes))
-    assert "\n" not in str(caught.value)
-
-
-def test_targets_of_patterns_or_some_blocks_follow_from_the_tensors(tmp_path: Path) -> None:
-    layers = list(lora_layers(with_adapter()))
-    for changes in ({"target_modules": ".*c_.*"}, {"layers_to_transform": [0, 1]}, {"exclude_modules": ["wte"]}):
-        assert read_adapter(write_with_settings(tmp_path, **changes)).config.targets == tuple(sorted(layers))
-
-
-def _drop(tensors: dict[str, Tensor]) -> None:
-    del tensors["base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"]
-
-
-def _embedding(tensors: dict[str, Tensor]) -> None:
-    tensors["base_model.model.transformer.wte.lora_embedding_A"] = torch.zeros(3, 97)
-
-
-def _head(tensors: dict[str, Tensor]) -> None:
-    tensors |= {f"base_model.model.lm_head.lora_{x}.weight": torch.zeros(3, 3) for x in "AB"}
-
-
-def _flat(tensors: dict[str, Tensor]) -> None:
-    tensors["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"] = torch.zeros(3)
-
-
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        (_drop, r"it lacks transformer\.h\.1\.mlp\.c_fc\.lora_B"),
-        (_embedding, "wte.lora_embedding_A is neither a lora_A nor a lora_B"),
-        (_head, "lm_head cannot have an adapter, c_attn, c_proj, c_fc can: merge it with PEFT"),
-        (_flat, r"lora_A is \(3,\), which is not of rank 3"),
-        (dict.clear, "it has no tensors"),
-    ],
-)
-def test_inconsistent_tensors_are_one_line(
-    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], line: str
-) -> None:
-    path = write_adapter(tmp_path, with_adapter()) / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    with pytest.raises(UserError, match=line) as caught:
-        read_adapter(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_broken_and_missing_files_are_one_line(tmp_path: Path) -> None:

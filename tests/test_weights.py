@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from gpt2 import weights
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer
-from tests.helpers.fake_hub import serve_hub
+from tests.helpers.fake_hub import load_from_hub, serve_hub
 from tests.helpers.transformers_reference import ODD_CONFIGS, as_conv1d, random_batch, random_model, to_transformers
 
 SMALL = ODD_CONFIGS[0]
@@ -247,23 +245,6 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(ref: str) -> None
         gpt2.load(ref)
 
 
-def load_elsewhere(ref: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """`gpt2.load` in a process of its own: huggingface_hub reads its switches once, when it is imported."""
-    code = (
-        "import sys, gpt2, torch\n"
-        "from gpt2.cli import run_and_exit\n"
-        "def main():\n"
-        "    model, tokenizer = gpt2.load(sys.argv[1])\n"
-        "    print(model(torch.arange(9)[None]).sum().item(), tokenizer and tokenizer.name)\n"
-        "run_and_exit(main)\n"
-    )
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment = clean | {"HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1"} | env
-    return subprocess.run(
-        [sys.executable, "-c", code, ref], capture_output=True, text=True, env=environment, timeout=120
-    )
-
-
 def test_the_hub_through_the_real_client(tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     model = random_model(BYTES)
@@ -275,17 +256,17 @@ def test_the_hub_through_the_real_client(tmp_path: Path) -> None:
     expected = f"{model(torch.arange(9)[None]).sum().item()} bytes\n"
 
     with serve_hub({"openai-community/gpt2": repo}) as (address, fetched):
-        done = load_elsewhere("gpt2", tmp_path, HF_ENDPOINT=address)
+        done = load_from_hub("gpt2", tmp_path, HF_ENDPOINT=address)
         assert done.stdout == expected, done.stderr
         assert "model.safetensors" in fetched
         assert not [f for f in fetched if f.startswith(("tf_", "rust_", "pytorch_", "onnx"))]
-        missing = load_elsewhere("owner/nothing", tmp_path, HF_ENDPOINT=address)
+        missing = load_from_hub("owner/nothing", tmp_path, HF_ENDPOINT=address)
         assert missing.returncode == 2
         assert "there is no such repository, or it is private" in missing.stderr
 
-    gone = load_elsewhere("gpt2", tmp_path, HF_ENDPOINT=address)  # the cache, with the server gone
+    gone = load_from_hub("gpt2", tmp_path, HF_ENDPOINT=address)  # the cache, with the server gone
     assert gone.stdout == expected, gone.stderr
-    offline = load_elsewhere("gpt2", tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+    offline = load_from_hub("gpt2", tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
     assert offline.stdout == expected, offline.stderr
 
 
@@ -299,7 +280,7 @@ def test_the_hub_through_the_real_client(tmp_path: Path) -> None:
     ],
 )
 def test_a_hub_that_cannot_be_reached(ref: str, env: dict[str, str], message: str, tmp_path: Path) -> None:
-    done = load_elsewhere(ref, tmp_path, **env)
+    done = load_from_hub(ref, tmp_path, **env)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

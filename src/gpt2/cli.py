@@ -253,7 +253,7 @@ def _configure_streams() -> None:
 
     Characters that standard output cannot encode are written as escapes, as Python does on standard error. Log lines
     that cannot be written to standard error, because its reader or terminal is gone, are dropped, so that a long
-    training run goes on.
+    training run continues.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

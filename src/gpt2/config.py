@@ -141,7 +141,7 @@ class TrainConfig:
 
     seed: int = option(1337, "random seed of the weights, the dropout and the order of the data", fixed=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option("auto", "dtype of matrix products: float32, bfloat16, or auto, by hardware and width")
+    dtype: str = option("auto", "dtype of matrix products: float32, bfloat16, float16, or auto, by hardware and width")
     matmul_precision: str = option(
         "high", "precision of float32 matrix products on a GPU: highest, high (TF32) or medium"
     )

@@ -229,8 +229,8 @@ class LockFile:
 def staging_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` to write in, removed when the block ends unless it was moved away.
 
-    A lock file beside it is held until then. So leftovers of killed processes, whose locks are free, can be told from
-    folders that are in use; they are removed first. Raises `OSError` when the folder cannot be created.
+    A lock file beside it is held until then. Folders that killed processes left, whose locks are free, are removed
+    first. Raises `OSError` when the folder cannot be created.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{_glob_escape(target.name)}.{'[0-9a-f]' * 8}{_PARTIAL_SUFFIX}*"):

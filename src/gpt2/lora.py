@@ -32,6 +32,7 @@ from gpt2.peft_format import (
     TENSOR_FILE,
     alpha_by_layer,
     check_lora_pairs,
+    check_replaced,
     matches_target,
     read_config,
     read_tensors,
@@ -101,6 +102,7 @@ class Adapter:
 
     tensors:          lora_A (r, in) and lora_B (out, r), float32, by their names in a model with adapter.
     scales:           the factor of B A, by the name of the layer.
+    magnitudes, replaced: what only PEFT writes, see `AdapterTensors`. Such an adapter can be merged, not trained.
     base_model:       the name of its base model in the file.
     base_fingerprint: of the base model, if this program wrote the adapter.
     folder:           where it was read from.
@@ -109,6 +111,8 @@ class Adapter:
     config: LoRAConfig
     tensors: dict[str, Tensor]
     scales: dict[str, float]
+    magnitudes: dict[str, Tensor]
+    replaced: dict[str, Tensor]
     base_model: str
     base_fingerprint: str | None
     folder: Path
@@ -157,6 +161,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_adapter_weights(model: GPT, adapter: Adapter) -> None:
     """Copy an adapter into a model with an adapter of the same shape. Raises ModelFilesError if it does not fit."""
+    if adapter.magnitudes or adapter.replaced:
+        raise ModelFilesError(f"the adapter {adapter.folder} has DoRA or whole parameters: it can only be merged")
     own = adapter_state_dict(model)
     for name in sorted(own.keys() ^ adapter.tensors.keys()):
         which = "lacks" if name in own else "has"
@@ -164,7 +170,7 @@ def load_adapter_weights(model: GPT, adapter: Adapter) -> None:
     for name, tensor in adapter.tensors.items():
         if tensor.shape != own[name].shape:
             shapes = f"{name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}"
-            raise _base_mismatch_error(adapter, shapes)
+            raise base_mismatch_error(adapter, shapes)
     for name, tensor in adapter.tensors.items():
         own[name].copy_(tensor)
 
@@ -178,28 +184,12 @@ def merge_and_unload(model: GPT, *, copy: bool = True) -> GPT:
     if copy:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, layer in lora_layers(model).items():
-        _add_delta_weight(tensors[f"{name}.weight"], layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+        add_delta_weight(tensors[f"{name}.weight"], layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
     with torch.device("meta"):  # no memory, no random numbers
         plain = GPT(model.config)
     plain.load_state_dict(tensors, strict=False, assign=True)
     plain.tie_weights()
     return plain.train(model.training)
-
-
-def merge_adapter(model: GPT, adapter: Adapter) -> None:
-    """Merge an adapter into a plain model, in place. Raises ModelFilesError if it is for another base model."""
-    if adapter.base_fingerprint not in (None, base_fingerprint(model)):
-        raise _base_mismatch_error(adapter, "the fingerprints differ")
-    linears = _block_linears(model)
-    pairs = [(name.removesuffix(LORA_A), tensor) for name, tensor in adapter.tensors.items() if name.endswith(LORA_A)]
-    for name, a in pairs:
-        if name not in linears:
-            raise _base_mismatch_error(adapter, f"it has {name}, and the model has no such layer")
-        expected, shape = tuple(linears[name].weight.shape), (len(adapter.tensors[name + LORA_B]), a.size(1))
-        if shape != expected:
-            raise _base_mismatch_error(adapter, f"{name} is {shape} in it and {expected} in the model")
-    for name, a in pairs:
-        _add_delta_weight(linears[name].weight.detach(), a, adapter.tensors[name + LORA_B], adapter.scales[name])
 
 
 def base_fingerprint(model: GPT) -> str:
@@ -268,15 +258,17 @@ def read_adapter(ref: str | Path) -> Adapter:
 
     ref: its folder, or a run folder.
 
-    Raises ModelFilesError if there is none, if a file is broken, or if it is more than pairs of A and B.
+    Raises ModelFilesError if there is none, if a file is broken, or if it has what cannot be merged here.
     """
     folder = find_adapter(ref)
     for name in (CONFIG_FILE, TENSOR_FILE):
         check_inside_folder(folder / name, folder)
     raw = read_config(folder / CONFIG_FILE)
-    tensors, metadata = read_tensors(folder / TENSOR_FILE)
+    found = read_tensors(folder / TENSOR_FILE)
+    tensors = found.pairs
     layers = sorted({name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors})
     check_lora_pairs(folder, layers, tensors, None if raw.get("rank_pattern") else raw["r"])
+    check_replaced(folder, raw, found)
     try:
         alphas = alpha_by_layer(raw, layers)
     except ValueError as error:
@@ -297,7 +289,9 @@ def read_adapter(ref: str | Path) -> Adapter:
     base = raw.get("base_model_name_or_path")
     power = 0.5 if config.use_rslora else 1.0
     scales = {layer: alphas[layer] / len(tensors[layer + LORA_A]) ** power for layer in layers}
-    return Adapter(config, tensors, scales, str(base or "an unnamed model"), metadata.get("base_fingerprint"), folder)
+    fingerprint = found.metadata.get("base_fingerprint")
+    name = str(base or "an unnamed model")
+    return Adapter(config, tensors, scales, found.magnitudes, found.replaced, name, fingerprint, folder)
 
 
 def find_adapter(ref: str | Path) -> Path:
@@ -319,11 +313,11 @@ def _block_linears(model: GPT) -> dict[str, nn.Linear]:
     }
 
 
-def _add_delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+def add_delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """``weight += scale * b @ a``, the sum rounded once to the weight's dtype."""
     product = b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)  # (out, in)
     weight.copy_(weight.float() + scale * product)
 
 
-def _base_mismatch_error(adapter: Adapter, reason: str) -> ModelFilesError:
+def base_mismatch_error(adapter: Adapter, reason: str) -> ModelFilesError:
     return ModelFilesError(f"the adapter {adapter.folder} is for another model ({adapter.base_model}): {reason}")

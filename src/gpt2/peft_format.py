@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ LORA_A, LORA_B = ".lora_A", ".lora_B"
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names, from its wrapper classes
-_LAYER_PATTERN = re.compile(r"transformer\.h\.[0-9]+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
+EMBEDDING, HEAD = "transformer.wte", "lm_head"
+BLOCK_LINEAR = r"transformer\.h\.[0-9]+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)"
+_LAYER_PATTERN = re.compile(rf"{BLOCK_LINEAR}|{EMBEDDING}|{HEAD}")
+_PARAMETER = re.compile(r"(transformer|lm_head)\.([a-z0-9_]+\.)*(weight|bias)")
 MAX_NUMBER = 1e30  # JSON's integers have no bound
 _SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base
-_UNSUPPORTED_SETTINGS = (  # of PEFT, each with the one value that means plain pairs of A and B
-    *(("use_dora", False), ("bias", "none"), ("lora_bias", False), ("use_qalora", False)),
-    *((name, None) for name in ("modules_to_save", "trainable_token_indices", "layer_replication")),
+_UNSUPPORTED_SETTINGS = (  # of PEFT, each with the one value that is supported
+    *(("lora_bias", False), ("use_qalora", False)),
+    *((name, None) for name in ("trainable_token_indices", "layer_replication")),
     *((name, None) for name in ("target_parameters", "alora_invocation_tokens", "arrow_config", "use_bdlora")),
     *((name, None) for name in ("velora_config", "monteclora_config", "kasa_config")),
 )
@@ -50,7 +54,7 @@ def alpha_by_layer(settings: dict[str, Any], layers: list[str]) -> dict[str, flo
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """PEFT's `adapter_config.json`. Raises ModelFilesError for anything but plain LoRA."""
+    """PEFT's `adapter_config.json`. Raises ModelFilesError for what cannot be merged here."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -70,37 +74,87 @@ def read_config(path: Path) -> dict[str, Any]:
         "lora_dropout": (int, float),
         "use_rslora": bool,
         "target_modules": (list, str),
+        "modules_to_save": list,
+        "use_dora": bool,
+        "bias": str,
     }
+    optional = ("lora_dropout", "use_rslora", "modules_to_save", "use_dora", "bias")
     for key, kind in kinds.items():
         value = raw.get(key)
         wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         wrong = wrong or (isinstance(value, int | float) and not abs(value) < MAX_NUMBER)
-        missing = value is None and key in ("lora_dropout", "use_rslora")
+        missing = value is None and key in optional
         if (wrong and not missing) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
             raise ModelFilesError(f"{path}: {key} cannot be {json.dumps(value)}")
     return {key: value for key, value in raw.items() if value is not None}
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in float32 by the names of this program, and the file's metadata."""
+@dataclass(frozen=True)
+class AdapterTensors:
+    """The tensors of an adapter in float32, by the names of this program, and the file's metadata.
+
+    pairs:      lora_A (r, in) and lora_B (out, r), by the layer's name and `LORA_A` or `LORA_B`. Those of an embedding
+                (V, C) are B (V, r) and A (r, C).
+    magnitudes: of DoRA (Liu et al. 2024), (out,), by the layer's name.
+    replaced:   whole parameters by name: biases, `modules_to_save`, embeddings of another vocabulary size.
+    """
+
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def add(self, key: str, tensor: Tensor) -> bool:
+        """Store a tensor of the file by its name there. False for one of another kind."""
+        name = key.removeprefix(PREFIX)
+        if re.match(r"(h|wte|wpe|ln_f)\.", name):
+            name = f"transformer.{name}"  # saved from a model without head
+        layer, _, kind = name.rpartition(".lora_")
+        if ".original_module." in name:  # of the base, beside a module of `modules_to_save`
+            return True
+        if kind in ("A.weight", "B.weight"):
+            self.pairs[layer + (LORA_A if kind[0] == "A" else LORA_B)] = tensor
+        elif kind in ("embedding_A", "embedding_B") and layer == EMBEDDING:
+            self.pairs[layer + (LORA_B if kind[-1] == "A" else LORA_A)] = tensor.t()
+        elif kind in ("magnitude_vector", "magnitude_vector.weight") and layer != EMBEDDING:
+            self.magnitudes[layer] = tensor
+        else:
+            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if not _PARAMETER.fullmatch(name):
+                return False
+            is_transposed = re.fullmatch(rf"{BLOCK_LINEAR}\.weight", name)  # transformers' Conv1D is (in, out)
+            self.replaced[name] = tensor.t() if is_transposed else tensor
+        return True
+
+
+def read_tensors(path: Path) -> AdapterTensors:
+    """The tensors of `adapter_model.safetensors`. Raises ModelFilesError for a broken file or an unknown tensor."""
     if not path.is_file():
         hint = "; pickled weights are not loaded" if path.with_suffix(".bin").is_file() else ""
         raise ModelFilesError(f"{path.parent} has no {path.name}{hint}")
     safetensors_header(path)
-    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                name = key.removeprefix(PREFIX).removesuffix(".weight")
-                if not name.endswith((LORA_A, LORA_B)):
-                    raise ModelFilesError(
-                        f"{path}: {key} is neither a lora_A nor a lora_B of a linear layer: merge it with PEFT"
-                    )
-                name = f"transformer.{name}" if name.startswith("h.") else name  # saved from a model without head
-                tensors[name] = file.get_tensor(key).to(torch.float32, copy=True)
-            return tensors, file.metadata() or {}
+            found = AdapterTensors(metadata=file.metadata() or {})
+            for key in sorted(file.keys()):
+                if not found.add(key, file.get_tensor(key).to(torch.float32, copy=True)):
+                    raise ModelFilesError(f"{path}: the tensor {key} is not supported: merge it with PEFT")
+            return found
     except (SafetensorError, OSError) as error:
         raise ModelFilesError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def check_replaced(folder: Path, settings: dict[str, Any], tensors: AdapterTensors) -> None:
+    """Raise ModelFilesError for whole parameters and magnitudes that the settings do not name."""
+    saved = settings.get("modules_to_save") or []
+    for name in tensors.replaced:
+        module, _, kind = name.rpartition(".")
+        is_bias = kind == "bias" and settings.get("bias", "none") in ("all", "lora_only")
+        if not (is_bias or module in (EMBEDDING, HEAD) or any(matches_target(module, each) for each in saved)):
+            raise ModelFilesError(f"{folder}: its settings do not name {name}: neither bias nor modules_to_save")
+    layers = {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors.pairs}
+    for layer in sorted(layers ^ tensors.magnitudes.keys() if settings.get("use_dora") else tensors.magnitudes):
+        raise ModelFilesError(f"{folder}: {layer} has a magnitude without use_dora or LoRA, or lacks it")
 
 
 def check_lora_pairs(folder: Path, layers: list[str], tensors: dict[str, Tensor], rank: int | None) -> None:
@@ -113,7 +167,7 @@ def check_lora_pairs(folder: Path, layers: list[str], tensors: dict[str, Tensor]
     for layer in layers:
         if not _LAYER_PATTERN.fullmatch(layer):
             modules = ", ".join(TARGET_MODULES)
-            raise ModelFilesError(f"{folder}: {layer} cannot have an adapter, {modules} can: merge it with PEFT")
+            raise ModelFilesError(f"{folder}: {layer} cannot have an adapter; {modules}, wte and lm_head can")
         names = (layer + LORA_A, layer + LORA_B)
         for name in names:
             if name not in tensors:

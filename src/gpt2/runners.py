@@ -16,7 +16,7 @@ from gpt2.weights import load
 
 Programs = list[tuple[str, Runner]]  # what can run a model, by name
 
-MOST_TOLD = 1000  # tokens of which llama.cpp tells the log-probability at a position
+MAX_TOP_LOGPROBS = 1000  # per position, in llama.cpp
 
 
 def read_back(path: Path) -> Programs:
@@ -46,9 +46,9 @@ def hf(folder: Path) -> Programs:
 
 
 def gguf(path: Path) -> Programs:
-    """llama.cpp, by xllamacpp, which generates greedily and tells the log-probabilities of the likeliest tokens.
+    """llama.cpp, by xllamacpp, which decodes greedily and returns the log-probabilities of the likeliest tokens.
 
-    What it gives after another token than the original's is not compared.
+    Positions after the first token that differs from the original are not compared.
     """
     model, tokenizer = load(path)
     if tokenizer is None or not _installed("xllamacpp"):  # without a vocabulary its server aborts the process
@@ -63,11 +63,11 @@ def gguf(path: Path) -> Programs:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
-    told = min(config.vocab_size, MOST_TOLD)
+    num_logprobs = min(config.vocab_size, MAX_TOP_LOGPROBS)
 
     def run(ids: list[int], start: int) -> Tensor:
         logits = torch.full((len(ids) - start, config.vocab_size), torch.nan)
-        settings = {"n_predict": len(logits), "n_probs": told, "temperature": 0.0}
+        settings = {"n_predict": len(logits), "n_probs": num_logprobs, "temperature": 0.0}
         (choice,) = server.handle_completions({"prompt": ids[: start + 1], **settings})["choices"]
         for row, token in enumerate(choice["logprobs"]["content"][: len(logits)]):
             for each in token["top_logprobs"]:

@@ -62,16 +62,11 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def pick_training_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
-    """The dtype of matrix products in training: float32, bfloat16, or by rule for "auto" (`auto_training_dtype`).
+    """The dtype of matrix products in training, by name, or by rule for "auto" (`auto_training_dtype`).
 
-    Raises ConfigError for float16, which would need loss scaling, and for unknown names.
+    Raises ConfigError for unknown names.
     """
-    if name == "auto":
-        return auto_training_dtype(device, width)[0]
-    dtype = parse_dtype(name)
-    if dtype == torch.float16:
-        raise ConfigError("training in float16 would need loss scaling: use bfloat16 or float32", field="dtype")
-    return dtype
+    return auto_training_dtype(device, width)[0] if name == "auto" else parse_dtype(name)
 
 
 def auto_training_dtype(device: torch.device, width: int) -> tuple[torch.dtype, str]:
@@ -83,7 +78,7 @@ def auto_training_dtype(device: torch.device, width: int) -> tuple[torch.dtype, 
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU supports it"
-        return torch.float32, "the GPU does not support bfloat16"
+        return torch.float32, "the GPU does not support bfloat16; --dtype float16 is faster"
     if device.type != "cpu":
         return torch.float32, f"the default on {device.type}"
     if not has_native_bfloat16():

@@ -25,11 +25,12 @@ from gpt2.formats.names import CONV1D_WEIGHTS
 from gpt2.formats.stored import build, model_from_state_dict, write_json
 from gpt2.formats.table import format_of, recognize
 from gpt2.formats.tokenizer_files import fit_to_vocab_size
-from gpt2.lora import merge_adapter, read_adapter
+from gpt2.lora import read_adapter
 from gpt2.model import GPT, GPTConfig
+from gpt2.peft_merge import merge_adapter
 from gpt2.runtime import parse_dtype, pick_device
 from gpt2.templates import ChatTemplate, save_template
-from gpt2.tokenizer import Tokenizer, get_tokenizer
+from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 __all__ = [
     "CONV1D_WEIGHTS",
@@ -89,7 +90,8 @@ def load(
     dtype:   the dtype of the weights, or its name: "bfloat16"; None keeps that of the token embedding in the file.
     adapter: the folder of a LoRA adapter, or of the run that made it, merged into the weights in float32.
 
-    The tokenizer is the model's own; without one it is GPT-2's for a vocabulary of 50,257, else None.
+    The tokenizer is the model's own, or that in the folder of the adapter; without one it is GPT-2's for a vocabulary
+    of 50,257, else None.
     Raises UserError when nothing is found under `ref`, a file is broken or does not fit its config, or the adapter is
     for another model.
     """
@@ -104,7 +106,8 @@ def load(
     if added is not None:
         merge_adapter(model, added)
         model = model.to(dtype or model.transformer.wte.weight.dtype)
-    return model.to(device).eval(), load_model_tokenizer(path, config)
+    tokenizer = load_model_tokenizer(path, model.config, None if added is None else added.folder)
+    return model.to(device).eval(), tokenizer
 
 
 def save(
@@ -217,13 +220,13 @@ def _download_from_hub(repository: str) -> Path:
     return folder
 
 
-def load_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
-    """The tokenizer of a model: its own, GPT-2's for a vocabulary of 50,257, else None.
+def load_model_tokenizer(path: Path, config: GPTConfig, adapter: Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a model: its adapter's, its own, GPT-2's for a vocabulary of 50,257, or None.
 
     None, with a warning, for one that is not supported. path: from `find_model_folder`.
     """
     try:
-        tokenizer = read_model_tokenizer(path, config)
+        tokenizer = read_model_tokenizer(path, config, adapter)
     except UnsupportedTokenizer as error:
         _log.warning("the model is loaded without its tokenizer: %s", error)
         return None
@@ -234,13 +237,15 @@ def load_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def read_model_tokenizer(path: Path, config: GPTConfig) -> Tokenizer | None:
-    """The tokenizer that comes with a model, without the added tokens for which it has no embedding, else None.
+def read_model_tokenizer(path: Path, config: GPTConfig, adapter: Path | None = None) -> Tokenizer | None:
+    """The tokenizer of an adapter or a model, without the added tokens for which it has no embedding, else None.
 
     Raises UserError for broken files, and UnsupportedTokenizer for a tokenizer that is not supported, or that has
     ordinary tokens for which the model has no embedding. path: from `find_model_folder`.
     """
-    tokenizer = format_of(path).read_tokenizer(path)
+    tokenizer = None if adapter is None else load_tokenizer(adapter)
+    if tokenizer is None:
+        tokenizer = format_of(path).read_tokenizer(path)
     if tokenizer is None:
         return None
     try:

@@ -104,12 +104,12 @@ def test_data_list_prepare_inspect(tmp_path: Path, capsys: pytest.CaptureFixture
         ("train --optimizer muonn", "--optimizer 'muonn' is not one of adamw, muon, sgd"),
         ("train --data nowhere.txt", "nowhere.txt"),
         ("train --data {empty}", "is empty"),
-        ("train --data {short} --tokenizer bytes", "use more text or a smaller block size"),
+        ("train --data {short} --tokenizer bytes", "is too short to train on"),
         ("train --data {latin}", "is not UTF-8"),
         ("train --data {shards} --tokenizer bpe:400", "were made with tokenizer bytes"),
         ("train --tokenizer wordpiece", "wordpiece"),
         ("train --device tpu", "device 'tpu' is not one of"),
-        ("train --dtype float16", "training in float16 would need loss scaling"),
+        ("train --dtype int8", "dtype 'int8' is not one of float32, bfloat16, float16"),
         ("train --out-dir {file}", "cannot write the run folder"),
         ("train --resume {file}", "there is no run in that folder"),
         ("train --name a/b", "--name must be a valid folder name"),
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     argv: str, message: str, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "short.txt").write_text("a")
     (tmp_path / "latin.txt").write_bytes("Müller ".encode("latin-1") * 100)
     (tmp_path / "file").write_text("in the way")
     for name in ("run/config.toml", "run/metrics.jsonl", "run/model/config.json", "app/config.json"):

@@ -274,7 +274,7 @@ def test_a_full_disk_keeps_what_is_done(hub: DatasetHub, tmp_path: Path, monkeyp
 
         patch.setattr(stream.SplitOutput, "write", write)
         patch.setattr("gpt2.data.corpus_files.BLOCK_CHARACTERS", 500)
-        with pytest.raises(UserError, match=r"\(No space left on device\): what is done is kept in .*out\.partial"):
+        with pytest.raises(UserError, match=r"\(No space left on device\): finished work is kept in .*out\.partial"):
             prepare_corpus(EDU, BYTES, tmp_path / "out", options)
     with pytest.raises(UserError, match=r"out\.partial has an unfinished preparation with another max_tokens: remove"):
         prepare_corpus(EDU, BYTES, tmp_path / "out", CorpusOptions(shard_tokens=1000, max_tokens=10))

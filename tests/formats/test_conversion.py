@@ -229,6 +229,15 @@ def test_what_is_not_equal_is_not_kept(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_untied_head_is_a_warning_about_sglang(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_convert(random_model(CONFIG), "hf", tmp_path / "tied")
+    assert not caplog.records
+    out, _ = run_convert(random_model(replace(CONFIG, tie_word_embeddings=False)), "hf", tmp_path / "untied")
+    (record,) = caplog.records
+    assert "SGLang ties the head to the token embedding" in record.getMessage()
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_another_model_is_not_replaced(tmp_path: Path) -> None:
     model, other = random_model(CONFIG), random_model(CONFIG, seed=9)
     for name in ("hf", "nanogpt", "llmc"):

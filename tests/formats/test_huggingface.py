@@ -16,6 +16,7 @@ import gpt2
 from gpt2.errors import UserError
 from gpt2.model import ACTIVATIONS, GPT, GPTConfig
 from gpt2.tokenizer import get_tokenizer, train_bpe, with_special_tokens
+from tests.helpers.fake_hub import load_from_hub, serve_hub
 from tests.helpers.transformers_reference import random_batch, random_model, to_transformers
 
 SMALL = GPTConfig(vocab_size=101, block_size=17, n_layer=2, n_head=5, n_embd=40)
@@ -133,6 +134,25 @@ def test_pytorch_model_bin_and_its_shards(shard: str | None, tmp_path: Path) -> 
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     assert_same(gpt2.load(folder)[0], model)
     assert_same(gpt2.load(next(folder.glob("pytorch_model*.bin")) if not shard else folder)[0], model)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pytorch_model_bin_from_the_hub(sharded: bool, tmp_path: Path) -> None:
+    model = random_model(GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16))
+    folder = gpt2.save(model, get_tokenizer("bytes"), tmp_path / "repo")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if sharded:
+        files = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(sorted(tensors))}
+        for file in sorted(set(files.values())):
+            torch.save({name: tensors[name] for name in files if files[name] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    with serve_hub({"owner/model": folder}) as (address, fetched):
+        done = load_from_hub("owner/model", tmp_path, HF_ENDPOINT=address)
+    assert done.stdout == f"{model(torch.arange(9)[None]).sum().item()} bytes\n", done.stderr
+    assert len([name for name in fetched if name.endswith(".bin")]) == (2 if sharded else 1)
 
 
 def test_pytorch_model_bin_of_before_zip(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from gpt2.data.instruct import open_instruct
 from gpt2.data.prepare import describe_shards
 from gpt2.data.resolve import Rows, Shards, resolve_data
 from gpt2.data.sources import Texts
-from gpt2.lora import merge_adapter, read_adapter
+from gpt2.lora import read_adapter
 from gpt2.model import GPT, GPTConfig
+from gpt2.peft_merge import merge_adapter
 from gpt2.reporting.metrics import read_metrics
 from gpt2.reporting.task_metrics import task_rows
 from gpt2.resolve import resolve_model

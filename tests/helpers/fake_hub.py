@@ -1,6 +1,9 @@
 """A small Hugging Face hub on loopback, for the real client."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,3 +74,20 @@ def repository_info(name: str, files: dict[str, bytes], tree: bool) -> bytes:
         ]
         return json.dumps(entries).encode()
     return json.dumps({"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}).encode()
+
+
+def load_from_hub(ref: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """`gpt2.load` in a process of its own: huggingface_hub reads its switches once, when it is imported."""
+    code = (
+        "import sys, gpt2, torch\n"
+        "from gpt2.cli import run_and_exit\n"
+        "def main():\n"
+        "    model, tokenizer = gpt2.load(sys.argv[1])\n"
+        "    print(model(torch.arange(9)[None]).sum().item(), tokenizer and tokenizer.name)\n"
+        "run_and_exit(main)\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment = clean | {"HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1"} | env
+    return subprocess.run(
+        [sys.executable, "-c", code, ref], capture_output=True, text=True, env=environment, timeout=120
+    )

@@ -139,6 +139,54 @@ def test_we_read_patterns_and_selected_blocks_of_peft(tmp_path: Path, more: dict
     assert relative_error(merged(tokens), logits(rebuilt, tokens)) < 1e-5
 
 
+VOCABULARY = 2 * SHAPE.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("more", "is_tied"),
+    [
+        ({"use_dora": True}, True),
+        ({"use_dora": True, "use_rslora": True, "target_modules": ["c_attn", "c_fc", "lm_head"]}, False),
+        ({"bias": "all"}, True),
+        ({"bias": "lora_only"}, True),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["wte"]}, False),
+        ({"modules_to_save": ["wte", "lm_head"]}, False),
+        ({"modules_to_save": ["wte"], "ensure_weight_tying": True}, False),
+        ({"modules_to_save": ["ln_f", "wpe", "c_fc", "attn.c_proj"]}, True),
+        ({"target_modules": ["wte", "c_attn"]}, False),
+        ({"target_modules": ["lm_head"]}, False),
+        ({"target_modules": ["lm_head", "wte", "c_fc"], "bias": "lora_only"}, False),
+        ({"vocab_size": VOCABULARY}, True),
+        ({"vocab_size": VOCABULARY, "modules_to_save": ["wte", "lm_head"]}, False),
+        ({"vocab_size": VOCABULARY, "target_modules": ["wte", "c_attn"]}, False),
+    ],
+)
+def test_we_merge_what_else_peft_trains(tmp_path: Path, more: dict[str, Any], is_tied: bool) -> None:
+    """DoRA, biases, whole modules, embeddings and heads, also of another vocabulary size."""
+    base, settings = to_transformers(random_model(SHAPE)), {"target_modules": ["c_attn", "mlp.c_proj"], **more}
+    vocab_size = settings.pop("vocab_size", SHAPE.vocab_size)
+    if vocab_size != SHAPE.vocab_size:
+        base.resize_token_embeddings(vocab_size)
+    reference = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, **settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    reference.save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=True if vocab_size > SHAPE.vocab_size else "auto"
+    )
+    save(random_model(SHAPE), None, tmp_path / "base")
+    merged, _ = load(tmp_path / "base", adapter=tmp_path / "adapter")
+    tokens = random_batch(replace(SHAPE, vocab_size=vocab_size))[0]
+    assert relative_error(merged(tokens), logits(reference, tokens)) < 1e-5
+    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (vocab_size, is_tied)
+    save(merged, None, tmp_path / "merged")
+    again, _ = load(tmp_path / "merged")
+    assert torch.equal(again(tokens), merged(tokens))
+
+
 def test_we_read_an_adapter_that_peft_saved_from_a_model_without_head(tmp_path: Path) -> None:
     config, tokens = CONFIGS[0], random_batch(SHAPE)[0]
     twin = to_transformers(random_model(SHAPE))

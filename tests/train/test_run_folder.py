@@ -320,6 +320,19 @@ def test_a_relative_data_path_is_resumed_from_another_folder(
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
 
 
+def test_a_text_shorter_than_a_row_gives_shorter_rows(
+    tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "short.txt").write_text("abcdefghi\n" * 28)
+    run = train(replace(tiny, data=str(tmp_path / "short.txt"), block_size=512, batch_size=2, max_steps=3), no_sample)
+    assert "short has 252 training tokens: rows have 251, not 512\n" in caplog.text
+    assert read_toml(run / "config.toml").block_size == 251
+    train(config_for_resume(run, {"max_steps": 5}), no_sample)
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 5
+    assert json.loads((run / "model" / "config.json").read_text())["n_positions"] == 512
+
+
 def test_relative_paths_in_a_mixture_are_resumed_from_another_folder(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

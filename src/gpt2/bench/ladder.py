@@ -102,7 +102,7 @@ def needs_compiler(device: torch.device) -> str | None:
 
 
 def needs_glibc_malloc(device: torch.device) -> str | None:
-    """Return why malloc cannot be told to keep freed memory for work on `device`, or None."""
+    """Return why malloc cannot be configured to keep freed memory for work on `device`, or None."""
     has_it = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
     return None if has_it else "not applicable: it needs a CPU and glibc; on a GPU torch keeps freed memory anyway"
 

@@ -176,18 +176,19 @@ class ChatSession:
 
     def _print_answer(self, pieces: Generator[str, None, None]) -> None:
         """Stream the answer until it ends or Ctrl-C stops it."""
-        talk = self.conversation
-        num_dropped, prefix = talk.num_dropped_turns, talk.answer_prefix
+        conversation = self.conversation
+        num_dropped, prefix = conversation.num_dropped_turns, conversation.answer_prefix
         after_label = prefix == " "  # the answer's own space separates it from the label
         with self._catch_interrupts(), closing(pieces):
             first = next(pieces, "")
-            if talk.num_dropped_turns > num_dropped:
+            if conversation.num_dropped_turns > num_dropped:
                 _print_to_stderr(
-                    f"(the context is full: the {talk.num_dropped_turns} oldest turns are no longer in the prompt)"
+                    "(the context is full: "
+                    f"the {conversation.num_dropped_turns} oldest turns are no longer in the prompt)"
                 )
-            if self.interactive and talk.roles:
+            if self.interactive and conversation.roles:
                 print(ASSISTANT_PREFIX, end="" if after_label else " ")
-            trim = talk.roles and not (self.interactive and after_label)
+            trim = conversation.roles and not (self.interactive and after_label)
             try:
                 for piece in chain([first], pieces):
                     text = piece.lstrip(prefix) if trim else piece
@@ -218,17 +219,17 @@ class ChatSession:
 
     def _settings(self) -> dict[str, str]:
         """The current value of every setting, by name."""
-        talk = self.conversation
-        numbers = {name.replace("_", "-"): f"{getattr(talk.sampling, name):g}" for name in NUMERIC_SETTINGS}
-        biases = " ".join(f"{token}={bias:g}" for token, bias in dict(talk.sampling.logit_bias).items())
-        words, stop = (shlex.join(texts) for texts in (self._bad_texts, [_escape(text) for text in talk.stop]))
+        conversation = self.conversation
+        numbers = {name.replace("_", "-"): f"{getattr(conversation.sampling, name):g}" for name in NUMERIC_SETTINGS}
+        biases = " ".join(f"{token}={bias:g}" for token, bias in dict(conversation.sampling.logit_bias).items())
+        words, stop = (shlex.join(texts) for texts in (self._bad_texts, [_escape(text) for text in conversation.stop]))
         lists = {"logit-bias": biases or "none", "bad-words": words or "none", "stop": stop or "none"}
-        return {"max-new-tokens": str(talk.max_new_tokens), **numbers, **lists}
+        return {"max-new-tokens": str(conversation.max_new_tokens), **numbers, **lists}
 
     def _show_settings(self, _: str) -> None:
-        talk = self.conversation
-        rows = self._settings() | {"seed": str(talk.seed), "system": talk.system or "none"}
-        rows["context"] = f"{talk.num_prompt_tokens:,} of {talk.model.config.block_size:,} tokens used"
+        conversation = self.conversation
+        rows = self._settings() | {"seed": str(conversation.seed), "system": conversation.system or "none"}
+        rows["context"] = f"{conversation.num_prompt_tokens:,} of {conversation.model.config.block_size:,} tokens used"
         _print_to_stderr("\n".join(f"{name:<22}{value}" for name, value in rows.items()))
 
     def _set_or_show(self, text: str) -> None:
@@ -243,26 +244,28 @@ class ChatSession:
         _print_to_stderr(f"{name} {self._settings()[name]}")
 
     def _apply_setting(self, name: str, value: str) -> None:
-        talk = self.conversation
+        conversation = self.conversation
         if name == "max-new-tokens":
-            talk.max_new_tokens = _parse_max_new_tokens(value)
+            conversation.max_new_tokens = _parse_max_new_tokens(value)
         elif name == "stop":
             stop = [_unescape(text) for text in _split_texts(name, value)]
             from gpt2.generation.text import check_stop_strings
 
             check_stop_strings(stop)
-            talk.stop = tuple(stop)
+            conversation.stop = tuple(stop)
         elif name == "bad-words":
             texts = _split_texts(name, value)
-            talk.sampling = replace(talk.sampling, bad_words=encode_bad_words(talk.tokenizer, texts))
+            conversation.sampling = replace(
+                conversation.sampling, bad_words=encode_bad_words(conversation.tokenizer, texts)
+            )
             self._bad_texts = texts
         else:
             field = name.replace("-", "_")
             biases = name == "logit-bias"
             parsed = parse_logit_biases(_split_texts(name, value)) if biases else _parse_number(name, value)
-            sampling = replace(talk.sampling, **{field: parsed})
-            sampling.check_token_ids(talk.model.config.vocab_size)
-            talk.sampling = sampling
+            sampling = replace(conversation.sampling, **{field: parsed})
+            sampling.check_token_ids(conversation.model.config.vocab_size)
+            conversation.sampling = sampling
 
     def _set_seed(self, value: str) -> None:
         if value:

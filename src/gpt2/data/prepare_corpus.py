@@ -70,7 +70,7 @@ def corpus_key(corpus: HubCorpus, tokenizer: str, options: CorpusOptions) -> str
 def prepare_corpus(
     corpus: HubCorpus, tokenizer: Tokenizer, folder: Path, options: CorpusOptions | None = None
 ) -> ShardsMeta:
-    """Write a corpus as token shards to `folder`, or go on with what an earlier process has left of that.
+    """Write a corpus as token shards to `folder`, or resume what an earlier process left there.
 
     Raises DataError for a data set, column or file that cannot be read, without network, and for a disk that is full;
     ConfigError for a folder with an unfinished preparation of something else.

@@ -340,7 +340,7 @@ def partial_folder(folder: Path, what: str) -> Iterator[Path]:
     try:
         yield partial
     except (OSError, KeyboardInterrupt) as error:
-        kept = f"what is done is kept in {partial}, and the same command resumes from there"
+        kept = f"finished work is kept in {partial}; the same command resumes from there"
         if isinstance(error, KeyboardInterrupt):
             print_status(f"stopped: {kept}")
             raise

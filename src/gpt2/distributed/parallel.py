@@ -64,8 +64,14 @@ class DistributedModel:
             cast("FSDPModule", self.model).set_requires_gradient_sync(last)
         yield
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip the gradients to `max_norm`; returns their norm before, over all parameters and ranks."""
+    def clip_grad_norm(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
+        """Clip the gradients to `max_norm`; returns their norm before, over all parameters and ranks.
+
+        loss_scale: what the loss was multiplied by; the gradients are divided by it first.
+        """
+        for parameter in self.model.parameters() if loss_scale != 1.0 else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / loss_scale)
         return full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
 
     def reshard(self) -> None:

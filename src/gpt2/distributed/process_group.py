@@ -32,7 +32,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MASTER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # until all ranks have joined
 CONTROL_TIMEOUT = timedelta(hours=12)  # of operations outside the training steps
-# gloo raises plain RuntimeErrors, also out of DDP and FSDP: only torch's text tells them from other errors.
+# gloo raises plain RuntimeErrors, also out of DDP and FSDP: only their text distinguishes them from other errors.
 COMMUNICATION_ERROR = re.compile(
     r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out|Broken pipe|TCPStore|barrier"
 )

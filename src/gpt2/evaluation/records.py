@@ -16,7 +16,7 @@ from gpt2.files import check_regular_file
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, such as ``piqa.jsonl line 7``, and its fields."""
 
-MOST_BYTES = 2**31  # of an uncompressed file: what claims more is damaged or hostile
+MAX_BYTES = 2**31  # of an uncompressed file: what claims more is damaged or hostile
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -37,9 +37,9 @@ def read_bytes(path: Path, member: str | None = None) -> bytes:
 
 
 def _read_all(file: Any, path: Path) -> bytes:
-    content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise DataError(f"{path} holds more than {MOST_BYTES >> 30} GiB")
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{path} holds more than {MAX_BYTES >> 30} GiB")
     return content
 
 

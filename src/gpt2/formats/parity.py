@@ -60,14 +60,14 @@ def compare(model: GPT, tokenizer: Tokenizer | None, run: Runner, program: str, 
         ids, start = _greedy(model, prompt), len(prompt) - 1
         expected = model(torch.tensor([ids[:-1]], device=model.device))[0, start:].float().cpu()  # (new, V)
         got = run(ids[:-1], start)[-len(expected) :, : expected.size(1)].float()
-        told = ~got.isnan()
-        if not told.any() or got.isinf().any():
+        known = ~got.isnan()
+        if not known.any() or got.isinf().any():
             raise UserError(f"the converted model gives no numbers when {program} runs it")
-        expected, got = _centred(expected, told), _centred(got, told)
-        difference = max(difference, (expected - got)[told].abs().max().item())
-        scale = max(scale, expected[told].abs().max().item())
-        agree = (got.masked_fill(~told, -torch.inf).argmax(-1) == torch.tensor(ids[len(prompt) :])).tolist()
-        if all(agree[: (rows := int(told.any(-1).sum()))]):  # fewer rows than asked for where the text has ended
+        expected, got = _centered(expected, known), _centered(got, known)
+        difference = max(difference, (expected - got)[known].abs().max().item())
+        scale = max(scale, expected[known].abs().max().item())
+        agree = (got.masked_fill(~known, -torch.inf).argmax(-1) == torch.tensor(ids[len(prompt) :])).tolist()
+        if all(agree[: (rows := int(known.any(-1).sum()))]):  # fewer rows than asked for where the text has ended
             same, tokens = same + rows, tokens + rows
         else:
             same, tokens = same + agree.index(False), tokens + len(agree)
@@ -86,10 +86,10 @@ def prompts_of(model: GPT, tokenizer: Tokenizer | None) -> list[list[int]]:
         return drawn
 
 
-def _centred(logits: Tensor, told: Tensor) -> Tensor:
+def _centered(logits: Tensor, known: Tensor) -> Tensor:
     """Less the mean at each position: logits that differ by a constant mean the same, as do log-probabilities."""
-    sums = logits.masked_fill(~told, 0.0).sum(-1, keepdim=True)
-    return logits - sums / told.sum(-1, keepdim=True).clamp_min(1)
+    sums = logits.masked_fill(~known, 0.0).sum(-1, keepdim=True)
+    return logits - sums / known.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _greedy(model: GPT, prompt: Sequence[int]) -> list[int]:

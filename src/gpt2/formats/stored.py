@@ -183,7 +183,7 @@ def _with_one_head(config: GPTConfig, weights: Weights, path: Path) -> tuple[GPT
 
 
 def _size_defining_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes from which all numbers of a config can be told."""
+    """The shapes that determine all numbers of a config."""
     return {
         WTE: (config.vocab_size, config.n_embd),
         "transformer.wpe.weight": (config.block_size, config.n_embd),

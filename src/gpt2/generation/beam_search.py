@@ -192,7 +192,7 @@ def _advance_groups(groups: list[_BeamGroup], logprobs: Tensor, diversity_penalt
 
 
 def _apply_penalties(logprobs: Tensor, sampling: Sampling, histories: list[History]) -> Tensor:
-    """`apply_penalties`, but a beam with every token ruled out gets minus infinity everywhere: the others go on."""
+    """`apply_penalties`, but a beam with every token excluded gets minus infinity everywhere."""
     try:
         return apply_penalties(logprobs, sampling, histories)
     except RequestError:

@@ -46,7 +46,7 @@ class NormalizeRequests:
 
 
 class AllowOrigins:
-    """CORS for pages of these origins; requests of other origins go on unchanged, to be checked by the next app.
+    """CORS for pages of these origins; requests of other origins pass unchanged and are checked by the next app.
 
     origins: such as ``https://chat.example``; ``*`` for any.
     """

@@ -3,7 +3,7 @@
 Commands of clients reach the thread through a queue, and events reach each request's own queue once per step.
 
 Clients have equal shares of the slots. A waiting client with fewer running sequences than another gets one of its
-slots in the next step: the sequence there is paused and goes on later (preemption with recomputation, as in vLLM). A
+slots in the next step: the sequence there is paused and resumed later (preemption with recomputation, as in vLLM). A
 client's next sequence starts only when less than one step of its prompt tokens is left to prefill, so a prompt waits
 for at most one step and one prompt of each other client. See `fair_share` for the queue.
 """

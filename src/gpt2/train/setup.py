@@ -3,6 +3,7 @@
 `setup_run` does it in order: device, checkpoint, model and data, resolved config, distributed model, optimizers.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt2.config import AUTO_BATCH_SIZE, MOVABLE, TrainConfig
-from gpt2.data.dataset import Dataset
+from gpt2.data.dataset import Dataset, TokenDataset
 from gpt2.data.instruct import InstructDataset, open_instruct
 from gpt2.data.loader import BatchLoader
 from gpt2.data.mixture import Mixture, find_mixture, map_refs
@@ -43,6 +44,7 @@ from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_added_
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import latest_checkpoint, load_optimizers
 from gpt2.train.early_stopping import BestValidation
+from gpt2.train.loss_scale import LossScale
 from gpt2.train.outlier_batches import OutlierFilter
 from gpt2.train.run_folder import check_run_metadata, run_metadata
 from gpt2.vocabulary import NO_VOCABULARY
@@ -55,6 +57,8 @@ from gpt2.weights import (
     read_model_tokenizer,
     read_template,
 )
+
+_log = logging.getLogger("gpt2")
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Run:
     checkpoint_metadata: dict[str, Any] = field(default_factory=dict)  # of every checkpoint: see `run_metadata`
     outlier_filter: OutlierFilter = field(default_factory=lambda: OutlierFilter(0.0))
     best_validation: BestValidation = field(default_factory=BestValidation)
+    loss_scale: LossScale = field(default_factory=lambda: LossScale(torch.float32))
 
     @property
     def early_stopped(self) -> bool:
@@ -125,7 +130,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
             raise ConfigError(f"{checkpoint} does not exist here: --out-dir must be on a disk that all hosts share")
     model, data, artifact = ranks.main_process_first(lambda: load_model_and_data(config, checkpoint))
     dtype_reason = auto_training_dtype(device, model.config.n_embd)[1] if config.dtype == "auto" else ""
-    config, kind = ranks.broadcast_from_main(lambda: _resolve_config(config, model, device, ranks))
+    config, kind = ranks.broadcast_from_main(lambda: _resolve_config(config, model, data, device, ranks))
     ranks = ranks.with_timeout(config.rank_timeout)
     metadata = run_metadata(config, data)
     ranks.assert_same_on_all_ranks(
@@ -166,6 +171,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
                 raise ConfigError(f"{done}, more than --max-steps ({config.max_steps:,})", field="max_steps")
     records = ranks.broadcast_from_main(lambda: _read_metrics_until(run.step, folder))
     run.best_validation = BestValidation(records)
+    run.loss_scale = LossScale(run.dtype, records)
     if config.skip_spikes:
         run.outlier_filter = OutlierFilter(config.skip_spikes, records)
     return run
@@ -301,7 +307,7 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path | None:
 
 
 def _resolve_config(
-    config: TrainConfig, model: GPT, device: torch.device, ranks: ProcessGroup
+    config: TrainConfig, model: GPT, data: Dataset, device: torch.device, ranks: ProcessGroup
 ) -> tuple[TrainConfig, str]:
     """The config with every automatic value chosen, and the kind of parallelism: see `parallel.pick_parallel_kind`."""
     shape, dtype = model.config, pick_training_dtype(config.dtype, device, model.config.n_embd)
@@ -310,7 +316,7 @@ def _resolve_config(
         n_layer=shape.n_layer,
         n_head=shape.n_head,
         n_embd=shape.n_embd,
-        block_size=min(config.block_size, shape.block_size),
+        block_size=_block_size(min(config.block_size, shape.block_size), data),
         device=str(device),
         dtype=DTYPE_NAMES[dtype],
         **{name: _absolute_path(getattr(config, name)) for name in MOVABLE},
@@ -322,6 +328,15 @@ def _resolve_config(
     micro_batch_size_per_rank(config, ranks)  # for its errors
     fits = fits_full_model(config, shape, device, dtype, config.batch_size // ranks.world_size, ranks.local_world_size)
     return config, pick_parallel_kind(config, ranks, fits=fits)
+
+
+def _block_size(block_size: int, data: Dataset) -> int:
+    """The tokens of a row: fewer, with a line in the log, where the whole text is shorter."""
+    if not isinstance(data, TokenDataset) or data.train_tokens > block_size:
+        return block_size
+    _log.warning("%s has %d training tokens: rows have %d, not %d", data.name, data.train_tokens, data.train_tokens - 1,
+                 block_size)  # fmt: skip
+    return data.train_tokens - 1
 
 
 def _absolute_path(ref: str | None) -> str | None:

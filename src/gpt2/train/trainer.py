@@ -133,8 +133,16 @@ def _timed_update(run: Run, batch: Batch, logger: MetricsLogger) -> dict[str, An
     """The update of one batch, and its part of the step's record; a skipped outlier batch is logged."""
     started = time.perf_counter()
     lr = learning_rate(run.step, run.config)
-    loss, norm, outlier_score = update(run, batch, lr)
-    record: dict[str, Any] = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.step * run.tokens_per_step}
+    scale = run.loss_scale.value
+    loss, norm, outlier_score, overflow = update(run, batch, lr)
+    record: dict[str, Any] = {"loss": loss, "lr": lr, "tokens": run.step * run.tokens_per_step}
+    if run.loss_scale.is_dynamic:
+        record["loss_scale"] = scale
+    if overflow:
+        logger.log_message(f"step {run.step:,}: no update: gradients overflow at a loss scale of {scale:,g}")
+        record["overflow"] = True
+    else:
+        record["grad_norm"] = norm
     if outlier_score is not None:
         model = run.distributed_model.full_model()
         if run.ranks.is_main_process:
@@ -152,11 +160,13 @@ class UpdateResult(NamedTuple):
     loss:          mean loss of the global batch in nats per token.
     grad_norm:     norm of its gradient before clipping.
     outlier_score: z-score of the loss if the batch was skipped as an outlier, else None.
+    overflow:      whether the gradients overflowed in float16, so that the weights were not updated.
     """
 
     loss: float
     grad_norm: float
     outlier_score: float | None
+    overflow: bool
 
 
 def update(run: Run, batch: Batch, lr: float) -> UpdateResult:
@@ -164,9 +174,9 @@ def update(run: Run, batch: Batch, lr: float) -> UpdateResult:
 
     The loss of each micro-batch is a sum, divided by the number of targets in the global batch. So the accumulated
     gradients equal the gradient of the whole batch, however it is divided. Raises UserError, with a diagnosis, before
-    a loss or gradient that is not finite changes the weights.
+    a loss or gradient that is not finite changes the weights. In float16 the loss is scaled (`LossScale`).
     """
-    model, ranks, optimizers = run.distributed_model, run.ranks, run.optimizers
+    model, ranks, optimizers, scale = run.distributed_model, run.ranks, run.optimizers, run.loss_scale.value
     run.model.train()
     seed_step(run.config.seed, run.step, ranks.rank)
     rng_state = get_rng_state(run.device)
@@ -180,28 +190,30 @@ def update(run: Run, batch: Batch, lr: float) -> UpdateResult:
         micro_batch = micro_batch.to(run.device)
         with model.gradient_accumulation(last=number == grad_accum_steps):
             with autocast(run.device, run.dtype):
-                loss = model.loss(micro_batch.tokens, micro_batch.targets, divisor, micro_batch.documents)
+                loss = model.loss(micro_batch.tokens, micro_batch.targets, divisor / scale, micro_batch.documents)
             loss.backward()
         total_loss += loss.detach()
         del loss  # frees the autograd graph before the next forward pass
 
     # All-reduce the loss, clip the gradients, and check that both are finite.
-    grad_norm = model.clip_grad_norm(run.config.grad_clip or torch.inf)
-    loss, norm = torch.stack((ranks.all_reduce_sum(total_loss), grad_norm)).tolist()
-    if not (abs(loss) < torch.inf and norm < torch.inf):
+    grad_norm = model.clip_grad_norm(run.config.grad_clip or torch.inf, loss_scale=scale)
+    loss, norm = torch.stack((ranks.all_reduce_sum(total_loss) / scale, grad_norm)).tolist()
+    overflow = abs(loss) < torch.inf and not norm < torch.inf and scale > 1
+    if not (abs(loss) < torch.inf and (norm < torch.inf or overflow)):
         _raise_non_finite(run, batch, rng_state=rng_state, divisor=divisor, lr=lr, loss=loss, grad_norm=norm)
 
     # Update the weights, unless the batch is an outlier.
     outlier_score = run.outlier_filter.outlier_score(loss)
     run.outlier_filter.record(loss, skipped=outlier_score is not None)
+    run.loss_scale.update(overflow=overflow)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if outlier_score is None:
+        if outlier_score is None and not overflow:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     synchronize(run.device)
-    return UpdateResult(loss, norm, outlier_score)
+    return UpdateResult(loss, norm, outlier_score, overflow)
 
 
 def _raise_non_finite(run: Run, batch: Batch, **computed: Any) -> NoReturn:

@@ -44,7 +44,7 @@ export async function toFragment(what) {
   return `#z=${toBase64(await through(bytes, new CompressionStream("deflate-raw")))}`;
 }
 
-const MOST_BYTES = 2 ** 22; // of an unpacked link
+const MAX_BYTES = 2 ** 22; // of an unpacked link
 
 // Null if the fragment is not a valid link.
 export async function fromFragment(fragment) {
@@ -67,7 +67,7 @@ async function inflate(bytes) {
     const { value, done } = await reader.read();
     if (done) break;
     length += value.length;
-    if (length > MOST_BYTES) throw new RangeError("the link is too long");
+    if (length > MAX_BYTES) throw new RangeError("the link is too long");
     parts.push(value);
   }
   return new Uint8Array(await new Blob(parts).arrayBuffer());
