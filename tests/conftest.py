@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import settings
 
@@ -24,6 +25,9 @@ TIKTOKEN_CACHE = SHARED / "tiktoken-cache"
 
 if "TIKTOKEN_CACHE_DIR" not in os.environ and TIKTOKEN_CACHE.is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(TIKTOKEN_CACHE)
+
+hypothesis.settings.register_profile("gpt2", deadline=None)  # on a busy machine any example may take long
+hypothesis.settings.load_profile("gpt2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.cli import _LogFormatter
+from gpt2.cli import _LogFormatter, run_and_exit
 from gpt2.commands import data, export, info
+from gpt2.errors import MAX_MESSAGE_CHARACTERS, DataError, RequestError, UserError
 from gpt2.evaluation.report import ModelReport, checks_table, table
 from gpt2.model import GPT, GPTConfig
 from gpt2.progress import print_status
 from gpt2.reporting.metrics import MetricsLogger
-from gpt2.terminal import UNSAFE_CHARACTERS, escape_controls, path_for_stream, single_line
+from gpt2.terminal import UNSAFE_CHARACTERS, escape_controls, path_for_stream, shorten, single_line
 from gpt2.tokenizer import get_tokenizer
 from gpt2.weights import save
 
@@ -90,3 +91,35 @@ def test_the_log(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     first, *traceback = formatter.format(record).split("\n")
     assert first == f"gpt2: prompt {SHOWN}"
     assert not UNSAFE_CHARACTERS.search("".join(traceback))
+
+
+def test_long_text_is_shortened_in_the_middle() -> None:
+    assert shorten("a" * 100) == "a" * 100
+    assert shorten(f"{'a' * 100}{'b' * 100}", 20) == f"{'a' * 13}...{'b' * 4}"
+    assert all(len(shorten("a" * 500, limit)) == limit for limit in range(4, 400))
+    assert shorten(10**200, 10) == "100000...0"
+
+
+def test_escapes_count_as_characters_of_shortened_text() -> None:
+    assert shorten(EVIL) == SHOWN
+    assert shorten("\x1b" * 500, 20) == "\\x1b\\x1b\\x1b\\...\\x1b"
+    assert len(shorten("\U000e0001" * 10**6, 200)) == 200
+
+
+@pytest.mark.parametrize("error", [UserError, DataError, RequestError])
+def test_the_message_of_an_error_is_one_line_of_bounded_length(error: type[UserError]) -> None:
+    assert str(error(f"config.json: {EVIL} is wrong")) == f"config.json: {SHOWN} is wrong"
+    message = str(error(f"config.json has {'x' * 10**6}: remove it"))
+    assert len(message) == MAX_MESSAGE_CHARACTERS
+    assert message.startswith("config.json has xxx")
+    assert message.endswith("xxx: remove it")
+
+
+def test_an_operating_system_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    name = EVIL * 1000
+    with pytest.raises(SystemExit):
+        run_and_exit(lambda: Path(name).chmod(0o600))
+    line = capsys.readouterr().err
+    assert line.startswith(f"gpt2: {SHOWN}")
+    assert line.endswith("File name too long\n")
+    assert len(line) < MAX_MESSAGE_CHARACTERS + 10

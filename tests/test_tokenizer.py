@@ -178,25 +178,6 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(any_tokenizer: 
     assert any_tokenizer.decode(any_tokenizer.encode(texts[0])) == "a\ufffdb"
 
 
-def test_a_million_spaces(gpt2_vocabulary: None) -> None:
-    text = " " * 1_000_001 + "x"  # tiktoken alone panics here
-    tokenizer = gpt2_tokenizer()
-    tokens, short = tokenizer.encode_batch([text, "a b"])
-    assert tokenizer.decode(tokens) == text
-    assert short == [64, 275]
-
-
-def test_many_long_runs_of_spaces_are_scanned_once(gpt2_vocabulary: None) -> None:
-    """With a quadratic scan this takes a minute, in which no other thread runs."""
-    text = (" " * 100_000 + "x") * 10
-    tokenizer = gpt2_tokenizer()
-    start = time.process_time()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert time.process_time() - start < 10
-    pieces = list(split_long_words((" " * 999 + "x") * 1000))
-    assert pieces == [(" " * 999 + "x") * 1000]
-
-
 # End of text
 
 

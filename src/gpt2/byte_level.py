@@ -23,6 +23,8 @@ from gpt2.vocabulary import (
     non_special_added_ids,
     recover_merges,
     replace_surrogates,
+    split_long_whitespace,
+    tiktoken_encoding,
     vocabulary_fingerprint,
     vocabulary_from_tokenizer_json,
     with_prompt_prefix,
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 _NOT_UTF8 = b"\xff"  # a byte that UTF-8 does not have
-_LONG_WHITESPACE = 500_000  # tiktoken panics on a run of a million spaces
-_LONG_WHITESPACE_PATTERN = re.compile(rf"(?<!\s)\s{{{_LONG_WHITESPACE}}}")  # each run is scanned once: linear time
 
 
 class Tokenizer(Protocol):
@@ -175,12 +175,29 @@ class GPT2Tokenizer(ByteLevelTokenizer):
         special = frozenset(map(self._encoding.encode_single_token, self._encoding.special_tokens_set))
         super().__init__(Vocabulary(tokens, special))
 
+    @cached_property
+    def _whitespace_encoding(self) -> "tiktoken.Encoding":
+        return tiktoken_encoding(self._vocabulary, r"\s+")
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if any(map(_has_long_whitespace, texts)):
-            return _encode_with_backend(self._backend, texts)  # tiktoken would panic
+            return [self._encode_array(text).tolist() for text in texts]
         if len(texts) == 1:
             return [self._encoding.encode_ordinary(texts[0])]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def _encode_array(self, text: str) -> "np.ndarray":
+        parts = [
+            (self._whitespace_encoding if is_whitespace else self._encoding).encode_to_numpy(
+                replace_surrogates(part), disallowed_special=()
+            )
+            for part, is_whitespace in split_long_whitespace(text)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        import numpy as np
+
+        return np.concatenate(parts)
 
     def encode_pieces(self, pieces: Sequence[str | None]) -> "np.ndarray":
         """See `ByteLevelTokenizer`. Neighbours with the end-of-text token between them are one call of tiktoken."""
@@ -264,7 +281,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str | None]) -> "np.nda
 
 
 def _has_long_whitespace(text: str) -> bool:
-    return len(text) >= _LONG_WHITESPACE and _LONG_WHITESPACE_PATTERN.search(text) is not None
+    return any(is_whitespace for _, is_whitespace in split_long_whitespace(text))
 
 
 def _encode_with_backend(backend: "tokenizers.Tokenizer", texts: Sequence[str]) -> list[list[int]]:

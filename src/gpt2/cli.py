@@ -10,8 +10,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from gpt2.errors import ConfigError, UserError, as_memory_error, did_you_mean, os_error_within
-from gpt2.terminal import escape_controls, single_line
+from gpt2.errors import (
+    MAX_MESSAGE_CHARACTERS,
+    ConfigError,
+    UserError,
+    as_memory_error,
+    compiler_failure,
+    describe_os_error,
+    did_you_mean,
+)
+from gpt2.terminal import escape_controls, shorten, single_line
 
 COMMON_FLAGS: dict[str, dict[str, Any]] = {
     "quiet": {"action": "store_true", "help": "print results and errors only"},
@@ -204,8 +212,8 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if (memory_error := as_memory_error(error)) is not None:
             _exit_with_error(str(memory_error))
-        if (os_error := os_error_within(error)) is not None:
-            _exit_with_error(_describe_os_error(os_error))
+        if (failure := compiler_failure(error)) is not None:
+            _exit_with_error(failure)
         raise
     except KeyboardInterrupt:
         sys.exit(130)
@@ -214,16 +222,12 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
         sys.exit(141)
     except OSError as error:  # such as a full disk or a file name that is too long
         _flush_or_discard_stdout()
-        _exit_with_error(_describe_os_error(error))
-
-
-def _describe_os_error(error: OSError) -> str:
-    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
+        _exit_with_error(describe_os_error(error))
 
 
 def _exit_with_error(message: str, code: int = 2) -> NoReturn:
     """Print a nonempty message as one line on standard error, with control characters escaped, and exit."""
-    line = single_line(message)
+    line = shorten(message, MAX_MESSAGE_CHARACTERS)
     if line and sys.stderr is not None:
         print(f"gpt2: {line}", file=sys.stderr)
     sys.exit(code)

@@ -6,6 +6,7 @@ from typing import Any
 
 from gpt2.errors import ModelFilesError
 from gpt2.files import check_inside_folder
+from gpt2.terminal import shorten
 
 
 def read_end_tokens(folder: Path, vocab_size: int, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -37,5 +38,5 @@ def _eos_token_ids(path: Path) -> list[int]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     for token in values:
         if type(token) is not int or token < 0:
-            raise ModelFilesError(f"{path}: eos_token_id must be a token id or a list of them, not {str(value)[:80]}")
+            raise ModelFilesError(f"{path}: eos_token_id must be a token id or a list of them, not {shorten(value)}")
     return values

@@ -3,12 +3,16 @@
 import difflib
 from collections.abc import Iterable
 
+from gpt2.terminal import shorten
+
+MAX_MESSAGE_CHARACTERS = 1000  # what a message quotes of a file or a request may have any length
+
 
 class UserError(Exception):
     """A mistake that the user can fix: a wrong name, a broken file, a machine without what was requested.
 
-    The message is one line that names the thing and, where there is one, the fix. The command line prints it without a
-    traceback and exits with `exit_code`; the server sends it with `field` and `code`.
+    The message is one line of bounded length (`shorten`) that names the thing and, where there is one, the fix. The
+    command line prints it without a traceback and exits with `exit_code`; the server sends it with `field` and `code`.
 
     field: the setting, flag or request field that is at fault, if there is exactly one.
     code:  what kind of mistake it is, for programs: each subclass has its own default.
@@ -18,7 +22,7 @@ class UserError(Exception):
     code: str | None = None
 
     def __init__(self, message: str = "", *, field: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(shorten(message, MAX_MESSAGE_CHARACTERS))
         self.field = field
         if code is not None:
             self.code = code
@@ -95,18 +99,36 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
     return InsufficientMemoryError(OUT_OF_MEMORY_ADVICE) if isinstance(error, MemoryError) or is_marked else None
 
 
-def os_error_within(error: BaseException) -> OSError | None:
-    """The OSError that led to an error of torch, such as a full disk under its compiler; None if there is none."""
+def compiler_failure(error: BaseException) -> str | None:
+    """A message if an OSError, such as a full disk, or the C++ compiler made torch fail; None otherwise."""
+    import subprocess
+
+    compiles = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+    advice = ": TMPDIR and TORCHINDUCTOR_CACHE_DIR name other folders, and --no-compile does without it"
     seen: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
         one = pending.pop()
         if isinstance(one, OSError):
-            return one
+            return f"torch.compile failed ({describe_os_error(one)}){advice}" if compiles else describe_os_error(one)
+        if isinstance(one, subprocess.CalledProcessError):
+            return f"torch.compile failed ({_compiler_message(one.output)}){advice}"
         if one is not None and one not in seen:
             seen.append(one)
             pending += [one.__cause__, one.__context__, getattr(one, "inner_exception", None)]
     return None
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file, if there is one, and the reason."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
+
+
+def _compiler_message(output: bytes | str | None) -> str:
+    """The line of a C++ compiler's output that names the error, or the last one."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    lines = [line for line in text.splitlines() if line.strip()] or ["the C++ compiler ended with an error"]
+    return next((line for line in lines if "error: " in line), lines[-1])
 
 
 SYNONYMS = {  # names in other programs, and ours

@@ -37,6 +37,7 @@ from gpt2.peft_format import (
     read_config,
     read_tensors,
 )
+from gpt2.terminal import shorten
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def load_adapter_weights(model: GPT, adapter: Adapter) -> None:
     own = adapter_state_dict(model)
     for name in sorted(own.keys() ^ adapter.tensors.keys()):
         which = "lacks" if name in own else "has"
-        raise ModelFilesError(f"the adapter {adapter.folder} {which} {name}, unlike its targets")
+        raise ModelFilesError(f"the adapter {adapter.folder} {which} {shorten(name)}, unlike its targets")
     for name, tensor in adapter.tensors.items():
         if tensor.shape != own[name].shape:
             shapes = f"{name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}"
@@ -279,13 +280,13 @@ def read_adapter(ref: str | Path) -> Adapter:
     for target in targets:
         if not any(matches_target(layer, target) for layer in layers):
             hint = did_you_mean(target, TARGET_MODULES)
-            raise ModelFilesError(f"{folder}: it has no tensors for its target '{target}'{hint}")
+            raise ModelFilesError(f"{folder}: it has no tensors for its target '{shorten(target)}'{hint}")
     config = LoRAConfig(
         raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(targets), raw.get("use_rslora", False)
     )
     for layer in layers:
         if not any(matches_target(layer, target) for target in config.targets):
-            raise ModelFilesError(f"{folder}: it has tensors for {layer}, which is not among its targets")
+            raise ModelFilesError(f"{folder}: it has tensors for {shorten(layer)}, which is not among its targets")
     base = raw.get("base_model_name_or_path")
     power = 0.5 if config.use_rslora else 1.0
     scales = {layer: alphas[layer] / len(tensors[layer + LORA_A]) ** power for layer in layers}
@@ -320,4 +321,5 @@ def add_delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None
 
 
 def base_mismatch_error(adapter: Adapter, reason: str) -> ModelFilesError:
-    return ModelFilesError(f"the adapter {adapter.folder} is for another model ({adapter.base_model}): {reason}")
+    base = shorten(adapter.base_model)
+    return ModelFilesError(f"the adapter {adapter.folder} is for another model ({base}): {reason}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpt2.errors import ModelFilesError
 from gpt2.files import safetensors_header
+from gpt2.terminal import shorten
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc")  # c_proj is in the attention and in the MLP
 LORA_A, LORA_B = ".lora_A", ".lora_B"
@@ -46,7 +47,7 @@ def alpha_by_layer(settings: dict[str, Any], layers: list[str]) -> dict[str, flo
     for name, value in pattern.items() if isinstance(pattern, dict) else [("", pattern)]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
         if not is_number or not re.fullmatch(r"[\w.]+", name):
-            raise ValueError(f"alpha_pattern={json.dumps(pattern)[:200]} is not supported: merge it with PEFT first")
+            raise ValueError(f"alpha_pattern={shorten(json.dumps(pattern))} is not supported: merge it with PEFT first")
     return {
         layer: next((alpha for name, alpha in pattern.items() if matches_target(layer, name)), settings["lora_alpha"])
         for layer in layers
@@ -61,12 +62,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelFilesError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else None
-        raise ModelFilesError(f"{path} has the peft_type {kind}: only LORA is supported")
+        raise ModelFilesError(f"{path} has the peft_type {shorten(kind)}: only LORA is supported")
     for key, plain in _UNSUPPORTED_SETTINGS:
         if raw.get(key) and raw[key] != plain:
-            raise ModelFilesError(f"{path}: {key}={json.dumps(raw[key])} is not supported: merge it with PEFT first")
+            raise ModelFilesError(
+                f"{path}: {key}={shorten(json.dumps(raw[key]))} is not supported: merge it with PEFT first"
+            )
     if raw.get("init_lora_weights") not in _SUPPORTED_INITS:
-        init = raw["init_lora_weights"]
+        init = shorten(raw["init_lora_weights"])
         raise ModelFilesError(f"{path}: init_lora_weights={init} changes the base: merge it with PEFT")
     kinds: dict[str, type | tuple[type, ...]] = {
         "r": int,
@@ -85,7 +88,7 @@ def read_config(path: Path) -> dict[str, Any]:
         wrong = wrong or (isinstance(value, int | float) and not abs(value) < MAX_NUMBER)
         missing = value is None and key in optional
         if (wrong and not missing) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
-            raise ModelFilesError(f"{path}: {key} cannot be {json.dumps(value)}")
+            raise ModelFilesError(f"{path}: {key} cannot be {shorten(json.dumps(value))}")
     return {key: value for key, value in raw.items() if value is not None}
 
 
@@ -138,7 +141,7 @@ def read_tensors(path: Path) -> AdapterTensors:
             found = AdapterTensors(metadata=file.metadata() or {})
             for key in sorted(file.keys()):
                 if not found.add(key, file.get_tensor(key).to(torch.float32, copy=True)):
-                    raise ModelFilesError(f"{path}: the tensor {key} is not supported: merge it with PEFT")
+                    raise ModelFilesError(f"{path}: the tensor {shorten(key)} is not supported: merge it with PEFT")
             return found
     except (SafetensorError, OSError) as error:
         raise ModelFilesError(f"{path} is not a complete safetensors file: {error}") from error
@@ -167,11 +170,11 @@ def check_lora_pairs(folder: Path, layers: list[str], tensors: dict[str, Tensor]
     for layer in layers:
         if not _LAYER_PATTERN.fullmatch(layer):
             modules = ", ".join(TARGET_MODULES)
-            raise ModelFilesError(f"{folder}: {layer} cannot have an adapter; {modules}, wte and lm_head can")
+            raise ModelFilesError(f"{folder}: {shorten(layer)} cannot have an adapter; {modules}, wte and lm_head can")
         names = (layer + LORA_A, layer + LORA_B)
         for name in names:
             if name not in tensors:
-                raise ModelFilesError(f"{folder}: it lacks {name}")
+                raise ModelFilesError(f"{folder}: it lacks {shorten(name)}")
         a, b = (tuple(tensors[name].shape) for name in names)
         expected = a[0] if rank is None and len(a) == 2 else rank
         for name, shape, rank_dim in ((names[0], a, 0), (names[1], b, 1)):

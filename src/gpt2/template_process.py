@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import ModelFilesError, RequestError, UserError, missing_extra
+from gpt2.terminal import shorten
 
 MAX_SOURCE_CHARACTERS = 2**18
 RENDER_SECONDS = 2.0  # of CPU time, for all texts of a request of up to MESSAGES_PER_BUDGET messages, and for compiling
@@ -113,7 +114,7 @@ class TemplateProcess:
             timer.cancel()
         if line.endswith("\n") and not expired.is_set():
             answer = json.loads(line)
-            return answer | {"error": " ".join(answer["error"].split())} if "error" in answer else answer
+            return answer | {"error": shorten(answer["error"], 500)} if "error" in answer else answer
         _stop(process, os.getpid())
         out_of_time = expired.is_set() or process.returncode == -getattr(signal, "SIGPROF", 0)
         error = f"it takes more than {seconds:g} s" if out_of_time else "it ended its process"

@@ -23,6 +23,16 @@ def single_line(text: object) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in str(text))
 
 
+def shorten(text: object, limit: int = 100) -> str:
+    """`single_line` of `text` in at most `limit` characters: of a longer one, the start and the end around "..."."""
+    return _cut(single_line(_cut(str(text), limit)), limit)  # cut twice: escapes take time, and have more characters
+
+
+def _cut(text: str, limit: int) -> str:
+    tail = (limit - 3) // 4
+    return text if len(text) <= limit else f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
+
+
 def path_for_stream(path: Path, stream: TextIO | None) -> str:
     """A path that is a command's result: on a terminal a single line; unchanged for a program that reads it."""
     return single_line(path) if stream is not None and stream.isatty() else str(path)

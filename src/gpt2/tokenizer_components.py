@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt2.terminal import shorten
 from gpt2.vocabulary import GPT2_SPLIT_PATTERN, UnsupportedTokenizerError
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -42,7 +43,7 @@ def check_components(spec: dict[str, Any]) -> None:
         for part in _parts(field, key, spec.get(field)):
             kind = part.get("type") if isinstance(part, dict) else None
             if not isinstance(kind, str) or kind not in supported:
-                raise UnsupportedTokenizerError(f"its {field} {str(kind)[:50]!r} is not supported")
+                raise UnsupportedTokenizerError(f"its {field} {shorten(kind)!r} is not supported")
             if kind == "Split":
                 _check_pattern(part.get("pattern"))
     if spec["model"].get("dropout"):
@@ -65,4 +66,4 @@ def _parts(field: str, key: str, component: Any) -> Iterator[Any]:
 def _check_pattern(pattern: Any) -> None:
     text = pattern.get("Regex") if isinstance(pattern, dict) else None
     if text is not None and text not in SPLIT_PATTERNS:
-        raise UnsupportedTokenizerError(f"its pattern {str(text)[:100]!r} is not supported: it may take unbounded time")
+        raise UnsupportedTokenizerError(f"its pattern {shorten(text)!r} is not supported: it may take unbounded time")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gpt2.downloads import download
 from gpt2.errors import ConfigError, DataError, ModelFilesError
 from gpt2.files import cache_home, file_sha256
+from gpt2.terminal import shorten
 
 if TYPE_CHECKING:
     import tiktoken
@@ -41,6 +42,7 @@ NO_VOCABULARY = "no_vocabulary"  # code of the error for a download that failed
 MAX_WORD_LENGTH = 1_000  # characters; BPE training in `tokenizers` takes time quadratic in the length of a word
 _CHARACTER_CLASSES = (r"\w", r"\s", r"(?:[^\w\s]|_)")  # no word of GPT-2's is longer than a run of one class
 _LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{MAX_WORD_LENGTH}}}")
+MAX_WHITESPACE_LENGTH = 500_000  # characters; GPT2_SPLIT_PATTERN overflows tiktoken's stack on a run of a million
 _LONG_RUN = re.compile("|".join(rf"(?<!{kind}){kind}{{{MAX_WORD_LENGTH},}}" for kind in _CHARACTER_CLASSES))
 
 _log = logging.getLogger("gpt2")
@@ -83,8 +85,9 @@ def check_byte_level_bpe(spec: Any) -> None:
         affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
         if model.get("type", "BPE") != "BPE" or "ByteLevel" not in kinds or affixes:
             raise UnsupportedTokenizerError("it is not byte-level BPE")
-        added = {str(token["content"]): token["id"] for token in spec.get("added_tokens") or []}
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
         dict(**model["vocab"])  # raises TypeError for anything but an object
+        dict(**added)  # raises TypeError for a content that is no text
         hash(tuple(added.values()))
     except (AttributeError, KeyError, TypeError):
         raise UnsupportedTokenizerError("it is not byte-level BPE") from None
@@ -133,7 +136,9 @@ def check_merges(vocabulary: Vocabulary, merges: Iterable[tuple[bytes, bytes]]) 
     made = {left + right for left, right in merges}
     tokens = {token for i, token in enumerate(vocabulary.tokens) if i not in vocabulary.added_ids}
     for token in made - tokens:
-        raise ValueError(f"a merge in it makes {token.decode(errors='replace')!r}, which is no token of vocab.json")
+        raise ValueError(
+            f"a merge in it makes {shorten(token.decode(errors='replace'))!r}, which is no token of vocab.json"
+        )
     for i, token in enumerate(vocabulary.tokens):
         unused = token == f"<|unused_{i}|>".encode()
         if len(token) > 1 and token not in made and i not in vocabulary.added_ids and not unused:
@@ -153,11 +158,11 @@ def tokenizers_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(shorten(error, 300)) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizers library panicked: {error}") from error
+        raise ValueError(f"the tokenizers library panicked: {shorten(error, 300)}") from error
 
 
 def extend_vocabulary(vocabulary: Vocabulary, texts: Sequence[str]) -> Vocabulary:
@@ -167,13 +172,13 @@ def extend_vocabulary(vocabulary: Vocabulary, texts: Sequence[str]) -> Vocabular
     }
     for text in texts:
         if not text.strip():
-            raise ConfigError(f"a special token needs visible characters, not {text!r}")
+            raise ConfigError(f"a special token needs visible characters, not {shorten(text)!r}")
         if replace_surrogates(text) != text:
-            raise ConfigError(f"the special token {text!r} is not UTF-8 text")
+            raise ConfigError(f"the special token {shorten(text)!r} is not UTF-8 text")
         if _texts_overlap(text, END_OF_TEXT):
-            raise ConfigError(f"the special token {text!r} overlaps {END_OF_TEXT}: choose another text")
+            raise ConfigError(f"the special token {shorten(text)!r} overlaps {END_OF_TEXT}: choose another text")
         if text in known or encode_byte_level(text.encode()) in known:
-            raise ConfigError(f"{text!r} is a token of the vocabulary already: choose another text")
+            raise ConfigError(f"{shorten(text)!r} is a token of the vocabulary already: choose another text")
         if not text.isascii() and all(character in _byte_decoder() for character in text):
             _log.warning("transformers encodes %r to the same id, but decodes it as bytes", text)
         known.add(text)
@@ -227,7 +232,7 @@ def decode_byte_level(text: str) -> bytes:
     try:
         return bytes(_byte_decoder()[character] for character in text)
     except KeyError:
-        raise ValueError(f"its token {text!r} has characters that do not represent bytes") from None
+        raise ValueError(f"its token {shorten(text)!r} has characters that do not represent bytes") from None
 
 
 def replace_surrogates(text: str) -> str:
@@ -328,13 +333,30 @@ def recover_merges(vocabulary: Vocabulary) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def tiktoken_encoding(vocabulary: Vocabulary) -> "tiktoken.Encoding":
+def split_long_whitespace(text: str) -> Iterator[tuple[str, bool]]:
+    """Parts of `text`, and whether each is a run of `MAX_WHITESPACE_LENGTH` whitespace characters or more.
+
+    Such a part is one word of GPT-2's pre-tokenizer: the last character of a run belongs to the text that follows. The
+    time is linear in the length of the text.
+    """
+    start = 0
+    if len(text) >= MAX_WHITESPACE_LENGTH:
+        space = r"[^\S\x1c-\x1f]"  # Unicode's White_Space: four characters less than in Python
+        for run in re.finditer(rf"(?<!{space}){space}{{{MAX_WHITESPACE_LENGTH},}}", text):
+            stop = run.end() - (run.end() < len(text))
+            yield text[start : run.start()], False
+            yield text[run.start() : stop], True
+            start = stop
+    yield text[start:], False
+
+
+def tiktoken_encoding(vocabulary: Vocabulary, pattern: str = GPT2_SPLIT_PATTERN) -> "tiktoken.Encoding":
     """tiktoken's encoder for GPT-2's vocabulary, without a download."""
     import tiktoken
 
     ranks = {token: i for i, token in enumerate(vocabulary.tokens) if i not in vocabulary.added_ids}
     special = {vocabulary.tokens[i].decode(): i for i in vocabulary.added_ids}
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 @cache

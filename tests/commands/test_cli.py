@@ -114,6 +114,19 @@ def test_a_full_disk_under_the_compiler_is_one_line(link: str, capsys: pytest.Ca
     assert (stop.value.code, capsys.readouterr().err) == (2, "gpt2: /tmp/x/main.cpp: No space left on device\n")
 
 
+def test_a_failure_of_the_cpp_compiler_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    fatal = "main.cpp:209:1: fatal error: error writing to /tmp/c.s: No space"
+    output = f"main.cpp:188: warning: unused\n{fatal}\n\n}}".encode()
+    error = RuntimeError("CppCompileError: C++ compile error")
+    error.__cause__ = subprocess.CalledProcessError(1, ["g++"], output)
+    with pytest.raises(SystemExit) as stop:
+        run_and_exit(lambda: (_ for _ in ()).throw(error))
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith(f"gpt2: torch.compile failed ({fatal}): TMPDIR and ")
+    assert err.count("\n") == 1
+
+
 def test_any_other_runtime_error_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug of ours"):
         run_and_exit(lambda: (_ for _ in ()).throw(RuntimeError("a bug of ours")))

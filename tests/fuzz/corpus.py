@@ -110,6 +110,10 @@ def _tokenizers(seed: Seed) -> dict[str, Files]:
         "an id of 2**62": lambda spec: spec["model"]["vocab"].update(qq=2**62),
         "an added token": lambda spec: spec["added_tokens"][0].update(content=""),
         "an added id": lambda spec: spec["added_tokens"][0].update(id=-1),
+        "a content that is no text": lambda spec: spec["added_tokens"][0].update(content=[["<|endoftext|>"]]),
+        "a long type": lambda spec: spec["model"].update(dropout="x" * 10_000),
+        "a long content": lambda spec: spec["added_tokens"][0].update(content="x" * 10_000),
+        "a long token": lambda spec: spec["model"]["vocab"].update({"é" * 10_000 + " ": 5}),
         "type ids": lambda spec: spec.update(
             post_processor={"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {"x": {"id": 5}}}
         ),
@@ -128,7 +132,7 @@ def _templates(seed: Seed) -> dict[str, Files]:
 
 def _adapters(seed: Seed) -> dict[str, Files]:
     cases: dict[str, Files] = {}
-    for value in (10**400, -1, 0, 2**62, 1e308, "2", None, True, [2], "(a+)+$"):
+    for value in (10**400, -1, 0, 2**62, 1e308, "2", None, True, [2], "(a+)+$", "x" * 10_000, {"x" * 10_000: 1}):
         for key in (
             "r",
             "lora_alpha",
@@ -137,6 +141,11 @@ def _adapters(seed: Seed) -> dict[str, Files]:
             "use_rslora",
             "rank_pattern",
             "fan_in_fan_out",
+            "base_model_name_or_path",
+            "peft_type",
+            "init_lora_weights",
+            "modules_to_save",
+            "alpha_pattern",
         ):
             cases[f"{key} {value!r:.20}"] = edited(
                 seed, "adapter_config.json", lambda c, k=key, v=value: c.update({k: v})
@@ -161,6 +170,11 @@ def _rows() -> dict[str, Files]:
     return cases | {
         "quotes": {"rows.csv": b'prompt,answer\n"' + b"a\n" * 100_000},
         "columns": {"rows.csv": b"a," * 200_000},
+        "other columns": {"rows.csv": ",".join(f"a{i}" for i in range(200_000)).encode()},
+        "a long column": {"rows.csv": b"a" * 100_000 + b"\n1\n"},
+        "a long role": {"rows.jsonl": json.dumps({"messages": [{"role": "r" * 10**5, "content": "a"}]}).encode()},
+        "whitespace (text)": {"a.txt": b" " * 10**7},
+        "whitespace between separators (text)": {"a.txt": b"a<|endoftext|>" + b" \n" * 10**6 + b"<|endoftext|>b"},
     }
 
 
@@ -187,7 +201,14 @@ def _parquets() -> dict[str, Files]:
         "invalid UTF-8": {"text": pa.array([b"\xff"], pa.binary()).view(pa.string())},
         "growth": {"text": ["a" * 10_000] * 20_000},
     }
-    return {name: {"rows.parquet": parquet(table)} for name, table in columns.items()}
+    cases: dict[str, Files] = {name: {"rows.parquet": parquet(table)} for name, table in columns.items()}
+    whole = parquet({"text": text})  # these bytes are those of pyarrow 26: another version may have no such place
+    broken = {
+        "required, with definition levels": (b"%\x02\x18\x04text%", b"%\x00\x18\x04text%"),
+        "repetition levels": (b"\x19\x06\x19&", b"\x19F\x19&"),
+        "a name that is not UTF-8": (b"\x18\x04text%", b"\x18\x04t\x9dxt%"),
+    }
+    return cases | {name: {"rows.parquet": whole.replace(*change)} for name, change in broken.items()}
 
 
 def _shards(seed: Seed) -> dict[str, Files]:
@@ -201,6 +222,14 @@ def _shards(seed: Seed) -> dict[str, Files]:
     cases: dict[str, Files] = {name: {**seed, shard: content} for name, content in sizes.items()}
     cases["sparse"] = {**seed, shard: Sparse(head[:8] + b"\xff\xff\xff\x7f" + head[12:], 1024 + 2 * (2**31 - 1))}
     cases["elsewhere"] = {**seed, "meta.json": seed["meta.json"].replace(shard.encode(), b"../../etc/passwd")}
+    for value in ("x" * 10_000, 10**400, [["x"] * 5000], "\n\x1b[2J"):
+        cases[f"version {value!r:.20}"] = edited(seed, "meta.json", lambda meta, v=value: meta.update(version=v))
+        cases[f"name {value!r:.20}"] = edited(
+            seed, "meta.json", lambda meta, v=value: meta["splits"]["train"]["files"][0].update(name=v)
+        )
+        cases[f"tokenizer {value!r:.20}"] = edited(
+            seed, "meta.json", lambda meta, v=value: meta["tokenizer"].update(name=v, vocab_size=v, fingerprint=v)
+        )
     return cases | {
         f"{shard} is endless": {**seed, shard: Link("/dev/zero")},
         "meta": {**seed, "meta.json": b"[" * 10**6},

@@ -116,7 +116,7 @@ def test_hostile_folders(kind: str, worker: Worker, seeds: dict[str, dict[str, b
         files = mutate(seed, random.Random(f"{kind} {number}"))
         if bug := check(worker, kind, tmp_path / f"mutation-{number}", files):
             bugs[f"mutation {number}"] = bug
-    assert not bugs
+    assert not bugs, "\n".join(f"{name}: {bug}" for name, bug in bugs.items())
 
 
 @pytest.mark.slow
@@ -136,4 +136,4 @@ def test_mutations(kind: str, worker: Worker, seeds: dict[str, dict[str, bytes]]
             bugs[start + number] = bug
         number += 1
     print(f"{kind}: {number} mutations from seed {start}")
-    assert not bugs
+    assert not bugs, "\n".join(f"{number}: {bug}" for number, bug in bugs.items())

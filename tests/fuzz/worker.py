@@ -15,12 +15,11 @@ from pathlib import Path
 
 MAX_MEMORY_BYTES = 3 * 2**29  # more than the program takes before
 MAX_CPU_SECONDS = 20
-MAX_MESSAGE_CHARACTERS = 3000
 
 
 def main() -> None:
     """Check folders until the input ends."""
-    from gpt2.errors import UserError
+    from gpt2.errors import MAX_MESSAGE_CHARACTERS, UserError
     from tests.fuzz.checks import CHECKS
 
     logging.disable()

@@ -41,7 +41,7 @@ JSON = {"Content-Type": "application/json"}
         ({"model": "\ud800"}, "model"),
         ({"stop": ["\udfff\ud800"]}, "stop"),
         ({"model": "x" * 10**6}, "model"),
-        ({"x" * 10**6: 1}, "x" * 200),
+        ({"x" * 10**6: 1}, f"{'x' * 148}...{'x' * 49}"),
         ({"prompt": "x" * 10**6}, "prompt"),
     ],
 )

@@ -26,7 +26,7 @@ from gpt2.progress import ProgressBar, print_status
 from gpt2.runtime import configure_malloc, pick_device
 from gpt2.tokenizer import Tokenizer
 
-MOST_METRICS = 2  # on the progress line
+MAX_METRICS = 2  # on the progress line
 THROUGH_TORCH = ("float32", "bfloat16", "float16")  # the other precisions run through the CPU kernel
 
 
@@ -164,7 +164,7 @@ def _progress(name: str, ranks: ProcessGroup) -> Iterator[Progress | None]:
 
 def score_line(done: int, total: int, so_far: Measured) -> str:
     """Rows done and the first metrics, short enough for 80 columns with a bar and the time left."""
-    metrics = list(so_far.metrics.items())[:MOST_METRICS]
+    metrics = list(so_far.metrics.items())[:MAX_METRICS]
     return "  ".join([f"{done}/{total}", *(f"{name} {shown(name, value)}" for name, value in metrics)])
 
 

@@ -5,6 +5,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 from gpt2.errors import ConfigError, DataError, did_you_mean
+from gpt2.terminal import shorten
 
 Row = tuple[str, dict[str, Any]]
 """A location, such as ``pairs.jsonl line 7``, and the columns."""
@@ -121,8 +122,9 @@ def detect_columns(ref: str, location: str, names: Collection[str], spec: str | 
     for name in _TEXT_COLUMNS:
         if name in names:
             return Columns(text=name)
+    found = shorten(", ".join(map(str, names)) or "none", 300)
     raise DataError(
-        f"{location}: no known column among those of {ref} ({', '.join(map(str, names)) or 'none'}): give --columns "
+        f"{location}: no known column among those of {ref} ({found}): give --columns "
         "text=NAME, prompt=NAME,answer=NAME or messages=NAME",
         field="columns",
     )
@@ -201,7 +203,9 @@ def _parse_message(location: str, value: Any) -> tuple[Message, bool] | None:
         content = "".join(_part_text(location, part) for part in content)
     text = _get_text_field((location, {keys[1]: content}), keys[1])
     if role not in _ROLES:
-        raise DataError(f"{location}: role '{role}' is not one of {', '.join(_ROLES)}{did_you_mean(role, _ROLES)}")
+        raise DataError(
+            f"{location}: role '{shorten(role)}' is not one of {', '.join(_ROLES)}{did_you_mean(role, _ROLES)}"
+        )
     if is_answer and not text.strip():
         raise DataError(f"{location}: the assistant's '{keys[1]}' is empty")
     return (_ROLES[role], text), is_answer and _is_in_loss(location, value)

@@ -8,6 +8,7 @@ from typing import Any
 from gpt2.data.columns import Row
 from gpt2.errors import DataError, missing_extra
 from gpt2.files import check_regular_file, read_error
+from gpt2.terminal import shorten
 
 _PARQUET_BATCH_ROWS = 1024  # rows in memory at a time, fewer if they may be large
 _PARQUET_BATCH_BYTES = 1 << 28
@@ -62,7 +63,8 @@ def read_parquet_texts(path: Path, column: str, start_row: int = 0) -> Iterator[
     with open_parquet(path) as file:
         if column not in file.schema_arrow.names:
             raise DataError(
-                f"{path} has no column '{column}': it has {', '.join(file.schema_arrow.names)}", field="columns"
+                f"{path} has no column '{column}': it has {shorten(', '.join(file.schema_arrow.names), 300)}",
+                field="columns",
             )
         kind = file.schema_arrow.field(column).type
         if not _is_text(kind):
@@ -110,7 +112,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     with handle:
         try:
             yield pq.ParquetFile(handle, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for the name of a column
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(f"{path} is not a readable Parquet file: {reason}") from None
 
@@ -132,12 +134,13 @@ def _iter_batches(path: Path, file: Any, columns: list[str], first_group: int = 
         f"{path} decodes to more than {allowed:,} bytes, {_PARQUET_MAX_GROWTH:,} times its size: it is damaged, or "
         "made to exhaust memory"
     )
+    leaves = [i for i in range(len(file.schema)) if _is_in_columns(file.schema.column(i).path, columns)]
     decoded = 0
     for group in range(first_group, file.num_row_groups):
+        # A reader of no rows raises where a column's metadata are broken: `column(i)` alone would end the process.
+        next(file.reader.iter_batches(0, [group], leaves), None)
         meta = file.metadata.row_group(group)
-        chunks = [meta.column(i) for i in range(meta.num_columns)]
-        read = [chunk for chunk in chunks if _is_in_columns(chunk.path_in_schema, columns)]
-        size = max((chunk.total_uncompressed_size for chunk in read), default=0)
+        size = max((meta.column(i).total_uncompressed_size for i in leaves), default=0)
         if size > allowed:
             raise DataError(message)
         rows = min(_PARQUET_BATCH_ROWS, max(1, _PARQUET_BATCH_BYTES // max(1, size)))  # a value may be the whole chunk

@@ -3,7 +3,7 @@
 import csv
 import json
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from gpt2.data.encodings import encoding_hint
 from gpt2.data.parquet import read_parquet
 from gpt2.errors import DataError
 from gpt2.files import check_regular_file, read_error
+from gpt2.terminal import shorten
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BAD_ROWS_CHOICES = ("error", "skip")
@@ -246,8 +247,8 @@ def csv_records(path: Path) -> Iterator[tuple[int, list[str], list[str] | DataEr
                 yield start, header, fields
         elif fields:
             header = [name.strip() for name in fields]
-            if duplicate := next((name for name in header if header.count(name) > 1), None):
-                raise DataError(f"{path} line {start}: two columns are called '{duplicate}'")
+            if duplicate := next((name for name, count in Counter(header).items() if count > 1), None):
+                raise DataError(f"{path} line {start}: two columns are called '{shorten(duplicate)}'")
 
 
 _READERS = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": read_parquet}

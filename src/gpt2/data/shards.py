@@ -21,6 +21,7 @@ import numpy as np
 from gpt2.errors import DataError
 from gpt2.files import check_regular_file, file_sha256, read_error
 from gpt2.progress import ProgressBar
+from gpt2.terminal import shorten
 
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000
@@ -104,15 +105,15 @@ class ShardsMeta:
             raise DataError(f"cannot read {path} ({error})") from None
         try:
             if raw["version"] != 1:
-                raise DataError(f"{path} has version {raw['version']!r}; only version 1 is supported")
+                raise DataError(f"{path} has version {shorten(raw['version'])}; only version 1 is supported")
             splits = {
                 name: SplitMeta(**{**split, "files": tuple(ShardFile(**file) for file in split["files"])})
                 for name, split in raw["splits"].items()
             }
             for split in splits.values():
                 for file in split.files:
-                    if Path(file.name).name != file.name:  # or it could name a file elsewhere
-                        raise DataError(f"{path} names {file.name!r}, which is not a file name")
+                    if Path(file.name).name != file.name or len(file.name) > 255:  # or it could name a file elsewhere
+                        raise DataError(f"{path} names {shorten(file.name)!r}, which is not a file name")
             return cls(raw["source"], TokenizerMeta(**raw["tokenizer"]), splits)
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{path} does not describe token shards: move it away to read them without it") from None

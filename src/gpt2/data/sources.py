@@ -100,7 +100,8 @@ class Document:
     ) -> Iterator[str | None]:
         """`iter_chunks` without ``<|endoftext|>``, which separates texts: None is yielded in its place.
 
-        A text of whitespace only is left out with its separator, unless it is the whole document.
+        A text of whitespace only is left out with its separator, unless it is the whole document, or longer than
+        `MAX_CHUNK_CHARACTERS`: so much is not held in memory.
         """
         return separate_texts(self.iter_chunks(start, stop, chunk_bytes), is_start=start == 0)
 
@@ -148,10 +149,12 @@ def separate_texts(chunks: Iterable[str], *, is_start: bool) -> Iterator[str | N
                 if not empty:
                     yield None
                 empty, held, separated = True, "", True
-            if empty and (not text or text.isspace()):
+            if empty and (not text or text.isspace()) and len(held) + len(text) <= MAX_CHUNK_CHARACTERS:
                 held += text
             elif text:
-                yield held + text
+                if held:
+                    yield held  # by itself: a chunk ended after it
+                yield text
                 empty, held = False, ""
     if held and not separated:
         yield held
@@ -252,6 +255,8 @@ def _last_safe_split(text: str, start: int) -> int:
     very long line) before whitespace that follows a word, or else before a digit or a punctuation mark that follows a
     letter: GPT-2's pattern never joins these.
     """
+    if text[start:].isspace():
+        return 0
     newline = text.rfind("\n", start, len(text) - 1)
     while newline > 0:
         if not text[newline - 1].isspace() and not text[newline + 1].isspace():

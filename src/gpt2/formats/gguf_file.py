@@ -17,6 +17,7 @@ from gpt2.formats.stored import Stored, Weights, read_part, sizes_of
 from gpt2.formats.tokenizer_files import tokenizer_from_merges
 from gpt2.model import GPTConfig
 from gpt2.templates import ChatTemplate
+from gpt2.terminal import shorten
 from gpt2.tokenizer import Tokenizer
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -67,7 +68,7 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
     for name, info in infos.items():
         ours = _our_name(name)
         if ours is None:
-            raise ModelFilesError(f"{path}: llama.cpp's GPT-2 has no tensor {name}")
+            raise ModelFilesError(f"{path}: llama.cpp's GPT-2 has no tensor {shorten(name)}")
         weights[ours] = _stored(path, name, info, begin)
     return config, weights
 
@@ -81,7 +82,7 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     tokens, kinds = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.token_type", [])
     merges = settings.get("tokenizer.ggml.merges", [])
     if model != "gpt2" or tokens is None or not _are(tokens, str) or not _are(merges, str):
-        raise ModelFilesError(f"{path}: its tokenizer '{model}' is no byte-level BPE")
+        raise ModelFilesError(f"{path}: its tokenizer '{shorten(model)}' is no byte-level BPE")
     kinds = kinds if _are(kinds, int) and len(kinds) == len(tokens) else [NORMAL] * len(tokens)
     special = [i for i, kind in enumerate(kinds) if kind in (CONTROL, UNUSED)]
     symbols = [i for i, kind in enumerate(kinds) if kind == USER_DEFINED]
@@ -127,7 +128,7 @@ def _our_name(name: str) -> str | None:
 def _config(settings: dict[str, Any], infos: dict[str, _Info], path: Path) -> GPTConfig:
     architecture = settings.get("general.architecture")
     if architecture != "gpt2":
-        raise ModelFilesError(f"{path} is no GPT-2: its architecture is {architecture}")
+        raise ModelFilesError(f"{path} is no GPT-2: its architecture is {shorten(architecture)}")
     embedding = infos.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFilesError(f"{path} has no token_embd.weight")
@@ -160,7 +161,7 @@ def _dequantized(path: Path, name: str, info: _Info, begin: int) -> Tensor:
         raw = read_part(path, begin + info.offset, tuple(bytes_shape), torch.uint8)
         return torch.from_numpy(gguf.quants.dequantize(raw.numpy(), kind))
     except (ValueError, NotImplementedError, KeyError) as error:
-        raise ModelFilesError(f"{path}: {name} cannot be read: {error}") from error
+        raise ModelFilesError(f"{path}: {shorten(name)} cannot be read: {error}") from error
 
 
 def package(purpose: str) -> Any:

@@ -16,6 +16,7 @@ from gpt2.formats.names import CONV1D_WEIGHTS, by_our_names
 from gpt2.formats.pickled import read_pickle, stored_tensors
 from gpt2.formats.stored import Stored, Weights, own_copy, read_json, write_json
 from gpt2.model import GPT, GPTConfig
+from gpt2.terminal import shorten
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -55,7 +56,9 @@ def _files(folder: Path, name: str) -> list[Path]:
         raise ModelFilesError(f"{index} is broken: {error}") from error
     for file in files:
         if not file.is_file():
-            raise ModelFilesError(f"{folder} is not complete: {file.name} is named in {index.name} and missing")
+            raise ModelFilesError(
+                f"{folder} is not complete: {shorten(file.name)} is named in {index.name} and missing"
+            )
         check_inside_folder(file, folder)
     return files
 

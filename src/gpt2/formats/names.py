@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpt2.errors import ModelFilesError
 from gpt2.formats.stored import HEAD, Stored, Weights, transposed, zeros
+from gpt2.terminal import shorten
 
 _log = logging.getLogger("gpt2")
 
@@ -40,16 +41,20 @@ def by_our_names(stored: Iterable[Stored], path: Path, *, conv1d: bool) -> Weigh
             continue
         if _ADAPTED.search(each.key):
             raise ModelFilesError(
-                f"{path}: {each.key} belongs to an adapter: merge it with PEFT (merge_and_unload) first"
+                f"{path}: {shorten(each.key)} belongs to an adapter: merge it with PEFT (merge_and_unload) first"
             )
         if name.startswith(_HEADS):
             others.append(each.key)
             continue
         if name in weights:
-            raise ModelFilesError(f"{path}: {weights[name].key} and {each.key} are the same tensor of the model")
+            raise ModelFilesError(
+                f"{path}: {shorten(weights[name].key)} and {shorten(each.key)} are the same tensor of the model"
+            )
         weights[name] = transposed(each) if conv1d and name.endswith(CONV1D_WEIGHTS) else each
     if others:
-        _log.warning("%s: left out, since a language model does not use them: %s", path, ", ".join(sorted(others)))
+        _log.warning(
+            "%s: left out, since a language model does not use them: %s", path, shorten(", ".join(sorted(others)), 300)
+        )
     return weights
 
 

@@ -17,6 +17,7 @@ from gpt2.formats.names import by_our_names, with_zero_biases
 from gpt2.formats.pickled import Settings, read_pickle, stored_tensors
 from gpt2.formats.stored import HEAD, WTE, Weights, first_rows, sizes_of
 from gpt2.model import GPT, GPTConfig
+from gpt2.terminal import shorten
 from gpt2.tokenizer import Tokenizer, load_tokenizer
 
 GPT2_VOCAB_SIZE, PADDED_VOCABULARY = 50257, 50304
@@ -59,7 +60,7 @@ def _config(checkpoint: Mapping[str, Any], path: Path) -> GPTConfig:
         sizes["vocab_size"] = GPT2_VOCAB_SIZE
     dropout = args.get("dropout") or 0.0
     if not isinstance(dropout, (int, float)):
-        raise ModelFilesError(f"{path}: dropout cannot be {dropout!r}")
+        raise ModelFilesError(f"{path}: dropout cannot be {shorten(dropout)}")
     if isinstance(own, Mapping) and isinstance(own.get("activation_function"), str):
         activation = own["activation_function"]
     try:

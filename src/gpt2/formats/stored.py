@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2.errors import ModelFilesError
 from gpt2.model import GPT, GPTConfig
+from gpt2.terminal import shorten
 
 _log = logging.getLogger("gpt2")
 
@@ -143,7 +144,9 @@ def build(config: GPTConfig, weights: Weights, dtype: torch.dtype | None, path: 
     check_shapes(expected, weights, path)
     for name, stored in weights.items():
         if name not in expected and name != HEAD:
-            raise ModelFilesError(f"{path}: the weights hold {stored.key}, which config.json does not call for")
+            raise ModelFilesError(
+                f"{path}: the weights hold {shorten(stored.key)}, which config.json does not call for"
+            )
     tensors: dict[str, Tensor] = {}
     for name in sorted(expected, key=lambda name: name not in (WTE, HEAD)):  # the largest first, while there is room
         read = checked(weights[name], path)

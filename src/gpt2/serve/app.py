@@ -27,6 +27,7 @@ from gpt2.serve.playground import playground_router
 from gpt2.serve.response_stream import ParsedRequest, ResponseStream
 from gpt2.serve.sse import SSEResponse, json_response
 from gpt2.serve.tokenizer_threads import TokenizerThreads
+from gpt2.terminal import shorten
 
 JSON_PART_ITEMS = 10_000
 REQUEST_TYPES = {
@@ -207,7 +208,8 @@ def _add_utility_routes(app: FastAPI, models: Mapping[str, ServedModel], metrics
 
 def _tokenize(body: schema.TokenizeRequest, served: ServedModel) -> Response:
     tokens = served.tokenizer.encode(body.given_text, allow_special=True)
-    texts = [served.tokenizer.decode([token]) for token in tokens]
+    text_of = {token: served.tokenizer.decode([token]) for token in set(tokens)}  # of millions, few are different
+    texts = [text_of[token] for token in tokens]
     parts = ('{"tokens":', *_json_list(tokens), ',"texts":', *_json_list(texts), f',"count":{len(tokens)}}}')
     return Response("".join(parts), media_type="application/json")
 
@@ -263,9 +265,9 @@ def _validation_error(errors: Sequence[Any], body_type: type[BaseModel] | None) 
         return APIError(400, "the request must be a JSON object, sent as application/json")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     if problem["type"] == "extra_forbidden":
-        name = str(location[-1])[:100]
-        return APIError(400, _unknown_field_message(name, location, body_type), param[:200], "unknown_field")
-    return APIError(400, f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"[:500], param[:200])
+        message = _unknown_field_message(shorten(location[-1]), location, body_type)
+        return APIError(400, message, param, "unknown_field")
+    return APIError(400, f"{shorten(param)}: {shorten(problem['msg'][:1].lower() + problem['msg'][1:], 400)}", param)
 
 
 def _unknown_field_message(name: str, location: Sequence[str | int], body_type: type[BaseModel] | None) -> str:

@@ -5,8 +5,9 @@ import math
 
 from starlette.responses import Response
 
-from gpt2.errors import NonFiniteLogitsError, UserError
+from gpt2.errors import MAX_MESSAGE_CHARACTERS, NonFiniteLogitsError, UserError
 from gpt2.serve.schema import ErrorBody, ErrorDetail
+from gpt2.terminal import shorten
 
 ERROR_TYPES = {
     401: "authentication_error",
@@ -43,6 +44,7 @@ class APIError(Exception):
 
     param:       the field of the request that is at fault, if there is one.
     retry_after: seconds after which the client should try again.
+    closes:      the connection is closed after the response.
     """
 
     def __init__(
@@ -52,9 +54,12 @@ class APIError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        closes: bool = False,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
+        line = shorten(message, MAX_MESSAGE_CHARACTERS)
+        super().__init__(line)
+        self.status, self.message, self.retry_after, self.closes = status, line, retry_after, closes
+        self.param = None if param is None else shorten(param, 200)
         self.code = code or ERROR_CODES.get(status)
 
     @property
@@ -67,6 +72,8 @@ class APIError(Exception):
     def response(self) -> Response:
         """The whole response, with the headers that its status calls for."""
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+        if self.closes:
+            headers["Connection"] = "close"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 504:

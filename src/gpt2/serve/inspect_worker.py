@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -75,7 +76,8 @@ class InspectWorker:
         ids = _token_ids(served, body)
         if not keep:
             return handler(self, served, ids, body)
-        key = (handler, served.name, tuple(ids), body.model_dump_json(exclude={"tokens", "text"}))
+        asked = f"{ids} {body.model_dump_json(exclude={'tokens', 'text'})}"
+        key = (handler, served.name, hashlib.sha256(asked.encode()).digest())
         if key not in self._results:
             self._results[key] = handler(self, served, ids, body)
             while len(self._results) > MAX_KEPT_RESULTS:

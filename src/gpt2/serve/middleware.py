@@ -180,7 +180,7 @@ def _digest(key: str) -> bytes:
 def _check_framing(headers: Headers) -> None:
     """Refuse a request whose end two programs may see at different places (RFC 9112, section 6.3)."""
     if "content-length" in headers and "transfer-encoding" in headers:
-        raise APIError(400, "a request has Content-Length or Transfer-Encoding, not both")
+        raise APIError(400, "a request has Content-Length or Transfer-Encoding, not both", closes=True)
 
 
 def _hostname(host: str) -> str | None:

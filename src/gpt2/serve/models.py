@@ -14,6 +14,7 @@ from gpt2.serve.errors import APIError
 from gpt2.serve.limits import Limits
 from gpt2.serve.scheduler import Scheduler
 from gpt2.templates import ChatTemplate
+from gpt2.terminal import shorten
 from gpt2.tokenizer import Tokenizer
 
 
@@ -82,7 +83,7 @@ def find_model(models: Mapping[str, ServedModel], name: str | None) -> ServedMod
     if not name:
         return next(iter(models.values()))
     if name not in models:
-        name = name[:200]
+        name = shorten(name, 200)
         hint = did_you_mean(name, models) or f": there is {', '.join(models)}"
         raise APIError(404, f"the model '{name}' does not exist{hint}", "model", "model_not_found")
     return models[name]

@@ -40,6 +40,7 @@ from gpt2.runtime import (
     seed_everything,
 )
 from gpt2.templates import BUILTIN_TEMPLATES, ChatTemplate, get_template
+from gpt2.terminal import shorten
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, with_added_tokens, with_special_tokens
 from gpt2.train.artifact import ModelArtifact
 from gpt2.train.checkpoint import latest_checkpoint, load_optimizers
@@ -281,7 +282,7 @@ def _load_initial_model(config: TrainConfig, folder: Path, vocab_size: int) -> G
 def _load_adapter(model: GPT, checkpoint: Path, fingerprint: str) -> None:
     adapter = read_adapter(checkpoint / "adapter")
     if adapter.base_fingerprint != fingerprint:
-        raise ModelFilesError(f"{checkpoint} has an adapter for {adapter.base_model}, which has changed since")
+        raise ModelFilesError(f"{checkpoint} has an adapter for {shorten(adapter.base_model)}, which has changed since")
     load_adapter_weights(model, adapter)
 
 
