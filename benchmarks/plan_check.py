@@ -60,7 +60,7 @@ def compare(flags: str, folder: Path) -> dict[str, float]:
     steps = 40 if flags == "quickstart" else 8
     words = [*flags.split(), *NO_EVAL_FLAGS.format(steps=steps).split(), "--save-every", "0"]
     planned = subprocess.run(
-        [sys.executable, "-m", "gpt2", "plan", *words, "--json"], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "gpt2", "plan", *words, "--json", "-"], stdout=subprocess.PIPE, text=True, check=True
     )
     plan = json.loads(planned.stdout)
     tokenizer = "gpt2" if "gpt2" in words else "bpe:1024"

@@ -13,12 +13,12 @@ from gpt2.commands.bench_output import (
     check_outputs,
     new_decode_result,
     parse_counts,
-    print_progress,
     random_model_config,
     wide_console,
-    write_json,
 )
+from gpt2.commands.json_output import prints_json, write_json
 from gpt2.errors import UserError, missing_extra
+from gpt2.progress import print_status
 from gpt2.resolve import resolve_model
 from gpt2.runtime import pick_device
 
@@ -33,27 +33,28 @@ def main(args: Namespace) -> int:
     except ImportError as error:
         raise missing_extra(error.name or "FastAPI", "serve", "gpt2 bench serve") from error
     check_outputs(args)
-    random_config = random_model_config(args, args.prompt_tokens + args.new_tokens)
+    random_config = random_model_config(args, args.prompt_tokens + args.max_new_tokens)
     workload = DecodeWorkload(
         device=str(pick_device(args.device)),
         config=random_config if args.model is None else resolve_model(args.model).config,
         model=args.model,
         prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
+        new_tokens=args.max_new_tokens,
         batch_sizes=tuple(sorted(parse_counts("--clients", args.clients, MAX_CLIENTS))),
         rounds=args.rounds,
     )
     result = new_decode_result("bench serve", workload) | {"precision": args.dtype, "cold_start": None}
     try:
         if args.model is not None:
-            print_progress("cold start")
+            print_status("cold start")
             result["cold_start"] = cold_start(workload, args.dtype)
-        save_partial = lambda found: write_json(args.json, result | {"clients": found})  # noqa: E731
-        result["clients"] = measure_serving(workload, args.dtype, SubprocessRunner, print_progress, save_partial)
+        save_partial = lambda found: write_json(args.json, result | {"clients": found}, partial=True)  # noqa: E731
+        result["clients"] = measure_serving(workload, args.dtype, SubprocessRunner, print_status, save_partial)
     except BenchmarkError as failure:
         raise UserError(f"the server cannot be measured: {failure}") from failure
     write_json(args.json, result)
-    _print_results(result)
+    if not prints_json(args.json):
+        _print_results(result)
     if args.chart is not None:
         serving_chart.draw(result, args.chart)
     return 0

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2.bench.ladder_chart import BLUE, GREY, NUMBER_FORMAT, check_chart_path
+from gpt2.bench.ladder_chart import BLUE, GREY, check_chart_path
+from gpt2.reporting.axes import format_ticks
+from gpt2.units import format_ratio
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -27,10 +29,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         note = " (×: of the median)" if axes is between else ""
         _line(axes, clients, [row[name]["p99"] for row in rows], GREY, f"99th percentile{note}")
         _line(axes, clients, [row[name]["median"] for row in rows], BLUE, "median")
-    for row in rows:
-        _annotate(rates, row["clients"], row["tokens_per_second"], f"{row['of_engine']:.0%}", (4, -12))
+    for number, row in enumerate(rows):
+        side = "left" if number == 0 < len(rows) - 1 else "center"  # the first point is near the axis
+        _annotate(rates, row["clients"], row["tokens_per_second"], f"{row['of_engine']:.0%}", (4, -12), side)
         if ratio := row["between_tokens_p99_of_median"]:
-            _annotate(between, row["clients"], row["between_tokens_ms"]["p99"], f"{ratio:.1f}×", (-9, 7))
+            text = f"{format_ratio(ratio)}×"
+            _annotate(between, row["clients"], row["between_tokens_ms"]["p99"], text, (-4, 7), side)
     _format_axes(rates, "tokens/s, all clients", clients)
     _format_axes(first, "time to first token, ms", clients)
     _format_axes(between, "inter-token latency, ms", clients)
@@ -41,27 +45,24 @@ def _line(axes: Any, clients: list[int], values: list[float], color: str, label:
     axes.plot(clients, values, color=color, marker="o", markersize=5, label=label)
 
 
-def _annotate(axes: Any, x: float, y: float, text: str, offset: tuple[float, float]) -> None:
-    """Write text at an offset, in points, from a point of the chart."""
-    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=8)
+def _annotate(axes: Any, x: float, y: float, text: str, offset: tuple[float, float], side: str) -> None:
+    """Write text at an offset, in points, from a point of the chart. side: which of the text's is there."""
+    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=8)
 
 
 def _format_axes(axes: Any, title: str, clients: list[int]) -> None:
-    from matplotlib.ticker import LogLocator
-
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log":
-        axes.set_ylim(low, high * (high / low) ** 0.15)  # space for the legend
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.set_ylim(low, high * (high / low) ** 0.25)  # space for the legend
     else:
-        axes.set_ylim(0, 1.15 * high)
+        axes.set_ylim(0, 1.3 * high)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xscale("log", base=2)
     axes.set_xticks(clients, [f"{count:,}" for count in clients])
     axes.minorticks_off()
     axes.margins(x=0.1)
     axes.set_xlabel("concurrent clients", fontsize=9)
-    axes.yaxis.set_major_formatter(NUMBER_FORMAT)
+    format_ticks(axes.yaxis)
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers must not compete for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,9 @@ from gpt2.tokenizer import BPETokenizer, Tokenizer, train_bpe
 from tests.helpers.dataset_hub import DatasetHub, serve_datasets
 from tests.helpers.tokenizer_samples import SENTENCES, TOKENIZER_FACTORIES
 from tests.helpers.training_helpers import NUMBERS_TEXT
+
+settings.register_profile("busy machine", deadline=None)  # no test depends on its time
+settings.load_profile("busy machine")
 
 SHARED = Path(os.environ.get("GPT2_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TIKTOKEN_CACHE = SHARED / "tiktoken-cache"

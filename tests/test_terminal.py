@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from gpt2.cli import _LogFormatter, run_and_exit
-from gpt2.commands import data, export, info, serve
+from gpt2.commands import data, export, info
 from gpt2.errors import MAX_MESSAGE_CHARACTERS, DataError, RequestError, UserError
 from gpt2.evaluation.report import ModelReport, checks_table, table
 from gpt2.model import GPT, GPTConfig
+from gpt2.progress import print_status
 from gpt2.reporting.metrics import MetricsLogger
 from gpt2.terminal import UNSAFE_CHARACTERS, escape_controls, path_for_stream, shorten, single_line
 from gpt2.tokenizer import get_tokenizer
@@ -76,7 +77,7 @@ def test_the_names_of_models_in_a_table() -> None:
 
 
 def test_the_log(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    serve._log(f"serving {EVIL}")
+    print_status(f"serving {EVIL}")
     with MetricsLogger(tmp_path, 0, 1) as logger:
         logger.log_message(f"run folder: {EVIL}")
     lines = capsys.readouterr().err.splitlines()

@@ -1,12 +1,10 @@
 """The reference pages that are generated from the code: commands, settings, Python API, HTTP API, OpenAPI schema."""
 
 import argparse
-import importlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -28,52 +26,10 @@ def generated_pages() -> dict[str, str]:
     return pages
 
 
-class _Found(BaseException):
-    """Carries the parser of a command out of its `main`."""
-
-    def __init__(self, parser: cli.Parser) -> None:
-        self.parser = parser
-
-
-def command_parser(*words: str) -> cli.Parser:
-    """The parser of `gpt2 WORDS`, such as ("bench", "train"), without running the command."""
-    module = importlib.import_module(f"gpt2.commands.{words[0]}")
-    with _parsing_replaced():
-        try:
-            module.main(list(words[1:]) or ["--json"])
-        except _Found as found:
-            return found.parser
-    raise AssertionError(f"gpt2 {' '.join(words)} has no parser")
-
-
-@contextmanager
-def _parsing_replaced() -> Iterator[None]:
-    """Within this context, parsing raises _Found with the parser."""
-
-    def found(parser: cli.Parser, *_: Any, **__: Any) -> None:
-        raise _Found(parser)
-
-    before = {name: getattr(cli.Parser, name) for name in ("parse_known_args", "parse_intermixed_args", "parse_args")}
-    try:
-        for name in before:
-            setattr(cli.Parser, name, found)
-        yield
-    finally:
-        for name, method in before.items():
-            setattr(cli.Parser, name, method)
-
-
 def command_page(verb: str) -> str:
     """The page of one command: usage, arguments, flags by section, examples; those of its subcommands follow."""
     parts = [_front_matter(f"gpt2 {verb}", f"Every flag of gpt2 {verb}: {cli.COMMANDS[verb]}."), f"# gpt2 {verb}"]
-    if verb == "bench":
-        from gpt2.commands.bench import BENCHMARKS
-
-        parts += [f"{cli.COMMANDS[verb].capitalize()}."]
-        for name in BENCHMARKS:
-            parts += [f"## gpt2 bench {name}", *_parser_parts(command_parser("bench", name), 3)]
-        return "\n\n".join(parts) + "\n"
-    parser = command_parser(verb)
+    parser = cli.command_module(verb).make_parser()
     parts += _parser_parts(parser, 2)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -128,7 +84,8 @@ def commands_index() -> str:
             _front_matter("Commands", "The commands of gpt2, generated from their parsers."),
             "# Commands",
             "These pages are generated from the parsers: they have every flag. `--batch-size` and `--batch_size` are "
-            "the same flag. A value in brackets is the default. `gpt2 --version` prints the version and, in a clone, "
+            'the same flag. A value in brackets is the default. `eval "$(gpt2 completion bash)"` completes commands '
+            "and flags in the shell. `gpt2 --version` prints the version and, in a clone, "
             "the commit. [Exit codes](../exit-codes.md) and [environment variables](../environment.md) have their "
             "own pages.",
             "\n".join(["| command | does |", "| --- | --- |", *rows]),

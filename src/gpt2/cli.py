@@ -21,6 +21,11 @@ from gpt2.errors import (
 )
 from gpt2.terminal import escape_controls, shorten, single_line
 
+COMMON_FLAGS: dict[str, dict[str, Any]] = {
+    "quiet": {"action": "store_true", "help": "print results and errors only"},
+    "verbose": {"action": "store_true", "help": "print more, and where an error was raised"},
+    "threads": {"metavar": "INT", "help": "CPU threads [all cores, or $OMP_NUM_THREADS]"},
+}
 _COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -43,6 +48,9 @@ class Parser(argparse.ArgumentParser):
         )
         self._advice, self._stray = dict(advice or {}), stray
         self._section: argparse._ActionsContainer = self
+        if self.prog.startswith("gpt2 "):
+            for name, settings in COMMON_FLAGS.items():
+                self.add_flag(name, default=argparse.SUPPRESS, **settings)
 
     def section(self, title: str) -> None:
         """Show the flags that are added from now on under this title."""
@@ -81,7 +89,8 @@ class Parser(argparse.ArgumentParser):
             )
         if dashed in self._advice:
             self.error(f"there is no {unknown}: {self._advice[dashed]}")
-        self.error(f"there is no {unknown}{did_you_mean(dashed, self._flags())}")
+        choices = [flag for flag in self._flags() if flag != "--help"]
+        self.error(f"there is no {unknown}{did_you_mean(dashed, choices)}")
 
     def _with_dashes(self, arg: str) -> str:
         """Return `arg` with dashes if it is a known flag spelled with underscores, else unchanged."""
@@ -95,6 +104,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class SubcommandParser(Parser):
+    """The parser of a subcommand, whose errors name and suggest its own flags."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, extra = super().parse_known_args(args, namespace)
+        self._reject(extra)
+        return found, extra
 
 
 class FlagRule(NamedTuple):
@@ -171,7 +189,7 @@ def parse_size(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `gpt2 VERB ...` and exit with 0 for success, 2 for a user error, 128 + n for a stop by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    run_and_exit(lambda: _run_command(_take_threads(arguments)))
+    run_and_exit(lambda: _run_command(_take_common_flags(arguments)))
 
 
 def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
@@ -181,14 +199,15 @@ def run_and_exit(program: Callable[[], int | None]) -> NoReturn:
     is_main_process = os.environ.get("RANK", "0") == "0"  # the other ranks would repeat its warnings
     handler = logging.StreamHandler()
     handler.setFormatter(_LogFormatter("gpt2: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_main_process else logging.ERROR)
-    logging.getLogger("gpt2.data").setLevel(logging.INFO if is_main_process else logging.ERROR)
+    logging.basicConfig(handlers=[handler])
+    set_log_level(NORMAL if is_main_process else QUIET)
     try:
         code = program() or 0
         if sys.stdout is not None:
             sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
+        logging.getLogger("gpt2").debug("where the error was raised", exc_info=error)
         _exit_with_error(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if (memory_error := as_memory_error(error)) is not None:
@@ -270,24 +289,45 @@ class _LossyFile(io.FileIO):
         return len(data) if written is None else written
 
 
-def _take_threads(arguments: Sequence[str]) -> list[str]:
-    """The arguments without ``--threads``, a flag of all commands, which must have its effect before torch starts."""
-    remaining = list(arguments)
-    for index, word in enumerate(remaining):
+NORMAL, QUIET, VERBOSE = "normal", "quiet", "verbose"
+LOG_LEVELS = {  # of the loggers: all, those of gpt2, and those of gpt2 that tell how far a command is
+    QUIET: (logging.ERROR, logging.ERROR, logging.ERROR),
+    NORMAL: (logging.WARNING, logging.WARNING, logging.INFO),
+    VERBOSE: (logging.INFO, logging.DEBUG, logging.DEBUG),
+}
+PROGRESS_LOGGERS = ("gpt2.data", "gpt2.progress")
+
+
+def set_log_level(name: str) -> None:
+    """Log what --quiet or --verbose asks for. The level of the logger "gpt2" decides about progress bars, too."""
+    everything, ours, progress = LOG_LEVELS[name]
+    logging.getLogger().setLevel(everything)
+    logging.getLogger("gpt2").setLevel(ours)
+    for logger in PROGRESS_LOGGERS:
+        logging.getLogger(logger).setLevel(progress)
+
+
+def _take_common_flags(arguments: Sequence[str]) -> list[str]:
+    """The arguments without the COMMON_FLAGS, which have their effect here: before torch is imported."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    remaining: list[str] = []
+    words = iter(arguments[:end])
+    for word in words:
         name, equals, value = word.partition("=")
-        if word == "--":
-            break
-        if name != "--threads":
-            continue
-        if not equals:
-            value = remaining.pop(index + 1) if index + 1 < len(remaining) else ""
-        del remaining[index]
-        try:
-            os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(positive_int(value))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--threads {error}") from None
-        break
-    return remaining
+        if word in ("--quiet", "--verbose"):
+            set_log_level(word.removeprefix("--"))
+        elif name == "--threads":
+            _set_threads(value if equals else next(words, ""))
+        else:
+            remaining.append(word)
+    return [*remaining, *arguments[end:]]
+
+
+def _set_threads(text: str) -> None:
+    try:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(positive_int(text))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--threads {error}") from None
 
 
 def _run_command(arguments: list[str]) -> int | None:
@@ -306,7 +346,12 @@ def _run_command(arguments: list[str]) -> int | None:
     verb, rest = arguments[0], arguments[1:]
     if verb not in COMMANDS:
         raise UserError(f"there is no command '{verb}'{did_you_mean(verb, COMMANDS)}: see gpt2 --help")
-    return importlib.import_module(f"gpt2.commands.{verb}").main(rest)
+    return command_module(verb).main(rest)
+
+
+def command_module(verb: str) -> Any:
+    """The module of a command: `main(argv)` runs it, and `make_parser()` is its parser, with those of subcommands."""
+    return importlib.import_module(f"gpt2.commands.{verb}")
 
 
 def _usage() -> str:
@@ -320,8 +365,9 @@ usage: gpt2 COMMAND ...
 
 A MODEL is a run folder, a model folder, or a name on the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name.
 A checkpoint of another program works, too: gpt2 convert --list.
-gpt2 COMMAND --help, or gpt2 help COMMAND, lists the flags of a command. All take --threads INT, the number of CPU
-threads [all cores, or $OMP_NUM_THREADS]; sums may round differently with another number.
+gpt2 COMMAND --help, or gpt2 help COMMAND, lists the flags of a command. All take --quiet (results and errors only),
+--verbose, and --threads INT, the number of CPU threads [all cores, or $OMP_NUM_THREADS]; sums may round differently
+with another number.
 
 examples:
   gpt2 train quickstart
@@ -343,4 +389,5 @@ COMMANDS = {
     "bench": "measure the speed of training, generation and serving, and compare it with peers",
     "sweep": "search for the best learning rate and other settings of a recipe",
     "plan": "estimate memory, time and cost of a training run",
+    "completion": "print the completion of commands and flags for a shell",
 }

@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 from gpt2.errors import DataError
 from gpt2.files import check_regular_file, file_digest, read_error, staging_folder, write_error
+from gpt2.progress import ProgressBar
+from gpt2.units import format_bytes
 
 _MAX_FAILURES, _RETRY_SECONDS = 3, 5.0  # of a connection that breaks without a byte; seconds more each time
 
@@ -69,15 +71,8 @@ def _fetch(
 ) -> None:
     """Stream `url` into `out`, with a progress bar on a terminal."""
     import requests
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not (show_progress and console.is_terminal)
-    ) as progress:
-        task = progress.add_task(_url_filename(url), total=None)
+    with ProgressBar(_url_filename(url)) as bar:
         failures = 0
         while True:
             start, can_continue = out.tell(), False
@@ -89,10 +84,11 @@ def _fetch(
                         raise requests.HTTPError(f"HTTP {response.status_code} {response.reason}")
                     can_continue = response.headers.get("Accept-Ranges") == "bytes" or response.status_code == 206
                     length = int(response.headers.get("Content-Length") or 0)
-                    progress.update(task, total=start + length or None)
+                    total = start + length if length else None
                     for block in response.iter_content(1 << 16):
                         out.write(block)
-                        progress.update(task, advance=len(block))
+                        if show_progress:
+                            _show(bar, out.tell(), total)
                         if is_cancelled():
                             raise KeyboardInterrupt
                 return
@@ -101,6 +97,13 @@ def _fetch(
                 if not can_continue or failures > _MAX_FAILURES:
                     raise
                 time.sleep(_RETRY_SECONDS * (failures - 1))
+
+
+def _show(bar: ProgressBar, done: int, total: int | None) -> None:
+    if total is None:
+        bar.update(status=format_bytes(done))
+    else:
+        bar.update(done / total, f"{format_bytes(done)} of {format_bytes(total)}")
 
 
 def _url_filename(url: str) -> str:

@@ -1,5 +1,6 @@
 """What a MODEL argument stands for: its folder, config, tokenizer, chat template and adapter, resolved in one place."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,8 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.templates import ChatTemplate, load_template
 from gpt2.tokenizer import Tokenizer
 from gpt2.weights import find_model_folder, load, load_model_tokenizer, read_config, read_template
+
+_log = logging.getLogger("gpt2")
 
 
 @dataclass(frozen=True)
@@ -47,4 +50,5 @@ def resolve_model(ref: str | Path, adapter: str | Path | None = None) -> Resolve
     """
     adapter_folder = None if adapter is None else find_adapter(adapter)
     folder = find_model_folder(ref)
+    _log.debug("%s is %s%s", ref, folder, "" if adapter_folder is None else f" with the adapter {adapter_folder}")
     return ResolvedModel(folder, read_config(folder), adapter_folder)

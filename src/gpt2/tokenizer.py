@@ -13,7 +13,7 @@ classes are in `gpt2.byte_level`; here they are made: by name, from files, train
 import copy
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gpt2.byte_level import BPETokenizer, ByteLevelTokenizer, ByteTokenizer, GPT2Tokenizer, Tokenizer
@@ -21,6 +21,7 @@ from gpt2.characters import characters_from_spec
 from gpt2.end_tokens import read_end_tokens
 from gpt2.errors import ConfigError, ModelFilesError, UnsupportedTokenizer, did_you_mean
 from gpt2.files import check_inside_folder, expand_path
+from gpt2.progress import run_cancellable
 from gpt2.sentencepieces import load_sentencepiece
 from gpt2.tokenizer_components import check_components, check_file_size
 from gpt2.tokenizer_settings import (
@@ -57,13 +58,13 @@ _MAX_WORD_BYTES = 8_000_000  # of different words to train a BPE on
 _log = logging.getLogger("gpt2")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, while_waiting: Callable[[], None] = lambda: None) -> BPETokenizer:
     """Train a byte-level BPE: the most frequent pair of tokens becomes a token, again and again.
 
     `vocab_size` includes the 256 bytes, which are first, and ``<|endoftext|>``, which is last. Only pairs that occur
     twice are merged, so short texts give a smaller vocabulary, with a warning in the log. A word of more than 1,000
     characters counts as several. Once the texts have 8 MB of different words, others do not count, with a warning, too:
-    so memory is bounded. The result is deterministic.
+    so memory is bounded. The result is deterministic. `while_waiting` is called four times a second.
 
     Raises ConfigError for a `vocab_size` outside 257 to 65,536.
     """
@@ -80,8 +81,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in _bound_words(texts) for piece in split_long_words(replace_surrogates(text)))
-    backend.train_from_iterator(pieces, trainer)
+
+    def train(check: Callable[[], None]) -> None:
+        def pieces() -> Iterator[str]:
+            for text in _bound_words(texts):
+                check()
+                yield from split_long_words(replace_surrogates(text))
+
+        backend.train_from_iterator(pieces(), trainer)
+
+    run_cancellable(train, while_waiting)
     model = json.loads(backend.to_str())["model"]
     tokens = [decode_byte_level(text) for text in sorted(model["vocab"], key=model["vocab"].__getitem__)]
     merges = [(decode_byte_level(left), decode_byte_level(right)) for left, right in model["merges"]]

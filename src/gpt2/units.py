@@ -11,6 +11,18 @@ def format_count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def format_significant(number: float) -> str:
+    """Three significant digits: 12,345, 401, 12.3, 1.20, 0.95, 0.000123."""
+    if abs(number) >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}" if abs(number) >= 1 else f"{number:.3g}"
+
+
+def format_ratio(ratio: float) -> str:
+    """0.95, 1.09, 12.3, 401."""
+    return f"{ratio:.2f}" if 0.1 <= ratio < 10 else format_significant(ratio)
+
+
 def format_bytes(number: float) -> str:
     """1.50 GiB, 949.4 MiB, 1.0 KiB, 12 B."""
     for size, unit, digits in ((2**30, "GiB", 2), (2**20, "MiB", 1), (2**10, "KiB", 1)):

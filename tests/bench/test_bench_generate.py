@@ -41,7 +41,7 @@ from tests.helpers.bench_helpers import FAKE_NANOGPT
 
 TINY = GPTConfig(vocab_size=3001, n_layer=2, n_head=2, n_embd=64)
 WORK = DecodeWorkload("cpu", TINY, prompt_tokens=6, new_tokens=9, batch_sizes=(1, 3), rounds=2, seed=0, pause=0)
-FLAGS = "--n-layer 2 --n-head 2 --n-embd 64 --vocab-size 3001 --batch-sizes 1,3 --prompt-tokens 6 --new-tokens 9"
+FLAGS = "--n-layer 2 --n-head 2 --n-embd 64 --vocab-size 3001 --batch-size 1,3 --prompt-tokens 6 --max-new-tokens 9"
 GENERATE = ["bench", "generate", "--device", "cpu", "--rounds", "2", *FLAGS.split()]
 NANOGPT_GENERATE = """
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None):
@@ -323,7 +323,16 @@ def test_perplexity_is_measured_with_the_speed(here: None, tmp_path: Path, capsy
     model = GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=2, n_embd=16))
     save(model, get_tokenizer("bytes"), tmp_path / "model")
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 9)
-    flags = ["--batch-sizes", "1", "--prompt-tokens", "4", "--new-tokens", "4", "--lanes", "float32,float32-torch"]
+    flags = [
+        "--batch-size",
+        "1",
+        "--prompt-tokens",
+        "4",
+        "--max-new-tokens",
+        "4",
+        "--variants",
+        "float32,float32-torch",
+    ]
     flags += ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--text-tokens", "100"]
     assert run_command(["bench", "generate", "--device", "cpu", "--json", str(tmp_path / "a.json"), *flags]) == 0
     result = json.loads((tmp_path / "a.json").read_text())
@@ -358,10 +367,10 @@ def test_a_peer_that_is_not_installed(here: None, monkeypatch: pytest.MonkeyPatc
         ("--peer nanogpt", "needs a checkout"),
         ("--variants int3", "there is no variant 'int3'"),
         ("--variants ,", "--variants is empty"),
-        ("--batch-sizes 1,x", "--batch-sizes must be integers from 1"),
-        ("--batch-sizes 0", "--batch-sizes must be integers from 1"),
-        ("--batch-sizes ,", "at least 1 batch size"),
-        ("--new-tokens 1", "new_tokens must be at least 2"),
+        ("--batch-size 1,x", "--batch-size must be integers from 1"),
+        ("--batch-size 0", "--batch-size must be integers from 1"),
+        ("--batch-size ,", "at least 1 batch size"),
+        ("--max-new-tokens 1", "new_tokens must be at least 2"),
         ("--rounds 0", "rounds must be at least 1"),
         ("--shape gpt3", "--shape gpt3 is not one of"),
         ("--text a.txt", "--text needs --model"),

@@ -19,7 +19,6 @@ from benchmarks.serving import ClientWorker, ServerWorker, TokenIdTokenizer, col
 from gpt2.bench.common import BenchmarkError, InProcessRunner, SubprocessRunner
 from gpt2.bench.decode import DecodeWorkload
 from gpt2.commands import bench
-from gpt2.commands.bench_args import parse_serve
 from gpt2.errors import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.tokenizer import ByteTokenizer
@@ -103,8 +102,8 @@ def test_the_command_prints_and_writes_the_same_numbers(
     monkeypatch.setattr(serve, "SubprocessRunner", InProcessRunner)
     shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "99"]
     files = ["--json", str(tmp_path / "load.json"), "--chart", str(tmp_path / "load.png")]
-    small = ["--clients", "2,1", "--rounds", "1", "--new-tokens", "4", "--prompt-tokens", "3", "--device", "cpu"]
-    assert serve.main(parse_serve([*shape, *files, *small])) == 0
+    small = ["--clients", "2,1", "--rounds", "1", "--max-new-tokens", "4", "--prompt-tokens", "3", "--device", "cpu"]
+    assert bench.main(["serve", *shape, *files, *small]) == 0
     result = json.loads((tmp_path / "load.json").read_text())
     assert [row["clients"] for row in result["clients"]] == [1, 2]
     assert result["workload"]["new_tokens"] == 4
@@ -125,7 +124,7 @@ def test_the_command_prints_and_writes_the_same_numbers(
 )  # fmt: skip
 def test_invalid_flags_are_user_errors(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        serve.main(parse_serve(flags))
+        bench.main(["serve", *flags])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from gpt2.bench.common import (
     BenchmarkError,
+    SubprocessRunner,
     Workload,
     load_benchmark,
     quartiles_ms,
@@ -61,3 +63,32 @@ def test_peers_need_a_source_tree(
         code, out, err = run_cli(capsys, "bench", *arguments)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert "needs a clone of the source tree" in err
+
+
+def blocked_signals() -> set[int]:
+    return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])}
+
+
+class Busy:
+    """A worker that interrupts its parent, and then does not answer."""
+
+    def blocked_signals(self) -> set[int]:
+        return blocked_signals()
+
+    def interrupt_parent(self) -> None:
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked")
+def test_ctrl_c_reaches_no_subprocess_and_does_not_wait_for_it() -> None:
+    """Blocked from the start of Python, whose own handler would print a traceback while torch is imported."""
+    before = blocked_signals()
+    started = time.monotonic()
+    runner = SubprocessRunner(Busy)
+    assert signal.SIGINT in runner.call("blocked_signals")
+    assert blocked_signals() == before
+    with pytest.raises(KeyboardInterrupt), runner:
+        runner.call("interrupt_parent")
+    assert not runner._process.is_alive()
+    assert time.monotonic() - started < 60

@@ -42,7 +42,7 @@ def test_train_prints_a_table_and_writes_json_and_chart(
 ) -> None:
     file, chart, again = tmp_path / "a.json", tmp_path / "a.png", tmp_path / "again.png"
     outputs = ["--json", str(file), "--chart", str(chart), "--peer", f"nanogpt={nanogpt}"]
-    code, out, err = run_cli(capsys, *BENCH_TRAIN_ARGS, "--rungs", "float32,tf32,chunked-loss", *outputs)
+    code, out, err = run_cli(capsys, *BENCH_TRAIN_ARGS, "--ladder-steps", "float32,tf32,chunked-loss", *outputs)
     assert code == 0
     assert "chunked-loss" in out
     assert "not applicable: TF32" in out
@@ -132,9 +132,10 @@ def test_peers_only_skips_the_ladder(
         ([*BENCH_TRAIN_ARGS, "--steps", "0"], "steps must be at least 1, not 0"),
         ([*BENCH_TRAIN_ARGS, "--rounds", "0"], "--rounds must be at least 1, not 0"),
         ([*BENCH_TRAIN_ARGS, "--n-head", "3"], "n_embd (32) must be a multiple of n_head (3)"),
-        ([*BENCH_TRAIN_ARGS, "--model", "gpt2-mdium"], "--model gpt2-mdium is not one of"),
-        ([*BENCH_TRAIN_ARGS, "--devices", "cuda:99"], "there is no cuda:99 device on this machine"),
-        ([*BENCH_TRAIN_ARGS, "--devices", "gpu"], "device 'gpu' is not one of"),
+        ([*BENCH_TRAIN_ARGS, "--shape", "gpt2-mdium"], "--shape gpt2-mdium is not one of"),
+        ([*BENCH_TRAIN_ARGS, "--model", "gpt2"], "there is no --model: --shape names the model to train"),
+        ([*BENCH_TRAIN_ARGS, "--device", "cuda:99"], "there is no cuda:99 device on this machine"),
+        ([*BENCH_TRAIN_ARGS, "--device", "gpu"], "device 'gpu' is not one of"),
         ([*BENCH_TRAIN_ARGS, "--json", "nowhere/a.json"], "nowhere/a.json: there is no folder nowhere"),
         ([*BENCH_TRAIN_ARGS, "--chart", "a.txt"], "a.txt: a chart is one of .png, .svg, .pdf"),
         ([*BENCH_TRAIN_ARGS, "--stpes", "3"], "there is no --stpes (did you mean '--steps'?)"),
@@ -164,7 +165,7 @@ def test_help_names_the_benchmarks_and_the_flags(capsys: pytest.CaptureFixture[s
     assert all(name in out for name in bench.BENCHMARKS)
     code, out, _ = run_cli(capsys, "bench", "train", "--help")
     assert code == 0
-    assert all(flag in out for flag in ("--devices", "--ladder-steps", "--peer", "--json", "--chart"))
+    assert all(flag in out for flag in ("--device", "--ladder-steps", "--peer", "--json", "--chart"))
 
 
 @pytest.mark.slow

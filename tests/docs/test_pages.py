@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from gpt2.cli import COMMANDS, Parser
+from gpt2.cli import COMMANDS, command_module
+from gpt2.commands.completion import subcommand_parsers
 from gpt2.config import TrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -55,17 +56,11 @@ def test_reference_has_every_command_and_flag() -> None:
     pages = load_hook("generated_pages")
     for verb in COMMANDS:
         text = pages.command_page(verb)
-        parsers = [pages.command_parser(verb)] if verb != "bench" else []
-        parsers += [p for parser in parsers for p in _subparsers(parser)]
+        parsers = list(subcommand_parsers(command_module(verb).make_parser()))
         for flag in {flag for parser in parsers for action in parser._actions for flag in _shown_flags(action)}:
             assert f"`{flag}" in text or f", {flag}" in text, (verb, flag)
     settings = pages.settings_page()
     assert all(f"| `{name}` |" in settings for name in TrainConfig.__dataclass_fields__)
-
-
-def _subparsers(parser: Parser) -> list[Parser]:
-    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return [child for action in actions for child in action.choices.values()]
 
 
 def _shown_flags(action: argparse.Action) -> list[str]:

@@ -9,9 +9,7 @@ from gpt2.model import GPT, GPTConfig
 
 TINY_CONFIG = GPTConfig(vocab_size=301, block_size=1024, n_layer=2, n_head=2, n_embd=32)
 TINY_WORKLOAD = Workload("cpu", TINY_CONFIG, batch_size=2, block_size=16, steps=3, warmup=2, lr=3e-3)
-TINY_FLAGS = (
-    "--devices cpu --n-layer 2 --n-head 2 --n-embd 32 --vocab-size 301 --batch-size 2 --block-size 16 --steps 2"
-)
+TINY_FLAGS = "--device cpu --n-layer 2 --n-head 2 --n-embd 32 --vocab-size 301 --batch-size 2 --block-size 16 --steps 2"
 BENCH_TRAIN_ARGS = ["bench", "train", *TINY_FLAGS.split()]
 
 FAKE_NANOGPT = '''

@@ -65,7 +65,7 @@ def test_a_plan_that_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str
     assert main([*too_large, "--on", "a100"]) == 1
     printed = capsys.readouterr().out
     assert printed.rstrip().splitlines()[-1].startswith("The run does not fit in the memory of ")
-    assert main([*too_large, "--on", "a100", "--json"]) == 1
+    assert main([*too_large, "--on", "a100", "--json", "-"]) == 1
     assert main(["quickstart", "--on", "a100"]) == 0
     assert "the whole batch of a device" in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_local_plan_as_json_creates_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--batch-size", "16", "--device", "cpu", "--tokens", "1M", "--price-per-hour", "2", "--json"]
+    flags = ["--batch-size", "16", "--device", "cpu", "--tokens", "1M", "--price-per-hour", "2", "--json", "-"]
     main(["quickstart", *SMALL, *flags])
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {

@@ -361,7 +361,7 @@ def test_cluster_plan_as_json_and_as_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["gpt2-124m", "--on", "h100", "--nodes", "4", "--gpus", "8", "--network", "800"]
-    main([*flags, "--json"])
+    main([*flags, "--json", "-"])
     result = json.loads(capsys.readouterr().out)
     assert set(result["ways"]) == {"ddp", "fsdp"}
     assert set(result["ways"]["ddp"]) == {"memory", "fits", "step"}
@@ -370,7 +370,7 @@ def test_cluster_plan_as_json_and_as_a_table(
         *("sent_inside", "sent_between"),
     }
     assert result["network"] == pytest.approx(1e11)
-    main([*flags, "--json"])
+    main([*flags, "--json", "-"])
     assert json.loads(capsys.readouterr().out) == result
     monkeypatch.setenv("COLUMNS", "160")
     main(flags)

@@ -159,36 +159,6 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def test_guidellm_gets_the_number_of_tokens_it_asks_for(client: httpx.Client) -> None:
-    asked = {
-        "model": "tiny", "prompt": "Hello", "stream": True, "max_tokens": 9, "max_completion_tokens": 9,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "stop": None, "ignore_eos": True,
-    }  # fmt: skip
-    chunks = events_of(client.post(COMPLETIONS, json=asked))
-    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-    assert counts == sorted(counts)
-    assert counts[-1] == 9
-    assert counts[0] < 9
-
-
-def test_open_webui_and_langchain_requests(client: httpx.Client) -> None:
-    open_webui = {
-        "stream": True, "model": "tiny", "messages": [{"role": "system", "content": "Be kind."}, *HELLO],
-        "tools": [TOOL], "metadata": {"chat_id": "1"}, "stream_options": {"include_usage": True}, "max_tokens": 5,
-    }  # fmt: skip
-    assert events_of(client.post(CHAT, json=open_webui))[-1]["usage"]["completion_tokens"] >= 1
-    langchain = {
-        "messages": [{"content": "Hello", "role": "user"}], "model": "tiny", "stream": False, "temperature": 0.0,
-        "tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False, "max_completion_tokens": 5,
-    }  # fmt: skip
-    assert client.post(CHAT, json=langchain).status_code == 200
-    lm_eval = {
-        "messages": [{"role": "user", "content": "Hello", "type": "text"}], "model": "tiny", "max_tokens": 5,
-        "temperature": 0, "stop": ["\n\n"], "seed": 1234,
-    }  # fmt: skip
-    assert client.post(CHAT, json=lm_eval).status_code == 200
-
-
 def test_the_reply_object_comes_back_in_the_second_turn(openai_client: Any, client: httpx.Client) -> None:
     """As an object of openai-python, as its whole dictionary, and as openai-node sends it: the JSON of the message."""
     first = openai_client.chat.completions.create(model="tiny", messages=HELLO, seed=1, max_tokens=5).choices[0].message

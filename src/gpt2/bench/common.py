@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -171,17 +171,18 @@ class SubprocessRunner(InProcessRunner):
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve_calls, args=(theirs, make, arguments))
-        self._process.start()
+        with _without_ctrl_c():
+            self._process.start()
         theirs.close()
         try:
             self._receive()
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
 
-    def __exit__(self, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *rest: object) -> None:
         self._pipe.close()  # then an idle process exits by itself, and cleans up
-        self._process.join(5)
+        self._process.join(0 if kind is KeyboardInterrupt else 5)
         self._process.kill()
         self._process.join()
 
@@ -202,9 +203,22 @@ class SubprocessRunner(InProcessRunner):
         return answer
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """A process that starts in the block does not receive Ctrl-C, also before it runs our code; this one waits."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve_calls(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """In the new process: make the object, and call its methods until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process; on Windows
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         made = InProcessRunner(make, *arguments)

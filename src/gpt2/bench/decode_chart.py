@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.bench.common import OURS
-from gpt2.bench.ladder_chart import BLUE, GREY, NUMBER_FORMAT, RED, check_chart_path
+from gpt2.bench.ladder_chart import BLUE, GREY, RED, check_chart_path
 from gpt2.errors import UserError
+from gpt2.reporting.axes import format_ticks
+from gpt2.units import format_significant
 
 PANELS_PER_ROW = 4
 ROW_HEIGHT, FAMILY_GAP = 0.27, 0.5  # inches per variant; space between two precision families, in variants
@@ -72,13 +74,15 @@ def _draw_panel(axes: Any, bars: list[tuple[float, dict[str, Any], dict[str, Any
             axes.plot([limit, limit], [y - width, y + width], color="black", linewidth=1.5)
             if end + LABEL_SHARE * end_of_axis > limit:  # the label does not fit before the tick
                 end = max(end, limit)
-        label = f"{_format_rate(rate['median'])} · {batch['of_limit']:.0%}" + (" · WRONG" if batch["wrong"] else "")
+        label = f"{format_significant(rate['median'])} · {batch['of_limit']:.0%}" + (
+            " · WRONG" if batch["wrong"] else ""
+        )
         axes.annotate(label, (end, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_xlim(0, end_of_axis)
     axes.set_title(f"batch {batch_size:,}", fontsize=10, loc="left")
-    axes.xaxis.set_major_formatter(NUMBER_FORMAT)
     axes.set_xlabel("tokens/s", fontsize=8)
     axes.locator_params(axis="x", nbins=4)
+    format_ticks(axes.xaxis)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -101,10 +105,6 @@ def _legend_handles() -> list[Any]:
         Line2D([], [], color="0.2", linewidth=1, label="quartiles of the rounds"),
         Line2D([], [], color="black", linewidth=0, marker="|", markersize=9, label="bandwidth limit (%: reached)"),
     ]
-
-
-def _format_rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -5,9 +5,10 @@ from typing import Any
 
 from gpt2.bench.common import OURS
 from gpt2.errors import ConfigError, UserError, missing_extra
+from gpt2.reporting.axes import format_ticks
+from gpt2.units import format_ratio, format_significant
 
 FORMATS = (".png", ".svg", ".pdf")
-NUMBER_FORMAT = "{x:,.10g}"  # of the ticks of an axis: 0.0001, 0.5, 1,000
 BLUE, ORANGE, GREY, RED = "#1f77b4", "#ff7f0e", "0.55", "#d62728"
 
 # ms per step of the original project on one A40 at this shape
@@ -77,7 +78,7 @@ def _draw_ladder(axes: Any, ladders: list[dict[str, Any]], step_names: list[str]
         axes.set_xlim(shortest / 2, longest * (longest / shortest) ** 0.6 * 2)
     else:
         axes.set_xlim(0, longest * 1.6)
-    axes.xaxis.set_major_formatter(NUMBER_FORMAT)
+    format_ticks(axes.xaxis)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -89,7 +90,8 @@ def _draw_step(axes: Any, step: dict[str, Any], y: float, thickness: float, colo
         return
     ms = step["ms"]
     _bar(axes, ms, y, thickness * 0.92, RED if step["wrong"] else color)
-    label = f"{_format_ms(ms['median'])} ms · {step['tokens_per_second']:,.0f} tok/s · MFU {step['mfu']:.0%}"
+    speed = f"{format_significant(step['tokens_per_second'])} tok/s"
+    label = f"{format_significant(ms['median'])} ms · {speed} · MFU {step['mfu']:.0%}"
     if step["wrong"]:
         label += " · WRONG LOSS"
     _label(axes, ms["high"], y, label)
@@ -99,18 +101,18 @@ def _draw_peers(axes: Any, device: dict[str, Any]) -> None:
     contestants = _peers_by_step_time(device)
     for y, (name, record) in enumerate(contestants):
         _bar(axes, record["ms"], y, 0.7, BLUE if name == OURS else GREY)
-        label = f"{_format_ms(record['ms']['median'])} ms · MFU {record['mfu']:.0%}"
+        label = f"{format_significant(record['ms']['median'])} ms · MFU {record['mfu']:.0%}"
         if "speed_ratio" in record:
-            label += f" · {record['speed_ratio']:.2f}x our time"
+            label += f" · {format_ratio(record['speed_ratio'])}x our time"
         if "memory_ratio" in record:
-            label += f" · {1 / record['memory_ratio']:.2f}x our memory"
+            label += f" · {format_ratio(1 / record['memory_ratio'])}x our memory"
         _label(axes, record["ms"]["high"], y, label)
     labels = [f"{name}\n({record['best']})" for name, record in contestants]
     axes.set_yticks(range(len(contestants)), labels, fontsize=9)
     axes.set_ylim(len(contestants) - 0.4, -0.6)
     axes.set_xlim(0, 1.8 * max(record["ms"]["high"] for _, record in contestants))
     axes.set_xlabel(f"ms per training step on {device['name']}, bfloat16, best mode of each", fontsize=9)
-    axes.xaxis.set_major_formatter(NUMBER_FORMAT)
+    format_ticks(axes.xaxis)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -122,10 +124,6 @@ def _bar(axes: Any, ms: dict[str, float], y: float, thickness: float, color: str
 
 def _label(axes: Any, x: float, y: float, text: str) -> None:
     axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-
-
-def _format_ms(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -19,13 +19,13 @@ from gpt2.commands.bench_output import (
     format_quartiles,
     new_decode_result,
     parse_counts,
-    print_progress,
     random_model_config,
     wide_console,
-    write_json,
 )
+from gpt2.commands.json_output import prints_json, write_json
 from gpt2.errors import ConfigError, DataError, ModelFilesError, UserError
 from gpt2.model import GPTConfig
+from gpt2.progress import print_status
 from gpt2.resolve import resolve_model
 from gpt2.runtime import pick_device
 
@@ -42,22 +42,23 @@ def main(args: Namespace) -> int:
         config=config,
         model=args.model,
         prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
-        batch_sizes=parse_counts("--batch-sizes", args.batch_sizes, 10**6),
+        new_tokens=args.max_new_tokens,
+        batch_sizes=parse_counts("--batch-size", args.batch_size, 10**6),
         rounds=args.rounds,
     )
     result = new_decode_result("bench generate", workload)
     result["text"] = {"file": args.text.name, "tokens": len(text_tokens)} if text_tokens else None
-    save_partial = lambda found: write_json(args.json, result | found)  # noqa: E731
+    save_partial = lambda found: write_json(args.json, result | found, partial=True)  # noqa: E731
     try:
         with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as folder:
             if decode_peers:
-                specs += decode_peers.peer_variants(workload, peers, Path(folder), SubprocessRunner, print_progress)
-            result |= run_comparison(workload, specs, text_tokens, SubprocessRunner, print_progress, save_partial)
+                specs += decode_peers.peer_variants(workload, peers, Path(folder), SubprocessRunner, print_status)
+            result |= run_comparison(workload, specs, text_tokens, SubprocessRunner, print_status, save_partial)
     except BenchmarkError as failure:
         raise UserError(f"the model cannot be run: {failure}") from failure
     write_json(args.json, result)
-    _print_results(result)
+    if not prints_json(args.json):
+        _print_results(result)
     batches = [batch for variant in result["lanes"] for batch in variant["batches"] if batch["reason"] is None]
     if args.chart is not None and batches:
         decode_chart.draw(result, args.chart)
@@ -69,7 +70,7 @@ def _config_and_text(args: Namespace) -> tuple[GPTConfig, list[int]]:
     if args.model is None:
         if args.text is not None:
             raise ConfigError("--text needs --model: perplexity is meaningless for random weights", field="text")
-        return random_model_config(args, args.prompt_tokens + max(args.new_tokens, NUM_CHECKED_TOKENS)), []
+        return random_model_config(args, args.prompt_tokens + max(args.max_new_tokens, NUM_CHECKED_TOKENS)), []
     if args.shape or any(getattr(args, name) is not None for name in SHAPE_FIELDS):
         raise ConfigError("--model defines the shape: leave out --shape, --n-layer and the like", field="shape")
     model = resolve_model(args.model)

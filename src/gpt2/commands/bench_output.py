@@ -1,10 +1,8 @@
-"""What the benchmark commands share: flags, progress, result files, and how numbers are printed."""
+"""What the benchmark commands share: flags, result files, and how numbers are printed."""
 
-import json
-import sys
+import math
 from argparse import Namespace
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +13,14 @@ from gpt2.bench.decode import DecodeWorkload
 from gpt2.bench.ladder_chart import check_chart_path
 from gpt2.commands.bench_args import SHAPE_FIELDS
 from gpt2.errors import ConfigError, UserError, did_you_mean
+from gpt2.files import expand_path
 from gpt2.hardware import GiB, device_name
 from gpt2.model import OPENAI_CONFIGS, GPTConfig
-from gpt2.terminal import single_line
-
-
-def print_progress(line: str) -> None:
-    """Print one line of progress on standard error; also from a subprocess of a benchmark."""
-    print(f"gpt2: {single_line(line)}", file=sys.stderr, flush=True)
 
 
 def check_outputs(args: Namespace) -> None:
     """Raise UserError, before anything is measured, if --json or --chart cannot be written."""
-    for path in (args.json, args.chart):
+    for path in (None if args.json is None else expand_path(args.json), args.chart):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
         if path is not None and path.is_dir():
@@ -69,12 +62,6 @@ def new_decode_result(kind: str, workload: DecodeWorkload) -> dict[str, Any]:
     return {"kind": kind, **environment(), "device": workload.device, "name": name, "workload": record}
 
 
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON, if there is a path."""
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def wide_console() -> Console:
     """A console on standard output for tables: 160 columns wide if it is not a terminal."""
     console = Console(highlight=False)
@@ -85,7 +72,10 @@ def wide_console() -> Console:
 
 def format_quartiles(values: dict[str, float]) -> tuple[str, str]:
     """A median, and its quartiles as "low-high", with about three significant digits."""
-    digits = 0 if values["median"] >= 1000 else 1 if values["median"] >= 10 else 2
+    median = values["median"]
+    digits = 0 if median >= 1000 else 1 if median >= 10 else 2
+    if 0 < median < 1:
+        digits = 2 - math.floor(math.log10(median))
     return f"{values['median']:,.{digits}f}", f"{values['low']:,.{digits}f}-{values['high']:,.{digits}f}"
 
 

@@ -24,18 +24,18 @@ from gpt2.commands.bench_output import (
     format_gib,
     format_quartiles,
     openai_config,
-    print_progress,
     wide_console,
-    write_json,
 )
+from gpt2.commands.json_output import prints_json, write_json
 from gpt2.errors import ConfigError
 from gpt2.hardware import device_name
+from gpt2.progress import print_status
 from gpt2.runtime import pick_device
 
 
 def main(args: Namespace) -> int:
     """Run `gpt2 bench train`. Returns 1 if a loss is wrong, or a device has no measurement, else 0."""
-    devices = _devices(args.devices)
+    devices = _devices(args.device)
     workloads = [_workload(args, device, devices) for device in devices]
     step_names = parse_step_names(args.ladder_steps)
     train_peers = load_benchmark("train_peers", "--peer") if args.peer else None
@@ -55,11 +55,14 @@ def main(args: Namespace) -> int:
         device = result["devices"][-1]
         if not args.peers_only:
             device["rungs"] = run_ladder(
-                workload, step_names, args.rounds, run=run_in_subprocess, progress=print_progress
+                workload, step_names, args.rounds, run=run_in_subprocess, progress=print_status
             )
         if train_peers:
-            device["peers"] = train_peers.compare_with_peers(workload, peers, SubprocessRunner, print_progress)
-        write_json(args.json, result)  # after each device, so that nothing is lost
+            device["peers"] = train_peers.compare_with_peers(workload, peers, SubprocessRunner, print_status)
+        is_last = workload is workloads[-1]
+        write_json(args.json, result, partial=not is_last)  # after each device, so that nothing is lost
+        if prints_json(args.json):
+            continue
         _print_results(device)
         if train_peers:
             train_peers.print_comparison(wide_console(), device["peers"])
@@ -76,10 +79,10 @@ def _devices(names: str) -> list[torch.device]:
         count = torch.cuda.device_count()
         missing = kind == "cuda" and (not index or index.isdigit()) and int(index or 0) >= count
         if missing or ((device := pick_device(name)).type != kind and name != "auto"):
-            raise ConfigError(f"there is no {name} device on this machine", field="devices")
+            raise ConfigError(f"there is no {name} device on this machine", field="device")
         devices.append(device)
     if not devices:
-        raise ConfigError("--devices is empty: name some of auto, cpu, cuda, cuda:N, mps", field="devices")
+        raise ConfigError("--device is empty: name some of auto, cpu, cuda, cuda:N, mps", field="device")
     return devices
 
 
@@ -91,7 +94,7 @@ def _workload(args: Namespace, device: torch.device, devices: list[torch.device]
     context = max(CONTEXT_LENGTH, block_size)
     return Workload(
         device=str(device),
-        config=replace(openai_config("--model", args.model), block_size=context, **given),
+        config=replace(openai_config("--shape", args.shape), block_size=context, **given),
         batch_size=_or_default(args.batch_size, 4 if small else 16),
         block_size=block_size,
         steps=_or_default(args.steps, 5 if device.type == "cpu" else 20),

@@ -62,6 +62,13 @@ RULES = (FlagRule(("system",), lambda args: not args.plain, "--plain has no role
 
 def main(argv: list[str]) -> None:
     """Run `gpt2 chat`: answers on standard output, everything else on standard error."""
+    args = make_parser().parse_args(argv)
+    reject_unused_flags(given_flags(args), args, RULES)
+    ChatSession(_make_conversation(args), args.bad_word).run()
+
+
+def make_parser() -> Parser:
+    """The parser of `gpt2 chat`."""
     parser = Parser(
         prog="gpt2 chat",
         description=DESCRIPTION,
@@ -73,9 +80,7 @@ def main(argv: list[str]) -> None:
     parser.add_flag("system", default="", metavar="TEXT", help="the first lines of the transcript")
     add_sampling_flags(parser)
     add_model_flags(parser)
-    args = parser.parse_args(argv)
-    reject_unused_flags(given_flags(args), args, RULES)
-    ChatSession(_make_conversation(args), args.bad_word).run()
+    return parser
 
 
 def _make_conversation(args: Namespace) -> "Conversation":

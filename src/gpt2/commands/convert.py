@@ -7,6 +7,7 @@ from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
+from gpt2.progress import print_status
 from gpt2.terminal import path_for_stream
 
 DESCRIPTION = """Write a model in a format that other programs read, and check that both compute the same.
@@ -22,22 +23,31 @@ EXAMPLES = (
 
 def main(argv: list[str]) -> None:
     """Run `gpt2 convert`: write a model in another format and print its path."""
-    run(argv, "gpt2 convert", EXAMPLES, default_format=None)
+    run(make_parser(), argv)
 
 
-def run(argv: list[str], prog: str, examples: tuple[str, ...], default_format: str | None) -> None:
-    """Run a command that converts. default_format: that of --to; None if --to is required."""
+def make_parser(
+    prog: str = "gpt2 convert", examples: tuple[str, ...] = EXAMPLES, default_format: str | None = None
+) -> Parser:
+    """The parser of a command that converts. default_format: that of --to; None if --to is required."""
     parser = Parser(prog=prog, description=DESCRIPTION, examples=examples)
     parser.add_argument("source", metavar="SOURCE", nargs="?", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the folder or file to write")
     shown = "" if default_format is None else f" [{default_format}]"
     parser.add_flag("to", "format", default=default_format, metavar="FORMAT", help=f"one of --list{shown}")
     parser.add_flag("list", action="store_true", help="list the formats that are read and written, and stop")
-    parser.add_flag("dtype", default=None, help="of the weights: one that --list names for the format [the model's]")
+    parser.add_flag(
+        "dtype", default=None, metavar="NAME", help="of the weights: one that --list names for the format [the model's]"
+    )
     parser.add_flag("max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file, as 500MB [5GB]")
     parser.add_flag("overwrite", action="store_true", help="replace the model that OUT holds")
     parser.add_flag("push", default=None, metavar="OWNER/NAME", help="upload the model folder with a model card")
     add_adapter_flag(parser)
+    return parser
+
+
+def run(parser: Parser, argv: list[str]) -> None:
+    """Run a command that converts."""
     args = parser.parse_args(argv)
     if args.list:
         print(list_formats())
@@ -65,7 +75,7 @@ def run(argv: list[str], prog: str, examples: tuple[str, ...], default_format: s
         check_replaceable(out, model)
     job = Job(model, tokenizer, source.template, dtype_for(target, args.dtype, model), args.max_shard_size)
     parity = convert(target, job, out)
-    print(f"{target.name}, {job.dtype}: {parity}", file=sys.stderr)
+    print_status(f"{target.name}, {job.dtype}: {parity}")
     if args.push is not None:
         run = source.folder.parent if (source.folder.parent / "config.toml").is_file() else None
         write_model_card(out, args.push, run)

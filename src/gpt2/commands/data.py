@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2.cli import FlagRule, Parser, parse_count, positive_int, reject_unused_flags
+from gpt2.cli import FlagRule, Parser, SubcommandParser, parse_count, positive_int, reject_unused_flags
 from gpt2.data.corpora import HUB_CORPORA, HUB_PREFIX, HubCorpus
 from gpt2.data.rows import BAD_ROWS_CHOICES
 from gpt2.data.sources import BUILTIN_SOURCES
@@ -34,7 +34,7 @@ MAX_SHOWN_TOKENS = 400  # of a document
 
 def main(argv: list[str]) -> None:
     """Run `gpt2 data`: reports on standard output."""
-    args = _parse(argv)
+    args = make_parser().parse_args(argv)
     if args.verb == "list":
         print_corpora()
         return
@@ -104,7 +104,8 @@ def _prepare(args: Namespace) -> None:
         print(f"{split}: {counts.tokens:,} tokens{size}")
 
 
-def _parse(argv: list[str]) -> Namespace:
+def make_parser() -> Parser:
+    """The parser of `gpt2 data`."""
     parser = Parser(
         prog="gpt2 data",
         description="Tokenize text into shards, and show what a model would train on.",
@@ -114,31 +115,54 @@ def _parse(argv: list[str]) -> Namespace:
             "gpt2 data prepare fineweb-edu-10B shards --max-tokens 1B",
         ),
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|prepare|inspect", parser_class=Parser)
-    verbs.add_parser("list", help="list the corpora with size, time and licence")
-    shards = verbs.add_parser("prepare", help="tokenize a corpus into a folder of shards")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", parser_class=SubcommandParser)
+    verbs.add_parser(
+        "list",
+        help="list the corpora with size, time and licence",
+        examples=("gpt2 data list", "gpt2 data list | grep wiki"),
+    )
+    shards = verbs.add_parser(
+        "prepare",
+        help="tokenize a corpus into a folder of shards",
+        examples=(
+            "gpt2 data prepare my-notes/ shards --tokenizer bpe:4096",
+            "gpt2 data prepare fineweb-edu-10B shards --max-tokens 1B",
+        ),
+    )
     shards.add_argument("source", metavar="SOURCE", help="a name, a text file, a folder of them, or rows of text")
     shards.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    shards.add_flag("tokenizer", default="gpt2", help="gpt2, bytes, bpe:N or a folder [gpt2]")
+    shards.add_flag("tokenizer", default="gpt2", metavar="NAME|FOLDER", help="gpt2, bytes, bpe:N or a folder [gpt2]")
     shards.add_flag("val-fraction", type=float, default=0.1, help="fraction held out for validation [0.1]")
-    shards.add_flag("max-tokens", type=parse_count, metavar="N", help="train on the first N tokens, such as 1B [all]")
+    shards.add_flag(
+        "max-tokens", type=parse_count, metavar="COUNT", help="train on the first tokens only, such as 1B [all]"
+    )
     shards.add_flag("shuffle", type=int, metavar="SEED", help="shuffle the documents of a corpus on the hub, on disk")
     shards.add_flag("dedup", action="store_true", help="drop documents of a corpus on the hub that occurred before")
     shards.add_flag(
-        "shard-tokens", type=parse_count, default=SHARD_TOKENS, help=f"tokens in a shard [{SHARD_TOKENS:,}]"
+        "shard-tokens",
+        type=parse_count,
+        default=SHARD_TOKENS,
+        metavar="COUNT",
+        help=f"tokens in a shard [{SHARD_TOKENS:,}]",
     )
-    shards.add_flag("columns", help=COLUMNS_HELP)
-    shards.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", help=BAD_ROWS_HELP)
-    inspect = verbs.add_parser("inspect", help="show the tokens that would be trained on; check token shards")
+    shards.add_flag("columns", metavar="COLUMNS", help=COLUMNS_HELP)
+    shards.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", metavar="NAME", help=BAD_ROWS_HELP)
+    inspect = verbs.add_parser(
+        "inspect",
+        help="show the tokens that would be trained on; check token shards",
+        examples=("gpt2 data inspect questions.jsonl --template chatml", "gpt2 data inspect shards"),
+    )
     inspect.add_argument("source", metavar="SOURCE", help="as for --data: text, rows, or a folder of shards")
-    inspect.add_flag("tokenizer", help="gpt2, bytes, bpe:N (for text) or a folder [gpt2]")
-    inspect.add_flag("template", default="plain", help="chat template: plain, raw, chatml or a file [plain]")
+    inspect.add_flag("tokenizer", metavar="NAME|FOLDER", help="gpt2, bytes, bpe:N (for text) or a folder [gpt2]")
+    inspect.add_flag(
+        "template", default="plain", metavar="NAME|FILE", help="chat template: plain, raw, chatml or a file [plain]"
+    )
     inspect.add_flag("mask-prompt", action=BooleanOptionalAction, default=True, help="train on answers only [yes]")
-    inspect.add_flag("columns", help=COLUMNS_HELP)
-    inspect.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", help=BAD_ROWS_HELP)
+    inspect.add_flag("columns", metavar="COLUMNS", help=COLUMNS_HELP)
+    inspect.add_flag("bad-rows", choices=BAD_ROWS_CHOICES, default="error", metavar="NAME", help=BAD_ROWS_HELP)
     inspect.add_flag("block-size", type=positive_int, default=1024, help="tokens in a row of a batch [1024]")
     inspect.add_flag("rows", type=int, default=3, metavar="INT", help="how many documents to show [3]")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _inspect_rows(args: Namespace, rows: "Rows") -> None:

@@ -2,17 +2,19 @@
 
 from gpt2.cli import Parser, positive_int
 from gpt2.commands.generation_args import add_model_flags
+from gpt2.commands.json_output import add_json_flag
 
 
 def main(argv: list[str]) -> int:
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     from gpt2.commands.eval_run import run
 
     return run(args)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of `gpt2 eval`."""
     parser = Parser(
         prog="gpt2 eval",
         description="Evaluate models on tasks and texts. Each result names the protocol that it follows.",
@@ -49,7 +51,7 @@ def _parser() -> Parser:
         help="local file with the data of a task, instead of the download",
     )
     parser.add_flag("lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness (pip install 'plain-gpt2[eval]')")
-    parser.add_flag("json", metavar="FILE", help="also write the results as JSON to this file")
+    add_json_flag(parser, "the results")
     parser.add_flag("list", action="store_true", help="name all tasks with rows, size and protocol")
     add_model_flags(parser)
     return parser

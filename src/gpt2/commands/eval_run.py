@@ -1,32 +1,32 @@
 """Run `gpt2 eval` once its flags are parsed. It imports torch."""
 
-import json
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from gpt2.commands.eval_progress import ProgressBar
 from gpt2.commands.generation_args import (
     load_inference_model,
     load_model,
     resolve_from_args,
 )
+from gpt2.commands.json_output import prints_json, write_json
 from gpt2.distributed.process_group import ProcessGroup, process_group
 from gpt2.errors import ConfigError, ModelFilesError, UserError
-from gpt2.evaluation.evaluate import Interrupted, TaskResult, prepare_task, run_passes, task_names
+from gpt2.evaluation.evaluate import Interrupted, Progress, TaskResult, prepare_task, run_passes, task_names
 from gpt2.evaluation.local_texts import BUILT_IN, prepare_texts, rolling_protocol, texts_of_source, validation_texts
+from gpt2.evaluation.measures import Measured
 from gpt2.evaluation.prepare import ScoringPass, prepare_task_file
 from gpt2.evaluation.published import openai_size, run_checks
 from gpt2.evaluation.records import read_bytes
-from gpt2.evaluation.report import ModelReport, checks_table, listing, table, to_json
+from gpt2.evaluation.report import ModelReport, checks_table, listing, shown, table, to_json
 from gpt2.evaluation.tasks import TASKS
-from gpt2.files import expand_path, write_error
+from gpt2.files import expand_path
 from gpt2.generation.engine import LanguageModel
+from gpt2.progress import ProgressBar, print_status
 from gpt2.runtime import configure_malloc, pick_device
-from gpt2.terminal import single_line
 from gpt2.tokenizer import Tokenizer
 
+MAX_METRICS = 2  # on the progress line
 THROUGH_TORCH = ("float32", "bfloat16", "float16")  # the other precisions run through the CPU kernel
 
 
@@ -133,13 +133,13 @@ def run_selection(
             if not selection.by_default:
                 raise
             if ranks.is_main_process:
-                print(f"gpt2: skipped {single_line(name)}: {single_line(error)}", file=sys.stderr)
+                print_status(f"skipped {name}: {error}")
             continue
         if not passes:
             continue
         try:
-            with _bar(name, ranks) as bar:
-                report.results[name] = run_passes(passes, model, protocol, settings, ranks, bar)
+            with _progress(name, ranks) as progress:
+                report.results[name] = run_passes(passes, model, protocol, settings, ranks, progress)
         except Interrupted as stop:
             if stop.result is not None:
                 report.results[name] = stop.result
@@ -152,8 +152,20 @@ def run_selection(
     return True
 
 
-def _bar(name: str, ranks: ProcessGroup) -> AbstractContextManager[ProgressBar | None]:
-    return ProgressBar(name) if ranks.is_main_process else nullcontext(None)
+@contextmanager
+def _progress(name: str, ranks: ProcessGroup) -> Iterator[Progress | None]:
+    """A bar with the rows done, the running score and the time left; None on ranks other than the first."""
+    if not ranks.is_main_process:
+        yield None
+        return
+    with ProgressBar(name) as bar:
+        yield lambda done, total, so_far: bar.update(done / max(1, total), score_line(done, total, so_far))
+
+
+def score_line(done: int, total: int, so_far: Measured) -> str:
+    """Rows done and the first metrics, short enough for 80 columns with a bar and the time left."""
+    metrics = list(so_far.metrics.items())[:MAX_METRICS]
+    return "  ".join([f"{done}/{total}", *(f"{name} {shown(name, value)}" for name, value in metrics)])
 
 
 Job = tuple[str, str, Callable[[], list[ScoringPass]]]
@@ -207,13 +219,8 @@ def _harness(names: list[str], model: LanguageModel, tokenizer: Tokenizer, args:
 
 def _show(args: Namespace, reports: list[ModelReport]) -> None:
     for report in reports:
-        if report.checks:
+        if report.checks and not prints_json(args.json):
             print(checks_table(report))
-    if any(report.results for report in reports):
+    if any(report.results for report in reports) and not prints_json(args.json):
         print(table(reports))
-    if args.json:
-        path = expand_path(args.json)
-        try:
-            path.write_text(json.dumps(to_json(reports), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise write_error(path, error) from None
+    write_json(args.json, to_json(reports))

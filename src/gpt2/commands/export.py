@@ -1,5 +1,6 @@
 """gpt2 export MODEL OUT: the old name of `gpt2 convert`, which writes a model folder unless --to says otherwise."""
 
+from gpt2.cli import Parser
 from gpt2.commands import convert
 
 EXAMPLES = ("gpt2 export runs/quickstart my-model", "gpt2 export gpt2 small --dtype float16")
@@ -7,4 +8,9 @@ EXAMPLES = ("gpt2 export runs/quickstart my-model", "gpt2 export gpt2 small --dt
 
 def main(argv: list[str]) -> None:
     """Run `gpt2 export`: write a model folder and print its path."""
-    convert.run(argv, "gpt2 export", EXAMPLES, default_format="hf")
+    convert.run(make_parser(), argv)
+
+
+def make_parser() -> Parser:
+    """The parser of `gpt2 export`."""
+    return convert.make_parser("gpt2 export", EXAMPLES, default_format="hf")

@@ -8,6 +8,7 @@ from gpt2.cli import Parser, is_help
 from gpt2.commands.train import add_training_flags, resolve_config
 from gpt2.config import TrainConfig, read_toml, to_toml, with_overrides
 from gpt2.errors import ConfigError
+from gpt2.progress import shows_progress
 from gpt2.terminal import escape_controls, path_for_stream, single_line
 from gpt2.train.recipes import RECIPES
 
@@ -21,7 +22,7 @@ EXCLUDED_FLAGS = ("init_from", "n_layer", "n_head", "n_embd")  # these come from
 
 def main(argv: list[str]) -> int:
     """`gpt2 finetune`: the run folder on standard output, what it changed on standard error."""
-    parser = _parser()
+    parser = make_parser()
     if is_help(argv):
         parser.parse_args(argv)
     from gpt2.commands.training import broadcast_config, make_evaluator, make_sampler
@@ -48,12 +49,15 @@ def main(argv: list[str]) -> int:
             return stop.exit_code
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
-                print(escape_controls(append_comparison(folder, sampler)), file=sys.stderr)
+                comparison = append_comparison(folder, sampler)
+                if shows_progress():
+                    print(escape_controls(comparison), file=sys.stderr)
                 print(path_for_stream(folder, sys.stdout))
     return 0
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of `gpt2 finetune`."""
     parser = Parser(
         prog="gpt2 finetune",
         description="Fine-tune a model on text, or on prompts and answers (JSONL, CSV, Parquet), and compare it with "

@@ -1,12 +1,11 @@
 """gpt2 info MODEL"""
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser
 from gpt2.commands.generation_args import MODEL_HELP, add_adapter_flag
+from gpt2.commands.json_output import add_json_flag, prints_json, write_json
 from gpt2.files import safetensors_header
 from gpt2.terminal import escape_controls, single_line
 from gpt2.units import format_bytes
@@ -17,23 +16,28 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     """Run `gpt2 info`: what a model folder or a run holds, on standard output. Weights are not loaded."""
-    parser = Parser(
-        prog="gpt2 info",
-        description="Show a model's shape, parameters, tokenizer, end tokens, template, dtype and files.",
-        examples=("gpt2 info runs/quickstart", "gpt2 info gpt2 --json"),
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_flag("json", action="store_true", help="print JSON")
-    add_adapter_flag(parser)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     from gpt2.resolve import resolve_model
 
     facts = model_facts(resolve_model(args.model, args.adapter))
-    if args.json:
-        print(json.dumps(facts, ensure_ascii=sys.stdout.isatty(), indent=2))
+    write_json(args.json, facts)
+    if prints_json(args.json):
         return
     for name, value in facts.items():
         print(f"{name + ':':16}{format_bytes(value) if name == 'size' else _shown(name, value)}")
+
+
+def make_parser() -> Parser:
+    """The parser of `gpt2 info`."""
+    parser = Parser(
+        prog="gpt2 info",
+        description="Show a model's shape, parameters, tokenizer, end tokens, template, dtype and files.",
+        examples=("gpt2 info runs/quickstart", "gpt2 info gpt2 --json -"),
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_json_flag(parser, "the facts")
+    add_adapter_flag(parser)
+    return parser
 
 
 def model_facts(model: "ResolvedModel") -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""gpt2 plan [RECIPE|FILE.toml] [--flags of train] [--on DEVICE] [--nodes N] [--gpus M] [--tokens 10B] ..."""
+"""gpt2 plan [RECIPE|FILE] [--flags of train] [--on DEVICE] [--nodes N] [--gpus M] [--tokens 10B] ..."""
 
 import argparse
-import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gpt2.cli import Parser, parse_count
+from gpt2.commands.json_output import add_json_flag, prints_json, write_json
 from gpt2.commands.train import RECIPE_HELP, add_training_flags, merge_flags
 from gpt2.config import TrainConfig
 from gpt2.train.recipes import RECIPES
-from gpt2.units import format_bytes, format_count
+from gpt2.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,22 @@ PLANNED_FIELDS = (  # the settings that memory, time or cost depend on
 
 def main(argv: list[str]) -> int:
     """Run `gpt2 plan`: a table, or JSON, on standard output. Returns 1 if the run does not fit in memory."""
+    given = vars(make_parser().parse_args(argv))
+    from rich.console import Console
+
+    from gpt2.planning.plan import plan
+
+    recipe, file = given.pop("recipe"), given.pop("json")
+    target = {name: given.pop(name) for name in ("on", "nodes", "network", "tokens", "price_per_hour")}
+    result = plan(devices=given.pop("gpus"), config=_plan_config(recipe, given), **target)
+    write_json(file, result.as_dict())
+    if not prints_json(file):
+        print_plan(result, Console())
+    return 0 if result.fits else 1
+
+
+def make_parser() -> Parser:
+    """The parser of `gpt2 plan`."""
     parser = Parser(
         prog="gpt2 plan",
         description="Estimate what a training run needs: memory by part, time and cost. Writes no file, and reads no "
@@ -36,7 +52,7 @@ def main(argv: list[str]) -> int:
             "gpt2 plan gpt2-124m --on h100 --gpus 8 --tokens 10B --price-per-hour 24",
         ),
     )
-    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml", help=RECIPE_HELP)
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE", help=RECIPE_HELP)
     parser.add_flag(
         "on",
         default="here",
@@ -53,22 +69,10 @@ def main(argv: list[str]) -> int:
         "tokens", type=parse_count, metavar="COUNT", help="budget such as 500M or 10B [that of --max-steps]"
     )
     parser.add_flag("price-per-hour", type=_parse_price, metavar="PRICE", help="of all machines, in any currency")
-    parser.add_flag("json", action="store_true", help="print the plan as JSON")
+    add_json_flag(parser, "the plan")
     hidden = [field.name for field in fields(TrainConfig) if field.name not in PLANNED_FIELDS]
     add_training_flags(parser, hidden=hidden)
-    given = vars(parser.parse_args(argv))
-    from rich.console import Console
-
-    from gpt2.planning.plan import plan
-
-    recipe, as_json = given.pop("recipe"), given.pop("json")
-    target = {name: given.pop(name) for name in ("on", "nodes", "network", "tokens", "price_per_hour")}
-    result = plan(devices=given.pop("gpus"), config=_plan_config(recipe, given), **target)
-    if as_json:
-        print(json.dumps(result.as_dict(), indent=2))
-    else:
-        print_plan(result, Console())
-    return 0 if result.fits else 1
+    return parser
 
 
 def _plan_config(recipe: str, flags: dict[str, Any]) -> TrainConfig:
@@ -223,9 +227,4 @@ def _parallel_rows(result: "Plan") -> list[tuple[str, str, str]]:
 
 
 def _format_seconds(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.3g} s"
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else format_duration(seconds)

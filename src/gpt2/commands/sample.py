@@ -36,6 +36,19 @@ RULES = (
 
 def main(argv: list[str]) -> None:
     """Run `gpt2 sample`: generated texts on standard output."""
+    args = make_parser().parse_intermixed_args(argv)
+    _check_flags(args)
+    prompts = _read_prompts([*([] if args.text is None else [args.text]), *(args.prompt or [])] or [""])
+    from gpt2.commands.sample_output import print_texts
+
+    sampling = sampling_from_args(args)
+    model, tokenizer = load_inference_model(args, resolve_from_args(args, args.model))
+    sampling = replace(sampling, bad_words=encode_bad_words(tokenizer, args.bad_word))
+    print_texts(model, tokenizer, prompts, sampling, args)
+
+
+def make_parser() -> Parser:
+    """The parser of `gpt2 sample`."""
     parser = Parser(
         prog="gpt2 sample",
         description="Generate text from a prompt, on standard output.",
@@ -63,15 +76,7 @@ def main(argv: list[str]) -> None:
     )
     _add_mode_flags(parser)
     add_model_flags(parser)
-    args = parser.parse_intermixed_args(argv)
-    _check_flags(args)
-    prompts = _read_prompts([*([] if args.text is None else [args.text]), *(args.prompt or [])] or [""])
-    from gpt2.commands.sample_output import print_texts
-
-    sampling = sampling_from_args(args)
-    model, tokenizer = load_inference_model(args, resolve_from_args(args, args.model))
-    sampling = replace(sampling, bad_words=encode_bad_words(tokenizer, args.bad_word))
-    print_texts(model, tokenizer, prompts, sampling, args)
+    return parser
 
 
 def _add_mode_flags(parser: Parser) -> None:

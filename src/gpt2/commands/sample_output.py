@@ -14,6 +14,7 @@ from gpt2.generation.engine import Engine, GenerationRequest, LanguageModel
 from gpt2.generation.sampling import Sampling, resolve_seed
 from gpt2.generation.speculative import DraftModel, PromptLookup, SpeculativeTextStream, speculate
 from gpt2.generation.text import MAX_BATCH_SIZE, TextStream, encode_prompt, stream
+from gpt2.progress import print_status
 from gpt2.terminal import escape_for_terminal
 from gpt2.tokenizer import Tokenizer
 
@@ -62,9 +63,8 @@ def _print_acceptance_rate(texts: list[SpeculativeTextStream]) -> None:
         sum(getattr(one, name) for one in decoders) for name in ("drafted", "accepted", "calls")
     )
     tokens = sum(len(one.sequence.new_tokens) for one in decoders)
-    if sys.stderr is not None:
-        rates = f"{accepted / max(1, drafted):.0%} of {drafted:,} drafted tokens accepted"
-        print(f"gpt2: {rates}, {tokens / max(1, calls):.2f} tokens per call of the model", file=sys.stderr)
+    rates = f"{accepted / max(1, drafted):.0%} of {drafted:,} drafted tokens accepted"
+    print_status(f"{rates}, {tokens / max(1, calls):.2f} tokens per call of the model")
 
 
 def _print_in_order(pieces: Iterable[tuple[int, str]], prefixes: list[str]) -> None:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import socket
-import sys
 from argparse import Namespace
 from contextlib import ExitStack, suppress
 from dataclasses import fields
@@ -14,13 +13,13 @@ from typing import Any
 from gpt2.cli import Parser, parse_size
 from gpt2.commands.generation_args import add_model_flags, load_model, resolve_from_args
 from gpt2.errors import ConfigError, did_you_mean, missing_extra
+from gpt2.progress import print_status
 from gpt2.serve.limits import Limits
-from gpt2.terminal import single_line
 
 
 def main(argv: list[str]) -> int:
     """`gpt2 serve`: exit code 0 after a signal, 1 when the thread of a model has died."""
-    args = _parse(argv)
+    args = make_parser().parse_args(argv)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -30,7 +29,8 @@ def main(argv: list[str]) -> int:
     return _serve(args)
 
 
-def _parse(argv: list[str]) -> Namespace:
+def make_parser() -> Parser:
+    """The parser of `gpt2 serve`."""
     parser = Parser(
         prog="gpt2 serve",
         description="Serve OpenAI's API (completions, chat completions, models) and the playground. "
@@ -91,7 +91,7 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_flag("log-requests", action="store_true", help="log a line for each request, without its prompt")
     parser.add_flag("log-prompts", action="store_true", help="the same, with the prompt")
     add_model_flags(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _serve(args: Namespace) -> int:
@@ -120,12 +120,12 @@ def _serve(args: Namespace) -> int:
             gc.collect()
             gc.freeze()  # a full collection over all objects of the libraries would stall every sequence for 0.1 s
             slots = f"{limits.slots} slots, {_cache_bytes(models) / GiB:.2f} GiB of cache"
-            _log(f"serving {', '.join(models)} at {base_url(listeners[0])} ({slots})")
+            print_status(f"serving {', '.join(models)} at {base_url(listeners[0])} ({slots})")
 
         server = Server(app, list(models.values()), args.grace, ready, args.trusted_proxy)
         server.run(sockets=listeners)
     if server.broken:
-        _log("the thread of a model has died (see above)")
+        print_status("the thread of a model has died (see above)")
     return int(server.broken)
 
 
@@ -207,7 +207,3 @@ def _load_models(args: Namespace, limits: Limits) -> dict[str, Any]:
 
 def _cache_bytes(models: dict[str, Any]) -> int:
     return sum(served.scheduler.cache_bytes for served in models.values())
-
-
-def _log(message: str) -> None:
-    print(f"gpt2: {single_line(message)}", file=sys.stderr, flush=True)

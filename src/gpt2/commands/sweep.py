@@ -1,4 +1,4 @@
-"""gpt2 sweep [RECIPE|FILE.toml] --lr 1e-3..3e-2 --trials 12"""
+"""gpt2 sweep [RECIPE|FILE] --lr 1e-3..3e-2 --trials 12"""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from gpt2.commands.train import RECIPE_HELP, add_training_flags, resolve_config
 from gpt2.config import FINETUNING_FIELDS, TrainConfig
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
+from gpt2.progress import print_status
 from gpt2.terminal import escape_controls, path_for_stream, single_line
 from gpt2.train.recipes import RECIPES
 
@@ -17,7 +18,7 @@ EXCLUDED = ("resume", "wandb", "tensorboard", "profile")
 
 def main(argv: list[str]) -> int:
     """Run `gpt2 sweep`: the table and the path of best.toml on standard output, progress on standard error."""
-    parser = _parser()
+    parser = make_parser()
     if is_help(argv):
         parser.parse_args(argv)
     from gpt2.commands.training import make_evaluator, make_sampler
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
 
     def train_trial(trial: TrainConfig) -> Path:
         values = ", ".join(f"{name.replace('_', '-')} {getattr(trial, name):g}" for name in ranges)
-        print(f"{single_line(trial.name)} of {trials}: {values}", file=sys.stderr, flush=True)
+        print_status(f"{trial.name} of {trials}: {values}")
         return train(trial, make_sampler(trial), SINGLE_PROCESS, make_evaluator(trial, SINGLE_PROCESS))
 
     try:
@@ -73,7 +74,8 @@ def split_ranges(argv: list[str], numeric: tuple[str, ...]) -> tuple[dict[str, s
     return ranges, rest
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of `gpt2 sweep`."""
     parser = Parser(
         prog="gpt2 sweep",
         description="Search for the best settings: seeded random values from the given ranges, a short run for each, "
@@ -85,7 +87,7 @@ def _parser() -> Parser:
             "gpt2 sweep shakespeare-cpu --lr 1e-3..1e-1 --weight-decay 0..0.2 --max-steps 200 --trials 16",
         ),
     )
-    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml", help=RECIPE_HELP)
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE", help=RECIPE_HELP)
     parser.add_flag("trials", type=positive_int, default=12, help="number of trials in all [12]")
     add_training_flags(parser, exclude=EXCLUDED, hidden=FINETUNING_FIELDS)
     return parser

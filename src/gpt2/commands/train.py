@@ -1,4 +1,4 @@
-"""gpt2 train [RECIPE|FILE.toml] [--flags]"""
+"""gpt2 train [RECIPE|FILE] [--flags]"""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from gpt2.cli import FlagRule, Parser, is_help, reject_unused_flags
 from gpt2.config import FINETUNING_FIELDS, TrainConfig, config_for_resume, run_name, to_toml, with_overrides
 from gpt2.errors import ConfigError
 from gpt2.files import expand_path
+from gpt2.progress import print_status
 from gpt2.terminal import path_for_stream, single_line
 from gpt2.train.recipes import RECIPES, load_recipe
 
@@ -51,7 +52,7 @@ RULES = (
 
 def main(argv: list[str]) -> int:
     """Run `gpt2 train`: the run folder on standard output, progress on standard error."""
-    parser = _parser()
+    parser = make_parser()
     if is_help(argv):
         parser.parse_args(argv)
     from gpt2.commands.training import broadcast_config, make_evaluator, make_sampler
@@ -77,8 +78,7 @@ def main(argv: list[str]) -> int:
                 print(to_toml(config), end="")
             return 0
         if base in GPU_RECIPES and config.data and ranks.is_main_process and pick_device(config.device).type == "cpu":
-            message = f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu"
-            print(f"gpt2: {single_line(message)}", file=sys.stderr)
+            print_status(f"{base} is a recipe for a GPU and takes days on a CPU: see shakespeare-cpu")
         try:
             folder = train(config, make_sampler(config), ranks, make_evaluator(config, ranks))
         except Interrupted as stop:
@@ -90,7 +90,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of `gpt2 train`."""
     parser = Parser(
         prog="gpt2 train",
         description="Train a GPT-2 and write a run folder: weights, metrics, loss plot, samples, checkpoints.",
@@ -98,7 +99,7 @@ def _parser() -> Parser:
         "the defaults in brackets apply to flags that the recipe does not set (--print-config shows all values).",
         examples=("gpt2 train quickstart", "gpt2 train --data my-notes/ --tokenizer bpe:1024 --max-steps 2000"),
     )
-    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE.toml", help=RECIPE_HELP)
+    parser.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE|FILE", help=RECIPE_HELP)
     parser.add_flag("print-config", action="store_true", help="print the settings as TOML and exit")
     parser.add_flag(
         "replay", metavar="DUMP", help="recompute a step of RUN/dumps/ and find the first non-finite module"

@@ -28,8 +28,11 @@ from gpt2.data.resolve import Rows
 from gpt2.data.rows import BadRows, read_rows
 from gpt2.data.sources import holdout_stride
 from gpt2.errors import DataError, UserError
+from gpt2.progress import ProgressBar
 from gpt2.templates import ChatTemplate
 from gpt2.tokenizer import Tokenizer
+
+_SHOWN_ROWS = 100  # between updates of the progress bar
 
 _log = logging.getLogger("gpt2")
 
@@ -152,14 +155,23 @@ def open_instruct(
     """
     stride = holdout_stride(val_fraction)
     bad_rows = BadRows(rows.skip_bad_rows)
-    read = read_rows(rows.files, rows.columns, bad_rows)
-    documents = tokenize_rows(read, rows.columns, tokenizer, template, mask_prompt, bad_rows)
+    with ProgressBar(f"tokenizing {rows.name}") as bar:
+        read = _counted(read_rows(rows.files, rows.columns, bad_rows), bar)
+        documents = tokenize_rows(read, rows.columns, tokenizer, template, mask_prompt, bad_rows)
     bad_rows.report(rows.name)
     indices = np.arange(len(documents))
     held_out = _validation_mask(len(documents), stride)
     data = InstructDataset(rows.name, tokenizer, documents, indices[~held_out], indices[held_out])
     _warn_about_train_val_overlap(data)
     return data
+
+
+def _counted(rows: Iterator[Row], bar: ProgressBar) -> Iterator[Row]:
+    """The rows, whose number is shown. How many there are is not known before all are read."""
+    for number, row in enumerate(rows, 1):
+        yield row
+        if number % _SHOWN_ROWS == 0:
+            bar.update(status=f"{number:,} rows")
 
 
 def tokenize_rows(

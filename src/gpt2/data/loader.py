@@ -59,9 +59,12 @@ class Batch(NamedTuple):
 
 
 class BatchLoader(Protocol):
-    """Random access to batches by step, counted from 0, of `batch_size` rows."""
+    """Random access to batches by step, counted from 0, of `batch_size` rows of `block_size` tokens."""
 
     batch_size: int
+
+    @property
+    def block_size(self) -> int: ...
 
     @property
     def windows_per_epoch(self) -> int:

@@ -4,9 +4,10 @@ Shards of llm.c, modded-nanogpt and nanoGPT are opened as they are.
 """
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +37,11 @@ from gpt2.data.stream import tokenizer_meta
 from gpt2.data.text_blocks import CachedTexts, TextBlock, blocks_of_slices, count_cores, map_in_order
 from gpt2.errors import ConfigError, DataError
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
+from gpt2.progress import ProgressBar
 from gpt2.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, train_bpe
 
 _CHECKED_TOKENS = 1_000_000
+_log = logging.getLogger("gpt2")
 _CACHE_VERSION = 3  # increment when the same text and tokenizer give different shards
 
 
@@ -58,15 +61,23 @@ def prepare(
 
     Raises DataError for text that cannot be read or is too short, and for a folder that cannot be written.
     """
-    with _atomic_folder(folder) as partial:
-        splits = {}
-        for split, (blocks, size) in _split_blocks(texts, val_fraction).items():
+    splits = _split_blocks(texts, val_fraction)
+    total, done = sum(size for _, size in splits.values()), 0
+    with _atomic_folder(folder) as partial, ProgressBar(f"tokenizing {texts.name}") as bar:
+
+        def count_bytes(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.update(min(1.0, done / max(1, total)))
+
+        made = {}
+        for split, (blocks, size) in splits.items():
             writer = ShardWriter(partial, split, shard_tokens, vocab_size=tokenizer.vocab_size)
-            splits[split] = _write_split(blocks, size, tokenizer, writer)
-        if splits["train"].tokens < 2:
-            raise DataError(f"{texts.name} is too short to train on: {splits['train'].tokens} token(s)")
+            made[split] = _write_split(blocks, size, tokenizer, writer, count_bytes)
+        if made["train"].tokens < 2:
+            raise DataError(f"{texts.name} is too short to train on: {made['train'].tokens} token(s)")
         tokenizer.save(partial)
-        meta = ShardsMeta(texts.name, tokenizer_meta(tokenizer), splits)
+        meta = ShardsMeta(texts.name, tokenizer_meta(tokenizer), made)
         meta.save(partial)
     return meta
 
@@ -98,6 +109,7 @@ def open_data(data: str | Shards | Texts | HubCorpus, tokenizer: str | Tokenizer
     spec = tokenizer or "gpt2"
     identity = spec if isinstance(spec, str) and bpe_vocab_size(spec) else _resolve_tokenizer(spec).fingerprint
     folder = cache_home() / "shards" / f"{_slug(data.name)}-{_cache_key(data, identity)}"
+    _log.debug("%s: %s shards in %s", data.name, "existing" if folder.exists() else "writing", folder)
     if not folder.exists():
         prepare(data, make_tokenizer(data, spec), folder)
     return _open_existing_shards(folder, None, data.name)
@@ -134,8 +146,20 @@ def make_tokenizer(texts: Texts, spec: str | Tokenizer, val_fraction: float = 0.
     size = bpe_vocab_size(spec) if isinstance(spec, str) else None
     if size is None:
         return _resolve_tokenizer(spec)
-    blocks, _ = _split_blocks(texts, val_fraction)["train"]
-    return train_bpe((piece for block in blocks for piece in block.pieces if piece is not None), size)
+    blocks, total = _split_blocks(texts, val_fraction)["train"]
+    done = 0
+    with ProgressBar(f"training {spec} on {texts.name}") as bar:
+
+        def iter_texts() -> Iterator[str]:
+            nonlocal done
+            for block in blocks:
+                yield from filter(None, block.pieces)
+                done += block.num_bytes
+
+        def show() -> None:
+            bar.update(min(1.0, done / max(1, total)), "merging" if done >= 0.99 * total else "reading")
+
+        return train_bpe(iter_texts(), size, show)
 
 
 def _resolve_tokenizer(spec: str | Tokenizer) -> Tokenizer:
@@ -236,8 +260,14 @@ def _split_blocks(texts: Texts, val_fraction: float) -> dict[str, tuple[Iterator
     }
 
 
-def _write_split(blocks: Iterator[TextBlock], size: int, tokenizer: Tokenizer, writer: ShardWriter) -> SplitMeta:
-    """Tokenize blocks of `size` bytes in order, on all cores."""
+def _write_split(
+    blocks: Iterator[TextBlock],
+    size: int,
+    tokenizer: Tokenizer,
+    writer: ShardWriter,
+    count_bytes: Callable[[int], None],
+) -> SplitMeta:
+    """Tokenize blocks of `size` bytes in order, on all cores. count_bytes: takes the size of each that is written."""
     documents = 0
 
     def encode(block: TextBlock) -> np.ndarray:
@@ -247,6 +277,7 @@ def _write_split(blocks: Iterator[TextBlock], size: int, tokenizer: Tokenizer, w
         for block, tokens in map_in_order(blocks, encode, count_cores()):
             writer.write(tokens)
             documents += block.documents
+            count_bytes(block.num_bytes)
     return SplitMeta(writer.tokens, documents, size, tuple(writer.files))
 
 

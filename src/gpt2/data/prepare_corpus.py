@@ -14,7 +14,6 @@ from gpt2.data.corpora import HELD_OUT, OWN_SPLIT, HubCorpus
 from gpt2.data.corpus_files import Reader
 from gpt2.data.hub_files import Splits, get_corpus_files, get_token_files
 from gpt2.data.near_duplicates import NearDuplicates
-from gpt2.data.progress import ProgressBar
 from gpt2.data.shards import (
     SHARD_TOKENS,
     ShardFile,
@@ -39,6 +38,7 @@ from gpt2.data.stream import (
 from gpt2.data.text_blocks import count_cores
 from gpt2.errors import ConfigError, DataError
 from gpt2.hub import HubDataset, HubFile, fetch_dataset_file
+from gpt2.progress import ProgressBar
 from gpt2.tokenizer import Tokenizer, get_tokenizer
 from gpt2.units import format_bytes, format_duration
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from gpt2.errors import DataError
 from gpt2.files import check_regular_file, file_sha256, read_error
+from gpt2.progress import ProgressBar
 from gpt2.terminal import shorten
 
 HEADER_BYTES = 256 * 4
@@ -323,10 +324,13 @@ def verify_shards(path: Path) -> ShardsMeta:
     files = {folder / file.name: file for split in meta.splits.values() for file in split.files}
     if path != folder and path not in files:
         raise DataError(f"{path} is not among the shards that {folder / META_FILENAME} lists")
-    for shard in files if path == folder else [path]:
-        _, count, _ = check_shard(shard)
-        if count != files[shard].tokens or file_sha256(shard) != files[shard].sha256:
-            raise DataError(f"{shard} does not match {META_FILENAME} (another sha256): prepare the shards again")
+    shards = list(files) if path == folder else [path]
+    with ProgressBar(f"verifying {path}") as bar:
+        for number, shard in enumerate(shards):
+            bar.update(number / len(shards), f"{number} of {len(shards)} shards")
+            _, count, _ = check_shard(shard)
+            if count != files[shard].tokens or file_sha256(shard) != files[shard].sha256:
+                raise DataError(f"{shard} does not match {META_FILENAME} (another sha256): prepare the shards again")
     return meta
 
 

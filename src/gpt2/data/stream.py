@@ -22,13 +22,13 @@ from gpt2.byte_level import encode_pieces
 from gpt2.data.corpora import Layout
 from gpt2.data.corpus_files import Block, FileQueue, Position, Reader
 from gpt2.data.near_duplicates import NearDuplicates, near_duplicate_keys
-from gpt2.data.progress import ProgressBar
 from gpt2.data.shards import PARTIAL_SUFFIX, ShardFile, ShardsMeta, ShardWriter, SplitMeta, TokenizerMeta
 from gpt2.data.spool import DocumentHashes, Spool
 from gpt2.data.text_blocks import map_in_order
 from gpt2.errors import DataError
 from gpt2.files import LockFile, write_error
 from gpt2.hub import HubDataset, HubFile
+from gpt2.progress import ProgressBar, print_status
 from gpt2.tokenizer import Tokenizer
 from gpt2.vocabulary import END_OF_TEXT
 
@@ -227,6 +227,7 @@ class Preparation:
     workers: int
     saved_at: float = field(default_factory=time.monotonic)
     saved_shards: int = 0
+    first_progress: tuple[float, int] | None = None  # time and tokens
 
     def run(self) -> dict[str, SplitMeta]:
         """Read and tokenize what is left, and return the splits."""
@@ -251,13 +252,21 @@ class Preparation:
                 self._write(split, encoded)
                 self.state.position = list(block.next)
                 self.state.documents = block.first + len(block.texts)
-                self.bar.update(self._fraction(queue, block.next), self.state.documents, self._tokens())
+                self._show_progress(queue, block.next)
                 if self._save_if_due():
                     queue.release(block.next.file)
                 if self._is_full():
                     return
         finally:
             queue.close()
+
+    def _show_progress(self, queue: FileQueue, position: Position) -> None:
+        now, tokens = time.monotonic(), self._tokens()
+        self.first_progress = self.first_progress or (now, tokens)
+        begun, before = self.first_progress
+        rate = (tokens - before) / max(now - begun, 1e-9)
+        status = f"{self.state.documents:,} documents, {tokens:,} tokens, {rate / 1e6:.1f}M tokens/s"
+        self.bar.update(self._fraction(queue, position), status)
 
     def _encode(self, block: Block) -> Encoded:
         return encode_block(block, self.tokenizer, self.options)
@@ -330,8 +339,11 @@ def partial_folder(folder: Path, what: str) -> Iterator[Path]:
         raise write_error(folder, error) from None
     try:
         yield partial
-    except OSError as error:
+    except (OSError, KeyboardInterrupt) as error:
         kept = f"finished work is kept in {partial}; the same command resumes from there"
+        if isinstance(error, KeyboardInterrupt):
+            print_status(f"stopped: {kept}")
+            raise
         raise DataError(f"cannot write {what} ({error.strerror or error}): {kept}") from None
     finally:
         lock.release(lock_path)

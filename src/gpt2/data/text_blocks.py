@@ -34,6 +34,11 @@ class TextBlock(NamedTuple):
     pieces: list[str | None]
     documents: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the pieces in UTF-8."""
+        return sum(len(p) if p.isascii() else len(p.encode("utf-8", "replace")) for p in self.pieces if p is not None)
+
 
 def blocks_of_slices(parts: Iterable[DocumentSlice], *, append_end_of_text: bool) -> Iterator[TextBlock]:
     """The texts of parts of documents, in blocks of about `BLOCK_BYTES`.

@@ -14,6 +14,7 @@ from gpt2.data.row_texts import read_texts
 from gpt2.data.rows import BadRows
 from gpt2.data.text_blocks import CachedTexts
 from gpt2.files import cache_home, file_identity, staging_folder, write_error
+from gpt2.progress import ProgressBar
 from gpt2.vocabulary import replace_surrogates
 
 
@@ -36,7 +37,10 @@ def cache_texts(name: str, files: Sequence[Path], columns: Columns, bad_rows: Ba
 
 
 def _read_and_report(name: str, files: Sequence[Path], columns: Columns, bad_rows: BadRows) -> Iterator[list[str]]:
-    yield from read_texts(files, columns, bad_rows)
+    with ProgressBar(f"reading {name}") as bar:
+        for texts in read_texts(files, columns, bad_rows):
+            yield texts
+            bar.update(status=f"{bad_rows.total:,} rows")
     bad_rows.report(name)
 
 

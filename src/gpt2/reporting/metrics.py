@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt2.files import read_error
+from gpt2.progress import shows_progress
 from gpt2.terminal import single_line
 from gpt2.units import format_duration
 
@@ -30,16 +31,14 @@ class MetricsLogger:
         quiet: print and write nothing, as on every rank but the main one.
         """
         self.max_steps = max_steps
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet or not shows_progress())
         self._file = None if quiet else _open_truncated(folder / "metrics.jsonl", first_step)
         self._progress = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
             console=self.console,
-            disable=quiet or not self.console.is_terminal,
+            disable=self.console.quiet or not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=max_steps, completed=first_step, line="")
         self._first_step, self._start_time, self._last_line_time = first_step, time.monotonic(), 0.0
@@ -65,14 +64,15 @@ class MetricsLogger:
         self._smoothed_throughput = rate if smoothed is None else 0.9 * smoothed + 0.1 * rate
         self._val_loss = record.get("val_loss", self._val_loss)
         val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
-        line = f"loss {record['loss']:.4f}{val}  {self._smoothed_throughput:,.0f} tok/s"
-        self._progress.update(self._task, completed=step, line=line)
         now = time.monotonic()
+        remaining = (now - self._start_time) / (step - self._first_step) * (self.max_steps - step)
+        speed = f"{self._smoothed_throughput:,.0f} tok/s  {format_duration(remaining)} left"
+        line = f"loss {record['loss']:.4f}{val}  {speed}"
+        self._progress.update(self._task, completed=step, line=line)
         due = now - self._last_line_time >= LOG_INTERVAL_SECONDS or "val_loss" in record or step == self.max_steps
         if not self.console.is_terminal and due:
             self._last_line_time = now
-            remaining = (now - self._start_time) / (step - self._first_step) * (self.max_steps - step)
-            self.log_message(f"step {step:,}/{self.max_steps:,}  {line}  {format_duration(remaining)} left")
+            self.log_message(f"step {step:,}/{self.max_steps:,}  {line}")
 
     def log_message(self, text: str) -> None:
         """Print a line above the progress line."""

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError, missing_extra
+from gpt2.reporting.axes import format_ticks
 from gpt2.reporting.metrics import read_metrics
 from gpt2.reporting.task_metrics import TaskCurve, main_metrics, task_curves
+from gpt2.units import format_significant
 
 BAND_MIN_STEPS = 2000  # the losses of longer runs are drawn as a band
 BLUE, RED = "#1f77b4", "#d62728"  # training and validation
@@ -49,7 +51,7 @@ def plot_loss(
     axes, *task_axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     labels = {uniform: f"uniform baseline: ln {vocab_size:,} = {uniform:.2f}"}
     if unigram_entropy is not None:
-        labels[unigram_entropy] = f"unigram baseline: {unigram_entropy:.2f}"
+        labels[unigram_entropy] = f"unigram baseline: {format_significant(unigram_entropy)}"
     _draw_baselines(axes, labels, label_height=0.08 * top)
     _draw_training_loss(axes, steps, losses)
     marker = "o" if len(taken) == 1 else None
@@ -63,7 +65,8 @@ def plot_loss(
     title = title if len(title) <= 76 else f"{title[:36]} ... {title[-35:]}"
     axes.set_title(title, pad=24, parse_math=False)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=3)  # above the curves
-    axes.set(ylabel="loss (nats per token)", ylim=(0, top))
+    axes.set(ylabel="loss (nats per token)", ylim=(-0.015 * top, top))  # so that a loss of almost 0 is visible
+    format_ticks(axes.yaxis)
     for panel_axes, (label, curves) in zip(task_axes, panels.items(), strict=True):
         _draw_tasks(panel_axes, label, curves, published or {})
     for panel_axes in (axes, *task_axes):
@@ -77,7 +80,9 @@ def plot_loss(
 
 
 def format_loss(loss: float) -> str:
-    """Three digits after the point, or two significant ones where that would be less."""
+    """Three digits after the point, or two significant ones where that would be less; fewer of large numbers."""
+    if abs(loss) >= 100:
+        return format_significant(loss)
     return f"{loss:.3f}" if abs(loss) >= 0.01 or loss == 0 else f"{loss:.2g}"
 
 
@@ -135,7 +140,7 @@ def _draw_tasks(
     for number, curve in enumerate(curves):
         color, name = f"C{number}", f"{curve.task} {curve.metric}"
         marker = "o-" if len(curve.steps) <= 60 else "-"
-        last = f"{name} {curve.values[-1]:.4g}"
+        last = f"{name} {curve.values[-1]:.5g}"
         axes.plot(curve.steps, curve.values, marker, color=color, markersize=4, linewidth=1.2, label=last)
         for model, value in published.get(curve.key, {}).items():
             axes.axhline(value, color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
@@ -152,6 +157,7 @@ def _draw_tasks(
             )
     if label == "perplexity":
         axes.set_yscale("log")
+    format_ticks(axes.yaxis)
     axes.set_ylabel(label)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.985), ncols=3)
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpt2.errors import missing_extra
+from gpt2.reporting.axes import format_ticks
+from gpt2.reporting.plots import format_loss
 
 
 def plot_sweep(
@@ -28,13 +30,15 @@ def plot_sweep(
         axes.plot([values[name] for values, _ in finite], [loss for _, loss in finite], "o", color="#1f77b4")
         diverged = [values[name] for values, loss in points if loss is None]
         axes.plot(diverged, [worst] * len(diverged), "x", color="#d62728", label="diverged")
-        label = f"best: {best_values[name]:g}, loss {best_loss:.4f}"
+        label = f"best: {best_values[name]:g}, loss {format_loss(best_loss)}"
         axes.plot(best_values[name], best_loss, "o", markersize=12, markerfacecolor="none", color="0.2", label=label)
         axes.set(xlabel=name.replace("_", "-"), xscale="log" if is_log else "linear")
+        format_ticks(axes.xaxis)
         handles, labels = axes.get_legend_handles_labels()
         first = 0 if diverged else 1
         axes.legend(handles[first:], labels[first:], frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    format_ticks(panels[0].yaxis)
     panels[0].set_ylabel("validation loss (nats per token)")
     figure.suptitle(title, parse_math=False)
     figure.savefig(path)

@@ -79,6 +79,7 @@ class Run:
     distributed_model: DistributedModel
     dtype_reason: str = ""  # why `--dtype auto` chose it; "" for a dtype that was given
     step: int = 0  # updates done
+    saved_step: int = 0  # that of the newest checkpoint, 0 without one
     checkpoint: Path | None = None  # the one that the run resumes from
     checkpoint_metadata: dict[str, Any] = field(default_factory=dict)  # of every checkpoint: see `run_metadata`
     outlier_filter: OutlierFilter = field(default_factory=lambda: OutlierFilter(0.0))
@@ -95,6 +96,16 @@ class Run:
         """Return whether the current weights are to become the run's `model/`."""
         return not self.config.keep_best or self.best_validation.step in (None, self.step)
 
+    def describe_loss(self) -> str:
+        """What a run that ends now has saved, and what it loses."""
+        lost = self.step - self.saved_step
+        if not self.saved_step:
+            return f"nothing is saved, {lost:,} step(s) are lost"
+        kept = f"step {self.saved_step:,} is saved"
+        if not lost:
+            return f"{kept}, nothing is lost"
+        return f"{kept}, {lost:,} step(s) after it are lost; --resume {self.folder} goes on from there"
+
     @property
     def micro_batch_size(self) -> int:
         """Rows of a micro-batch on each rank."""
@@ -102,7 +113,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.config.block_size
+        return self.loader.batch_size * self.loader.block_size
 
 
 def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PROCESS) -> Run:
@@ -155,7 +166,7 @@ def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PR
     )
     if checkpoint is not None:
         with ranks.raise_on_all_ranks():
-            run.step = load_optimizers(checkpoint, model, run.optimizers)
+            run.step = run.saved_step = load_optimizers(checkpoint, model, run.optimizers)
             if run.step > config.max_steps:
                 done = f"{folder} has done {run.step:,} steps"
                 raise ConfigError(f"{done}, more than --max-steps ({config.max_steps:,})", field="max_steps")

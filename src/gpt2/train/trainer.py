@@ -51,13 +51,14 @@ def train(
     with ExitStack() as stack:
         with ranks.raise_on_all_ranks():
             locked = stack.enter_context(RunFolder(config.check())) if ranks.is_main_process else None
-        stop = StopCondition(stack.enter_context(catch_signals(restore_after_first=ranks.is_single_process)), deadline)
         run = setup_run(config, ranks.broadcast_from_main(lambda: locked.path if locked else Path()), ranks)
         with ranks.raise_on_all_ranks():
             if evaluator is not None:
                 evaluator.prepare(run.model, run.data.tokenizer)
             if locked is not None:
                 locked.initialize(run.config, run.checkpoint, published=run.should_publish)
+        signals = stack.enter_context(catch_signals(run.describe_loss, second_stops=ranks.is_single_process))
+        stop = StopCondition(signals, deadline)
         train_loop(run, sampler, stop, evaluator)
         finished = run.step == run.config.max_steps or run.early_stopped
         code, reason = (0, "") if finished else max(ranks.all_gather_object((stop.exit_code(), stop.reason())))
@@ -118,6 +119,7 @@ def train_loop(
             stopping = ranks.any_rank(stop_condition.should_stop()) or run.early_stopped
             if is_last or stopping or _is_due(run.step, config.save_every) or (improved and config.keep_best):
                 writer.save(run.step, run.model, run.optimizers, publish=run.should_publish)
+                run.saved_step = run.step
                 save_seconds = writer.stall_seconds
             if stopping:
                 break
