@@ -1,17 +1,14 @@
 """`gpt2 bench generate`: every variant generates the plain model's tokens, and metrics follow from raw times."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from benchmarks import decode_peers
 from benchmarks.decode_peers import PEERS, LlamaCpp, PeerModelWriter, parse_decode_peers, peer_variants
-from torch import nn
 
 from gpt2.bench.common import InProcessRunner
 from gpt2.bench.decode import (
@@ -33,7 +30,6 @@ from gpt2.cli import main
 from gpt2.errors import UserError
 from gpt2.formats import gguf_writer
 from gpt2.model import GPT, GPTConfig
-from gpt2.native.quantization import pack
 from gpt2.runtime import DTYPES
 from gpt2.tokenizer import get_tokenizer
 from gpt2.weights import save
@@ -146,34 +142,6 @@ def test_llama_cpp_in_its_precisions(tmp_path: Path) -> None:
     assert decoders["f16"].weight_bytes == pytest.approx(weight_bytes(TINY, 16), rel=0.02)
     assert decoders["q8_0"].weight_bytes == pytest.approx(weight_bytes(TINY, 8.5), rel=0.04)
     assert decoders["q4_0"].weight_bytes < decoders["q8_0"].weight_bytes
-
-
-def test_bytes_read_by_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = GPTConfig(vocab_size=304, n_layer=2, n_head=2, n_embd=128)
-    linears = {name: m.weight for name, m in GPT(config).named_modules() if isinstance(m, nn.Linear)}
-    assert weight_bytes(config, 32) == sum(4 * weight.numel() for weight in linears.values())
-    for precision in ("int8", "int4"):
-        packed = (pack(w, "int8" if name == "lm_head" else precision) for name, w in linears.items())
-        total = sum(part.numel() * part.element_size() for both in packed for part in both)
-        monkeypatch.setattr(
-            "gpt2.bench.decode.prepare_for_inference", lambda m, _: SimpleNamespace(make_cache=m.make_cache)
-        )
-        assert GPT2Decoder(replace(WORK, config=config), precision, False).weight_bytes == total
-    positions = WORK.prompt_tokens + 9 / 2
-    cache = GPT(TINY).make_cache(3, 1000).data
-    assert bytes_per_step(WORK, 5000, 4, 3, 9) == pytest.approx(5000 + cache.nbytes * positions / 1000)
-
-
-def test_perplexity_equals_exp_of_the_loss() -> None:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=97, block_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
-    tokens = torch.randint(97, (75,), generator=torch.Generator().manual_seed(1))
-    found = perplexity(model, tokens.tolist())
-    assert model.training
-    windows = [tokens[None, start : start + 33] for start in (0, 32, 64)]
-    losses = [model.eval().loss(window[:, :-1], window[:, 1:]).item() for window in windows]
-    mean = (32 * losses[0] + 32 * losses[1] + 10 * losses[2]) / 74
-    assert found == pytest.approx(math.exp(mean), rel=1e-5)
 
 
 class Failing(GPT2Decoder):
