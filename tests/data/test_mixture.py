@@ -92,11 +92,3 @@ def test_references(mixture: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl are prompts and answers"):
         open_mixture(f"python-docs:1,{tmp_path}/rows.jsonl:1", "bytes")
-
-
-def test_a_part_that_is_shorter_than_a_row_is_refused(mixture: str) -> None:
-    """Its rows would shorten those of all parts."""
-    size = len(open_mixture(mixture).parts[1].train)
-    assert open_mixture(mixture).loader(2, size - 1, seed=0).block_size == size - 1
-    with pytest.raises(UserError, match=rf"b has {size:,} training tokens, and a part of a mixture needs {size + 1:,}"):
-        open_mixture(mixture).loader(2, size, seed=0)

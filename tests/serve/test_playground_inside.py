@@ -255,4 +255,5 @@ def test_compare_gives_the_other_text(reader: PlaygroundPage) -> None:
     reader.continue_text()
     page.click("#tab-whatif")
     page.click("summary:text-is('Patch')")
+    page.wait_for_function("document.querySelector('#patch-source').value !== ''")
     assert page.input_value("#patch-source") == page.text_content("#other")

@@ -221,22 +221,3 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tiny: Tr
         update(run, random_batches(1, (8, 32), 257)[0], 0.1)
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new)
-
-
-def test_a_text_that_is_shorter_than_a_row_makes_shorter_rows(
-    tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """280 tokens, of which a tenth is held out. The model keeps its context, and a resumed run its batches."""
-    (tmp_path / "numbers.txt").write_text(NUMBERS_TEXT[:280])
-    short = replace(tiny, block_size=1024, batch_size=2, max_steps=4, warmup_steps=1, eval_every=2, save_every=2)
-    folder = train(short)
-    (line,) = [record.message for record in caplog.records if "rows have" in record.message]
-    data = open_data(short.data, "bytes")
-    rows = len(data.train) - 1
-    problem = f"has {rows + 1} training tokens, fewer than a row of 1,024 and the token after it"
-    assert line.endswith(f"{problem}: rows have {rows}")
-    records = read_metrics(folder / "metrics.jsonl")
-    assert [record["tokens"] for record in records] == [2 * rows * step for step in (1, 2, 3, 4)]
-    assert gpt2.load(folder)[0].config.block_size == 1024
-    again = train(config_for_resume(folder, {"max_steps": 6}))
-    assert [record["tokens"] for record in read_metrics(again / "metrics.jsonl")][-1] == 2 * rows * 6

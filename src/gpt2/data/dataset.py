@@ -1,7 +1,6 @@
 """Training data: two splits of tokens, their batches, and the tokenizer that made them."""
 
 import hashlib
-import logging
 import math
 import os
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ import numpy as np
 from gpt2.data.loader import Batch, BatchLoader, TokenLoader, evaluation_batches
 from gpt2.data.shards import ShardsMeta, TokenShards
 from gpt2.tokenizer import Tokenizer
-
-_log = logging.getLogger("gpt2")
 
 _PROMPT_TOKENS, _CONTINUATION_TOKENS = 24, 48
 _HASHED_BLOCKS, _HASHED_BLOCK_BYTES = 16, 1 << 16  # the part of each shard that the fingerprint reads
@@ -51,7 +48,7 @@ class Dataset(Protocol):
         ...
 
     def loader(self, batch_size: int, block_size: int, seed: int) -> BatchLoader:
-        """Training batches, whose rows may have fewer than `block_size` tokens if there are not as many."""
+        """Training batches. Raises DataError if the data is too short."""
         ...
 
     def validation_batches(self, batch_size: int, block_size: int, max_tokens: int | None) -> Iterator[Batch]:
@@ -114,14 +111,7 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
     def loader(self, batch_size: int, block_size: int, seed: int) -> TokenLoader:
-        longest = len(self.train) - 1
-        if longest < block_size:
-            _log.warning(
-                "%s has %s training tokens, fewer than a row of %s and the token after it: rows have %s",
-                *(self.name, f"{len(self.train):,}", f"{block_size:,}", f"{longest:,}"),
-            )
-        rows = min(block_size, longest)
-        return TokenLoader(self.train, batch_size, rows, seed, document_start_token=self._document_start_token)
+        return TokenLoader(self.train, batch_size, block_size, seed, document_start_token=self._document_start_token)
 
     def validation_batches(self, batch_size: int, block_size: int, max_tokens: int | None) -> Iterator[Batch]:
         if self.val is None:

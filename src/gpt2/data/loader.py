@@ -59,12 +59,9 @@ class Batch(NamedTuple):
 
 
 class BatchLoader(Protocol):
-    """Random access to batches by step, counted from 0, of `batch_size` rows of `block_size` tokens."""
+    """Random access to batches by step, counted from 0, of `batch_size` rows."""
 
     batch_size: int
-
-    @property
-    def block_size(self) -> int: ...
 
     @property
     def windows_per_epoch(self) -> int:

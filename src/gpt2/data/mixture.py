@@ -87,14 +87,6 @@ class MixtureDataset:
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
     def loader(self, batch_size: int, block_size: int, seed: int) -> "MixtureLoader":
-        """Training batches. Raises DataError for a part that is shorter than a row: it would shorten those of all."""
-        for part in self.parts:
-            if part.train_tokens <= block_size:
-                raise DataError(
-                    f"{part.name} has {part.train_tokens:,} training tokens, and a part of a mixture needs "
-                    f"{block_size + 1:,} for a block size of {block_size:,}: use more text or a smaller block size",
-                    field="block_size",
-                )
         return MixtureLoader(
             [part.loader(1, block_size, seed + i) for i, part in enumerate(self.parts)], self.shares, batch_size, seed
         )
@@ -131,11 +123,6 @@ class MixtureLoader:
         self.parts, self.batch_size, self._seed = tuple(parts), batch_size, seed
         self._bounds = [sum(shares[: i + 1], Fraction(0)) for i in range(len(shares))]  # cumulative; the last is 1
         self._last_block = lru_cache(maxsize=1)(self._draw)
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in a row."""
-        return self.parts[0].block_size
 
     @property
     def windows_per_epoch(self) -> int:

@@ -154,11 +154,6 @@ class PackedLoader:
         self.windows_per_epoch = len(packed_rows)
         self._last_epoch_order = lru_cache(maxsize=1)(self._epoch_order)
 
-    @property
-    def block_size(self) -> int:
-        """Tokens in a row."""
-        return self.packed_rows.block_size
-
     def batch(self, step: int) -> Batch:
         """Step `step`, counted from 0: `batch_size` rows."""
         return self.rows(step, 0, self.batch_size)

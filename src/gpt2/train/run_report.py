@@ -60,7 +60,7 @@ def write_report(run: Run, stop_reason: str, published: Mapping[str, Mapping[str
 
 
 def _run_facts(run: Run, entropy: float, peak: int, stop_reason: str) -> RunFacts:
-    data, size = run.data, run.ranks.world_size
+    config, data, size = run.config, run.data, run.ranks.world_size
     return RunFacts(
         parameters=run.model.num_parameters(),
         vocab_size=data.tokenizer.vocab_size,
@@ -69,8 +69,8 @@ def _run_facts(run: Run, entropy: float, peak: int, stop_reason: str) -> RunFact
         data=data.name,
         train_tokens=data.train_tokens,
         val_tokens=data.val_tokens,
-        tokens_per_epoch=run.loader.windows_per_epoch * run.loader.block_size,
-        flops_per_token=flops_per_token(run.model.config, run.loader.block_size),
+        tokens_per_epoch=run.loader.windows_per_epoch * config.block_size,
+        flops_per_token=flops_per_token(run.model.config, config.block_size),
         matmul_flops=None if stop_reason else size * measure_matmul(run.device, run.dtype),
         peak_memory_bytes=peak or None,
         unigram_entropy=entropy,

@@ -113,7 +113,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.loader.batch_size * self.loader.block_size
+        return self.config.batch_size * self.config.block_size
 
 
 def setup_run(config: TrainConfig, folder: Path, ranks: ProcessGroup = SINGLE_PROCESS) -> Run:
@@ -335,9 +335,11 @@ def _block_size(block_size: int, data: Dataset) -> int:
     """The tokens of a row: fewer, with a line in the log, where the whole text is shorter."""
     if not isinstance(data, TokenDataset) or data.train_tokens > block_size:
         return block_size
-    _log.warning("%s has %d training tokens: rows have %d, not %d", data.name, data.train_tokens, data.train_tokens - 1,
-                 block_size)  # fmt: skip
-    return data.train_tokens - 1
+    rows = data.train_tokens - 1  # the last token is a target only
+    _log.warning(
+        "%s has %s training tokens: rows have %s, not %s", data.name, *map("{:,}".format, (rows + 1, rows, block_size))
+    )
+    return rows
 
 
 def _absolute_path(ref: str | None) -> str | None:

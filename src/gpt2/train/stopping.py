@@ -112,10 +112,11 @@ class _SignalReceiver:
 
     def _acknowledge(self, number: int) -> None:
         name = signal.Signals(number).name
+        if not self._second_stops:  # under torchrun, where every rank receives it
+            return
         if len(self.received) == 1:
-            again = ". Again: stop at once, without saving" if self._second_stops else ""
-            print_status(f"{name}: saving and stopping after this step{again}")
-        elif len(self.received) == 2 and self._second_stops:
+            print_status(f"{name}: saving and stopping after this step. Again: stop at once, without saving")
+        elif len(self.received) == 2:
             print_status(f"{name} again: stopping at once; {self._what_is_lost()}")
             self._stop_now.set()
             _interrupt_main(number)  # whose handler ran too early, or has not run yet
