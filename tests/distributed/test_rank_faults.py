@@ -115,6 +115,7 @@ def newest(home: Any) -> int:
     return max(int(path.name.removeprefix("step-")) for path in home.run.glob("checkpoints/step-*"))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_every_way_equals_an_uninterrupted_one(
     soak: Any, undisturbed: Any, fork_server: RankForkServer, tmp_path: Path
 ) -> None:
