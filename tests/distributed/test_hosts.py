@@ -201,7 +201,8 @@ def test_two_hosts_equal_one_process(job: Job, alone: Path) -> None:
     assert caches[0] == caches[1]
 
 
-@pytest.mark.parametrize("job", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["ddp", "fsdp"], indirect=True)
 def test_a_host_that_reconnects_rejoins_the_run(job: Job, alone: Path) -> None:
     first, second = job.hosts
     for host in job.hosts:

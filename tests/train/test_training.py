@@ -176,6 +176,7 @@ def test_init_from_takes_weights_shape_and_tokenizer(tiny: TrainConfig) -> None:
     assert start == pytest.approx(read_metrics(first / "metrics.jsonl")[-1]["val_loss"], abs=0.3)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_learns_as_an_eager_one_does(tiny: TrainConfig) -> None:
     from gpt2.runtime import can_compile
 
