@@ -120,8 +120,8 @@ def test_changed_settings_are_used(
         ("/save {model_folder}", "exists already: name another file"),
         ("/save {model_folder}/no/file", "cannot write"),
         ("/save \0", "cannot write"),
-        ("/undo", "nothing has been said yet"),
-        ("/retry", "nothing has been said yet"),
+        ("/undo", "there is no turn yet"),
+        ("/retry", "there is no turn yet"),
         ("x" * 5000, "tokens do not fit the model's context of 4096"),
     ],
 )

@@ -251,7 +251,7 @@ def test_after_an_interrupted_step_the_cache_is_not_used() -> None:
 def test_undo_retry_reset_seed() -> None:
     conversation = start_conversation(random_model(CONFIG), sampling=Sampling())
     for nothing in (conversation.undo, conversation.retry):
-        with pytest.raises(UserError, match="nothing has been said yet"):
+        with pytest.raises(UserError, match="there is no turn yet"):
             nothing()
     one = send(conversation, "Hello")
     two = "".join(conversation.retry())

@@ -290,7 +290,7 @@ def test_the_message_and_the_dump_name_the_origin(model: GPT, inputs: StepInputs
     ]
     numbers = json.loads((folder / "dump.json").read_text(), parse_constant=pytest.fail)
     assert (numbers["step"], numbers["loss"], numbers["micro_batch_size"], numbers["dropout"]) == (12, "nan", 2, 0.0)
-    assert numbers["culprit"]["rows"] == [ODD_ROW]
+    assert numbers["origin"]["rows"] == [ODD_ROW]
     rows = (folder / "batch.txt").read_text().split("--- row ")
     assert rows[1 + ODD_ROW] == f"{ODD_ROW}\n{tokenizer.decode(inputs.batch.tokens[ODD_ROW].tolist())}\n\n"
     weights, _ = gpt2.load(folder)  # a model folder like any other

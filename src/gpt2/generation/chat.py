@@ -117,13 +117,13 @@ class Conversation:
     def retry(self) -> Generator[str, None, None]:
         """Replace the last answer by another one; otherwise as `send`."""
         if not self.turns:
-            raise RequestError("nothing has been said yet")
+            raise RequestError("there is no turn yet")
         return self._generate(self.turns[:-1], self.turns[-1].user_text)
 
     def undo(self) -> Turn:
         """Remove and return the last turn. Raises RequestError if there is none."""
         if not self.turns:
-            raise RequestError("nothing has been said yet")
+            raise RequestError("there is no turn yet")
         turn = self.turns.pop()
         self.num_dropped_turns = min(self.num_dropped_turns, len(self.turns))
         return turn

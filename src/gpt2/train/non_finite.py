@@ -74,7 +74,7 @@ def write_dump(run_folder: Path, model: GPT, tokenizer: Tokenizer, inputs: StepI
         "matmul_precision": torch.get_float32_matmul_precision(),
         "device": str(model.device),
         "torch": torch.__version__,
-        "culprit": {key: _json_value(value) for key, value in asdict(origin).items()},
+        "origin": {key: _json_value(value) for key, value in asdict(origin).items()},
     }
     texts = [f"--- row {row}\n{tokenizer.decode(ids)}\n\n" for row, ids in enumerate(inputs.batch.tokens.tolist())]
     try:
