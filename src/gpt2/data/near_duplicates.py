@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2.data.array_file import ArrayFile
+
 NUM_KEYS = 4
 
 _BINS = 32
@@ -49,14 +51,13 @@ class NearDuplicates:
 
     def __init__(self, path: Path) -> None:
         """path: the file with the keys of all documents so far, for `resume`."""
-        self._path, self._saved = path, 0
-        self._unsaved: list[np.ndarray] = []
+        self._file = ArrayFile(path)
         self._tables = np.zeros((NUM_KEYS, 1 << _SLOT_BITS), np.uint32)
 
     def add(self, keys: np.ndarray) -> int:
         """Add the keys of documents (documents, 4); return how many have a key in common with an earlier one."""
         keys = keys[keys.any(axis=1)]
-        self._unsaved.append(keys)
+        self._file.append(keys)
         slots = (keys & np.uint64((1 << _SLOT_BITS) - 1)).astype(np.int64)
         marks = np.maximum(keys >> np.uint64(32), np.uint64(1)).astype(np.uint32)
         is_near = np.zeros(len(keys), np.bool_)
@@ -71,21 +72,15 @@ class NearDuplicates:
 
     def sync(self) -> int:
         """Append new keys to the file; return how many documents it has, for `resume`."""
-        with self._path.open("ab") as file:
-            for keys in self._unsaved:
-                keys.tofile(file)
-                self._saved += len(keys)
-        self._unsaved = []
-        return self._saved
+        return self._file.sync()
 
     def resume(self, count: int) -> None:
-        """Go on after the first `count` documents of the file."""
-        with self._path.open("r+b") as file:
-            file.truncate(8 * NUM_KEYS * count)
+        """Continue after the first `count` documents of the file."""
+        with self._file.path.open("rb") as file:
             for start in range(0, count, _REPLAYED_DOCUMENTS):
                 read = NUM_KEYS * min(_REPLAYED_DOCUMENTS, count - start)
                 self.add(np.fromfile(file, np.uint64, read).reshape(-1, NUM_KEYS))
-        self._saved, self._unsaved = count, []
+        self._file.truncate(count, NUM_KEYS)
 
 
 def mix(values: np.ndarray) -> np.ndarray:

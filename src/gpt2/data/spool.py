@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2.data.array_file import ArrayFile
 from gpt2.data.near_duplicates import mix
 from gpt2.data.shards import token_format
 
@@ -97,10 +98,8 @@ class DocumentHashes:
     """The 64-bit hashes of all documents so far: 8 bytes each, in sorted arrays that are merged when they are alike."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = ArrayFile(path)
         self._levels: list[np.ndarray] = []
-        self._unsaved: list[np.ndarray] = []
-        self._saved = 0
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
         """Add hashes; returns, for each, whether it is new: bool (documents,)."""
@@ -112,25 +111,19 @@ class DocumentHashes:
             is_new &= level[places] != hashes
         added = unique[is_new[first]]
         if len(added):
-            self._unsaved.append(added)
+            self._file.append(added)
             self._insert(added)
         return is_new
 
     def sync(self) -> int:
         """Append new hashes to the file; returns how many it has, for `resume`."""
-        with self._path.open("ab") as file:
-            for hashes in self._unsaved:
-                hashes.tofile(file)
-                self._saved += len(hashes)
-        self._unsaved = []
-        return self._saved
+        return self._file.sync()
 
     def resume(self, count: int) -> None:
-        """Go on after the first `count` hashes of the file."""
-        with self._path.open("r+b") as file:
-            file.truncate(8 * count)
-        hashes = np.fromfile(self._path, np.uint64)
-        self._saved, self._levels = len(hashes), [np.sort(hashes)] if len(hashes) else []
+        """Continue after the first `count` hashes of the file."""
+        self._file.truncate(count)
+        hashes = np.fromfile(self._file.path, np.uint64)
+        self._levels = [np.sort(hashes)] if len(hashes) else []
 
     def _insert(self, hashes: np.ndarray) -> None:
         self._levels.append(hashes)

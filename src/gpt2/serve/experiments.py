@@ -12,7 +12,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import Field
 from torch import Tensor
 
@@ -73,17 +73,9 @@ class SteerRequest(_DistributionRequest):
 def add_experiment_routes(router: APIRouter, worker: InspectWorker) -> None:
     """Add the routes of this module."""
 
-    @router.post("/inspect/ablate")
-    async def ablate_parts(request: Request, body: AblateRequest) -> Any:
-        return await worker.run(request, body, _ablate, keep=True)
-
-    @router.post("/inspect/patch")
-    async def patch_positions(request: Request, body: PatchRequest) -> Any:
-        return await worker.run(request, body, _patch, keep=True)
-
-    @router.post("/inspect/steer")
-    async def steer(request: Request, body: SteerRequest) -> Any:
-        return await worker.run(request, body, _steer, keep=True)
+    worker.add_route(router, "/inspect/ablate", AblateRequest, _ablate, keep=True)
+    worker.add_route(router, "/inspect/patch", PatchRequest, _patch, keep=True)
+    worker.add_route(router, "/inspect/steer", SteerRequest, _steer, keep=True)
 
 
 def _ablate(worker: InspectWorker, served: ServedModel, ids: list[int], body: AblateRequest) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import Field
 
 from gpt2.errors import RequestError
 from gpt2.interpret import attribute_logit
 from gpt2.serve.inspect import check_tokens, partial_bytes, token_offsets, token_text
-from gpt2.serve.inspect_worker import InspectRequest, InspectWorker, check_token_id, context_window
+from gpt2.serve.inspect_worker import InspectRequest, InspectWorker, TokenIds, check_token_id, context_window
 from gpt2.serve.models import ServedModel
 
 THUMBNAIL = 24  # rows and columns of a thumbnail
@@ -35,7 +35,9 @@ class HeadRequest(InspectRequest):
 
 
 class HeadScoresRequest(InspectRequest):
-    """The kinds of the heads, which do not depend on a text."""
+    """The kinds of the heads, which do not depend on a text: none is needed."""
+
+    tokens: TokenIds | None = Field(default_factory=list)
 
 
 class ContributionsRequest(InspectRequest):
@@ -56,26 +58,11 @@ class LensMapRequest(InspectRequest):
 def add_inside_routes(router: APIRouter, worker: InspectWorker) -> None:
     """Add the routes of this module."""
 
-    @router.post("/inspect/heads")
-    async def heads(request: Request, body: InspectRequest) -> Any:
-        return await worker.run(request, body, _heads)
-
-    @router.post("/inspect/head")
-    async def head(request: Request, body: HeadRequest) -> Any:
-        return await worker.run(request, body, _head)
-
-    @router.post("/inspect/head-scores")
-    async def scores(request: Request, body: HeadScoresRequest) -> Any:
-        body.tokens, body.text = [], None
-        return await worker.run(request, body, _head_scores)
-
-    @router.post("/inspect/contributions")
-    async def contributions(request: Request, body: ContributionsRequest) -> Any:
-        return await worker.run(request, body, _contributions)
-
-    @router.post("/inspect/lens-map")
-    async def lens_map(request: Request, body: LensMapRequest) -> Any:
-        return await worker.run(request, body, _lens_map)
+    worker.add_route(router, "/inspect/heads", InspectRequest, _heads)
+    worker.add_route(router, "/inspect/head", HeadRequest, _head)
+    worker.add_route(router, "/inspect/head-scores", HeadScoresRequest, _head_scores)
+    worker.add_route(router, "/inspect/contributions", ContributionsRequest, _contributions)
+    worker.add_route(router, "/inspect/lens-map", LensMapRequest, _lens_map)
 
 
 def _window_texts(worker: InspectWorker, served: ServedModel, ids: list[int]) -> tuple[list[int], dict[str, Any]]:

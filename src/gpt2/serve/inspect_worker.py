@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
 
@@ -84,6 +85,17 @@ class InspectWorker:
                 self._results.popitem(last=False)
         self._results.move_to_end(key)
         return self._results[key]
+
+    def add_route(
+        self, router: APIRouter, path: str, model: type[InspectRequest], handler: Handler, keep: bool = False
+    ) -> None:
+        """Add a POST route that answers requests of this model with `run`."""
+
+        async def respond(request: Request, body: Any) -> Any:
+            return await self.run(request, body, handler, keep)
+
+        respond.__annotations__["body"] = model  # from which FastAPI makes the schema
+        router.add_api_route(path, respond, methods=["POST"], name=path.rpartition("/")[2])
 
     def text(self, served: ServedModel) -> InspectedText:
         """The text of this model that was inspected last."""

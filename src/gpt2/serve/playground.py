@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
 from pydantic import Field
 from torch import Tensor
@@ -99,22 +99,10 @@ def playground_router(models: Mapping[str, ServedModel]) -> APIRouter:
     async def models_() -> Any:
         return {"models": [_model_info(served) for served in models.values()]}
 
-    @router.post("/inspect/next")
-    async def next_token(request: Request, body: NextTokenRequest) -> Any:
-        return await worker.run(request, body, _inspect_next)
-
-    @router.post("/inspect/score")
-    async def score_text(request: Request, body: ScoreTextRequest) -> Any:
-        return await worker.run(request, body, _inspect_score)
-
-    @router.post("/inspect/attention")
-    async def attention_of(request: Request, body: AttentionRequest) -> Any:
-        return await worker.run(request, body, _inspect_attention)
-
-    @router.post("/inspect/lens")
-    async def layers_of(request: Request, body: LogitLensRequest) -> Any:
-        return await worker.run(request, body, _inspect_lens)
-
+    worker.add_route(router, "/inspect/next", NextTokenRequest, _inspect_next)
+    worker.add_route(router, "/inspect/score", ScoreTextRequest, _inspect_score)
+    worker.add_route(router, "/inspect/attention", AttentionRequest, _inspect_attention)
+    worker.add_route(router, "/inspect/lens", LogitLensRequest, _inspect_lens)
     add_inside_routes(router, worker)
     add_experiment_routes(router, worker)
     return router
