@@ -226,7 +226,7 @@ def test_the_table_of_errors_equals_the_code() -> None:
 
 def test_the_table_of_metrics_equals_the_endpoint() -> None:
     with torch_server(Limits(slots=2)) as served, served.client() as one:
-        one.post("/v1/completions", json=ONE_TOKEN | {"max_tokens": 3})
+        one.post("/v1/completions", json=ONE_TOKEN | {"max_tokens": 40, "ignore_eos": True})
         text = one.get("/metrics").text
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     rows = table("| metric | type | labels | |")
